@@ -1,0 +1,39 @@
+# `make quickstart` and `make test` need Python 3.10 or later, make and git; they make their own environment in .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: quickstart test lint check-python clean
+
+quickstart: $(VENV)/.rtx
+	$(RUN) examples/quickstart.py
+
+test: $(VENV)/.dev
+	$(RUN) -m pytest
+
+lint: $(VENV)/.dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+$(VENV)/.rtx: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing mlflow-trt with TensorRT-RTX and ONNX Runtime (a few minutes the first time) ..."
+	$(RUN) -m pip install --quiet --editable '.[rtx]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.rtx
+	@echo "Installing the tools for tests ..."
+	$(RUN) -m pip install --quiet --editable '.[rtx,dev]'
+	@touch $@
+
+$(VENV)/bin/python: | check-python
+	@echo "Making an environment in $(VENV) ..."
+	$(PYTHON) -m venv $(VENV)
+
+check-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "Python 3.10 or later is needed; name one with: make PYTHON=python3.12 ..."; exit 1; }
+
+clean:
+	rm -rf $(VENV) quickstart build dist *.egg-info

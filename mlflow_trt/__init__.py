@@ -1,0 +1,105 @@
+"""mlflow-trt: an MLflow flavor for TensorRT.
+
+    import mlflow, mlflow_trt
+
+    info = mlflow_trt.log_model("model.onnx", name="model-trt", batch=(1, 8, 64), registered_model_name="model-trt")
+    model = mlflow.pyfunc.load_model("models:/model-trt/1")
+
+Importing this package loads neither MLflow nor TensorRT, CUDA or ONNX Runtime: each is imported by what needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mlflow_trt._version import __version__
+
+if TYPE_CHECKING:
+    from mlflow_trt.convert.recipe import Recipe
+    from mlflow_trt.errors import (
+        ArtifactError,
+        BuildError,
+        EngineMismatchError,
+        ExecutionError,
+        FormatError,
+        InputDtypeError,
+        InputError,
+        InputShapeError,
+        IntegrityError,
+        MissingDependencyError,
+        MlflowTrtError,
+        OnnxModelError,
+        OutOfMemoryError,
+        RecipeError,
+        RuntimeUnavailableError,
+        SessionClosedError,
+        UnsupportedModelError,
+    )
+    from mlflow_trt.flavor import load_model, log_model, save_model
+    from mlflow_trt.loading import LoadSettings
+    from mlflow_trt.packaging import FLAVOR_NAME, get_default_pip_requirements
+    from mlflow_trt.pyfunc import load_pyfunc as _load_pyfunc
+    from mlflow_trt.registry import convert_model_version
+    from mlflow_trt.runtime.session import Session
+    from mlflow_trt.spec import Precision
+
+__all__ = [
+    "FLAVOR_NAME",
+    "ArtifactError",
+    "BuildError",
+    "EngineMismatchError",
+    "ExecutionError",
+    "FormatError",
+    "InputDtypeError",
+    "InputError",
+    "InputShapeError",
+    "IntegrityError",
+    "LoadSettings",
+    "MissingDependencyError",
+    "MlflowTrtError",
+    "OnnxModelError",
+    "OutOfMemoryError",
+    "Precision",
+    "Recipe",
+    "RecipeError",
+    "RuntimeUnavailableError",
+    "Session",
+    "SessionClosedError",
+    "UnsupportedModelError",
+    "__version__",
+    "_load_pyfunc",
+    "convert_model_version",
+    "get_default_pip_requirements",
+    "load_model",
+    "log_model",
+    "save_model",
+]
+
+# Where a name comes from, unless it is an error.
+_MODULES = {
+    "FLAVOR_NAME": "packaging",
+    "LoadSettings": "loading",
+    "Precision": "spec",
+    "Recipe": "convert.recipe",
+    "Session": "runtime.session",
+    "_load_pyfunc": "pyfunc",
+    "convert_model_version": "registry",
+    "get_default_pip_requirements": "packaging",
+    "load_model": "flavor",
+    "log_model": "flavor",
+    "save_model": "flavor",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'errors')}")
+    value = getattr(module, name.removeprefix("_") if name == "_load_pyfunc" else name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,150 @@
+"""The errors this package raises on purpose.
+
+    MlflowTrtError (mlflow.exceptions.MlflowException)
+    ├── OnnxModelError (ValueError)                   400  the source model cannot be read or is not supported
+    ├── RecipeError (ValueError)                      400  a precision, shape, batch or builder option makes no sense
+    ├── BuildError (RuntimeError)                     500  TensorRT did not build an engine
+    │   └── UnsupportedModelError                     400  ... because of nodes it cannot run
+    ├── ArtifactError (ValueError)                    500  a model folder is not one of ours
+    │   ├── FormatError                               500  ... or was written by a newer version
+    │   └── IntegrityError                            500  ... or a file in it is not the one that was logged
+    ├── RuntimeUnavailableError (RuntimeError)        500  no GPU, or a GPU that nothing here can drive
+    │   └── MissingDependencyError (ImportError)      500  a package is not installed
+    ├── EngineMismatchError (RuntimeError)            500  no stored engine fits this GPU and TensorRT
+    ├── InputError (ValueError)                       400  an input that the model cannot take
+    │   ├── InputDtypeError (TypeError)               400  ... because of its dtype
+    │   └── InputShapeError                           400  ... because of its rank or shape
+    ├── ExecutionError (RuntimeError)                 500  TensorRT, CUDA or ONNX Runtime failed
+    │   └── OutOfMemoryError (MemoryError)            429  the GPU has no room for this
+    └── SessionClosedError (RuntimeError)             500  a session was used after close()
+
+The number is the HTTP status that an MLflow scoring server answers with. Every text says what was wrong, with which
+tensor, file or option, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE, RESOURCE_EXHAUSTED
+
+
+class MlflowTrtError(MlflowException):
+    """Root of everything this package raises on purpose."""
+
+    _error_code: ClassVar[int] = INTERNAL_ERROR
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, error_code=self._error_code)
+
+
+class OnnxModelError(MlflowTrtError, ValueError):
+    """The ONNX model is unreadable, incomplete or uses types TensorRT does not have. `path` is its file, if any."""
+
+    _error_code = INVALID_PARAMETER_VALUE
+
+    def __init__(self, message: str, *, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class RecipeError(MlflowTrtError, ValueError):
+    """What was asked for contradicts itself or the model. `option` names the keyword to change."""
+
+    _error_code = INVALID_PARAMETER_VALUE
+
+    def __init__(self, message: str, *, option: str | None = None) -> None:
+        super().__init__(message)
+        self.option = option
+
+
+class BuildError(MlflowTrtError, RuntimeError):
+    """TensorRT built no engine. `log` holds the last error lines of its log and of its libraries' own output."""
+
+    def __init__(self, message: str, *, log: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.log = tuple(log)
+
+
+class UnsupportedModelError(BuildError):
+    """TensorRT cannot run some nodes of the model. `nodes` lists them as `name (operator)`."""
+
+    _error_code = INVALID_PARAMETER_VALUE
+
+    def __init__(self, message: str, *, nodes: Sequence[str] = (), log: Sequence[str] = ()) -> None:
+        super().__init__(message, log=log)
+        self.nodes = tuple(nodes)
+
+
+class ArtifactError(MlflowTrtError, ValueError):
+    """A folder is not a model of this flavor, or lacks a file. `path` is the folder or file."""
+
+    def __init__(self, message: str, *, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class FormatError(ArtifactError):
+    """The record of a model folder is of a version that this mlflow-trt does not know."""
+
+
+class IntegrityError(ArtifactError):
+    """A file of a model folder differs from the one that was logged."""
+
+
+class RuntimeUnavailableError(MlflowTrtError, RuntimeError):
+    """The runtime that was asked for cannot run on this machine."""
+
+
+class MissingDependencyError(RuntimeUnavailableError, ImportError):
+    """An optional package is needed and not installed. `packages` lists the ones that would serve."""
+
+    def __init__(self, message: str, *, packages: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.packages = tuple(packages)
+
+
+class EngineMismatchError(MlflowTrtError, RuntimeError):
+    """No stored engine fits this machine. `reasons` says, for each stored engine, why not."""
+
+    def __init__(self, message: str, *, reasons: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.reasons = tuple(reasons)
+
+
+class InputError(MlflowTrtError, ValueError):
+    """An input does not fit the model. `tensor` is its name, where one input is to blame."""
+
+    _error_code = INVALID_PARAMETER_VALUE
+
+    def __init__(self, message: str, *, tensor: str | None = None) -> None:
+        super().__init__(message)
+        self.tensor = tensor
+
+
+class InputDtypeError(InputError, TypeError):
+    """An input's values cannot be converted to the dtype the model wants without losing them."""
+
+
+class InputShapeError(InputError):
+    """An input's rank or shape is outside of what the model, or every optimization profile, accepts."""
+
+
+class ExecutionError(MlflowTrtError, RuntimeError):
+    """The runtime failed while it loaded or ran a model that it should be able to run."""
+
+
+class OutOfMemoryError(ExecutionError, MemoryError):
+    """There is not enough GPU or pinned memory for this call."""
+
+    _error_code = RESOURCE_EXHAUSTED
+
+
+class SessionClosedError(MlflowTrtError, RuntimeError):
+    """A session was used after `close()`."""
+
+    def __init__(self, message: str = "this session is closed; load the model again") -> None:
+        super().__init__(message)

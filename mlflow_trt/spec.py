@@ -1,0 +1,200 @@
+"""The nouns: what models, profiles, engines and GPUs are described by.
+
+Plain values without behaviour, importable in a few milliseconds: the engine builder runs in a process of its own and
+should not wait for anything it does not use.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+Dim = int | str | None
+"""One dimension of an ONNX tensor: fixed, symbolic (named), or unknown."""
+
+Shape = tuple[int, ...]
+
+
+class Precision(str, enum.Enum):
+    """The number formats that an engine may compute in.
+
+    `FP32` is strict: the builder's TF32 flag is cleared. `TF32` sets it, which lets matrix products and convolutions
+    round their float32 operands to 10 bits of mantissa. TensorRT-RTX ignores that flag and always behaves like `TF32`.
+    """
+
+    FP32 = "fp32"
+    TF32 = "tf32"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Distribution(str, enum.Enum):
+    """Which TensorRT: the value is the name of the Python module."""
+
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt_rtx"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def label(self) -> str:
+        return {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}[self.value]
+
+    @property
+    def requirement(self) -> str:
+        """Its name on PyPI."""
+        return self.value.replace("_", "-")
+
+
+class HardwareCompatibility(str, enum.Enum):
+    """On which other GPUs an engine of the `tensorrt` distribution may run, at some cost in speed."""
+
+    NONE = "none"
+    AMPERE_PLUS = "ampere_plus"
+    SAME_COMPUTE_CAPABILITY = "same_compute_capability"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class ComputeCapability(NamedTuple):
+    """What a GPU can execute, for example 8.6; written `sm86`."""
+
+    major: int
+    minor: int
+
+    @classmethod
+    def parse(cls, text: str) -> ComputeCapability:
+        """Read `sm86`, `SM86`, `86` or `8.6`. Raises ValueError for anything else."""
+        match = re.fullmatch(r"(?:sm_?)?(\d+)\.?(\d)", text.strip(), re.IGNORECASE)
+        if not match:
+            raise ValueError(f"{text!r} is no compute capability; write it like 'sm86' or '8.6'")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"sm{self.major}{self.minor}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """One input or output. `dtype` is numpy's name for the type, or `bfloat16`."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+    @property
+    def fixed(self) -> tuple[int | None, ...]:
+        """The shape with None for every dimension that may vary."""
+        return tuple(dim if isinstance(dim, int) else None for dim in self.shape)
+
+    def __str__(self) -> str:
+        dims = ", ".join("?" if dim is None else str(dim) for dim in self.shape)
+        return f"{self.name}: {self.dtype}[{dims}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputRange:
+    """What one optimization profile allows for one input: its smallest, usual and largest shape.
+
+    With `is_values`, the numbers are the values of a shape tensor, an integer input of rank 0 or 1 that other shapes
+    are computed from, instead of its shape.
+    """
+
+    min: Shape
+    opt: Shape
+    max: Shape
+    is_values: bool = False
+
+    def contains(self, shape: Shape) -> bool:
+        return len(shape) == len(self.min) and all(
+            low <= dim <= high for low, dim, high in zip(self.min, shape, self.max, strict=True)
+        )
+
+    def __str__(self) -> str:
+        return ":".join("x".join(map(str, shape)) or "scalar" for shape in (self.min, self.opt, self.max))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeProfile:
+    """An optimization profile: the range of every input that may vary."""
+
+    ranges: Mapping[str, InputRange]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {limits}" for name, limits in self.ranges.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchAxis:
+    """Axis 0 of `inputs` counts rows that do not depend on each other.
+
+    With `splits`, every output carries that axis too, so that a batch of any size can be run in pieces. `declared`
+    tells that the user named it by `batch=`; otherwise it was read off the graph.
+    """
+
+    inputs: tuple[str, ...]
+    splits: bool
+    declared: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """A GPU as the CUDA driver describes it. `memory` is in bytes."""
+
+    ordinal: int
+    name: str
+    compute_capability: ComputeCapability
+    memory: int
+    uuid: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.compute_capability})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRecord:
+    """How an engine was made, where it runs, and the digest of its plan.
+
+    `compute_capabilities` lists its targets, empty where TensorRT-RTX was left its default: one engine for Ampere and
+    every later architecture that this release knows. `gpu` and `driver` are empty where it was built without a GPU.
+    """
+
+    file: str
+    sha256: str
+    size: int
+    distribution: Distribution
+    version: str
+    compute_capabilities: tuple[str, ...] = ()
+    hardware_compatibility: HardwareCompatibility = HardwareCompatibility.NONE
+    version_compatible: bool = False
+    gpu: str | None = None
+    driver: str | None = None
+    build_seconds: float = 0.0
+
+    @property
+    def target(self) -> str:
+        """The part of its file name that tells where it runs."""
+        if not self.compute_capabilities:
+            return "sm80plus"
+        if self.hardware_compatibility is HardwareCompatibility.AMPERE_PLUS:
+            return "sm80plus"
+        return "-".join(self.compute_capabilities)
+
+    def __str__(self) -> str:
+        return f"{self.distribution.label} {self.version} for {self.target}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionReport:
+    """What a precision pass did to the graph: how many nodes it changed, and its remarks."""
+
+    precision: Precision
+    nodes: int
+    changed_nodes: int = 0
+    remarks: tuple[str, ...] = field(default=())
