@@ -1,0 +1,220 @@
+"""The build process: typed model in, plan file out.
+
+TensorRT runs here and not in the user's process, because its libraries print past their logger, abort on some models,
+keep gigabytes until the process ends, and cannot be interrupted. `builder` starts this module, sends one line of JSON
+to its standard input and reads lines of JSON, `Event`s, from its standard output. The process ends when its standard
+input does, so it never outlives the one that asked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow_trt import trt_api
+from mlflow_trt.hardware import probe
+from mlflow_trt.spec import ComputeCapability, Distribution, HardwareCompatibility
+from mlflow_trt.trt import TensorRT, import_distribution
+
+_REPORT_SECONDS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to build, in plain values that survive JSON."""
+
+    model: str
+    plan: str
+    distribution: str
+    tf32: bool
+    profiles: list[dict[str, dict[str, Any]]]
+    workspace_bytes: int | None
+    optimization_level: int | None
+    avg_timing_iterations: int | None
+    timing_cache: str | None
+    tactic_sources: list[str] | None
+    version_compatible: bool
+    hardware_compatibility: str
+    targets: list[str]
+
+
+class BuildFailure(Exception):  # noqa: N818  # not an error of this process but the report of one
+    """Ends the job: `event` says why, in the form that `builder` reads."""
+
+    def __init__(self, kind: str, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.event = {"event": "failed", "kind": kind, "message": message, **details}
+
+
+def main() -> None:
+    """Do the job that stands on standard input, and report to standard output."""
+    # TensorRT's libraries write to file descriptor 1 as they please: the reports get a descriptor of their own.
+    reports = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    job = Job(**json.loads(sys.stdin.readline()))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    def report(event: dict[str, Any]) -> None:
+        reports.write(json.dumps(event) + "\n")
+
+    try:
+        report(build(import_distribution(Distribution(job.distribution)), job, report))
+    except BuildFailure as failure:
+        report(failure.event)
+    reports.flush()
+    # Tearing TensorRT down can take seconds and has nothing left to do: the plan is written.
+    os._exit(0)
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+def build(tensorrt: TensorRT, job: Job, report: Any) -> dict[str, Any]:
+    """Parse, configure, build, write the plan. Returns the event that describes it; raises BuildFailure."""
+    builder = tensorrt.builder()
+    network = tensorrt.network(builder)
+    parser = tensorrt.parser(network)
+    if not parser.parse_from_file(job.model):
+        raise _parser_failure(tensorrt, parser)
+    config = builder.create_builder_config()
+    _configure(tensorrt, config, job)
+    _add_profiles(tensorrt, builder, network, config, job.profiles)
+    timing_cache = _attach_timing_cache(tensorrt, config, job)
+    monitor = tensorrt.progress_monitor(_throttled(report))
+    config.progress_monitor = monitor
+    started = time.perf_counter()
+    plan = builder.build_serialized_network(network, config)
+    seconds = time.perf_counter() - started
+    if plan is None:
+        raise BuildFailure("build", "TensorRT built no engine", log=tensorrt.log.errors())
+    _write(Path(job.plan), plan)
+    if timing_cache is not None:
+        _write(Path(timing_cache), config.get_timing_cache().serialize())
+    hardware = probe()
+    gpu = hardware.gpus[0] if hardware.gpus else None
+    return {
+        "event": "built",
+        "version": tensorrt.version,
+        "seconds": seconds,
+        "compute_capabilities": job.targets if tensorrt.is_rtx else [str(gpu.compute_capability)] if gpu else [],
+        "gpu": gpu.name if gpu else None,
+        "driver": hardware.driver,
+    }
+
+
+def _parser_failure(tensorrt: TensorRT, parser: trt_api.OnnxParser) -> BuildFailure:
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    nodes = [f"{error.node_name() or 'unnamed'} ({error.node_operator()})" for error in errors if error.node_operator()]
+    message = "; ".join(dict.fromkeys(error.desc().strip() for error in errors)) or "the parser gives no reason"
+    return BuildFailure("parse", message, nodes=list(dict.fromkeys(nodes)), log=tensorrt.log.errors())
+
+
+def _configure(tensorrt: TensorRT, config: trt_api.IBuilderConfig, job: Job) -> None:
+    flags = tensorrt.builder_flag
+    if job.tf32:
+        config.set_flag(flags.TF32)
+    else:
+        config.clear_flag(flags.TF32)
+    if job.version_compatible:
+        config.set_flag(flags.VERSION_COMPATIBLE)
+    if job.workspace_bytes is not None:
+        config.set_memory_pool_limit(tensorrt.workspace, job.workspace_bytes)
+    if job.optimization_level is not None:
+        config.builder_optimization_level = job.optimization_level
+    if job.avg_timing_iterations is not None:
+        config.avg_timing_iterations = job.avg_timing_iterations
+    if job.tactic_sources is not None and not config.set_tactic_sources(tensorrt.tactic_sources(job.tactic_sources)):
+        raise BuildFailure("option", f"TensorRT refused the tactic sources: {tensorrt.log.last_error()}")
+    level = HardwareCompatibility(job.hardware_compatibility)
+    if level is not HardwareCompatibility.NONE:
+        config.hardware_compatibility_level = tensorrt.hardware_compatibility(level)
+    if job.targets and tensorrt.is_rtx:
+        tensorrt.set_targets(config, [ComputeCapability.parse(target) for target in job.targets])
+
+
+def _add_profiles(
+    tensorrt: TensorRT,
+    builder: trt_api.Builder,
+    network: trt_api.INetworkDefinition,
+    config: trt_api.IBuilderConfig,
+    profiles: list[dict[str, dict[str, Any]]],
+) -> None:
+    inputs = {tensor.name: tensor for tensor in (network.get_input(index) for index in range(network.num_inputs))}
+    values = {name for profile in profiles for name, limits in profile.items() if limits["is_values"]}
+    for name, tensor in inputs.items():
+        if tensor.is_shape_tensor and name not in values:
+            raise BuildFailure("shape_tensor", "other shapes are computed from its values", tensor=name)
+        if not tensor.is_shape_tensor and name in values:
+            raise BuildFailure("no_shape_tensor", "no shape is computed from its values", tensor=name)
+    _fix_constant_dimensions(inputs, profiles)
+    for number, ranges in enumerate(profiles):
+        profile = builder.create_optimization_profile()
+        for name, limits in ranges.items():
+            triple = (limits["min"], limits["opt"], limits["max"])
+            try:
+                if limits["is_values"]:
+                    profile.set_shape_input(name, *triple)
+                else:
+                    profile.set_shape(name, *triple)
+            except (RuntimeError, ValueError) as error:
+                raise BuildFailure("profile", f"{error} {tensorrt.log.last_error()}", tensor=name) from error
+        if config.add_optimization_profile(profile) < 0:
+            raise BuildFailure("profile", f"profile {number}: {tensorrt.log.last_error()}")
+
+
+def _fix_constant_dimensions(inputs: dict[str, trt_api.ITensor], profiles: list[dict[str, dict[str, Any]]]) -> None:
+    """Make a dimension static that has one size in all profiles: TensorRT then optimizes for it."""
+    for name, tensor in inputs.items():
+        ranges = [profile[name] for profile in profiles if name in profile and not profile[name]["is_values"]]
+        if not ranges:
+            continue
+        sizes = [
+            {size for limits in ranges for size in (limits["min"][i], limits["max"][i])}
+            for i in range(len(ranges[0]["min"]))
+        ]
+        tensor.shape = [
+            next(iter(size)) if dim == -1 and len(size) == 1 else dim
+            for dim, size in zip(tensor.shape, sizes, strict=True)
+        ]
+
+
+def _attach_timing_cache(tensorrt: TensorRT, config: trt_api.IBuilderConfig, job: Job) -> str | None:
+    if job.timing_cache is None or tensorrt.is_rtx:
+        return None
+    path = Path(job.timing_cache)
+    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    if not config.set_timing_cache(cache, ignore_mismatch=False):
+        raise BuildFailure(
+            "option", f"the timing cache {path} does not fit this GPU and TensorRT: {tensorrt.log.last_error()}"
+        )
+    return job.timing_cache
+
+
+def _throttled(report: Any) -> Any:
+    last = 0.0
+
+    def progress(phase: str, fraction: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _REPORT_SECONDS:
+            last = now
+            report({"event": "progress", "phase": phase, "fraction": round(fraction, 4)})
+
+    return progress
+
+
+def _write(path: Path, memory: Any) -> None:
+    """Write aside, then replace: whoever reads the path sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        file.write(memoryview(memory))
+    partial.replace(path)

@@ -1,0 +1,212 @@
+"""Typed model and recipe in, engine out, through a process of its own (see `build_worker`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, NoReturn, cast
+
+from mlflow_trt import trt
+from mlflow_trt._logging import get_logger
+from mlflow_trt.convert.build_worker import Job
+from mlflow_trt.convert.onnx_model import sha256_of
+from mlflow_trt.convert.recipe import Recipe
+from mlflow_trt.errors import BuildError, RecipeError, UnsupportedModelError
+from mlflow_trt.spec import Distribution, EngineRecord, HardwareCompatibility, Precision, ShapeProfile
+
+_log = get_logger(__name__)
+
+_WORKER = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from mlflow_trt.convert.build_worker import main; main()"
+)
+_LINES_QUOTED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildProgress:
+    """What the builder is doing, and which fraction (0 to 1) of the whole it has done."""
+
+    phase: str
+    fraction: float
+
+
+Progress = Callable[[BuildProgress], None]
+
+
+def build_engine(
+    model: Path,
+    plan: Path,
+    recipe: Recipe,
+    profiles: Sequence[ShapeProfile],
+    *,
+    distribution: Distribution | None = None,
+    gpu: str | None = None,
+    progress: Progress | None = None,
+) -> EngineRecord:
+    """Build an engine from the typed model at `model` and write it to `plan`.
+
+    Args:
+        distribution: which TensorRT builds; None for the preferred one of those installed.
+        gpu: UUID of the only GPU that the build may see; None leaves the environment as it is.
+        progress: called a few times a second. What it raises, KeyboardInterrupt included, ends the build at once.
+
+    Raises:
+        UnsupportedModelError: TensorRT's parser refuses nodes of the model; each is named with its operator.
+        BuildError: TensorRT built nothing; its last words are in the text.
+        RecipeError: an option or profile is refused, or a target cannot be built for.
+        MissingDependencyError: no TensorRT is installed.
+    """
+    tensorrt = trt.load(distribution)
+    _check_recipe(tensorrt, recipe)
+    job = _job(model, plan, recipe, profiles, tensorrt.distribution)
+    with _worker(job, gpu) as (worker, errors):
+        outcome = _follow(worker, progress)
+        words = _last_lines(errors)
+    if outcome is None:
+        raise BuildError(_crash_text(tensorrt, worker.returncode, words), log=words)
+    if outcome["event"] == "failed":
+        _raise(tensorrt, outcome, words)
+    return EngineRecord(
+        file=plan.name,
+        sha256=sha256_of(plan),
+        size=plan.stat().st_size,
+        distribution=tensorrt.distribution,
+        version=outcome["version"],
+        compute_capabilities=tuple(outcome["compute_capabilities"]),
+        hardware_compatibility=recipe.hardware_compatibility,
+        version_compatible=recipe.version_compatible,
+        gpu=outcome["gpu"],
+        driver=outcome["driver"],
+        build_seconds=round(outcome["seconds"], 3),
+    )
+
+
+def _check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
+    if tensorrt.is_rtx:
+        known = tensorrt.compute_capabilities()
+        unknown = [target for target in recipe.targets if target not in known]
+        if unknown:
+            raise RecipeError(
+                f"{tensorrt} cannot build for {', '.join(unknown)}; its targets are {', '.join(known)}",
+                option="targets",
+            )
+        if recipe.hardware_compatibility is not HardwareCompatibility.NONE:
+            raise RecipeError(
+                "TensorRT-RTX has no hardware compatibility levels; name the GPUs with targets= instead",
+                option="hardware_compatibility",
+            )
+        if recipe.version_compatible:
+            raise RecipeError(
+                "TensorRT-RTX has no version-compatible engines; leave version_compatible out, and the engine is "
+                "rebuilt where another release loads it",
+                option="version_compatible",
+            )
+        if recipe.timing_cache is not None:
+            _log.info("TensorRT-RTX has no timing cache: %s is left alone", recipe.timing_cache)
+    elif recipe.targets:
+        raise RecipeError(
+            "TensorRT builds only for the GPU it runs on; leave targets= out, or build with TensorRT-RTX "
+            f"({trt.DISTRIBUTION_VARIABLE}=tensorrt_rtx)",
+            option="targets",
+        )
+
+
+def _job(model: Path, plan: Path, recipe: Recipe, profiles: Sequence[ShapeProfile], distribution: Distribution) -> Job:
+    return Job(
+        model=str(model.resolve()),
+        plan=str(plan.resolve()),
+        distribution=distribution.value,
+        tf32=recipe.precision is not Precision.FP32,
+        profiles=[{name: asdict(limits) for name, limits in profile.ranges.items()} for profile in profiles],
+        workspace_bytes=recipe.workspace_bytes,
+        optimization_level=recipe.optimization_level,
+        avg_timing_iterations=recipe.avg_timing_iterations,
+        timing_cache=recipe.timing_cache,
+        tactic_sources=None if recipe.tactic_sources is None else list(recipe.tactic_sources),
+        version_compatible=recipe.version_compatible,
+        hardware_compatibility=recipe.hardware_compatibility.value,
+        targets=list(recipe.targets),
+    )
+
+
+@contextmanager
+def _worker(job: Job, gpu: str | None) -> Iterator[tuple[subprocess.Popen[str], IO[bytes]]]:
+    """Run the build process; however this block ends, the process has ended too."""
+    environment = dict(os.environ)
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
+    with tempfile.TemporaryFile() as errors:
+        worker = subprocess.Popen(  # noqa: S603  # this interpreter, with our own module
+            [sys.executable, "-c", _WORKER, json.dumps([entry for entry in sys.path if entry])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
+            # Ctrl-C reaches this process alone, which then ends the worker: no half of a build goes on.
+            start_new_session=True,
+        )
+        try:
+            jobs = cast("IO[str]", worker.stdin)
+            jobs.write(json.dumps(asdict(job)) + "\n")
+            jobs.flush()
+            yield worker, errors
+        except BrokenPipeError as error:
+            raise BuildError(f"the build process did not start: {_last_lines(errors)}") from error
+        finally:
+            worker.kill()
+            worker.communicate()
+
+
+def _follow(worker: subprocess.Popen[str], progress: Progress | None) -> dict[str, Any] | None:
+    """Pass on the progress until the worker reports how it ended; None where it ended without a word."""
+    for line in cast("IO[str]", worker.stdout):
+        event: dict[str, Any] = json.loads(line)
+        if event["event"] != "progress":
+            return event
+        if progress is not None:
+            progress(BuildProgress(phase=event["phase"], fraction=event["fraction"]))
+    worker.wait()
+    return None
+
+
+def _last_lines(errors: IO[bytes]) -> list[str]:
+    errors.seek(0)
+    lines = [line.strip() for line in errors.read().decode(errors="replace").splitlines()]
+    return [line for line in lines if line][-_LINES_QUOTED:]
+
+
+def _crash_text(tensorrt: trt.TensorRT, status: int, words: Sequence[str]) -> str:
+    how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    said = f" Its last words: {' | '.join(words)}" if words else ""
+    return f"{tensorrt}'s build process {how} without building an engine.{said}"
+
+
+def _raise(tensorrt: trt.TensorRT, outcome: dict[str, Any], words: Sequence[str]) -> NoReturn:
+    """Turn the worker's report into the error that the user gets."""
+    kind, message, tensor = outcome["kind"], outcome["message"], outcome.get("tensor")
+    log = [*outcome.get("log", ()), *words]
+    if kind == "parse":
+        nodes = outcome["nodes"]
+        which = f" {len(nodes)} node(s), {', '.join(nodes[:10])}" if nodes else " the model"
+        said = f" ({' | '.join(words)})" if words else ""
+        raise UnsupportedModelError(f"{tensorrt} cannot run{which}: {message}{said}", nodes=nodes, log=log)
+    if kind == "shape_tensor":
+        raise RecipeError(
+            f"input {tensor!r} is a shape tensor: {message}. Give its smallest, usual and largest values: "
+            f"shapes={{{tensor!r}: ((...), (...), (...))}}",
+            option="shapes",
+        )
+    if kind in ("no_shape_tensor", "profile"):
+        raise RecipeError(f"{tensorrt} refuses the shapes of input {tensor!r}: {message}", option="shapes")
+    if kind == "option":
+        raise RecipeError(message)
+    raise BuildError(f"{tensorrt} built no engine: {log[-1] if log else message}", log=log)

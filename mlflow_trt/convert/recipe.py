@@ -1,0 +1,215 @@
+"""The recipe: everything the user decides about an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from mlflow_trt.errors import RecipeError
+from mlflow_trt.spec import ComputeCapability, HardwareCompatibility, Precision
+
+TACTIC_SOURCES = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
+"""The tactic sources that TensorRT 10.12 to 11 and TensorRT-RTX all have."""
+
+ShapeTriple = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+ShapeRequest = Mapping[str, ShapeTriple]
+"""For each input its smallest, usual and largest shape."""
+
+ShapesRequest = ShapeRequest | Sequence[ShapeRequest]
+BatchRequest = int | tuple[int, int, int] | Sequence[int]
+_Choice = TypeVar("_Choice", Precision, HardwareCompatibility)
+
+
+class BatchRange(NamedTuple):
+    """The smallest, usual and largest number of rows that the engine is built for."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __str__(self) -> str:
+        return str(self.max) if self.min == self.max else f"{self.min}:{self.opt}:{self.max}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything the user decides about an engine. Values are checked and brought into one form when it is made.
+
+    Args:
+        precision: `fp32` (strict: the TF32 flag is cleared) or `tf32`.
+        batch: how many rows, along axis 0 of the inputs: a number for a static batch, (min, opt, max) for a range, or
+            None to take it from the model.
+        shapes: for inputs with other axes that vary, the (min, opt, max) shapes; a list of such mappings makes several
+            optimization profiles. A -1 in a shape is filled in from `batch` or the model. For a shape tensor (an
+            integer input that other shapes are computed from) the numbers are its values.
+        workspace_bytes: upper limit of the memory that a layer may use temporarily; None leaves TensorRT's default,
+            the whole GPU.
+        optimization_level: 0 (build fast) to 5 (search longest); None leaves TensorRT's default, 3.
+        avg_timing_iterations: how often TensorRT times each candidate kernel; None leaves its default, 1.
+        timing_cache: path of a timing cache that speeds up later builds; created where missing. TensorRT-RTX has none.
+        tactic_sources: which of `EDGE_MASK_CONVOLUTIONS` and `JIT_CONVOLUTIONS` to draw kernels from; None for the
+            default.
+        version_compatible: let later minor releases of the same TensorRT major version load the engine. Not for
+            TensorRT-RTX.
+        hardware_compatibility: `none`, `ampere_plus` or `same_compute_capability`: on which other GPUs an engine of
+            the `tensorrt` distribution may run.
+        targets: compute capabilities to build for, such as `["sm86", "sm120"]`. TensorRT-RTX only; TensorRT builds for
+            the GPU it runs on.
+
+    Raises:
+        RecipeError: a value is unknown, out of range or contradicts another one.
+    """
+
+    precision: Precision = Precision.FP32
+    batch: BatchRange | None = None
+    shapes: tuple[ShapeRequest, ...] = ()
+    workspace_bytes: int | None = None
+    optimization_level: int | None = None
+    avg_timing_iterations: int | None = None
+    timing_cache: str | None = None
+    tactic_sources: tuple[str, ...] | None = None
+    version_compatible: bool = False
+    hardware_compatibility: HardwareCompatibility = HardwareCompatibility.NONE
+    targets: tuple[str, ...] = ()
+
+    if TYPE_CHECKING:
+        # What may be passed is wider than what is kept: __post_init__ brings it into the form declared above.
+        def __init__(
+            self,
+            *,
+            precision: Precision | str = ...,
+            batch: BatchRequest | None = ...,
+            shapes: ShapesRequest = ...,
+            workspace_bytes: int | None = ...,
+            optimization_level: int | None = ...,
+            avg_timing_iterations: int | None = ...,
+            timing_cache: str | None = ...,
+            tactic_sources: Sequence[str] | None = ...,
+            version_compatible: bool = ...,
+            hardware_compatibility: HardwareCompatibility | str = ...,
+            targets: Sequence[str] | str = ...,
+        ) -> None: ...
+
+    def __post_init__(self) -> None:
+        normal: dict[str, Any] = {
+            "precision": _choice(Precision, self.precision, "precision"),
+            "batch": _batch(self.batch),
+            "shapes": _shapes(self.shapes),
+            "tactic_sources": _tactic_sources(self.tactic_sources),
+            "hardware_compatibility": _choice(
+                HardwareCompatibility, self.hardware_compatibility, "hardware_compatibility"
+            ),
+            "targets": _targets(self.targets),
+        }
+        for name, value in normal.items():
+            object.__setattr__(self, name, value)
+        _check_range("workspace_bytes", self.workspace_bytes, 1, None)
+        _check_range("optimization_level", self.optimization_level, 0, 5)
+        _check_range("avg_timing_iterations", self.avg_timing_iterations, 1, None)
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe | None = None,
+        *,
+        precision: Precision | str | None = None,
+        batch: BatchRequest | None = None,
+        shapes: ShapesRequest | None = None,
+        targets: Sequence[str] | str | None = None,
+    ) -> Recipe:
+        """The recipe that the keywords of `save_model` and `log_model` describe.
+
+        Raises RecipeError where both a recipe and one of the keywords that it holds are given.
+        """
+        given: dict[str, Any] = {"precision": precision, "batch": batch, "shapes": shapes, "targets": targets}
+        given = {name: value for name, value in given.items() if value is not None}
+        if recipe is None:
+            return cls(**given)
+        if given:
+            raise RecipeError(
+                f"both recipe= and {', '.join(name + '=' for name in given)} were given; put everything in the recipe",
+                option=next(iter(given)),
+            )
+        return recipe
+
+
+def _choice(enumeration: type[_Choice], value: Any, option: str) -> _Choice:
+    try:
+        return enumeration(value)
+    except ValueError:
+        known = ", ".join(str(member) for member in enumeration)
+        raise RecipeError(f"unknown {option} {value!r}; choose one of {known}", option=option) from None
+
+
+def _batch(value: Any) -> BatchRange | None:
+    if value is None:
+        return None
+    numbers = (value,) * 3 if _is_int(value) else value
+    if not isinstance(numbers, Sequence) or len(numbers) != 3 or not all(map(_is_int, numbers)):
+        raise RecipeError(f"batch is {value!r}; expected a number, or (min, opt, max)", option="batch")
+    batch = BatchRange(*map(int, numbers))
+    if not 1 <= batch.min <= batch.opt <= batch.max:
+        raise RecipeError(f"batch is {tuple(batch)}; expected 1 <= min <= opt <= max", option="batch")
+    return batch
+
+
+def _shapes(value: Any) -> tuple[ShapeRequest, ...]:
+    profiles = [value] if isinstance(value, Mapping) else value
+    if not isinstance(profiles, Sequence) or not all(isinstance(profile, Mapping) for profile in profiles):
+        raise RecipeError(
+            f"shapes is {value!r}; expected {{input: (min, opt, max)}} with three shapes, or a list of such mappings",
+            option="shapes",
+        )
+    return tuple({str(name): _triple(name, triple) for name, triple in profile.items()} for profile in profiles)
+
+
+def _triple(name: str, value: Any) -> ShapeTriple:
+    usable = isinstance(value, Sequence) and len(value) == 3 and all(isinstance(shape, Sequence) for shape in value)
+    if not usable or not all(_is_int(dim) for shape in value for dim in shape):
+        raise RecipeError(
+            f"shapes[{name!r}] is {value!r}; expected three shapes (min, opt, max), "
+            "for example ((1, 3, 32, 32), (1, 3, 640, 640), (4, 3, 960, 960))",
+            option="shapes",
+        )
+    low, usual, high = (tuple(int(dim) for dim in shape) for shape in value)
+    if not len(low) == len(usual) == len(high):
+        raise RecipeError(
+            f"shapes[{name!r}]: min {low}, opt {usual} and max {high} differ in their number of dimensions",
+            option="shapes",
+        )
+    return low, usual, high
+
+
+def _tactic_sources(value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    names = tuple(str(name).upper() for name in ([value] if isinstance(value, str) else value))
+    unknown = [name for name in names if name not in TACTIC_SOURCES]
+    if unknown:
+        raise RecipeError(
+            f"unknown tactic source {unknown[0]!r}; TensorRT 11 and TensorRT-RTX have {', '.join(TACTIC_SOURCES)}",
+            option="tactic_sources",
+        )
+    return names
+
+
+def _targets(value: Any) -> tuple[str, ...]:
+    items: Iterable[Any] = [value] if isinstance(value, str) else value
+    try:
+        targets = {ComputeCapability.parse(str(item)) for item in items}
+    except ValueError as error:
+        raise RecipeError(f"targets: {error}", option="targets") from None
+    return tuple(str(target) for target in sorted(targets))
+
+
+def _check_range(option: str, value: int | None, low: int, high: int | None) -> None:
+    if value is None:
+        return
+    if not _is_int(value) or value < low or (high is not None and value > high):
+        limits = f"{low} or more" if high is None else f"{low} to {high}"
+        raise RecipeError(f"{option} is {value!r}; expected {limits}", option=option)
+
+
+def _is_int(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
