@@ -1,0 +1,1 @@
+"""Engine in, arrays out. Knows nothing of MLflow's stores and nothing of precision passes."""

@@ -1,0 +1,178 @@
+"""CUDA: the primary context, streams, and buffers. The only module that imports pycuda.
+
+pycuda keeps a stack of contexts for each thread, and a process that ends with one still pushed aborts. So there is one
+primary context for each GPU and process, and every use of it stands in `with device.current():`, which pushes it for
+the calling thread and pops it again. Memory is allocated and freed only inside such a block, and freed explicitly.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlflow_trt.errors import ExecutionError, MissingDependencyError, OutOfMemoryError, RuntimeUnavailableError
+from mlflow_trt.hardware import Hardware, probe
+from mlflow_trt.spec import Gpu
+
+_devices: dict[int, Device] = {}
+_devices_lock = threading.Lock()
+
+
+def open_device(ordinal: int) -> Device:
+    """The GPU of that CUDA ordinal; the same object for every caller in this process.
+
+    Raises RuntimeUnavailableError where there is no such GPU, MissingDependencyError where pycuda is not installed.
+    """
+    with _devices_lock:
+        if ordinal not in _devices:
+            hardware = probe()
+            _devices[ordinal] = Device(_find(hardware, ordinal), hardware, _import_pycuda())
+        return _devices[ordinal]
+
+
+def _find(hardware: Hardware, ordinal: int) -> Gpu:
+    if hardware.problem is not None:
+        raise RuntimeUnavailableError(
+            f"TensorRT needs an NVIDIA GPU: {hardware.problem}. "
+            "Use runtime='onnxruntime' to run the source model on the CPU."
+        )
+    for gpu in hardware.gpus:
+        if gpu.ordinal == ordinal:
+            return gpu
+    known = ", ".join(f"{gpu.ordinal}: {gpu}" for gpu in hardware.gpus)
+    raise RuntimeUnavailableError(f"there is no CUDA device {ordinal}; this process sees {known}")
+
+
+def _import_pycuda() -> Any:
+    try:
+        import pycuda.driver  # noqa: TID251  # the one place
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"there is a GPU, but pycuda cannot be imported ({error}): `pip install 'mlflow-trt[cuda]'`. "
+            "It is compiled on installation and needs the CUDA toolkit (nvcc).",
+            packages=("pycuda",),
+        ) from error
+    return pycuda.driver
+
+
+class Device:
+    """One GPU and its primary context in this process. Get it from `open_device`."""
+
+    def __init__(self, gpu: Gpu, hardware: Hardware, driver: Any) -> None:
+        self.gpu = gpu
+        self.hardware = hardware
+        self._driver = driver
+        driver.init()
+        self._context = driver.Device(gpu.ordinal).retain_primary_context()
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Make this GPU the calling thread's, and turn pycuda's errors into ours."""
+        driver = self._driver
+        self._context.push()
+        try:
+            yield
+        except driver.MemoryError as error:
+            raise OutOfMemoryError(
+                f"{self.gpu.name} is out of memory ({error}): send smaller batches, or free memory on the GPU"
+            ) from error
+        except driver.Error as error:
+            raise ExecutionError(f"CUDA failed on {self.gpu.name}: {error}") from error
+        finally:
+            driver.Context.pop()
+
+    def stream(self) -> Stream:
+        return Stream(self._driver.Stream(), self._driver)
+
+    def device_buffer(self) -> DeviceBuffer:
+        return DeviceBuffer(self._driver)
+
+    def pinned_buffer(self) -> PinnedBuffer:
+        return PinnedBuffer(self._driver)
+
+
+class Stream:
+    """A CUDA stream of its own, not the default one, and the copies on it."""
+
+    def __init__(self, stream: Any, driver: Any) -> None:
+        self._stream = stream
+        self._driver = driver
+
+    @property
+    def handle(self) -> int:
+        return int(self._stream.handle)
+
+    def upload(self, source: PinnedBuffer, target: DeviceBuffer, nbytes: int) -> None:
+        if nbytes:
+            self._driver.memcpy_htod_async(target.address, source.view(nbytes), self._stream)
+
+    def download(self, source: DeviceBuffer, target: PinnedBuffer, nbytes: int) -> None:
+        if nbytes:
+            self._driver.memcpy_dtoh_async(target.view(nbytes), source.address, self._stream)
+
+    def synchronize(self) -> None:
+        self._stream.synchronize()
+
+    def close(self) -> None:
+        self._stream = None
+
+
+class DeviceBuffer:
+    """Memory on the GPU that grows when more is needed and is kept for the next call."""
+
+    def __init__(self, driver: Any) -> None:
+        self._driver = driver
+        self._memory: Any = None
+        self._nbytes = 0
+
+    def reserve(self, nbytes: int) -> int:
+        """Make room for `nbytes`, whose contents are undefined, and return the address. Never zero."""
+        if self._memory is None or nbytes > self._nbytes:
+            self.free()
+            self._memory = self._driver.mem_alloc(max(nbytes, 1))
+            self._nbytes = nbytes
+        return self.address
+
+    @property
+    def address(self) -> int:
+        return int(self._memory)
+
+    def free(self) -> None:
+        if self._memory is not None:
+            self._memory.free()
+            self._memory = None
+            self._nbytes = 0
+
+
+class PinnedBuffer:
+    """Page-locked host memory, which the GPU copies from and to at full speed; grows like DeviceBuffer."""
+
+    def __init__(self, driver: Any) -> None:
+        self._driver = driver
+        self._memory: Any = None
+
+    def reserve(self, nbytes: int) -> int:
+        """Make room for `nbytes`, whose contents are undefined, and return the host address. Never zero."""
+        if self._memory is None or nbytes > self._memory.nbytes:
+            self.free()
+            self._memory = self._driver.pagelocked_empty(max(nbytes, 1), np.uint8)
+        return int(self._memory.ctypes.data)
+
+    def view(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        view: npt.NDArray[np.uint8] = self._memory[:nbytes]
+        return view
+
+    def array(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
+        """The beginning of the buffer as an array of that shape; not a copy."""
+        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        return self.view(nbytes).view(dtype).reshape(shape)
+
+    def free(self) -> None:
+        if self._memory is not None:
+            self._memory.base.free()
+            self._memory = None

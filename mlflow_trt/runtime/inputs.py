@@ -1,0 +1,109 @@
+"""Check what a caller passes against the model's inputs, and convert it where nothing is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from mlflow_trt.errors import InputDtypeError, InputError, InputShapeError
+from mlflow_trt.runtime.dtypes import numpy_dtype
+from mlflow_trt.spec import TensorSpec
+
+Array = npt.NDArray[np.generic]
+Feeds = dict[str, Array]
+
+
+def prepare_feeds(inputs: Mapping[str, npt.ArrayLike], specs: Sequence[TensorSpec]) -> Feeds:
+    """Contiguous arrays of the dtypes and ranks that the model wants, in the order of its inputs.
+
+    Raises InputError for a missing or unknown input, InputDtypeError and InputShapeError for one that does not fit.
+    """
+    names = [spec.name for spec in specs]
+    missing = [name for name in names if name not in inputs]
+    if missing:
+        raise InputError(f"input {missing[0]!r} is missing; the model wants {_listing(specs)}", tensor=missing[0])
+    unknown = [str(name) for name in inputs if name not in names]
+    if unknown:
+        raise InputError(f"there is no input {unknown[0]!r}; the model wants {_listing(specs)}", tensor=unknown[0])
+    feeds = {spec.name: _prepare(inputs[spec.name], spec) for spec in specs}
+    _check_shared_dimensions(feeds, specs)
+    return feeds
+
+
+def _listing(specs: Sequence[TensorSpec]) -> str:
+    return "; ".join(map(str, specs))
+
+
+def _prepare(value: npt.ArrayLike, spec: TensorSpec) -> Array:
+    array = np.asarray(value)
+    shape, fixed = array.shape, spec.fixed
+    if len(shape) != len(fixed):
+        raise InputShapeError(
+            f"input {spec.name!r} has {len(shape)} dimensions, {shape}; expected {len(fixed)}: {spec}", tensor=spec.name
+        )
+    for axis, (size, wanted) in enumerate(zip(shape, fixed, strict=True)):
+        if wanted is not None and size != wanted:
+            raise InputShapeError(
+                f"input {spec.name!r} has the shape {shape}; expected {wanted} at axis {axis}: {spec}", tensor=spec.name
+            )
+    return np.ascontiguousarray(convert(array, spec)).reshape(shape)
+
+
+def convert(array: Array, spec: TensorSpec) -> Array:
+    """`array` in the dtype that `spec` wants, where that loses nothing but a float's last digits.
+
+    A float may become a narrower float unless a finite value would turn into infinity; an integer may become another
+    integer type or a float that holds each of its values exactly; nothing else is converted.
+    """
+    wanted = numpy_dtype(spec.dtype)
+    if array.dtype == wanted:
+        return array
+    source, target = _kind(array.dtype), _kind(wanted)
+    if source == "f" and target == "f":
+        with np.errstate(over="ignore"):
+            converted = array.astype(wanted)
+        lost = np.isfinite(array) & ~np.isfinite(converted.astype(np.float64))
+        if lost.any():
+            raise InputDtypeError(
+                f"input {spec.name!r}: {array[lost].flat[0]!r} is too large for {spec.dtype}", tensor=spec.name
+            )
+        return converted
+    if source in "iu" and target in "iuf":
+        with np.errstate(over="ignore", invalid="ignore"):
+            converted = array.astype(wanted)
+        changed = converted.astype(array.dtype) != array
+        if target in "iu" and source != target:
+            changed |= np.less(array if source == "i" else converted, 0)
+        if changed.any():
+            raise InputDtypeError(
+                f"input {spec.name!r}: {array[changed].flat[0]} cannot be represented in {spec.dtype}",
+                tensor=spec.name,
+            )
+        return converted
+    raise InputDtypeError(
+        f"input {spec.name!r} is of dtype {array.dtype}; expected {spec.dtype}, or one that converts without loss",
+        tensor=spec.name,
+    )
+
+
+def _kind(dtype: np.dtype[np.generic]) -> str:
+    # ml_dtypes registers its types as void.
+    return "f" if dtype.name == "bfloat16" else dtype.kind
+
+
+def _check_shared_dimensions(feeds: Feeds, specs: Sequence[TensorSpec]) -> None:
+    """Axes of one name have one size: say so before a runtime fails with less to say."""
+    seen: dict[str, tuple[str, int]] = {}
+    for spec in specs:
+        for dim, size in zip(spec.shape, feeds[spec.name].shape, strict=True):
+            if not isinstance(dim, str) or not any(map(str.isalnum, dim)):
+                continue
+            other, expected = seen.setdefault(dim, (spec.name, size))
+            if size != expected:
+                raise InputShapeError(
+                    f"input {spec.name!r} has {size} where input {other!r} has {expected}; "
+                    f"the model calls both {dim!r}, so they must be equal",
+                    tensor=spec.name,
+                )

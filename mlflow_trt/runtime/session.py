@@ -1,0 +1,79 @@
+"""A session: one loaded model on one runtime. Arrays in, arrays out, closed explicitly."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from types import TracebackType
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Self
+
+from mlflow_trt.errors import SessionClosedError
+from mlflow_trt.runtime.inputs import Feeds, prepare_feeds
+from mlflow_trt.spec import TensorSpec
+
+
+class Session(abc.ABC):
+    """A loaded model. May be shared between threads; close it, or use it in a `with` statement.
+
+    Attributes:
+        runtime: `tensorrt` or `onnxruntime`.
+        inputs: the model's inputs, in the order of the graph.
+        outputs: its outputs.
+        fallback_reason: why TensorRT does not run it, where `runtime="auto"` chose another runtime; else None.
+    """
+
+    runtime: ClassVar[str]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def __init__(self) -> None:
+        self.fallback_reason: str | None = None
+        self._closed = False
+
+    def run(self, inputs: Mapping[str, npt.ArrayLike]) -> dict[str, npt.NDArray[np.generic]]:
+        """Run the model on a mapping from input names to arrays; returns one new array for each output.
+
+        Raises:
+            InputError: an input is missing, unknown, or of a dtype or shape that the model does not take.
+            ExecutionError: the runtime failed; OutOfMemoryError where it lacked memory.
+            SessionClosedError: after `close()`.
+        """
+        self._check_open()
+        return self._run(prepare_feeds(inputs, self.inputs))
+
+    def close(self) -> None:
+        """Free everything this session holds. May be called more than once."""
+        if not self._closed:
+            self._closed = True
+            self._release()
+
+    @property
+    @abc.abstractmethod
+    def description(self) -> str:
+        """What executes the model, for people: the runtime, its version and the device."""
+
+    @abc.abstractmethod
+    def _run(self, feeds: Feeds) -> dict[str, npt.NDArray[np.generic]]: ...
+
+    @abc.abstractmethod
+    def _release(self) -> None: ...
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionClosedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open"
+        return f"<{type(self).__name__} {state}: {self.description}>"

@@ -1,0 +1,325 @@
+"""Session on a TensorRT engine.
+
+Sources: https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-dynamic-shapes.html for profiles,
+shape tensors and output allocators; one execution context is not thread-safe, so calls take turns.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from mlflow_trt import trt_api
+from mlflow_trt._logging import get_logger
+from mlflow_trt.errors import EngineMismatchError, ExecutionError, InputShapeError, OutOfMemoryError, SessionClosedError
+from mlflow_trt.runtime.batching import batch_size, run_in_pieces
+from mlflow_trt.runtime.device import Device, DeviceBuffer, PinnedBuffer, Stream
+from mlflow_trt.runtime.dtypes import numpy_dtype
+from mlflow_trt.runtime.inputs import Feeds
+from mlflow_trt.runtime.session import Session
+from mlflow_trt.spec import BatchAxis, InputRange, ShapeProfile, TensorSpec
+from mlflow_trt.trt import TensorRT
+
+_log = get_logger(__name__)
+
+Outputs = dict[str, npt.NDArray[np.generic]]
+
+
+class TensorRTSession(Session):
+    """Runs a plan on one GPU.
+
+    Args:
+        plan: the engine's bytes. They are executable content: check where they come from before.
+        tensorrt: the distribution and release that built it.
+        device: the GPU.
+        inputs, outputs: the model's tensors, for their names and order; dtypes are the engine's own.
+        batch_axis: what may be split and padded where a batch does not fit the engine's profiles.
+        kernel_specialization: TensorRT-RTX only. `eager` compiles the kernels for a new shape before the first
+            result, which then equals all later ones; `lazy` answers with generic kernels first.
+
+    Raises:
+        EngineMismatchError: TensorRT says that this machine cannot run the plan.
+        ExecutionError: TensorRT does not load it; OutOfMemoryError where the GPU lacks memory.
+    """
+
+    runtime: ClassVar[str] = "tensorrt"
+
+    def __init__(
+        self,
+        plan: bytes,
+        *,
+        tensorrt: TensorRT,
+        device: Device,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        batch_axis: BatchAxis | None = None,
+        kernel_specialization: str = "eager",
+    ) -> None:
+        super().__init__()
+        self._tensorrt = tensorrt
+        self._device = device
+        self._batch_axis = batch_axis
+        self._lock = threading.Lock()
+        resources = _Resources(plan, tensorrt, device, kernel_specialization)
+        # Runs at close(), at the latest before the interpreter ends: TensorRT and pycuda must still be alive.
+        self._finalizer = weakref.finalize(self, resources.release)
+        self._resources = resources
+        self.inputs = tuple(resources.described(spec) for spec in inputs)
+        self.outputs = tuple(resources.described(spec) for spec in outputs)
+        self.profiles = resources.profiles
+
+    @property
+    def description(self) -> str:
+        return f"{self._tensorrt} on {self._device.gpu.name}"
+
+    def _run(self, feeds: Feeds) -> Outputs:
+        with self._lock, self._device.current():
+            self._check_open()
+            number = self._fitting_profile(feeds)
+            if number is not None:
+                return self._execute(number, feeds)
+            number, limits, axis = self._profile_for_pieces(feeds)
+            return run_in_pieces(feeds, axis, limits.min[0], limits.max[0], lambda piece: self._execute(number, piece))
+
+    def _execute(self, profile: int, feeds: Feeds) -> Outputs:
+        outputs = self._resources.execute(profile, feeds)
+        for line in self._tensorrt.log.errors():
+            _log.warning("TensorRT ran, but reported: %s", line)
+        return outputs
+
+    def _fitting_profile(self, feeds: Feeds) -> int | None:
+        """The profile that holds these shapes and whose usual shape is nearest; None where none holds them."""
+        fitting = [
+            (_distance(profile, feeds), number)
+            for number, profile in enumerate(self.profiles)
+            if all(limits.contains(_extent(limits, feeds[name])) for name, limits in profile.ranges.items())
+        ]
+        return min(fitting)[1] if fitting else None
+
+    def _profile_for_pieces(self, feeds: Feeds) -> tuple[int, InputRange, BatchAxis]:
+        """A profile that fits but for the number of rows. Raises InputShapeError where there is none."""
+        axis = self._batch_axis
+        if axis is not None and axis.splits:
+            names = set(axis.inputs)
+            rows = batch_size(feeds, axis)
+            fitting = [
+                (abs(profile.ranges[axis.inputs[0]].opt[0] - rows), number)
+                for number, profile in enumerate(self.profiles)
+                if names <= set(profile.ranges)
+                and all(
+                    _fits_but_for_rows(limits, feeds[name], name in names) for name, limits in profile.ranges.items()
+                )
+            ]
+            if fitting:
+                number = min(fitting)[1]
+                return number, self.profiles[number].ranges[axis.inputs[0]], axis
+        got = ", ".join(f"{name} {_extent(limits, feeds[name])}" for name, limits in self.profiles[0].ranges.items())
+        accepted = "; or ".join(map(str, self.profiles))
+        advice = "" if axis is None or axis.splits else " Not every output carries the batch axis, so it is not split."
+        raise InputShapeError(
+            f"the engine was built for {accepted} (min:opt:max), and got {got}.{advice} "
+            "Send inputs within these ranges, or log the model with other batch= or shapes=."
+        )
+
+    def _release(self) -> None:
+        with self._lock:
+            self._finalizer()
+
+
+def _extent(limits: InputRange, array: npt.NDArray[np.generic]) -> tuple[int, ...]:
+    """What a range limits: the values of a shape tensor, the shape of any other input."""
+    return tuple(int(value) for value in array.reshape(-1)) if limits.is_values else array.shape
+
+
+def _distance(profile: ShapeProfile, feeds: Feeds) -> int:
+    return sum(
+        abs(usual - size)
+        for name, limits in profile.ranges.items()
+        for usual, size in zip(limits.opt, _extent(limits, feeds[name]), strict=True)
+    )
+
+
+def _fits_but_for_rows(limits: InputRange, array: npt.NDArray[np.generic], has_rows: bool) -> bool:
+    extent = _extent(limits, array)
+    if not has_rows:
+        return limits.contains(extent)
+    rest = InputRange(min=limits.min[1:], opt=limits.opt[1:], max=limits.max[1:])
+    return rest.contains(extent[1:])
+
+
+def depends_on_data(shape: tuple[int, ...]) -> bool:
+    """Whether TensorRT can tell an output's shape only by computing it."""
+    return -1 in shape
+
+
+class _Resources:
+    """What must be freed: engine, execution context, stream and buffers. Used by one thread at a time."""
+
+    def __init__(self, plan: bytes, tensorrt: TensorRT, device: Device, kernel_specialization: str) -> None:
+        self._tensorrt = tensorrt
+        self._device = device
+        self._profile = 0
+        self._host: dict[str, PinnedBuffer] = {}
+        self._memory: dict[str, DeviceBuffer] = {}
+        self._allocator: object = None
+        self._allocated_shapes: dict[str, tuple[int, ...]] = {}
+        self._allocation_error: Exception | None = None
+        with device.current():
+            tensorrt.log.errors()
+            self._runtime: trt_api.Runtime | None = tensorrt.runtime()
+            doubt = tensorrt.engine_validity(self._runtime, plan)
+            engine = self._runtime.deserialize_cuda_engine(plan)
+            if engine is None and doubt is not None:
+                raise EngineMismatchError(
+                    f"{tensorrt} cannot run this engine on {device.gpu}: {doubt} ({tensorrt.log.last_error()})"
+                )
+            if engine is None:
+                raise self._failure("load the engine")
+            if doubt is not None:
+                _log.warning("%s does not officially run this engine on %s: %s", tensorrt, device.gpu, doubt)
+            context = tensorrt.execution_context(engine, kernel_specialization)
+            if context is None:
+                raise self._failure("make an execution context")
+            self._engine: trt_api.ICudaEngine | None = engine
+            self._context: trt_api.IExecutionContext | None = context
+            self._stream = device.stream()
+            names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+            self._dtypes = {name: tensorrt.dtype(engine, name) for name in names}
+            self._shapes = {name: tuple(engine.get_tensor_shape(name)) for name in names}
+            self._on_host = {name for name in names if tensorrt.is_on_host(engine, name)}
+            self._inputs = [name for name in names if tensorrt.is_input(engine, name)]
+            self._outputs = [name for name in names if name not in self._inputs]
+            # An engine of fixed shapes may have no profile; it runs as if it had one that allows everything.
+            numbers = range(max(engine.num_optimization_profiles, 1))
+            self.profiles = tuple(self._read_profile(engine, number) for number in numbers)
+            self._host = {name: device.pinned_buffer() for name in names}
+            self._memory = {name: device.device_buffer() for name in names if name not in self._on_host}
+            self._allocator = tensorrt.output_allocator(self._reallocate, self._notify_shape)
+
+    def described(self, spec: TensorSpec) -> TensorSpec:
+        """The tensor as the engine has it: its dtype, and fixed where the engine is."""
+        if spec.name not in self._dtypes:
+            raise ExecutionError(f"the engine has no tensor {spec.name!r}; it has {', '.join(self._dtypes)}")
+        return TensorSpec(name=spec.name, dtype=self._dtypes[spec.name], shape=spec.shape)
+
+    def execute(self, profile: int, feeds: Feeds) -> Outputs:
+        """Run once. The caller holds the device and made sure that the shapes fit the profile."""
+        if self._context is None:
+            raise SessionClosedError
+        try:
+            return self._execute(self._context, self._stream, profile, feeds)
+        except BaseException:
+            # What was already sent off must not read or write the buffers during the next call.
+            self._stream.synchronize()
+            raise
+
+    def _execute(self, context: trt_api.IExecutionContext, stream: Stream, profile: int, feeds: Feeds) -> Outputs:
+        if profile != self._profile:
+            if not context.set_optimization_profile_async(profile, stream.handle):
+                raise self._failure(f"switch to optimization profile {profile}")
+            stream.synchronize()
+            self._profile = profile
+        for name in self._inputs:
+            self._bind_input(context, name, feeds[name])
+        missing = context.infer_shapes()
+        if missing:
+            raise self._failure(f"infer the output shapes, since {', '.join(missing)} is not specified")
+        shapes = {name: tuple(context.get_tensor_shape(name)) for name in self._outputs}
+        unknown = [name for name, shape in shapes.items() if depends_on_data(shape)]
+        for name, shape in shapes.items():
+            self._bind_output(context, name, None if name in unknown else shape)
+        self._allocation_error = None
+        if not context.execute_async_v3(stream.handle):
+            raise self._failure("run the engine") from self._allocation_error
+        if unknown:
+            stream.synchronize()
+            shapes |= {name: self._allocated_shapes[name] for name in unknown}
+        return self._download(shapes)
+
+    def _bind_input(self, context: trt_api.IExecutionContext, name: str, array: npt.NDArray[np.generic]) -> None:
+        host = self._host[name]
+        address = host.reserve(array.nbytes)
+        np.copyto(host.array(array.shape, array.dtype), array)
+        if name not in self._on_host:
+            memory = self._memory[name]
+            address = memory.reserve(array.nbytes)
+            self._stream.upload(host, memory, array.nbytes)
+        if not context.set_input_shape(name, array.shape):
+            raise self._failure(f"take the shape {array.shape} for input {name!r}", InputShapeError)
+        if not context.set_tensor_address(name, address):
+            raise self._failure(f"bind input {name!r}")
+
+    def _bind_output(self, context: trt_api.IExecutionContext, name: str, shape: tuple[int, ...] | None) -> None:
+        """Give an output its memory; one of unknown shape asks the allocator for it while the engine runs."""
+        if shape is None:
+            if not context.set_output_allocator(name, self._allocator):
+                raise self._failure(f"set an output allocator for {name!r}")
+            return
+        nbytes = self._nbytes(name, shape)
+        address = self._host[name].reserve(nbytes)
+        if name not in self._on_host:
+            address = self._memory[name].reserve(nbytes)
+        if not context.set_tensor_address(name, address):
+            raise self._failure(f"bind output {name!r}")
+
+    def _download(self, shapes: Mapping[str, tuple[int, ...]]) -> Outputs:
+        for name, shape in shapes.items():
+            if name not in self._on_host:
+                nbytes = self._nbytes(name, shape)
+                self._host[name].reserve(nbytes)
+                self._stream.download(self._memory[name], self._host[name], nbytes)
+        self._stream.synchronize()
+        return {
+            name: self._host[name].array(shape, numpy_dtype(self._dtypes[name])).copy()
+            for name, shape in shapes.items()
+        }
+
+    def _reallocate(self, name: str, nbytes: int) -> int:
+        try:
+            return self._memory[name].reserve(nbytes)
+        except Exception as error:  # noqa: BLE001  # must not travel through TensorRT, which takes 0 for a failure
+            self._allocation_error = error
+            return 0
+
+    def _notify_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        self._allocated_shapes[name] = shape
+
+    def _nbytes(self, name: str, shape: tuple[int, ...]) -> int:
+        return int(np.prod(shape, dtype=np.int64)) * numpy_dtype(self._dtypes[name]).itemsize
+
+    def _read_profile(self, engine: trt_api.ICudaEngine, index: int) -> ShapeProfile:
+        ranges: dict[str, InputRange] = {}
+        for name in self._inputs if engine.num_optimization_profiles else ():
+            if name in self._on_host:
+                triple = engine.get_tensor_profile_values(index, name)
+            else:
+                triple = engine.get_tensor_profile_shape(name, index)
+            if len(triple) == 3:
+                low, usual, high = (tuple(map(int, shape)) for shape in triple)
+                ranges[name] = InputRange(min=low, opt=usual, max=high, is_values=name in self._on_host)
+        return ShapeProfile(ranges=ranges)
+
+    def _failure(self, action: str, kind: type[InputShapeError | ExecutionError] = ExecutionError) -> Exception:
+        said = self._tensorrt.log.last_error()
+        if self._allocation_error is not None or re.search("out ?of ?memory", said, re.IGNORECASE):
+            return OutOfMemoryError(f"{self._tensorrt} has too little memory on {self._device.gpu.name}: {said}")
+        return kind(f"{self._tensorrt} could not {action}: {said}")
+
+    def release(self) -> None:
+        with self._device.current():
+            self._stream.synchronize()
+            # In this order: a context needs its engine, an engine its runtime.
+            self._context = None
+            self._engine = None
+            self._runtime = None
+            for pinned in self._host.values():
+                pinned.free()
+            for memory in self._memory.values():
+                memory.free()
+            self._stream.close()
