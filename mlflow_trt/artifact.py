@@ -1,0 +1,233 @@
+"""The model folder: what lies where, the record, the digests, and which engine fits a machine.
+
+    model.onnx (+ its external data)                the source model, as the user gave it
+    typed/<precision>.onnx (+ its external data)    the typed model, where it differs from the source model
+    engines/<distribution>-<version>-<target>.plan  raw plans
+    mlflow_trt.json                                 the record
+
+The files of MLflow itself (MLmodel, requirements.txt, ...) are written by `flavor`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from mlflow_trt._version import __version__
+from mlflow_trt.convert.conversion import Conversion
+from mlflow_trt.convert.onnx_model import MODEL_FILE, combined_digest, copy_files, sha256_of
+from mlflow_trt.convert.recipe import Recipe
+from mlflow_trt.errors import ArtifactError, FormatError, IntegrityError
+from mlflow_trt.spec import (
+    BatchAxis,
+    ComputeCapability,
+    Distribution,
+    EngineRecord,
+    Gpu,
+    HardwareCompatibility,
+    PrecisionReport,
+    ShapeProfile,
+    TensorSpec,
+)
+
+RECORD_FILE = "mlflow_trt.json"
+FORMAT = 1
+"""The newest record format that this version reads and the one that it writes."""
+
+_AMPERE = ComputeCapability(8, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredModel:
+    """An ONNX model in the folder: its file, and the sha256 of each of its files, external data included."""
+
+    file: str
+    files: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        return combined_digest(self.files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What `mlflow_trt.json` says.
+
+    `typed` equals `source` where the precision pass changed nothing. `remarks` is what the user was told about choices
+    made for them. `lineage` tells where the source model came from, for one that was converted from the registry.
+    """
+
+    format: int
+    mlflow_trt_version: str
+    source: StoredModel
+    typed: StoredModel
+    recipe: Recipe
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[ShapeProfile, ...]
+    batch_axis: BatchAxis | None
+    precision_report: PrecisionReport
+    engines: tuple[EngineRecord, ...]
+    remarks: tuple[str, ...] = ()
+    lineage: Mapping[str, str] = field(default_factory=dict)
+
+
+_records = TypeAdapter(Record)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFolder:
+    """A model folder that was read. Nothing here writes to it."""
+
+    path: Path
+    record: Record
+
+    def checked_model(self, model: StoredModel) -> Path:
+        """The path of an ONNX model, after its files were found to be the ones that were logged."""
+        for name, expected in model.files.items():
+            self._compare(name, sha256_of(self._existing(name)), expected)
+        return self.path / model.file
+
+    def read_plan(self, engine: EngineRecord) -> bytes:
+        """The bytes of a plan, which were checked before anybody can deserialize them."""
+        plan = self._existing(engine.file).read_bytes()
+        self._compare(engine.file, hashlib.sha256(plan).hexdigest(), engine.sha256)
+        return plan
+
+    def _existing(self, name: str) -> Path:
+        path = self.path / name
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing; download the model again", path=path)
+        return path
+
+    def _compare(self, name: str, actual: str, expected: str) -> None:
+        if actual != expected:
+            raise IntegrityError(
+                f"{self.path / name} is not the file that was logged: its sha256 is {actual}, expected {expected}. "
+                "It is not used; download the model again, or log it again.",
+                path=self.path / name,
+            )
+
+
+def write_folder(conversion: Conversion, folder: Path, lineage: Mapping[str, str] | None = None) -> Record:
+    """Write the source model, the typed model, the engine and the record into `folder`, which exists."""
+    source = conversion.source
+    source.copy_to(folder)
+    stored_source = StoredModel(file=MODEL_FILE, files=source.files)
+    engine = replace(conversion.engine, file=f"engines/{_plan_name(conversion.engine)}")
+    (folder / "engines").mkdir()
+    shutil.copyfile(conversion.plan, folder / engine.file)
+    record = Record(
+        format=FORMAT,
+        mlflow_trt_version=__version__,
+        source=stored_source,
+        typed=_write_typed(conversion, folder) or stored_source,
+        recipe=conversion.recipe,
+        inputs=source.inputs,
+        outputs=source.outputs,
+        profiles=conversion.profiles.profiles,
+        batch_axis=conversion.profiles.batch_axis,
+        precision_report=conversion.precision_report,
+        engines=(engine,),
+        remarks=conversion.profiles.remarks,
+        lineage=dict(lineage or {}),
+    )
+    (folder / RECORD_FILE).write_bytes(_records.dump_json(record, indent=2) + b"\n")
+    return record
+
+
+def read_folder(path: Path) -> ModelFolder:
+    """Read the record of a model folder.
+
+    Raises ArtifactError where there is none or it makes no sense, FormatError where a newer mlflow-trt wrote it.
+    """
+    file = path / RECORD_FILE
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{path} has no {RECORD_FILE}: it is not a model that mlflow-trt logged. "
+            "Convert an ONNX model with mlflow_trt.log_model or `mlflow-trt convert`.",
+            path=path,
+        ) from None
+    except ValueError as error:
+        raise ArtifactError(f"{file} is damaged ({error}); download the model again", path=file) from error
+    version = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(version, int):
+        raise ArtifactError(f"{file} names no format; it is not a record of mlflow-trt", path=file)
+    if version > FORMAT:
+        raise FormatError(
+            f"{file} is of format {version}, written by mlflow-trt {content.get('mlflow_trt_version', 'unknown')}; "
+            f"this is mlflow-trt {__version__}, which reads up to format {FORMAT}. Upgrade mlflow-trt.",
+            path=file,
+        )
+    try:
+        record = _records.validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ArtifactError(
+            f"{file} is damaged: {where}: {first['msg']}; download the model again", path=file
+        ) from None
+    names = (*record.source.files, *record.typed.files, *(engine.file for engine in record.engines))
+    for name in (PurePosixPath(name) for name in names):
+        if name.is_absolute() or ".." in name.parts:
+            raise ArtifactError(f"{file} names {name}, which is outside of the model folder", path=file)
+    return ModelFolder(path=path, record=record)
+
+
+def record_to_dict(record: Record) -> dict[str, Any]:
+    """The record as it stands in its file."""
+    content: dict[str, Any] = _records.dump_python(record, mode="json")
+    return content
+
+
+def why_not(engine: EngineRecord, distribution: Distribution, version: str, gpu: Gpu) -> str | None:
+    """Why an engine cannot run on this TensorRT and GPU, or None where nothing speaks against it."""
+    if engine.distribution is not distribution:
+        return f"it was built by {engine.distribution.label}, and this is {distribution.label}"
+    if not _version_fits(engine, version):
+        return f"it was built by {engine.distribution.label} {engine.version}, and this is {version}"
+    if not _gpu_fits(engine, gpu.compute_capability):
+        return f"it was built for {engine.target}, and this GPU is {gpu}"
+    return None
+
+
+def _version_fits(engine: EngineRecord, version: str) -> bool:
+    if engine.version == version:
+        return True
+    if not engine.version_compatible:
+        return False
+    built, here = (tuple(map(int, text.split(".")[:2])) for text in (engine.version, version))
+    return built[0] == here[0] and built <= here
+
+
+def _gpu_fits(engine: EngineRecord, compute_capability: ComputeCapability) -> bool:
+    if not engine.compute_capabilities or engine.hardware_compatibility is HardwareCompatibility.AMPERE_PLUS:
+        return compute_capability >= _AMPERE
+    return str(compute_capability) in engine.compute_capabilities
+
+
+def _write_typed(conversion: Conversion, folder: Path) -> StoredModel | None:
+    typed, source = conversion.typed, conversion.source
+    if typed.is_source:
+        return None
+    target = folder / "typed"
+    target.mkdir()
+    shutil.copyfile(typed.path, target / typed.path.name)
+    copy_files(source.external_files, typed.path.parent, target)
+    files = {typed.path.name: typed.sha256} | {name: source.files[name] for name in source.external_files}
+    return StoredModel(
+        file=f"typed/{typed.path.name}", files={f"typed/{name}": digest for name, digest in files.items()}
+    )
+
+
+def _plan_name(engine: EngineRecord) -> str:
+    return f"{engine.distribution}-{engine.version}-{engine.target}.plan"

@@ -1,0 +1,73 @@
+"""Engines that were rebuilt on this machine, in the user's cache directory.
+
+A model folder is never written to after it was logged, so what does not fit this machine is built again and kept here,
+under a key that changes with everything that went into it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import platformdirs
+from pydantic import TypeAdapter, ValidationError
+
+from mlflow_trt._logging import get_logger
+from mlflow_trt.spec import EngineRecord
+
+DIRECTORY_VARIABLE = "MLFLOW_TRT_CACHE_DIR"
+
+_RECORD = "engine.json"
+_PLAN = "engine.plan"
+_log = get_logger(__name__)
+_records = TypeAdapter(EngineRecord)
+
+
+def directory() -> Path:
+    """`$MLFLOW_TRT_CACHE_DIR`, else the user's cache directory."""
+    configured = os.environ.get(DIRECTORY_VARIABLE)
+    return Path(configured) if configured else platformdirs.user_cache_path("mlflow-trt")
+
+
+def key_of(parts: Mapping[str, object]) -> str:
+    """The sha256 of everything that an engine depends on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def find_engine(key: str) -> tuple[EngineRecord, bytes] | None:
+    """The engine stored under `key`. One that is incomplete or was changed is removed: it can be built again."""
+    folder = directory() / "engines" / key
+    if not folder.is_dir():
+        return None
+    try:
+        record = _records.validate_json((folder / _RECORD).read_bytes())
+        plan = (folder / _PLAN).read_bytes()
+    except (OSError, ValidationError):
+        record, plan = None, b""
+    if record is None or hashlib.sha256(plan).hexdigest() != record.sha256:
+        _log.warning("The cached engine in %s is damaged and is built again", folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    return record, plan
+
+
+def store_engine(key: str, record: EngineRecord, plan: Path) -> None:
+    """Keep the engine in the file `plan`: whole or not at all, also when several processes do so at once."""
+    folder = directory() / "engines" / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as partial:
+        aside = Path(partial) / "engine"
+        aside.mkdir()
+        shutil.copyfile(plan, aside / _PLAN)
+        (aside / _RECORD).write_bytes(_records.dump_json(record, indent=2))
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            # Another process was first, with an engine of the same key.

@@ -1,0 +1,307 @@
+"""The MLflow face: save, log and load models of the flavor `mlflow_trt`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx
+from mlflow import pyfunc
+from mlflow.models import Model, ModelSignature
+from mlflow.models.model import ModelInfo
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
+from mlflow.tracking.artifact_utils import _download_artifact_from_uri
+
+from mlflow_trt._logging import get_logger
+from mlflow_trt.artifact import RECORD_FILE, Record, read_folder
+from mlflow_trt.convert.builder import Progress
+from mlflow_trt.convert.conversion import Conversion, convert
+from mlflow_trt.convert.onnx_model import OnnxModel, read_onnx
+from mlflow_trt.convert.recipe import BatchRequest, Recipe, ShapesRequest
+from mlflow_trt.errors import ArtifactError, MlflowTrtError
+from mlflow_trt.loading import LoadSettings, open_session
+from mlflow_trt.packaging import FLAVOR_NAME, PackagingOptions, check_target, write_model
+from mlflow_trt.progress import shown_progress
+from mlflow_trt.runtime.device import open_device
+from mlflow_trt.runtime.session import Session
+from mlflow_trt.signatures import example_shapes
+from mlflow_trt.spec import Precision
+
+_log = get_logger(__name__)
+
+OnnxSource = str | os.PathLike[str] | onnx.ModelProto
+
+
+def save_model(
+    onnx_model: OnnxSource,
+    path: str | os.PathLike[str],
+    *,
+    precision: Precision | str | None = None,
+    batch: BatchRequest | None = None,
+    shapes: ShapesRequest | None = None,
+    recipe: Recipe | None = None,
+    targets: Sequence[str] | str | None = None,
+    signature: ModelSignature | bool | None = None,
+    input_example: Any = None,
+    model_config: Mapping[str, Any] | None = None,
+    conda_env: Any = None,
+    code_paths: list[str] | None = None,
+    mlflow_model: Model | None = None,
+    pip_requirements: Any = None,
+    extra_pip_requirements: Any = None,
+    metadata: dict[str, Any] | None = None,
+    extra_files: list[str] | None = None,
+    lineage: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Convert an ONNX model and save it, with its engine, as an MLflow model in a folder.
+
+    Args:
+        onnx_model: the path of an ONNX file, with its external data beside it, or an onnx.ModelProto, which is not
+            changed. Models above 2 GB need a path.
+        path: the folder to write; it must not exist, or be empty. It is written whole or not at all.
+        precision: `fp32` (default) or `tf32`.
+        batch: rows along axis 0: a number for a static batch, (min, opt, max) for a range, None to take it from the
+            model. Other sizes are split and padded where every output carries the batch axis.
+        shapes: {input: (min, opt, max)} shapes of inputs with other axes that vary; a list makes several optimization
+            profiles. Axes that share a name share their range, and -1 is filled in from `batch` or the model.
+        recipe: everything about the engine in one object, instead of the four keywords above and `targets`.
+        targets: compute capabilities to build for, such as `["sm86", "sm120"]`; TensorRT-RTX only.
+        signature: None derives one of named tensors from the graph. With False the model gets none, and MLflow passes
+            inputs on unchecked: DataFrames then stay DataFrames, in and out.
+        input_example: stored with the model. Its shapes fix the axes that nothing else says anything about.
+        model_config: load settings (see LoadSettings) that the model gets as its defaults.
+        lineage: where the source model came from; kept in the record.
+        progress: called while the engine is built; None shows it on standard error.
+        conda_env, code_paths, mlflow_model, pip_requirements, extra_pip_requirements, metadata, extra_files: as for
+            `mlflow.onnx.save_model`.
+
+    Raises:
+        OnnxModelError: the model cannot be read, lacks weights, or has inputs or outputs that TensorRT cannot have.
+        RecipeError: the recipe contradicts itself or the model.
+        BuildError: TensorRT built no engine; UnsupportedModelError names the nodes it cannot run.
+        MissingDependencyError: no TensorRT is installed.
+    """
+    check_target(Path(path))
+    request = Recipe.of(recipe, precision=precision, batch=batch, shapes=shapes, targets=targets)
+    options = PackagingOptions(
+        settings=LoadSettings.of(model_config),
+        signature=signature,
+        input_example=input_example,
+        conda_env=conda_env,
+        code_paths=code_paths,
+        pip_requirements=pip_requirements,
+        extra_pip_requirements=extra_pip_requirements,
+        metadata=metadata,
+        extra_files=extra_files,
+        lineage=lineage or {},
+    )
+    with converted(onnx_model, request, input_example=input_example, progress=progress) as conversion:
+        write_model(conversion, Path(path), options, mlflow_model)
+
+
+def log_model(
+    onnx_model: OnnxSource,
+    name: str | None = None,
+    *,
+    precision: Precision | str | None = None,
+    batch: BatchRequest | None = None,
+    shapes: ShapesRequest | None = None,
+    recipe: Recipe | None = None,
+    targets: Sequence[str] | str | None = None,
+    signature: ModelSignature | bool | None = None,
+    input_example: Any = None,
+    model_config: Mapping[str, Any] | None = None,
+    registered_model_name: str | None = None,
+    await_registration_for: int | None = DEFAULT_AWAIT_MAX_SLEEP_SECONDS,
+    conda_env: Any = None,
+    code_paths: list[str] | None = None,
+    pip_requirements: Any = None,
+    extra_pip_requirements: Any = None,
+    metadata: dict[str, Any] | None = None,
+    extra_files: list[str] | None = None,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, Any] | None = None,
+    model_type: str | None = None,
+    step: int = 0,
+    model_id: str | None = None,
+    validate_serving_input: bool | None = None,
+    lineage: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> ModelInfo:
+    """Convert an ONNX model and log it, with its engine, to MLflow; register it with `registered_model_name`.
+
+    The engine is built before anything is logged: a conversion that fails leaves no trace in the store. Precision,
+    batch range, TensorRT version and targets become params and tags (`mlflow_trt.precision`, ...) of the logged model
+    and tags of the model version, where they can be searched for.
+
+    Args:
+        name: the name of the logged model.
+        registered_model_name: register a version under this name, creating the registered model if need be.
+        validate_serving_input: whether MLflow loads the logged model once to try the input example on it; None does so
+            where a GPU can run it.
+        await_registration_for, params, tags, model_type, step, model_id: as for `mlflow.onnx.log_model`.
+
+        The others are those of `save_model`, which also lists what is raised.
+
+    Returns:
+        What every MLflow flavor returns: the logged model's URI, signature and, if registered, version.
+    """
+    request = Recipe.of(recipe, precision=precision, batch=batch, shapes=shapes, targets=targets)
+    options = PackagingOptions(
+        settings=LoadSettings.of(model_config),
+        signature=signature,
+        input_example=input_example,
+        conda_env=conda_env,
+        code_paths=code_paths,
+        pip_requirements=pip_requirements,
+        extra_pip_requirements=extra_pip_requirements,
+        metadata=metadata,
+        extra_files=extra_files,
+        lineage=lineage or {},
+    )
+    if validate_serving_input is None:
+        validate_serving_input = input_example is not None and _can_run_here(options.settings)
+    with converted(onnx_model, request, input_example=input_example, progress=progress) as conversion:
+
+        def save(path: str, mlflow_model: Model, validate_serving_input: bool) -> None:
+            del validate_serving_input  # Model.log reads it, and passes on all its keywords
+            write_model(conversion, Path(path), options, mlflow_model)
+
+        facts = searchable_facts(conversion)
+        info: ModelInfo = Model.log(
+            artifact_path=None,
+            name=name,
+            flavor=SimpleNamespace(__name__=FLAVOR_NAME, save_model=save),
+            registered_model_name=registered_model_name,
+            await_registration_for=await_registration_for,
+            params={**facts, **(params or {})},
+            tags={**facts, **(tags or {})},
+            model_type=model_type,
+            step=step,
+            model_id=model_id,
+            validate_serving_input=validate_serving_input,
+        )
+        return info
+
+
+def load_model(
+    model_uri: str,
+    dst_path: str | None = None,
+    *,
+    runtime: str | None = None,
+    on_mismatch: str | None = None,
+    device: int | None = None,
+    kernel_specialization: str | None = None,
+    progress: Progress | None = None,
+) -> Session:
+    """Load a model for its native interface, a Session. `mlflow.pyfunc.load_model` loads it the MLflow way.
+
+    Args:
+        model_uri: any model URI of MLflow, such as `models:/resnet50-trt/1` or a local folder.
+        dst_path: an existing folder to download to; a temporary one if left out.
+        runtime, on_mismatch, device, kernel_specialization: load settings, see LoadSettings; None takes the ones that
+            the model was logged with.
+        progress: called while an engine is built for this machine; None shows it on standard error.
+
+    Raises:
+        ArtifactError: it is no model of this flavor; IntegrityError: one of its files is not the one that was logged.
+        RuntimeUnavailableError, EngineMismatchError, ExecutionError: it cannot run here, and why.
+    """
+    folder = read_folder(Path(_download_artifact_from_uri(model_uri, output_path=dst_path)))
+    given = {
+        "runtime": runtime,
+        "on_mismatch": on_mismatch,
+        "device": device,
+        "kernel_specialization": kernel_specialization,
+    }
+    logged = Model.load(str(folder.path)).flavors[pyfunc.FLAVOR_NAME].get(pyfunc.MODEL_CONFIG) or {}
+    settings = LoadSettings.of(logged | {name: value for name, value in given.items() if value is not None})
+    with _progress("Building a TensorRT engine for this machine", progress) as shown:
+        return open_session(folder, settings, shown)
+
+
+def read_record(model_uri: str) -> Record:
+    """The record of a model, without downloading its weights and engines.
+
+    Raises ArtifactError where it is no model of this flavor.
+    """
+    flavors = Model.load(model_uri).flavors
+    if FLAVOR_NAME not in flavors:
+        raise ArtifactError(
+            f"{model_uri} has the flavors {', '.join(flavors)}, not {FLAVOR_NAME}; "
+            "make a model of it with mlflow_trt.log_model or `mlflow-trt convert`"
+        )
+    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+        get_artifact_repository(model_uri).download_artifacts(RECORD_FILE, workdir)
+        return read_folder(Path(workdir)).record
+
+
+@contextmanager
+def converted(
+    onnx_model: OnnxSource,
+    recipe: Recipe,
+    *,
+    input_example: Any = None,
+    progress: Progress | None = None,
+) -> Iterator[Conversion]:
+    """Convert in a temporary folder, which is removed when the block ends, however it ends."""
+    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+        source = read_onnx(onnx_model, Path(workdir))
+        shapes = example_shapes(input_example, source.inputs)
+        with _progress(f"Building a TensorRT engine of {_name_of(source)}", progress) as shown:
+            conversion = convert(source, recipe, Path(workdir), example_shapes=shapes, progress=shown)
+        for remark in conversion.profiles.remarks:
+            _log.info("%s", remark)
+        _log.info("Built %s, %.1f MB, in %.1f s", *_summary(conversion))
+        yield conversion
+
+
+def searchable_facts(conversion: Conversion) -> dict[str, str]:
+    """What is worth searching for, as it appears in params and tags."""
+    engine, axis = conversion.engine, conversion.profiles.batch_axis
+    facts = {
+        "mlflow_trt.precision": str(conversion.recipe.precision),
+        "mlflow_trt.tensorrt": f"{engine.distribution} {engine.version}",
+        "mlflow_trt.target": engine.target,
+        "mlflow_trt.source_digest": conversion.source.digest,
+    }
+    if axis is not None:
+        ranges = [profile.ranges[axis.inputs[0]] for profile in conversion.profiles.profiles]
+        facts["mlflow_trt.batch"] = (
+            f"{min(r.min[0] for r in ranges)}:{ranges[0].opt[0]}:{max(r.max[0] for r in ranges)}"
+        )
+    return facts
+
+
+def _can_run_here(settings: LoadSettings) -> bool:
+    if settings.runtime != "tensorrt":
+        return True
+    try:
+        open_device(settings.device)
+    except MlflowTrtError:
+        return False
+    return True
+
+
+@contextmanager
+def _progress(what: str, given: Progress | None) -> Iterator[Progress]:
+    if given is not None:
+        yield given
+    else:
+        with shown_progress(what) as shown:
+            yield shown
+
+
+def _name_of(source: OnnxModel) -> str:
+    return source.proto.graph.name or source.path.name
+
+
+def _summary(conversion: Conversion) -> tuple[object, float, float]:
+    return conversion.engine, conversion.engine.size / 1e6, conversion.engine.build_seconds

@@ -1,0 +1,193 @@
+"""The load policy: model folder and settings in, session out.
+
+What runs is what was asked for, or an error says what to do. The one exception is `runtime="auto"`, which is asked for.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mlflow_trt import cache, trt
+from mlflow_trt._logging import get_logger
+from mlflow_trt.artifact import ModelFolder, why_not
+from mlflow_trt.convert.builder import Progress, build_engine
+from mlflow_trt.convert.recipe import Recipe
+from mlflow_trt.errors import ArtifactError, EngineMismatchError, MlflowTrtError, RecipeError
+from mlflow_trt.runtime.device import Device, open_device
+from mlflow_trt.runtime.session import Session
+from mlflow_trt.spec import Distribution, HardwareCompatibility
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadSettings:
+    """How a model is loaded. They are logged with the model, so that `model_config=` and the environment can override
+    each of them.
+
+    Args:
+        runtime: `tensorrt`: a GPU engine or an error. `auto`: TensorRT where it can run, else ONNX Runtime with a
+            warning that names the reason. `onnxruntime`: the source model on the CPU.
+        on_mismatch: no stored engine fits this GPU and TensorRT: `rebuild` one into the cache, with a warning, or
+            `error`.
+        device: CUDA device ordinal.
+        kernel_specialization: TensorRT-RTX only. `eager` gives the same result from the first call of a new shape on;
+            `lazy` answers sooner.
+    """
+
+    runtime: str = "tensorrt"
+    on_mismatch: str = "rebuild"
+    device: int = 0
+    kernel_specialization: str = "eager"
+
+    def __post_init__(self) -> None:
+        choices = {
+            "runtime": ("tensorrt", "auto", "onnxruntime"),
+            "on_mismatch": ("rebuild", "error"),
+            "kernel_specialization": ("eager", "lazy"),
+        }
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise RecipeError(f"{name} is {value!r}; choose one of {', '.join(known)}", option=name)
+        if not isinstance(self.device, int) or isinstance(self.device, bool) or self.device < 0:
+            raise RecipeError(f"device is {self.device!r}; expected a CUDA device ordinal, 0 or more", option="device")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any] | None) -> LoadSettings:
+        """Settings from a mapping such as `model_config`. Raises RecipeError for an unknown name or value."""
+        known = [field.name for field in fields(cls)]
+        unknown = [name for name in values or {} if name not in known]
+        if unknown:
+            raise RecipeError(
+                f"unknown load setting {unknown[0]!r}; there are {', '.join(known)}", option=str(unknown[0])
+            )
+        return cls(**(values or {}))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def open_session(folder: ModelFolder, settings: LoadSettings, progress: Progress | None = None) -> Session:
+    """Load the model with the runtime that `settings` ask for.
+
+    Raises:
+        RuntimeUnavailableError: there is no GPU, or a package is missing (MissingDependencyError).
+        EngineMismatchError: no stored engine fits and `on_mismatch` is `error`.
+        IntegrityError: a file is not the one that was logged, whatever the runtime.
+        BuildError, ExecutionError: an engine could not be rebuilt, or not be loaded.
+    """
+    if settings.runtime == "onnxruntime":
+        return _open_onnxruntime(folder)
+    try:
+        return _open_tensorrt(folder, settings, progress)
+    except ArtifactError:
+        raise
+    except MlflowTrtError as error:
+        if settings.runtime != "auto":
+            raise
+        _log.warning("Running on ONNX Runtime, on the CPU, since TensorRT cannot run here: %s", error.message)
+        session = _open_onnxruntime(folder)
+        session.fallback_reason = error.message
+        return session
+
+
+def _open_onnxruntime(folder: ModelFolder) -> Session:
+    from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
+
+    record = folder.record
+    return OnnxRuntimeSession(folder.checked_model(record.source), record.inputs, record.outputs)
+
+
+def _open_tensorrt(folder: ModelFolder, settings: LoadSettings, progress: Progress | None) -> Session:
+    from mlflow_trt.runtime.tensorrt import TensorRTSession
+
+    record = folder.record
+    tensorrt = trt.load(_distribution_for(folder))
+    device = open_device(settings.device)
+
+    def session(plan: bytes) -> Session:
+        return TensorRTSession(
+            plan,
+            tensorrt=tensorrt,
+            device=device,
+            inputs=record.inputs,
+            outputs=record.outputs,
+            batch_axis=record.batch_axis,
+            kernel_specialization=settings.kernel_specialization,
+        )
+
+    reasons = []
+    for engine in record.engines:
+        reason = why_not(engine, tensorrt.distribution, tensorrt.version, device.gpu)
+        if reason is None:
+            try:
+                return session(folder.read_plan(engine))
+            except EngineMismatchError as error:
+                reason = error.message
+        reasons.append(f"{engine.file}: {reason}")
+    problem = f"No stored engine fits {device.gpu} and {tensorrt} ({'; '.join(reasons)})"
+    if settings.on_mismatch == "error":
+        raise EngineMismatchError(
+            f"{problem}. Load with on_mismatch='rebuild', or log the model on a machine like this one.",
+            reasons=reasons,
+        )
+    return session(_rebuilt_plan(folder, tensorrt, device, problem, progress))
+
+
+def _distribution_for(folder: ModelFolder) -> Distribution | None:
+    """Of the installed distributions the first that the model has an engine of; None leaves the choice to trt."""
+    built = {engine.distribution for engine in folder.record.engines}
+    return next((distribution for distribution in trt.installed() if distribution in built), None)
+
+
+def _rebuilt_plan(
+    folder: ModelFolder, tensorrt: trt.TensorRT, device: Device, problem: str, progress: Progress | None
+) -> bytes:
+    record = folder.record
+    recipe = _for_this_machine(record.recipe, tensorrt, device)
+    key = cache.key_of(
+        {
+            "typed": record.typed.digest,
+            "recipe": asdict(recipe),
+            "profiles": [asdict(profile) for profile in record.profiles],
+            "tensorrt": str(tensorrt),
+            "gpu": str(device.gpu),
+            "driver": device.hardware.driver,
+        }
+    )
+    cached = cache.find_engine(key)
+    if cached is not None:
+        _log.info("%s; using the engine that was built before on this machine", problem)
+        return cached[1]
+    _log.warning("%s; building one, which is kept in %s", problem, cache.directory())
+    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+        plan = Path(workdir) / "engine.plan"
+        engine = build_engine(
+            folder.checked_model(record.typed),
+            plan,
+            recipe,
+            record.profiles,
+            distribution=tensorrt.distribution,
+            gpu=device.gpu.uuid,
+            progress=progress,
+        )
+        cache.store_engine(key, engine, plan)
+        _log.info("Built %s in %.1f s", engine, engine.build_seconds)
+        return plan.read_bytes()
+
+
+def _for_this_machine(recipe: Recipe, tensorrt: trt.TensorRT, device: Device) -> Recipe:
+    """The recipe without what concerns other machines: a rebuilt engine has one target, this GPU."""
+    here = str(device.gpu.compute_capability)
+    return replace(
+        recipe,
+        targets=(here,) if here in tensorrt.compute_capabilities() else (),
+        hardware_compatibility=HardwareCompatibility.NONE,
+        version_compatible=False,
+        timing_cache=None,
+    )

@@ -1,0 +1,170 @@
+"""A conversion as an MLflow model: the MLmodel file, the environment, and the folder written whole or not at all.
+
+What is private to MLflow and yet needed by every flavor is imported here.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+import yaml
+from mlflow import pyfunc
+from mlflow.models import Model, ModelSignature
+from mlflow.models.model import MLMODEL_FILE_NAME
+from mlflow.models.utils import _save_example
+from mlflow.utils.environment import (
+    _CONDA_ENV_FILE_NAME,
+    _CONSTRAINTS_FILE_NAME,
+    _PYTHON_ENV_FILE_NAME,
+    _REQUIREMENTS_FILE_NAME,
+    _process_conda_env,
+    _process_pip_requirements,
+    _PythonEnv,
+    _validate_env_arguments,
+)
+from mlflow.utils.file_utils import get_total_file_size
+from mlflow.utils.model_utils import _copy_extra_files, _validate_and_copy_code_paths
+
+from mlflow_trt._version import __version__
+from mlflow_trt.artifact import Record, write_folder
+from mlflow_trt.convert.conversion import Conversion
+from mlflow_trt.convert.onnx_model import MODEL_FILE
+from mlflow_trt.errors import RecipeError
+from mlflow_trt.loading import LoadSettings
+from mlflow_trt.signatures import signature_of
+
+FLAVOR_NAME = "mlflow_trt"
+
+
+def get_default_pip_requirements(record: Record | None = None) -> list[str]:
+    """What a model of this flavor needs: this package, and the very TensorRT that built its engines.
+
+    They are listed, not inferred: MLflow's inference would load and run the model, and never finds the flavor itself.
+    """
+    pinned = [f"{name}=={importlib.metadata.version(name)}" for name in ("mlflow", "numpy", "onnx")]
+    engines = record.engines if record is not None else ()
+    tensorrt = sorted({f"{engine.distribution.requirement}=={engine.version}" for engine in engines})
+    extra = "rtx" if any("rtx" in requirement for requirement in tensorrt) else "tensorrt"
+    return [*pinned, f"mlflow-trt[cuda,{extra}]=={__version__}", *tensorrt]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackagingOptions:
+    """What the user decides about the MLflow model around an engine; the keywords of `save_model` explain each.
+
+    Checked when made, which is before anything is built. Raises what MLflow raises, and RecipeError for a missing file.
+    """
+
+    settings: LoadSettings
+    signature: ModelSignature | bool | None = None
+    input_example: Any = None
+    conda_env: Any = None
+    code_paths: list[str] | None = None
+    pip_requirements: Any = None
+    extra_pip_requirements: Any = None
+    metadata: dict[str, Any] | None = None
+    extra_files: list[str] | None = None
+    lineage: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _validate_env_arguments(self.conda_env, self.pip_requirements, self.extra_pip_requirements)
+        for option in ("code_paths", "extra_files"):
+            paths = getattr(self, option)
+            if paths is not None and not isinstance(paths, list):
+                raise RecipeError(f"{option} is {paths!r}; expected a list of paths", option=option)
+            for path in paths or ():
+                if ":/" not in str(path) and not Path(path).exists():
+                    raise RecipeError(f"{option}: {path} does not exist", option=option)
+
+
+def write_model(
+    conversion: Conversion, path: Path, options: PackagingOptions, mlflow_model: Model | None = None
+) -> None:
+    """Write the model folder of a conversion, whole or not at all."""
+    check_target(path)
+    model = Model() if mlflow_model is None else mlflow_model
+    with _written_aside(path) as folder:
+        record = write_folder(conversion, folder, options.lineage)
+        code = _validate_and_copy_code_paths(options.code_paths, str(folder))
+        if options.signature is None or options.signature is True:
+            model.signature = signature_of(record.inputs, record.outputs, record.profiles, record.batch_axis)
+        elif options.signature is not False:
+            model.signature = options.signature
+        if options.input_example is not None:
+            _save_example(model, options.input_example, str(folder))
+        if options.metadata is not None:
+            model.metadata = options.metadata
+        pyfunc.add_to_model(
+            model,
+            loader_module=FLAVOR_NAME,
+            conda_env=_CONDA_ENV_FILE_NAME,
+            python_env=_PYTHON_ENV_FILE_NAME,
+            code=code,
+            model_config=options.settings.to_dict(),
+        )
+        model.add_flavor("onnx", onnx_version=onnx.__version__, data=MODEL_FILE, code=code)
+        extra_files = _copy_extra_files(options.extra_files, str(folder))
+        model.add_flavor(FLAVOR_NAME, **_flavor_fields(record), code=code, **extra_files)
+        _write_environment(folder, record, options)
+        model.model_size_bytes = get_total_file_size(folder)
+        model.save(str(folder / MLMODEL_FILE_NAME))
+
+
+def check_target(path: Path) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RecipeError(f"{path} exists already; name a folder that does not exist or is empty", option="path")
+
+
+@contextmanager
+def _written_aside(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that takes its place when the block ends well, and vanishes when it does not."""
+    path = path.absolute()
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        aside.replace(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _flavor_fields(record: Record) -> dict[str, Any]:
+    return {
+        "format": record.format,
+        "precision": str(record.recipe.precision),
+        "profiles": [{name: str(limits) for name, limits in profile.ranges.items()} for profile in record.profiles],
+        "engines": [
+            {
+                "file": engine.file,
+                "sha256": engine.sha256,
+                "tensorrt": f"{engine.distribution} {engine.version}",
+                "target": engine.target,
+            }
+            for engine in record.engines
+        ],
+        "source_digest": record.source.digest,
+    }
+
+
+def _write_environment(folder: Path, record: Record, options: PackagingOptions) -> None:
+    if options.conda_env is None:
+        defaults = get_default_pip_requirements(record) if options.pip_requirements is None else None
+        conda_env, requirements, constraints = _process_pip_requirements(
+            defaults, options.pip_requirements, options.extra_pip_requirements
+        )
+    else:
+        conda_env, requirements, constraints = _process_conda_env(options.conda_env)
+    (folder / _CONDA_ENV_FILE_NAME).write_text(yaml.safe_dump(conda_env, default_flow_style=False))
+    if constraints:
+        (folder / _CONSTRAINTS_FILE_NAME).write_text("\n".join(constraints))
+    (folder / _REQUIREMENTS_FILE_NAME).write_text("\n".join(requirements))
+    _PythonEnv.current().to_yaml(str(folder / _PYTHON_ENV_FILE_NAME))

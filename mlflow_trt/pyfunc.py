@@ -1,0 +1,116 @@
+"""The MLflow face of a session: the forms that `mlflow.pyfunc` passes in and expects back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from mlflow_trt.artifact import read_folder
+from mlflow_trt.errors import ExecutionError, InputError, InputShapeError
+from mlflow_trt.loading import LoadSettings, open_session
+from mlflow_trt.progress import shown_progress
+from mlflow_trt.runtime.session import Session
+from mlflow_trt.spec import TensorSpec
+
+Array = npt.NDArray[np.generic]
+
+
+def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyfuncModel:
+    """What `mlflow.pyfunc.load_model` and `mlflow models serve` call: the model folder and its load settings."""
+    folder = read_folder(Path(path))
+    with shown_progress("Loading the model") as progress:
+        return PyfuncModel(open_session(folder, LoadSettings.of(model_config), progress))
+
+
+class PyfuncModel:
+    """Takes a dict of arrays, an array, or a DataFrame; gives a dict of arrays, or for a DataFrame a DataFrame."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def predict(self, data: Any, params: Mapping[str, Any] | None = None) -> Any:
+        """Run the model. There are no `params`.
+
+        Raises:
+            InputError: the input does not fit the model.
+            ExecutionError: the runtime failed.
+        """
+        if params:
+            raise InputError(f"this model takes no params, and got {', '.join(params)}")
+        if isinstance(data, pd.DataFrame):
+            feeds = feeds_from_frame(data, self._session.inputs)
+            return frame_from_outputs(self._run(feeds), data.index)
+        if isinstance(data, Mapping):
+            return self._run(data)
+        if isinstance(data, (np.ndarray, list)):
+            if len(self._session.inputs) != 1:
+                names = ", ".join(spec.name for spec in self._session.inputs)
+                raise InputError(f"this model has several inputs ({names}): pass a dict or a DataFrame that names them")
+            return self._run({self._session.inputs[0].name: data})
+        raise InputError(f"expected a dict of arrays, an array or a DataFrame, got {type(data).__name__}")
+
+    def get_raw_model(self) -> Session:
+        """The session, for `pyfunc_model.get_raw_model()`: its `close()` frees the GPU."""
+        return self._session
+
+    def _run(self, feeds: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
+        # numpy has no bfloat16: JSON, DataFrames and signatures know float32, which holds its every value.
+        return {
+            name: output.astype(np.float32) if output.dtype.name == "bfloat16" else output
+            for name, output in self._session.run(feeds).items()
+        }
+
+
+def feeds_from_frame(frame: pd.DataFrame, specs: tuple[TensorSpec, ...]) -> dict[str, Array]:
+    """The inputs that a DataFrame holds: a column for each, or all columns together as the rows of a single input.
+
+    A cell is a number, a list or an array; a flat one is reshaped to the input's fixed dimensions.
+    """
+    if len(specs) == 1 and specs[0].name not in frame.columns:
+        return {specs[0].name: frame.to_numpy()}
+    missing = [spec.name for spec in specs if spec.name not in frame.columns]
+    if missing:
+        raise InputError(
+            f"the DataFrame has no column {missing[0]!r}; it has {', '.join(map(str, frame.columns))}",
+            tensor=missing[0],
+        )
+    return {spec.name: _column(frame[spec.name], spec) for spec in specs}
+
+
+def _column(column: pd.Series[Any], spec: TensorSpec) -> Array:
+    if column.dtype != object:
+        values = column.to_numpy()
+    else:
+        try:
+            values = np.stack([np.asarray(cell) for cell in column])
+        except ValueError as error:
+            raise InputShapeError(
+                f"the cells of column {spec.name!r} differ in shape: {error}", tensor=spec.name
+            ) from None
+    row = spec.fixed[1:]
+    if values.ndim <= 2 and len(row) != values.ndim - 1 and None not in row:
+        try:
+            values = values.reshape(len(values), *(size for size in row if size is not None))
+        except ValueError:
+            raise InputShapeError(
+                f"the cells of column {spec.name!r} have the shape {values.shape[1:]}; expected {row}", tensor=spec.name
+            ) from None
+    return values
+
+
+def frame_from_outputs(outputs: Mapping[str, Array], index: pd.Index[Any]) -> pd.DataFrame:
+    """One row for each row of input, one column for each output; a cell is a number or the row's array."""
+    columns: dict[str, Any] = {}
+    for name, output in outputs.items():
+        if output.ndim == 0 or len(output) != len(index):
+            raise ExecutionError(
+                f"output {name!r} has the shape {output.shape} for {len(index)} rows of input, so it does not fit into "
+                "a DataFrame; pass a dict of arrays instead"
+            )
+        columns[name] = output if output.ndim == 1 else pd.Series(list(output), index=index, dtype=object)
+    return pd.DataFrame(columns, index=index)
