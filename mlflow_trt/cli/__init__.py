@@ -1,0 +1,44 @@
+"""The command line: parse, call, render. Whatever takes time to import is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from mlflow_trt.cli.convert import convert
+from mlflow_trt.cli.doctor import doctor
+from mlflow_trt.cli.inspect import inspect
+
+app = typer.Typer(
+    name="mlflow-trt",
+    help="ONNX models as TensorRT engines in MLflow.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(convert)
+app.command()(inspect)
+app.command()(doctor)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        from mlflow_trt._version import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line. Errors that users can act on are printed in a line or a few, without a traceback."""
+    try:
+        app()
+    except Exception as error:
+        # Importing mlflow to name its base class would take seconds; if one was raised, it is imported already.
+        exceptions = sys.modules.get("mlflow.exceptions")
+        if exceptions is None or not isinstance(error, exceptions.MlflowException):
+            raise
+        typer.echo(f"Error: {error.message}", err=True)
+        sys.exit(1)

@@ -1,0 +1,71 @@
+"""Read the values of options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+
+def parse_batch(text: str) -> tuple[int, int, int]:
+    """`64` or `1:8:64`."""
+    parts = text.split(":")
+    try:
+        numbers = tuple(int(part) for part in parts)
+    except ValueError:
+        numbers = ()
+    if len(numbers) == 1:
+        return (numbers[0],) * 3
+    if len(numbers) != 3:
+        raise typer.BadParameter(f"{text!r}: expected a number like 64, or min:opt:max like 1:8:64")
+    return (numbers[0], numbers[1], numbers[2])
+
+
+def parse_shapes(text: str, option: str) -> dict[str, tuple[int, ...]]:
+    """`x:1x3x224x224,mask:1x128`, as trtexec writes it; a name may contain colons."""
+    shapes = {}
+    for item in filter(None, text.split(",")):
+        name, _, dims = item.rpartition(":")
+        try:
+            shapes[name] = tuple(int(dim) for dim in dims.split("x"))
+        except ValueError:
+            name = ""
+        if not name:
+            raise typer.BadParameter(f"{option}: {item!r}: expected input:dims, like x:1x3x224x224")
+    return shapes
+
+
+Triple = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+def combine_shapes(low: str, usual: str, high: str) -> dict[str, Triple]:
+    """The three shape options as one mapping; each must name the same inputs."""
+    options = {"--min-shapes": low, "--opt-shapes": usual, "--max-shapes": high}
+    parsed = {option: parse_shapes(text, option) for option, text in options.items()}
+    names = {name for shapes in parsed.values() for name in shapes}
+    for option, shapes in parsed.items():
+        for name in names - set(shapes):
+            raise typer.BadParameter(f"{option} does not name the input {name!r}, which another of the three does")
+    smallest, middle, largest = parsed.values()
+    return {name: (smallest[name], middle[name], largest[name]) for name in smallest}
+
+
+@contextmanager
+def results_on_stdout(enabled: bool) -> Iterator[None]:
+    """Keep standard output for the result: TensorRT's libraries, and whoever else, print to standard error instead."""
+    import os
+    import sys
+
+    if not enabled:
+        yield
+        return
+    sys.stdout.flush()
+    original = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(original, 1)
+        os.close(original)

@@ -1,0 +1,117 @@
+"""What the commands print: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from mlflow_trt.artifact import Record
+    from mlflow_trt.doctor import Diagnosis
+    from mlflow_trt.spec import BatchAxis
+
+
+def print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def print_facts(title: str, facts: Mapping[str, Any]) -> None:
+    """A table of two columns; facts without a value are left out."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        if value not in (None, "", ()):
+            table.add_row(name, Text(str(value)))
+    Console().print(table)
+
+
+def print_rows(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    Console().print(table)
+
+
+def print_record(uri: str, record: Record) -> None:
+    recipe = record.recipe
+    print_facts(
+        uri,
+        {
+            "precision": recipe.precision,
+            "batch axis": _batch_text(record.batch_axis),
+            "targets": ", ".join(recipe.targets),
+            "workspace": f"{recipe.workspace_bytes / 2**20:.0f} MiB" if recipe.workspace_bytes else None,
+            "optimization level": recipe.optimization_level,
+            "timing iterations": recipe.avg_timing_iterations,
+            "tactic sources": ", ".join(recipe.tactic_sources or ()),
+            "version compatible": "yes" if recipe.version_compatible else None,
+            "source model": f"{record.source.file}, sha256 {record.source.digest}",
+            "typed model": "equals the source model"
+            if record.typed == record.source
+            else f"{record.typed.file}, sha256 {record.typed.digest}",
+            "made from": record.lineage.get("source"),
+            "made by": f"mlflow-trt {record.mlflow_trt_version}, format {record.format}",
+            "remarks": "\n".join(record.remarks),
+        },
+    )
+    tensors = [("input", spec) for spec in record.inputs] + [("output", spec) for spec in record.outputs]
+    print_rows(
+        "\ntensors",
+        ("", "name", "dtype", "shape"),
+        [
+            (
+                role,
+                spec.name,
+                spec.dtype,
+                " x ".join("?" if dim is None else str(dim) for dim in spec.shape) or "scalar",
+            )
+            for role, spec in tensors
+        ],
+    )
+    print_rows(
+        "\noptimization profiles",
+        ("", "input", "min", "opt", "max"),
+        [
+            (number, name, *str(limits).split(":"))
+            for number, profile in enumerate(record.profiles)
+            for name, limits in profile.ranges.items()
+        ],
+    )
+    print_rows(
+        "\nengines",
+        ("file", "built by", "for", "on", "MB", "seconds", "sha256"),
+        [
+            (
+                engine.file,
+                f"{engine.distribution.label} {engine.version}",
+                engine.target,
+                engine.gpu or "no GPU",
+                f"{engine.size / 1e6:.1f}",
+                f"{engine.build_seconds:.1f}",
+                engine.sha256,
+            )
+            for engine in record.engines
+        ],
+    )
+
+
+def _batch_text(axis: BatchAxis | None) -> str:
+    if axis is None:
+        return "none"
+    origin = "declared" if axis.declared else "read off the graph"
+    use = "other sizes are split and padded" if axis.splits else "not carried by every output, so not split"
+    return f"axis 0 of {', '.join(axis.inputs)} ({origin}; {use})"
+
+
+def print_diagnosis(diagnosis: Diagnosis) -> None:
+    rows = [("ok" if check.ok else "no", check.name, check.detail) for check in diagnosis.checks]
+    print_rows("mlflow-trt doctor", ("", "", ""), rows)
