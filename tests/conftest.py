@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import Store
+from mlflow import MlflowClient
+from real_models import CLS, MAGIKA
+
+import mlflow_trt
+from mlflow_trt.hardware import probe
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    problem = probe().problem
+    if problem is None:
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=f"needs an NVIDIA GPU: {problem}"))
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(tmp_path, monkeypatch):
+    """No test sees engines that another one, or the user, cached."""
+    monkeypatch.setenv("MLFLOW_TRT_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory) -> Path:
+    """A database with MLflow's tables, which take seconds to make."""
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(scope="module")
+def module_store(tmp_path_factory, empty_database) -> Store:
+    return Store(tmp_path_factory.mktemp("store"), empty_database)
+
+
+@pytest.fixture
+def store(tmp_path, empty_database) -> Store:
+    return Store(tmp_path, empty_database)
+
+
+@pytest.fixture(scope="session")
+def magika_folder(tmp_path_factory) -> Path:
+    """magika, converted once for all tests that only read it."""
+    folder = tmp_path_factory.mktemp("magika") / "model"
+    mlflow_trt.save_model(MAGIKA.path(), folder, **MAGIKA.recipe)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cls_folder(tmp_path_factory) -> Path:
+    """The text direction classifier: a model whose typed model differs from the source model."""
+    folder = tmp_path_factory.mktemp("cls") / "model"
+    mlflow_trt.save_model(CLS.path(), folder, **CLS.recipe)
+    return folder

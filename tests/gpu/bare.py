@@ -1,0 +1,69 @@
+"""A TensorRT loop without this package: what its results are compared with, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pycuda.driver as cuda
+
+from mlflow_trt import trt
+from mlflow_trt.runtime.batching import Piece
+from mlflow_trt.runtime.device import open_device
+from mlflow_trt.runtime.dtypes import numpy_dtype
+
+
+class BareLoop:
+    """One context on one engine; synchronous copies from pageable memory, new buffers for each call."""
+
+    def __init__(self, plan: bytes) -> None:
+        loaded = trt.load()
+        self._trt = loaded._module
+        self._device = open_device(0)
+        with self._device.current():
+            logger = self._trt.Logger(self._trt.Logger.ERROR)
+            self._runtime = self._trt.Runtime(logger)
+            self._engine = self._runtime.deserialize_cuda_engine(plan)
+            if loaded.is_rtx:
+                config = self._engine.create_runtime_config()
+                strategies = self._trt.DynamicShapesKernelSpecializationStrategy
+                config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+                self._context = self._engine.create_execution_context(config)
+            else:
+                self._context = self._engine.create_execution_context()
+
+    def run(self, feeds):
+        with self._device.current():
+            stream = cuda.Stream()
+            kept, outputs = [], {}
+            names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+            for name in names:
+                if self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT:
+                    array = np.ascontiguousarray(feeds[name])
+                    assert self._context.set_input_shape(name, array.shape)
+                    kept.append(cuda.to_device(array))
+                    assert self._context.set_tensor_address(name, int(kept[-1]))
+            assert self._context.infer_shapes() == []
+            for name in names:
+                if self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.OUTPUT:
+                    dtype = numpy_dtype(trt._DTYPES[self._engine.get_tensor_dtype(name).name])
+                    outputs[name] = np.empty(tuple(self._context.get_tensor_shape(name)), dtype)
+                    kept.append(cuda.mem_alloc(max(outputs[name].nbytes, 1)))
+                    outputs[name, "memory"] = kept[-1]
+                    assert self._context.set_tensor_address(name, int(kept[-1]))
+            assert self._context.execute_async_v3(stream.handle)
+            stream.synchronize()
+            arrays = {name: array for name, array in outputs.items() if isinstance(name, str)}
+            for name, array in arrays.items():
+                cuda.memcpy_dtoh(array, outputs[name, "memory"])
+            return arrays
+
+    def run_piece(self, feeds, axis, piece: Piece):
+        """The rows of one piece, padded by hand: its last row once more."""
+        taken = dict(feeds)
+        for name in axis.inputs:
+            rows = list(range(piece.start, piece.stop))
+            taken[name] = feeds[name][rows + [rows[-1]] * (piece.size - len(rows))]
+        return {name: array[: piece.stop - piece.start] for name, array in self.run(taken).items()}
+
+    def close(self):
+        with self._device.current():
+            del self._context, self._engine, self._runtime

@@ -1,0 +1,139 @@
+"""The load policy where there is a GPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import mlflow
+import networks
+import numpy as np
+import pytest
+from compare import relative_error
+from helpers import Store
+from real_models import MAGIKA
+from serving import served
+
+import mlflow_trt
+from mlflow_trt import EngineMismatchError, IntegrityError, cache, doctor, loading
+from mlflow_trt.artifact import RECORD_FILE, read_folder
+
+pytestmark = pytest.mark.gpu
+
+X = networks.rows(5)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    mlflow_trt.save_model(networks.product(), tmp_path / "model", batch=(1, 4, 8))
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def expected(folder):
+    with mlflow_trt.load_model(str(folder), runtime="onnxruntime") as session:
+        return session.run({"x": X})
+
+
+def made_by_another_release(folder):
+    record = json.loads((folder / RECORD_FILE).read_text())
+    record["engines"][0]["version"] = "1.0.0.1"
+    (folder / RECORD_FILE).write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("runtime", ["tensorrt", "auto"])
+def test_the_stored_engine_is_used(runtime, folder, expected, monkeypatch):
+    monkeypatch.setattr(loading, "build_engine", None)
+    with mlflow_trt.load_model(str(folder), runtime=runtime) as session:
+        assert session.runtime == "tensorrt"
+        assert session.fallback_reason is None
+        assert "TensorRT" in session.description
+        assert relative_error(session.run({"x": X}), expected) < 2e-3
+
+
+def test_an_engine_that_does_not_fit_is_rebuilt_once(folder, expected, monkeypatch, caplog):
+    made_by_another_release(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with mlflow_trt.load_model(str(folder)) as session:
+        assert relative_error(session.run({"x": X}), expected) < 2e-3
+    assert "No stored engine fits" in caplog.text
+    assert "it was built by TensorRT-RTX 1.0.0.1, and this is" in caplog.text
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+    monkeypatch.setattr(loading, "build_engine", None)
+    with mlflow_trt.load_model(str(folder)) as session:
+        assert relative_error(session.run({"x": X}), expected) < 2e-3
+
+
+def test_a_damaged_cached_engine_is_built_again(folder, expected):
+    made_by_another_release(folder)
+    mlflow_trt.load_model(str(folder)).close()
+    for plan in (cache.directory() / "engines").glob("*/engine.plan"):
+        plan.write_bytes(plan.read_bytes()[:-1])
+    with mlflow_trt.load_model(str(folder)) as session:
+        assert relative_error(session.run({"x": X}), expected) < 2e-3
+
+
+def test_or_it_is_an_error(folder):
+    made_by_another_release(folder)
+    with pytest.raises(EngineMismatchError, match="Load with on_mismatch='rebuild'") as caught:
+        mlflow_trt.load_model(str(folder), on_mismatch="error")
+    assert "it was built by TensorRT-RTX 1.0.0.1" in caught.value.reasons[0]
+    assert not cache.directory().exists()
+
+
+def test_an_engine_for_another_gpu_does_not_fit(tmp_path):
+    mlflow_trt.save_model(networks.product(), tmp_path / "model", targets=["sm75"])
+    with pytest.raises(EngineMismatchError, match="it was built for sm75, and this GPU is"):
+        mlflow_trt.load_model(str(tmp_path / "model"), on_mismatch="error")
+    with mlflow_trt.load_model(str(tmp_path / "model")) as session:
+        assert session.run({"x": X})["y"].shape == (5, 8)
+
+
+@pytest.mark.parametrize("runtime", ["tensorrt", "auto"])
+def test_one_changed_byte_is_never_executed(runtime, folder):
+    plan = folder / read_folder(folder).record.engines[0].file
+    content = bytearray(plan.read_bytes())
+    content[-10] ^= 1
+    plan.write_bytes(content)
+    with pytest.raises(IntegrityError):
+        mlflow_trt.load_model(str(folder), runtime=runtime)
+
+
+def test_a_rebuilt_typed_model(cls_folder, tmp_path):
+    """cls is built from its typed model; the source model would not build."""
+    shutil.copytree(cls_folder, tmp_path / "cls")
+    made_by_another_release(tmp_path / "cls")
+    with mlflow_trt.load_model(str(tmp_path / "cls")) as session:
+        assert session.run({"x": np.zeros((2, 3, 48, 192), np.float32)})
+
+
+def test_a_user_can_choose_lazy_kernels(folder):
+    with mlflow_trt.load_model(str(folder), kernel_specialization="lazy") as session:
+        for _ in range(2):
+            assert session.run({"x": X})["y"].shape == (5, 8)
+
+
+def test_the_doctor_runs_an_engine():
+    diagnosis = doctor.examine()
+    assert diagnosis.can_build
+    assert diagnosis.can_run
+    assert diagnosis.can_run_on_cpu
+
+
+def test_served(tmp_path, empty_database):
+    store = Store(tmp_path, empty_database)
+    mlflow_trt.log_model(MAGIKA.path(), name="magika", registered_model_name="magika", **MAGIKA.recipe)
+    feeds = MAGIKA.feeds(11)
+    here = mlflow.pyfunc.load_model("models:/magika/1")
+    assert here.get_raw_model().runtime == "tensorrt"
+    expected = here.predict(feeds)["target_label"]
+    here.get_raw_model().close()
+    import requests
+
+    with served("models:/magika/1", store.uri, {}) as address:
+        for _ in range(3):
+            response = requests.post(f"{address}/invocations", json={"inputs": feeds["bytes"].tolist()}, timeout=120)
+            assert response.status_code == 200
+            scores = np.asarray(response.json()["predictions"]["target_label"], np.float32)
+            assert np.array_equal(scores, expected)

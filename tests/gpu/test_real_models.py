@@ -1,0 +1,88 @@
+"""Real models on the GPU: equal to a bare TensorRT loop bit for bit, and close to ONNX Runtime."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+
+import mlflow
+import numpy as np
+import pytest
+from compare import relative_error
+from real_models import ACCURATE, RealModel
+
+import mlflow_trt
+from mlflow_trt.artifact import read_folder
+from mlflow_trt.runtime.batching import pieces
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module", params=ACCURATE, ids=lambda model: model.name)
+def model(request) -> RealModel:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(model.name) / "model"
+    mlflow_trt.save_model(model.path(), folder, **model.recipe)
+    return read_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    started = time.perf_counter()
+    model = mlflow.pyfunc.load_model(str(folder.path))
+    yield model, time.perf_counter() - started
+    model.get_raw_model().close()
+
+
+@pytest.fixture(scope="module")
+def outputs(model, loaded):
+    return {rows: loaded[0].predict(model.feeds(rows)) for rows in model.rows_at_once}
+
+
+def test_close_to_onnxruntime(model, folder, loaded, outputs, report):
+    worst, largest = 0.0, 0.0
+    with mlflow_trt.load_model(str(folder.path), runtime="onnxruntime") as session:
+        for rows, actual in outputs.items():
+            expected = session.run(model.feeds(rows))
+            worst = max(worst, relative_error(actual, expected))
+            largest = max(largest, *(float(np.abs(actual[name] - expected[name]).max()) for name in expected))
+    engine = folder.record.engines[0]
+    rows = ", ".join(map(str, model.rows_at_once))
+    report((model.name, str(folder.record.recipe.precision), rows, f"{largest:.2e}", f"{worst:.2e}",
+            f"{engine.build_seconds:.2f}", f"{loaded[1]:.2f}"))  # fmt: skip
+    assert worst < model.relative_error
+
+
+def test_equal_to_a_bare_loop(model, folder, outputs):
+    from bare import BareLoop  # needs pycuda
+
+    record = folder.record
+    axis = record.batch_axis
+    loop = BareLoop(folder.read_plan(record.engines[0]))
+    try:
+        for rows, actual in outputs.items():
+            feeds = model.feeds(rows)
+            if axis is None:
+                expected = loop.run(feeds)
+            else:
+                limits = record.profiles[0].ranges[axis.inputs[0]]
+                parts = [loop.run_piece(feeds, axis, p) for p in pieces(rows, limits.min[0], limits.max[0])]
+                expected = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            for name, array in expected.items():
+                assert np.array_equal(actual[name], array), (name, rows)
+    finally:
+        loop.close()
+
+
+def test_eight_threads_at_once(model, loaded, outputs):
+    tasks = [rows for rows in model.rows_at_once for _ in range(8)]
+    feeds = {rows: model.feeds(rows) for rows in model.rows_at_once}
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda rows: loaded[0].predict(feeds[rows]), tasks))
+    for rows, result in zip(tasks, results, strict=True):
+        for name, array in outputs[rows].items():
+            assert np.array_equal(result[name], array), (name, rows)

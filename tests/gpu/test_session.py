@@ -1,0 +1,258 @@
+"""What a TensorRT session does with every kind of input, output and misuse."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import subprocess
+import sys
+import textwrap
+import threading
+
+import networks
+import numpy as np
+import pytest
+from compare import relative_error
+from helpers import read, reference
+
+from mlflow_trt import (
+    ExecutionError,
+    InputDtypeError,
+    InputShapeError,
+    OutOfMemoryError,
+    Recipe,
+    SessionClosedError,
+    trt,
+)
+from mlflow_trt.convert.conversion import convert
+from mlflow_trt.runtime import tensorrt
+from mlflow_trt.runtime.device import open_device
+from mlflow_trt.runtime.tensorrt import TensorRTSession
+
+pytestmark = pytest.mark.gpu
+
+TF32 = 2e-3  # what TensorRT-RTX makes of float32 products
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Convert a network and open a session on it and one on ONNX Runtime."""
+    with contextlib.ExitStack() as stack:
+
+        def open_both(model, *, on_cpu=True, kernel_specialization="eager", **recipe):
+            folder = tmp_path / str(len(list(tmp_path.iterdir())))
+            folder.mkdir()
+            conversion = convert(read(model, folder), Recipe(**recipe), folder)
+            session = TensorRTSession(
+                conversion.plan.read_bytes(),
+                tensorrt=trt.load(),
+                device=open_device(0),
+                inputs=conversion.source.inputs,
+                outputs=conversion.source.outputs,
+                batch_axis=conversion.profiles.batch_axis,
+                kernel_specialization=kernel_specialization,
+            )
+            stack.enter_context(session)
+            return session, stack.enter_context(reference(conversion.source)) if on_cpu else None
+
+        yield open_both
+
+
+def same(session, expected, feeds, tolerance=TF32):
+    outputs = session.run(feeds)
+    assert relative_error(outputs, expected.run(feeds)) <= tolerance
+    return outputs
+
+
+class TestShapes:
+    @pytest.mark.parametrize("rows", [1, 2, 5, 8, 9, 17])
+    def test_any_number_of_rows(self, rows, opened):
+        same(*opened(networks.product(), batch=(2, 4, 8)), {"x": networks.rows(rows)})
+
+    @pytest.mark.parametrize("rows", [1, 4, 6])
+    def test_a_static_batch(self, rows, opened):
+        same(*opened(networks.product(), batch=4), {"x": networks.rows(rows)})
+
+    def test_no_rows(self, opened):
+        session, _ = opened(networks.product(), batch=(1, 4, 8))
+        assert session.run({"x": networks.rows(0)})["y"].shape == (0, 8)
+
+    def test_buffers_grow_and_are_used_again(self, opened):
+        session, expected = opened(networks.product(), batch=(1, 4, 64))
+        for rows in (1, 64, 3, 32, 1):
+            same(session, expected, {"x": networks.rows(rows, seed=rows)})
+
+    def test_the_profile_that_fits_best(self, opened):
+        small, large = ((1, 16), (1, 16), (2, 16)), ((2, 16), (32, 16), (64, 16))
+        session, expected = opened(networks.product(), shapes=[{"x": small}, {"x": large}])
+        chosen = {rows: session._fitting_profile({"x": networks.rows(rows)}) for rows in (1, 2, 3, 64)}
+        assert chosen == {1: 0, 2: 0, 3: 1, 64: 1}
+        for rows in (1, 64, 2, 40, 1, 70):
+            same(session, expected, {"x": networks.rows(rows)})
+
+    def test_a_model_of_fixed_shapes(self, opened):
+        session, expected = opened(networks.product(batch=3))
+        same(session, expected, {"x": networks.rows(3)})
+        with pytest.raises(InputShapeError, match="expected 3 at axis 0"):
+            session.run({"x": networks.rows(2)})
+
+    def test_outside_of_every_profile(self, opened):
+        shapes = {"input_ids": ((-1, 4), (-1, 8), (-1, 16))}
+        session, _ = opened(networks.transformer(), batch=(1, 2, 4), shapes=shapes)
+        with pytest.raises(InputShapeError, match=r"built for input_ids 1x4:2x8:4x16.* and got input_ids \(2, 20\)"):
+            session.run(networks.sentences(2, 20))
+
+    def test_rows_that_cannot_be_split(self, opened):
+        session, _ = opened(networks.product(batch="sequence"), shapes={"x": ((1, 16), (4, 16), (8, 16))})
+        with pytest.raises(InputShapeError, match=r"built for x 1x16:4x16:8x16 \(min:opt:max\), and got x \(9, 16\)"):
+            session.run({"x": networks.rows(9)})
+
+
+class TestTensors:
+    @pytest.mark.parametrize("rows", [2, 3, 7])
+    def test_every_dtype(self, rows, opened):
+        session, expected = opened(networks.every_dtype(), batch=(1, 2, 4))
+        feeds = networks.every_dtype_feeds(rows)
+        outputs, wanted = session.run(feeds), expected.run(feeds)
+        for name, array in wanted.items():
+            assert outputs[name].dtype == array.dtype
+            assert np.array_equal(outputs[name], array), name
+
+    def test_bfloat16(self, opened):
+        session, _ = opened(networks.bfloat16_product(), on_cpu=False, batch=(1, 2, 4))
+        x = networks.rows(3)
+        weights = np.random.default_rng(1).standard_normal((16, 8)).astype(np.float32)
+        outputs = session.run({"x": x})["y"]
+        assert outputs.dtype.name == "bfloat16"
+        assert relative_error({"y": outputs.astype(np.float32)}, {"y": x @ weights}) < 2e-2
+
+    def test_shape_tensors_are_read_on_the_host(self, opened):
+        shapes = {"x": ((1, 16), (4, 16), (8, 16)), "shape": ((1, 1), (8, 8), (128, 128))}
+        session, expected = opened(networks.reshaped(), shapes=shapes)
+        for shape in ((8, 8), (4, 16), (2, 32)):
+            same(session, expected, {"x": networks.rows(4), "shape": np.array(shape)}, 0)
+        with pytest.raises(InputShapeError, match=r"shape 1x1:8x8:128x128.*shape \(0, 64\)"):
+            session.run({"x": networks.rows(4), "shape": np.array((0, 64))})
+
+    def test_shape_outputs_are_written_on_the_host(self, opened):
+        session, _ = opened(networks.shape_output(), shapes={"x": ((1, 16), (4, 16), (8, 16))})
+        outputs = session.run({"x": networks.rows(3)})
+        assert outputs["s"].tolist() == [3, 16]
+        assert np.array_equal(outputs["y"], np.maximum(networks.rows(3), 0))
+
+    def test_outputs_through_the_allocator(self, opened, monkeypatch):
+        """TensorRT-RTX has no operator whose output size depends on data, but its allocator works for any output."""
+        session, _ = opened(networks.product(), batch=(1, 4, 8))
+        plain = {rows: session.run({"x": networks.rows(rows)})["y"] for rows in (4, 8, 11)}
+        monkeypatch.setattr(tensorrt, "depends_on_data", lambda shape: True)
+        for rows, expected in plain.items():
+            assert np.array_equal(session.run({"x": networks.rows(rows)})["y"], expected)
+
+    def test_results_are_the_callers(self, opened):
+        session, _ = opened(networks.product(), batch=(1, 4, 8))
+        first = session.run({"x": networks.rows(4)})["y"]
+        kept = first.copy()
+        session.run({"x": networks.rows(4, seed=9)})
+        assert np.array_equal(first, kept)
+
+    def test_wrong_inputs_leave_the_session_usable(self, opened):
+        session, expected = opened(networks.product(), batch=(1, 4, 8))
+        for bad, error in ((np.array([["a"] * 16]), InputDtypeError), (networks.rows(2)[:, :3], InputShapeError)):
+            with pytest.raises(error):
+                session.run({"x": bad})
+        same(session, expected, {"x": networks.rows(4)})
+
+
+class TestThreadsAndLife:
+    def test_loaded_in_one_thread_used_in_others_closed_in_another(self, opened):
+        with concurrent.futures.ThreadPoolExecutor(1) as loader:
+            session, expected = loader.submit(opened, networks.product(), batch=(1, 4, 8)).result()
+        batches = [networks.rows(n % 11 + 1, seed=n) for n in range(200)]
+        alone = [session.run({"x": batch})["y"] for batch in batches]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            together = list(pool.map(lambda batch: session.run({"x": batch})["y"], batches))
+            pool.submit(session.close).result()
+        assert all(np.array_equal(one, two) for one, two in zip(alone, together, strict=True))
+        assert relative_error({"y": alone[3]}, expected.run({"x": batches[3]})) < TF32
+        with pytest.raises(SessionClosedError):
+            session.run({"x": batches[0]})
+
+    def test_close_waits_for_calls_in_flight(self, opened):
+        session, _ = opened(networks.product(), batch=(1, 4, 8))
+        started, results = threading.Barrier(9), []
+
+        def work():
+            started.wait()
+            for n in range(100):
+                try:
+                    results.append(session.run({"x": networks.rows(n % 8 + 1)})["y"].shape[0])
+                except SessionClosedError:
+                    results.append(0)
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        started.wait()
+        session.close()
+        session.close()
+        for thread in threads:
+            thread.join(timeout=60)
+        assert len(results) == 800
+        assert 0 in results
+
+    def test_two_sessions_side_by_side(self, opened):
+        first, second = (opened(networks.product(), batch=(1, 4, 8)) for _ in range(2))
+        same(*first, {"x": networks.rows(4)})
+        first[0].close()
+        same(*second, {"x": networks.rows(4)})
+
+    def test_too_little_memory_is_429_and_passes(self, opened):
+        import pycuda.driver as cuda
+
+        width = 1 << 20
+        relu = networks.model(
+            [networks.helper.make_node("Relu", ["x"], ["y"])],
+            [networks.value("x", networks.FLOAT, ["batch", width])],
+            [networks.value("y", networks.FLOAT, ["batch", width])],
+        )
+        session, _ = opened(relu, batch=(1, 2, 256))
+        x = np.ones((100, width), np.float32)
+        with open_device(0).current():
+            free, _ = cuda.mem_get_info()
+            hog = cuda.mem_alloc(free - (200 << 20))
+        try:
+            with pytest.raises(OutOfMemoryError, match="send smaller batches") as caught:
+                session.run({"x": x})
+        finally:
+            with open_device(0).current():
+                hog.free()
+        assert caught.value.get_http_status_code() == 429
+        assert session.run({"x": x})["y"].sum() == x.size
+
+    def test_bytes_that_are_no_plan(self, opened):
+        source = opened(networks.product())[0]
+        for plan in (b"", b"x" * 5000):
+            with pytest.raises((ExecutionError, RuntimeError), match="TensorRT"):
+                TensorRTSession(
+                    plan, tensorrt=trt.load(), device=open_device(0), inputs=source.inputs, outputs=source.outputs
+                )
+
+    @pytest.mark.parametrize("end", ["", "session.close()", "threading.Thread(target=use).start()"])
+    def test_the_process_ends_well(self, end, tmp_path):
+        program = textwrap.dedent(f"""
+            import sys, threading
+            sys.path[:0] = {sys.path!r}
+            import networks, numpy as np, mlflow_trt
+            mlflow_trt.save_model(networks.product(), {str(tmp_path / "model")!r}, batch=(1, 4, 8))
+            session = mlflow_trt.load_model({str(tmp_path / "model")!r})
+            def use():
+                print(session.run({{"x": networks.rows(5)}})["y"].shape)
+            use()
+            thread = threading.Thread(target=use)
+            thread.start()
+            thread.join()
+            {end}
+        """)
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("(5, 8)") >= 2

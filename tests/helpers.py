@@ -1,0 +1,40 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import mlflow
+import onnx
+from mlflow import MlflowClient
+from real_models import RealModel
+
+from mlflow_trt.convert.onnx_model import OnnxModel, read_onnx
+from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
+
+
+class Store:
+    """A fresh MLflow store on SQLite, with its artifacts beside it."""
+
+    def __init__(self, folder: Path, empty_database: Path) -> None:
+        shutil.copyfile(empty_database, folder / "mlflow.db")
+        self.uri = f"sqlite:///{folder / 'mlflow.db'}"
+        mlflow.set_tracking_uri(self.uri)
+        self.client = MlflowClient()
+        self.experiment_id = mlflow.create_experiment("test", artifact_location=(folder / "artifacts").as_uri())
+        mlflow.set_experiment(experiment_id=self.experiment_id)
+
+    def logged_models(self):
+        return self.client.search_logged_models([self.experiment_id])
+
+    def is_untouched(self) -> bool:
+        return not self.logged_models() and not self.client.search_registered_models()
+
+
+def reference(source: OnnxModel) -> OnnxRuntimeSession:
+    return OnnxRuntimeSession(source.path, source.inputs, source.outputs)
+
+
+def read(model: RealModel | onnx.ModelProto, folder: Path) -> OnnxModel:
+    return read_onnx(model.path() if isinstance(model, RealModel) else model, folder)

@@ -1,0 +1,145 @@
+"""The model folder: what stands in it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from mlflow_trt import ArtifactError, FormatError, IntegrityError
+from mlflow_trt.artifact import RECORD_FILE, read_folder, why_not
+from mlflow_trt.convert.onnx_model import sha256_of
+from mlflow_trt.spec import ComputeCapability, Distribution, EngineRecord, Gpu, HardwareCompatibility
+
+
+@pytest.fixture
+def folder(cls_folder, tmp_path):
+    shutil.copytree(cls_folder, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit(folder, change):
+    record = json.loads((folder / RECORD_FILE).read_text())
+    change(record)
+    (folder / RECORD_FILE).write_text(json.dumps(record))
+
+
+def test_what_a_folder_holds(cls_folder):
+    files = {str(path.relative_to(cls_folder)) for path in cls_folder.rglob("*") if path.is_file()}
+    record = read_folder(cls_folder).record
+    assert files == {
+        "MLmodel",
+        "conda.yaml",
+        "python_env.yaml",
+        "requirements.txt",
+        "mlflow_trt.json",
+        "model.onnx",
+        "typed/fp32.onnx",
+        f"engines/tensorrt_rtx-{record.engines[0].version}-sm80plus.plan",
+    }
+
+
+def test_the_record_has_the_digest_of_everything(cls_folder):
+    record = read_folder(cls_folder).record
+    digests = dict(record.source.files) | dict(record.typed.files)
+    digests |= {engine.file: engine.sha256 for engine in record.engines}
+    assert digests == {name: sha256_of(cls_folder / name) for name in digests}
+    assert record.source.digest == sha256_of(cls_folder / "model.onnx")
+
+
+def test_an_unchanged_typed_model_is_not_written_twice(magika_folder):
+    record = read_folder(magika_folder).record
+    assert record.typed == record.source
+    assert not (magika_folder / "typed").exists()
+
+
+def test_one_changed_byte_of_an_engine_is_found_before_it_is_used(folder):
+    model = read_folder(folder)
+    plan = folder / model.record.engines[0].file
+    content = bytearray(plan.read_bytes())
+    content[len(content) // 2] ^= 1
+    plan.write_bytes(content)
+    with pytest.raises(IntegrityError, match="is not the file that was logged: its sha256 is") as caught:
+        model.read_plan(model.record.engines[0])
+    assert caught.value.path == plan
+
+
+def test_a_changed_or_missing_model_is_found(folder):
+    model = read_folder(folder)
+    assert model.checked_model(model.record.typed) == folder / "typed/fp32.onnx"
+    (folder / "typed/fp32.onnx").write_bytes(b"something else")
+    with pytest.raises(IntegrityError, match=r"typed/fp32.onnx is not the file that was logged"):
+        model.checked_model(model.record.typed)
+    (folder / "model.onnx").unlink()
+    with pytest.raises(ArtifactError, match=r"model.onnx is missing; download the model again"):
+        model.checked_model(model.record.source)
+
+
+def test_a_newer_format_is_refused(folder):
+    edit(folder, lambda record: record.update(format=2, mlflow_trt_version="9.0", something="new"))
+    with pytest.raises(FormatError, match=r"is of format 2, written by mlflow-trt 9.0; .* Upgrade mlflow-trt"):
+        read_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: record.pop("format"), "names no format"),
+        (lambda record: record.pop("engines"), "is damaged: engines: Field required"),
+        (lambda record: record["recipe"].update(batch="many"), "is damaged: recipe"),
+        (lambda record: record["engines"][0].update(file="../../etc/passwd"), "outside of the model folder"),
+        (lambda record: record["source"]["files"].update({"/etc/passwd": "0"}), "outside of the model folder"),
+    ],
+)
+def test_a_damaged_record_is_refused(change, message, folder):
+    edit(folder, change)
+    with pytest.raises(ArtifactError, match=message):
+        read_folder(folder)
+
+
+def test_other_folders_are_refused(tmp_path):
+    with pytest.raises(ArtifactError, match="is not a model that mlflow-trt logged"):
+        read_folder(tmp_path)
+    (tmp_path / RECORD_FILE).write_text("{")
+    with pytest.raises(ArtifactError, match="is damaged"):
+        read_folder(tmp_path)
+
+
+def gpu(name: str) -> Gpu:
+    return Gpu(ordinal=0, name="a GPU", compute_capability=ComputeCapability.parse(name), memory=1, uuid="GPU-1")
+
+
+RTX = EngineRecord(file="e.plan", sha256="", size=1, distribution=Distribution.TENSORRT_RTX, version="1.7.1.116")
+TRT = replace(RTX, distribution=Distribution.TENSORRT, version="10.13.2.6", compute_capabilities=("sm86",))
+
+
+@pytest.mark.parametrize(
+    ("engine", "version", "capability", "reason"),
+    [
+        (RTX, "1.7.1.116", "sm86", None),
+        (RTX, "1.7.1.116", "sm120", None),
+        (RTX, "1.7.1.116", "sm75", "it was built for sm80plus, and this GPU is a GPU (sm75)"),
+        (RTX, "1.6.1.120", "sm86", "it was built by TensorRT-RTX 1.7.1.116, and this is 1.6.1.120"),
+        (replace(RTX, compute_capabilities=("sm86", "sm89")), "1.7.1.116", "sm89", None),
+        (replace(RTX, compute_capabilities=("sm86",)), "1.7.1.116", "sm89", "built for sm86, and this GPU is"),
+        (TRT, "10.13.2.6", "sm86", None),
+        (TRT, "10.13.2.6", "sm89", "it was built for sm86"),
+        (TRT, "10.14.0.1", "sm86", "it was built by TensorRT 10.13.2.6, and this is 10.14.0.1"),
+        (replace(TRT, version_compatible=True), "10.14.0.1", "sm86", None),
+        (replace(TRT, version_compatible=True), "10.12.0.1", "sm86", "it was built by"),
+        (replace(TRT, version_compatible=True), "11.0.0.1", "sm86", "it was built by"),
+        (replace(TRT, hardware_compatibility=HardwareCompatibility.AMPERE_PLUS), "10.13.2.6", "sm120", None),
+        (replace(TRT, hardware_compatibility=HardwareCompatibility.AMPERE_PLUS), "10.13.2.6", "sm75", "sm80plus"),
+    ],
+)
+def test_which_engine_fits(engine, version, capability, reason):
+    found = why_not(engine, engine.distribution, version, gpu(capability))
+    assert found is None if reason is None else reason in found
+
+
+def test_the_other_distribution_does_not_fit():
+    assert why_not(RTX, Distribution.TENSORRT, "1.7.1.116", gpu("sm86")) == (
+        "it was built by TensorRT-RTX, and this is TensorRT"
+    )

@@ -1,0 +1,260 @@
+"""The build process: what it builds, how it fails, how it is interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import networks
+import pytest
+from helpers import read
+from onnx import TensorProto, helper
+from real_models import MAGIKA, REC
+
+from mlflow_trt import BuildError, MissingDependencyError, Recipe, RecipeError, UnsupportedModelError, trt
+from mlflow_trt.convert import builder
+from mlflow_trt.convert.builder import build_engine
+from mlflow_trt.convert.conversion import convert
+from mlflow_trt.convert.onnx_model import read_onnx, sha256_of
+from mlflow_trt.spec import Distribution
+
+
+def build(model, folder, progress=None, **recipe):
+    return convert(read(model, folder), Recipe(**recipe), folder, progress=progress)
+
+
+def children() -> set[int]:
+    tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    return {int(pid) for task in tasks for pid in task.read_text().split()}
+
+
+def test_a_plan_is_raw_and_names_its_version(tmp_path):
+    conversion = build(networks.product(), tmp_path)
+    plan = conversion.plan.read_bytes()
+    assert plan[:4] == b"vtrt"
+    version = tuple(map(int, conversion.engine.version.split(".")))
+    assert tuple(plan[24:27]) == version[:3]
+    assert conversion.engine.compute_capabilities == ()
+    assert conversion.engine.target == "sm80plus"
+
+
+def test_builds_for_targets(tmp_path):
+    engine = build(networks.product(), tmp_path, targets=["sm86", "sm120"]).engine
+    assert engine.compute_capabilities == ("sm86", "sm120")
+    assert engine.target == "sm86-sm120"
+
+
+def test_every_option_reaches_tensorrt(tmp_path):
+    options = {
+        "precision": "tf32",
+        "workspace_bytes": 1 << 26,
+        "optimization_level": 1,
+        "avg_timing_iterations": 2,
+        "tactic_sources": ["JIT_CONVOLUTIONS"],
+    }
+    assert build(networks.product(), tmp_path, **options).engine.size > 0
+
+
+def test_a_static_dimension_makes_another_engine(tmp_path):
+    (tmp_path / "a").mkdir()
+    static = build(MAGIKA, tmp_path / "a", batch=8)
+    (tmp_path / "b").mkdir()
+    dynamic = build(MAGIKA, tmp_path / "b", batch=(1, 8, 8))
+    assert static.engine.size < dynamic.engine.size
+
+
+def test_reports_progress(tmp_path):
+    seen = []
+    build(REC, tmp_path, progress=seen.append, **REC.recipe)
+    assert len(seen) > 3
+    assert all(0 <= event.fraction <= 1 and event.phase for event in seen)
+    assert seen[-1].fraction > seen[0].fraction
+
+
+def test_builds_from_external_data(tmp_path):
+    (tmp_path / "net").mkdir()
+    networks.external(tmp_path / "net" / "net.onnx")
+    path = tmp_path / "net" / "net.onnx"
+    conversion = convert(read_onnx(path, tmp_path), Recipe(), tmp_path)
+    assert conversion.engine.size > 0
+
+
+class TestFailures:
+    def test_a_node_that_the_parser_refuses_is_named(self, tmp_path):
+        model = networks.model(
+            [helper.make_node("NonZero", ["x"], ["y"], name="where_set")],
+            [networks.value("x", networks.FLOAT, ["rows", 16])],
+            [networks.value("y", networks.INT64, [2, "count"])],
+        )
+        with pytest.raises(UnsupportedModelError, match=r"cannot run 1 node\(s\), where_set \(NonZero\): ") as caught:
+            build(model, tmp_path, shapes={"x": ((1, 16), (4, 16), (8, 16))})
+        assert caught.value.nodes == ("where_set (NonZero)",)
+        assert caught.value.get_http_status_code() == 400
+
+    def test_what_the_libraries_print_is_in_the_error_and_not_on_the_terminal(self, tmp_path, capfd):
+        model = networks.model(
+            [helper.make_node("Cast", ["x"], ["z"], to=TensorProto.INT16),
+             helper.make_node("Cast", ["z"], ["y"], to=networks.FLOAT)],
+            [networks.value("x", networks.FLOAT, [4])],
+            [networks.value("y", networks.FLOAT, [4])],
+        )  # fmt: skip
+        with pytest.raises(UnsupportedModelError, match="INT16"):
+            build(model, tmp_path)
+        captured = capfd.readouterr()
+        assert captured.out == captured.err == ""
+
+    def test_the_last_error_of_the_log_is_quoted(self, tmp_path):
+        model = networks.model(
+            [helper.make_node("Concat", ["a", "b"], ["y"], axis=0)],
+            [networks.value("a", networks.FLOAT, ["n", 4]), networks.value("b", networks.FLOAT, ["n", 5])],
+            [networks.value("y", networks.FLOAT, ["m", None])],
+        )
+        with pytest.raises(BuildError, match="TensorRT-RTX .* (built no engine|cannot run)") as caught:
+            build(model, tmp_path, batch=2)
+        assert caught.value.log
+
+    @pytest.mark.parametrize(
+        ("shapes", "message"),
+        [
+            ({"x": ((1, 16), (4, 16), (8, 16))}, "input 'shape' is a shape tensor.*Give its smallest"),
+            ({"x": ((1, 16), (4, 16), (8, 16)), "shape": ((0, 0), (8, 8), (-1, -1))}, "expected min <= opt <= max"),
+        ],
+    )
+    def test_shape_tensors_need_values(self, shapes, message, tmp_path):
+        with pytest.raises(RecipeError, match=message):
+            build(networks.reshaped(), tmp_path, shapes=shapes)
+
+    def test_other_inputs_need_none(self, tmp_path):
+        model = networks.model(
+            [helper.make_node("Add", ["k", "k"], ["y"])],
+            [networks.value("k", networks.INT64, [2])],
+            [networks.value("y", networks.INT64, [2])],
+        )
+        with pytest.raises(RecipeError, match="refuses the shapes of input 'k': no shape is computed from its values"):
+            build(model, tmp_path, shapes={"k": ((1, 1), (2, 2), (3, 3))})
+
+    @pytest.mark.parametrize(
+        ("recipe", "message"),
+        [
+            ({"targets": ["sm70"]}, "cannot build for sm70; its targets are sm75, sm80"),
+            ({"hardware_compatibility": "ampere_plus"}, "no hardware compatibility levels"),
+            ({"version_compatible": True}, "no version-compatible engines"),
+        ],
+    )
+    def test_what_tensorrt_rtx_does_not_have(self, recipe, message, tmp_path):
+        with pytest.raises(RecipeError, match=message):
+            build(networks.product(), tmp_path, **recipe)
+
+    def test_a_timing_cache_is_left_alone_by_tensorrt_rtx(self, tmp_path, caplog):
+        with caplog.at_level("INFO", "mlflow"):
+            build(networks.product(), tmp_path, timing_cache=str(tmp_path / "timing.cache"))
+        assert "TensorRT-RTX has no timing cache" in caplog.text
+        assert not (tmp_path / "timing.cache").exists()
+
+    def test_a_process_that_dies_is_an_error(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(builder, "_WORKER", "import os; print('last words', file=os.sys.stderr); os.abort()")
+        with pytest.raises(
+            BuildError, match=r"ended by SIGABRT without building an engine. Its last words: last words"
+        ):
+            build(networks.product(), tmp_path)
+
+    def test_a_process_that_never_starts_is_an_error(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(builder, "_WORKER", "import no_such_module")
+        with pytest.raises(BuildError, match="no_such_module"):
+            build(networks.product(), tmp_path)
+
+    def test_a_distribution_that_is_not_installed_is_named(self, tmp_path):
+        with pytest.raises(MissingDependencyError, match="TensorRT is not installed: `pip install tensorrt`"):
+            trt.load(Distribution.TENSORRT)
+
+    def test_no_tensorrt_at_all(self, monkeypatch):
+        monkeypatch.setattr(trt, "installed", lambda: ())
+        with pytest.raises(MissingDependencyError, match=r"TensorRT is not installed. .*mlflow-trt\[rtx\]"):
+            trt.load()
+
+    def test_the_distribution_that_the_environment_asks_for(self, monkeypatch):
+        monkeypatch.setenv(trt.DISTRIBUTION_VARIABLE, "tensorrt")
+        with pytest.raises(MissingDependencyError, match="tensorrt is not installed"):
+            trt.load()
+        monkeypatch.setenv(trt.DISTRIBUTION_VARIABLE, "tensorflow")
+        with pytest.raises(RecipeError, match="expected one of tensorrt, tensorrt_rtx"):
+            trt.load()
+
+
+class TestInterruption:
+    def test_a_callback_that_raises_ends_the_build(self, tmp_path):
+        before = children()
+
+        def cancel(event):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            build(REC, tmp_path, progress=cancel, **REC.recipe)
+        assert children() == before
+        assert not (tmp_path / "engine.plan").exists()
+
+    def test_ctrl_c_ends_both_processes(self, tmp_path):
+        program = textwrap.dedent(f"""
+            import sys
+            sys.path[:0] = {sys.path!r}
+            from pathlib import Path
+            from helpers import read
+            from real_models import REC
+            from mlflow_trt import Recipe
+            from mlflow_trt.convert.conversion import convert
+            folder = Path({str(tmp_path)!r})
+            def show(event):
+                print("building", flush=True)
+            convert(read(REC, folder), Recipe(**REC.recipe), folder, progress=show)
+        """)
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout.readline() == "building\n"
+        worker = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert "KeyboardInterrupt" in errors
+        assert not Path(f"/proc/{worker}").exists()
+        assert not (tmp_path / "engine.plan").exists()
+
+    def test_the_build_process_ends_with_the_one_that_asked(self, tmp_path):
+        model = read(REC, tmp_path)
+        program = textwrap.dedent(f"""
+            import sys
+            sys.path[:0] = {sys.path!r}
+            from pathlib import Path
+            from mlflow_trt import Recipe
+            from mlflow_trt.convert.builder import build_engine
+            build_engine(Path({str(model.path)!r}), Path({str(tmp_path / "p.plan")!r}), Recipe(), [],
+                         progress=lambda event: print("building", flush=True))
+        """)
+        # Without profiles this build fails soon; that it had started is enough.
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 30
+        worker = ""
+        while not worker and time.monotonic() < deadline:
+            worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().strip()
+        process.kill()
+        process.wait(timeout=30)
+        while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert worker
+        assert not Path(f"/proc/{worker}").exists()
+
+
+def test_the_engine_is_the_file_that_its_record_describes(tmp_path):
+    source = read(networks.product(batch=2), tmp_path)
+    plan = tmp_path / "deep" / "engine.plan"
+    record = build_engine(source.path, plan, Recipe(), [])
+    assert record.file == "engine.plan"
+    assert record.sha256 == sha256_of(plan)
+    assert list(plan.parent.iterdir()) == [plan]

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from mlflow_trt import cache
+from mlflow_trt.spec import Distribution, EngineRecord
+
+PLAN = b"plan" * 1000
+RECORD = EngineRecord(
+    file="engine.plan",
+    sha256=hashlib.sha256(PLAN).hexdigest(),
+    size=len(PLAN),
+    distribution=Distribution.TENSORRT_RTX,
+    version="1.7.1.116",
+)
+
+
+@pytest.fixture
+def plan(tmp_path) -> Path:
+    (tmp_path / "engine.plan").write_bytes(PLAN)
+    return tmp_path / "engine.plan"
+
+
+def test_keeps_engines(plan):
+    assert cache.find_engine("key") is None
+    cache.store_engine("key", RECORD, plan)
+    assert cache.find_engine("key") == (RECORD, PLAN)
+
+
+def test_the_key_changes_with_every_part():
+    assert cache.key_of({"a": 1, "b": (1, 2)}) == cache.key_of({"b": (1, 2), "a": 1})
+    assert cache.key_of({"a": 1, "b": (1, 2)}) != cache.key_of({"a": 1, "b": (1, 3)})
+
+
+@pytest.mark.parametrize("damage", [b"", b"plan", PLAN[:-1] + b"!"])
+def test_a_damaged_engine_is_dropped(damage, plan, caplog):
+    cache.store_engine("key", RECORD, plan)
+    stored = cache.directory() / "engines" / "key"
+    (stored / "engine.plan").write_bytes(damage)
+    assert cache.find_engine("key") is None
+    assert "damaged" in caplog.text
+    assert not stored.exists()
+
+
+def test_many_may_store_the_same_at_once(plan):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: cache.store_engine("key", RECORD, plan), range(32)))
+    assert cache.find_engine("key") == (RECORD, PLAN)
+    assert [path.name for path in (cache.directory() / "engines").iterdir()] == ["key"]
+
+
+def test_the_users_cache_is_the_default(monkeypatch):
+    monkeypatch.delenv(cache.DIRECTORY_VARIABLE)
+    assert cache.directory().name == "mlflow-trt"

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from mlflow_trt import InputDtypeError, InputError, InputShapeError
+from mlflow_trt.runtime.inputs import prepare_feeds
+from mlflow_trt.spec import TensorSpec
+
+IMAGE = TensorSpec(name="image", dtype="float32", shape=("batch", 2))
+IDS = TensorSpec(name="ids", dtype="int32", shape=("batch", None))
+
+
+def prepared(array, dtype="float32"):
+    return prepare_feeds({"x": array}, [TensorSpec(name="x", dtype=dtype, shape=(None,))])["x"]
+
+
+@pytest.mark.parametrize(
+    ("array", "dtype"),
+    [
+        (np.array([0.1, 1e30, np.inf, -np.inf]), "float32"),
+        (np.array([0.1, -3.5], np.float32), "float16"),
+        (np.array([0.1, 3.5], np.float16), "float32"),
+        (np.array([0.5, 3.5]), "bfloat16"),
+        (np.array([0.5, 3.5], ml_dtypes.bfloat16), "float32"),
+        (np.array([-(2**31), 2**31 - 1]), "int32"),
+        (np.array([0, 255]), "uint8"),
+        (np.array([2**40], np.uint64), "int64"),
+        (np.array([-5, 2**24]), "float32"),
+        (np.array([0, 200], np.uint8), "float16"),
+        (np.array([True, False]), "bool"),
+        ([1.5, 2.5], "float32"),
+    ],
+)
+def test_converts_where_nothing_is_lost(array, dtype):
+    result = prepared(array, dtype)
+    assert result.dtype.name == dtype
+    assert np.allclose(result.astype(np.float64), np.asarray(array, np.float64), rtol=1e-2, equal_nan=True)
+
+
+def test_nan_stays_nan():
+    assert np.isnan(prepared(np.array([np.nan]))[0])
+
+
+@pytest.mark.parametrize(
+    ("array", "dtype", "message"),
+    [
+        (np.array([1.0, 1e39]), "float32", "input 'x': .*1e\\+39.* is too large for float32"),
+        (np.array([70000.0], np.float32), "float16", "is too large for float16"),
+        (np.array([2**31]), "int32", "input 'x': 2147483648 cannot be represented in int32"),
+        (np.array([-1]), "uint8", "-1 cannot be represented in uint8"),
+        (np.array([256]), "uint8", "256 cannot be represented"),
+        (np.array([-1]), "uint64", "-1 cannot be represented in uint64"),
+        (np.array([2**63], np.uint64), "int64", "cannot be represented in int64"),
+        (np.array([2**24 + 1]), "float32", "16777217 cannot be represented in float32"),
+        (np.array([1.5]), "int64", "is of dtype float64; expected int64"),
+        (np.array([1, 0]), "bool", "is of dtype int64; expected bool"),
+        (np.array([True]), "float32", "is of dtype bool; expected float32"),
+        (np.array(["cat"]), "float32", "is of dtype <U3; expected float32"),
+        (np.array([None]), "float32", "is of dtype object; expected float32"),
+    ],
+)
+def test_refuses_what_would_be_lost(array, dtype, message):
+    with pytest.raises(InputDtypeError, match=message) as caught:
+        prepared(array, dtype)
+    assert caught.value.tensor == "x"
+    assert caught.value.get_http_status_code() == 400
+
+
+def test_makes_arrays_contiguous_and_keeps_scalars():
+    image = np.zeros((2, 4), np.float32).T
+    spec = TensorSpec(name="s", dtype="float32", shape=())
+    feeds = prepare_feeds({"s": 2.5, "image": image}, [IMAGE, spec])
+    assert feeds["image"].flags.c_contiguous
+    assert feeds["s"].shape == ()
+    assert list(feeds) == ["image", "s"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        ({}, InputError, r"input 'image' is missing; the model wants image: float32\[batch, 2\]; ids"),
+        ({"image": [], "ids": [], "idx": []}, InputError, "there is no input 'idx'"),
+        ({"image": np.zeros(2), "ids": np.zeros((1, 1), int)}, InputShapeError, "has 1 dimensions, .*expected 2"),
+        ({"image": np.zeros((1, 3)), "ids": np.zeros((1, 1), int)}, InputShapeError, "expected 2 at axis 1"),
+        ({"image": np.zeros((1, 2)), "ids": np.zeros((4, 1), int)}, InputShapeError,
+         "input 'ids' has 4 where input 'image' has 1; the model calls both 'batch'"),
+    ],
+)  # fmt: skip
+def test_names_and_shapes(inputs, error, message):
+    with pytest.raises(error, match=message):
+        prepare_feeds(inputs, [IMAGE, IDS])

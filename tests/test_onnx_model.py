@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import hashlib
+
+import networks
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from mlflow_trt import OnnxModelError
+from mlflow_trt.convert.onnx_model import operators_of, read_onnx
+
+
+def saved(model, path):
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_describes_inputs_and_outputs(tmp_path):
+    model = read_onnx(networks.every_dtype(), tmp_path)
+    assert [str(spec) for spec in model.inputs] == [
+        "u8: uint8[batch, 4]",
+        "b: bool[batch, 4]",
+        "i64: int64[batch, 4]",
+        "i32: int32[batch, 4]",
+        "f16: float16[batch, 4]",
+        "scale: float32[]",
+    ]
+    assert model.outputs[0].fixed == (None, 4)
+
+
+def test_a_dimension_of_minus_one_varies(tmp_path):
+    proto = networks.product(batch=-1)
+    assert read_onnx(proto, tmp_path).inputs[0].shape == (None, 16)
+
+
+def test_initializers_are_no_inputs(tmp_path):
+    proto = networks.product()
+    proto.ir_version = 3
+    proto.graph.input.append(networks.value("w", networks.FLOAT, [16, 8]))
+    assert [spec.name for spec in read_onnx(proto, tmp_path).inputs] == ["x"]
+
+
+def test_never_changes_the_callers_proto(tmp_path):
+    proto = networks.product()
+    before = proto.SerializeToString()
+    read_onnx(proto, tmp_path)
+    assert proto.SerializeToString() == before
+
+
+def test_digest_is_that_of_the_file(tmp_path):
+    path = saved(networks.product(), tmp_path / "a.onnx")
+    assert read_onnx(path, tmp_path).digest == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_external_data_counts_for_the_digest_and_is_copied(tmp_path):
+    path = tmp_path / "net" / "model.onnx"
+    path.parent.mkdir()
+    networks.external(path, folder="weights/")
+    model = read_onnx(path, tmp_path)
+    assert model.external_files == ("weights/weights.bin",)
+    model.copy_to(tmp_path / "copy")
+    copied = onnx.load(tmp_path / "copy" / "model.onnx")
+    assert np.array_equal(
+        onnx.numpy_helper.to_array(copied.graph.initializer[0]),
+        onnx.numpy_helper.to_array(networks.product().graph.initializer[0]),
+    )
+    weights = path.parent / "weights" / "weights.bin"
+    weights.write_bytes(weights.read_bytes()[::-1])
+    assert read_onnx(path, tmp_path).digest != model.digest
+
+
+def test_finds_operators_inside_subgraphs(tmp_path):
+    branch = helper.make_graph([helper.make_node("Relu", ["x"], ["r"])], "then", [], [networks.value("r", 1, [1])])
+    other = helper.make_graph([helper.make_node("Neg", ["x"], ["n"])], "else", [], [networks.value("n", 1, [1])])
+    proto = networks.model(
+        [helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=other)],
+        [networks.value("x", 1, [1]), networks.value("c", TensorProto.BOOL, [])],
+        [networks.value("y", 1, [1])],
+    )
+    assert operators_of(proto.graph) == {"If", "Relu", "Neg"}
+
+
+def of_type(kind):
+    def change(proto):
+        proto.graph.input[0].type.tensor_type.elem_type = kind
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (of_type(TensorProto.DOUBLE), "input 'x' is of type double, which TensorRT does not have"),
+        (of_type(TensorProto.STRING), "input 'x' is of type string"),
+        (lambda proto: proto.graph.node[0].input.__setitem__(0, "nowhere"), "no valid ONNX model"),
+        (lambda proto: proto.graph.ClearField("node"), "holds no graph"),
+        (lambda proto: proto.graph.input[0].type.tensor_type.ClearField("shape"), "input 'x' has no shape"),
+        (lambda proto: proto.graph.output[0].type.tensor_type.ClearField("shape"), "output 'y' has no shape"),
+    ],
+)
+def test_refuses_models_that_cannot_be_right(change, message, tmp_path):
+    proto = networks.product()
+    change(proto)
+    with pytest.raises(OnnxModelError, match=message):
+        read_onnx(proto, tmp_path)
+
+
+def test_refuses_sequences(tmp_path):
+    proto = networks.model(
+        [helper.make_node("SequenceConstruct", ["x"], ["y"])],
+        [networks.value("x", networks.FLOAT, [1])],
+        [helper.make_tensor_sequence_value_info("y", networks.FLOAT, [1])],
+    )
+    with pytest.raises(OnnxModelError, match="output 'y' is a sequence; TensorRT has only tensors"):
+        read_onnx(proto, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no graph"),
+        (b"Just a text file, and not a short one at that.", "no ONNX model"),
+        (networks.product().SerializeToString()[:-100], "no ONNX model, or a truncated one"),
+    ],
+)
+def test_refuses_files_that_are_no_onnx(content, message, tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(OnnxModelError, match=message) as caught:
+        read_onnx(path, tmp_path)
+    assert caught.value.path == path
+    assert str(path) in caught.value.message
+
+
+def test_refuses_paths_without_a_file(tmp_path):
+    with pytest.raises(OnnxModelError, match="does not exist"):
+        read_onnx(tmp_path / "nothing.onnx", tmp_path)
+    with pytest.raises(OnnxModelError, match="is a folder"):
+        read_onnx(tmp_path, tmp_path)
+    with pytest.raises(OnnxModelError, match="got int"):
+        read_onnx(3, tmp_path)
+
+
+def test_refuses_external_data_that_is_missing_truncated_or_elsewhere(tmp_path):
+    path = tmp_path / "net.onnx"
+    networks.external(path)
+    weights = tmp_path / "weights.bin"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1])
+    with pytest.raises(OnnxModelError, match="truncated"):
+        read_onnx(path, tmp_path)
+    weights.unlink()
+    with pytest.raises(OnnxModelError, match=r"'weights.bin' with the weights of 'w' is missing"):
+        read_onnx(path, tmp_path)
+    proto = onnx.load(path, load_external_data=False)
+    proto.graph.initializer[0].external_data[0].value = "../weights.bin"
+    with pytest.raises(OnnxModelError, match="must be in the folder of the model"):
+        read_onnx(saved(proto, path), tmp_path)
+
+
+def test_refuses_a_proto_whose_weights_are_gone(tmp_path):
+    networks.external(tmp_path / "net.onnx")
+    emptied = onnx.load(tmp_path / "net.onnx", load_external_data=False)
+    with pytest.raises(OnnxModelError, match="Pass the path of the ONNX file instead"):
+        read_onnx(emptied, tmp_path)

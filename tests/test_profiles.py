@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import networks
+import pytest
+from onnx import helper
+from real_models import CLS, DET, MAGIKA, SILERO
+
+from mlflow_trt import Recipe, RecipeError
+from mlflow_trt.convert.dimension_names import tell_apart
+from mlflow_trt.convert.onnx_model import read_onnx
+from mlflow_trt.convert.profiles import resolve_profiles
+from mlflow_trt.spec import BatchAxis
+
+FLOAT, INT64 = networks.FLOAT, networks.INT64
+
+
+def resolve(model, folder, example=None, **recipe):
+    return resolve_profiles(read_onnx(model, folder), Recipe(**recipe), example)
+
+
+def ranges(profiles, number=0):
+    return {name: str(limits) for name, limits in profiles.profiles[number].ranges.items()}
+
+
+def two_inputs(first, second, outputs):
+    return networks.model(
+        [helper.make_node("Identity", ["a"], ["c"]), helper.make_node("Identity", ["b"], ["d"])],
+        [networks.value("a", FLOAT, first), networks.value("b", FLOAT, second)],
+        [networks.value("c", FLOAT, outputs[0]), networks.value("d", FLOAT, outputs[1])],
+    )
+
+
+def test_a_batch_left_out_is_filled_in_and_the_user_is_told(tmp_path):
+    profiles = resolve(networks.product(), tmp_path)
+    assert ranges(profiles) == {"x": "1x16:8x16:32x16"}
+    assert profiles.batch_axis == BatchAxis(inputs=("x",), splits=True, declared=False)
+    assert profiles.remarks == (
+        "axis 0 of input 'x' is taken as the batch axis, for 1 to 32 rows, 8 usually; "
+        "say otherwise with batch=(min, opt, max)",
+    )
+
+
+def test_a_static_batch(tmp_path):
+    assert ranges(resolve(networks.product(), tmp_path, batch=64)) == {"x": "64x16:64x16:64x16"}
+
+
+def test_a_model_of_fixed_shapes_has_no_profile(tmp_path):
+    profiles = resolve(networks.product(batch=4), tmp_path)
+    assert profiles.profiles == ()
+    assert profiles.batch_axis is None
+
+
+def test_axes_of_one_name_share_their_range(tmp_path):
+    profiles = resolve(
+        networks.transformer(), tmp_path, batch=(1, 2, 4), shapes={"input_ids": ((-1, 4), (-1, 16), (-1, 32))}
+    )
+    assert ranges(profiles) == {"input_ids": "1x4:2x16:4x32", "attention_mask": "1x4:2x16:4x32"}
+    assert profiles.batch_axis == BatchAxis(inputs=("input_ids", "attention_mask"), splits=True, declared=True)
+
+
+def test_several_profiles(tmp_path):
+    small, large = ((1, 16), (1, 16), (1, 16)), ((2, 16), (32, 16), (64, 16))
+    profiles = resolve(networks.product(), tmp_path, shapes=[{"x": small}, {"x": large}])
+    assert [ranges(profiles, number)["x"] for number in (0, 1)] == ["1x16:1x16:1x16", "2x16:32x16:64x16"]
+
+
+def test_an_input_example_fixes_what_nothing_else_says(tmp_path):
+    profiles = resolve(DET.path(), tmp_path, batch=(1, 2, 4), example={"x": (3, 3, 64, 96)})
+    assert ranges(profiles) == {"x": "1x3x64x96:2x3x64x96:4x3x64x96"}
+    assert "axis 2 of input 'x' is fixed to 64, as in the input example; say otherwise with shapes=" in profiles.remarks
+
+
+def test_values_of_a_shape_tensor(tmp_path):
+    shapes = {"x": ((1, 16), (4, 16), (8, 16)), "shape": ((1, 1), (8, 8), (128, 128))}
+    limits = resolve(networks.reshaped(), tmp_path, shapes=shapes).profiles[0].ranges["shape"]
+    assert limits.is_values
+    assert limits.contains((4, 16))
+    assert not limits.contains((4, 129))
+
+
+def test_output_names_need_not_repeat_the_batch_axis(tmp_path):
+    assert resolve(DET.path(), tmp_path, **DET.recipe).batch_axis.splits
+    assert resolve(CLS.path(), tmp_path, **CLS.recipe).batch_axis.splits
+    assert resolve(MAGIKA.path(), tmp_path, **MAGIKA.recipe).batch_axis.splits
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "outputs", "expected"),
+    [
+        # The state carries the batch on axis 1: it can be chosen, but not be cut along axis 0.
+        (["batch", 4], [2, "batch"], (["batch", 4], [2, "batch"]),
+         BatchAxis(inputs=("a",), splits=False, declared=True)),
+        # One input is shared by all rows.
+        (["batch", 4], [7, 4], (["batch", 4], ["other", 4]), BatchAxis(inputs=("a",), splits=True, declared=True)),
+        # An output begins with another input's axis.
+        (["batch", 4], [2, "time"], (["batch", 4], ["time", "batch"]),
+         BatchAxis(inputs=("a",), splits=False, declared=True)),
+        # A scalar output has no rows to cut.
+        (["batch", 4], ["batch"], (["batch", 4], ["batch"]), BatchAxis(inputs=("a", "b"), splits=True, declared=True)),
+    ],
+)  # fmt: skip
+def test_what_can_be_split(first, second, outputs, expected, tmp_path):
+    shapes = {"b": ((2, 5), (2, 5), (2, 5))} if "time" in second else {}
+    model = two_inputs(first, second, outputs)
+    assert resolve(model, tmp_path, batch=(1, 2, 4), shapes=shapes).batch_axis == expected
+
+
+def test_a_sequence_is_no_batch_unless_declared(tmp_path):
+    model = networks.product(batch="sequence_length")
+    shapes = {"x": ((1, 16), (4, 16), (8, 16))}
+    assert resolve(model, tmp_path, shapes=shapes).batch_axis is None
+    assert resolve(model, tmp_path, batch=(1, 4, 8)).batch_axis.splits
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "message"),
+    [
+        (lambda: networks.product(batch=4), {"batch": 8}, "this model has no batch axis"),
+        (SILERO.path, {"batch": 8}, r"this model has no batch axis.*hn: float32\[1, LSTMhn_dim_1, 128\]"),
+        (networks.product, {"shapes": {"y": ((1, 16),) * 3}}, "shapes names 'y', but the inputs are x"),
+        (networks.product, {"shapes": {"x": ((1, 3, 16),) * 3}}, "has 3 dimensions, but the input is x: float32"),
+        (networks.product, {"shapes": {"x": ((1, 16), (2, 16), (4, 17))}}, r"max is \(4, 17\), but axis 1"),
+        (networks.product, {"shapes": {"x": ((4, 16), (2, 16), (8, 16))}}, "expected min <= opt <= max"),
+        (networks.product, {"batch": 4, "shapes": {"x": ((1, 16),) * 3}}, "give one of them, or -1"),
+        (DET.path, {"batch": (1, 2, 4)}, r"no range is known for axis 2 \(DynamicDimension.1\) of x"),
+        (networks.reshaped, {"shapes": {"shape": ((8, 8), (1, 1), (9, 9))}}, "expected min <= opt <= max"),
+    ],
+)
+def test_refuses_what_the_graph_contradicts(model, recipe, message, tmp_path):
+    with pytest.raises(RecipeError, match=message):
+        resolve(model(), tmp_path, **recipe)
+
+
+class TestDimensionNames:
+    def names(self, model):
+        return [[dim.dim_param for dim in value.type.tensor_type.shape.dim] for value in model.graph.input]
+
+    def told_apart(self, model, folder, **recipe):
+        source = read_onnx(model, folder)
+        return source, tell_apart(source.proto, resolve_profiles(source, Recipe(**recipe)).profiles)
+
+    def test_nothing_collides_nothing_changes(self, tmp_path):
+        shapes = {"input_ids": ((-1, 4), (-1, 16), (-1, 32))}
+        source, result = self.told_apart(networks.transformer(), tmp_path, batch=4, shapes=shapes)
+        assert result is source.proto
+
+    def test_names_without_meaning_are_told_apart(self, tmp_path):
+        source, result = self.told_apart(CLS.path(), tmp_path, **CLS.recipe)
+        assert self.names(result) == [["", "", "x_axis_2", "x_axis_3"]]
+        assert self.names(source.proto) == [["", "", "?", "?"]]
+
+    def test_a_name_with_two_ranges_is_two_names(self, tmp_path):
+        model = two_inputs(["n", "n"], ["n", 4], (["n", "n"], ["n", 4]))
+        shapes = {"a": ((1, 3), (2, 3), (4, 3)), "b": ((1, 4), (2, 4), (4, 4))}
+        _, result = self.told_apart(model, tmp_path, shapes=shapes)
+        assert self.names(result) == [["a_axis_0", "a_axis_1"], ["b_axis_0", ""]]
+        assert not any(dim.dim_param for value in result.graph.output for dim in value.type.tensor_type.shape.dim)
+
+    def test_equal_ranges_keep_their_name(self, tmp_path):
+        model = two_inputs(["n", 4], ["n", 4], (["n", 4], ["n", 4]))
+        source, result = self.told_apart(model, tmp_path, batch=4)
+        assert result is source.proto

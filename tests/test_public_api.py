@@ -1,0 +1,110 @@
+"""The public names, and what importing them costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlflow_trt
+from mlflow_trt import errors
+
+PACKAGE = Path(mlflow_trt.__file__).parent
+
+NAMES = {
+    "FLAVOR_NAME",
+    "ArtifactError",
+    "BuildError",
+    "EngineMismatchError",
+    "ExecutionError",
+    "FormatError",
+    "InputDtypeError",
+    "InputError",
+    "InputShapeError",
+    "IntegrityError",
+    "LoadSettings",
+    "MissingDependencyError",
+    "MlflowTrtError",
+    "OnnxModelError",
+    "OutOfMemoryError",
+    "Precision",
+    "Recipe",
+    "RecipeError",
+    "RuntimeUnavailableError",
+    "Session",
+    "SessionClosedError",
+    "UnsupportedModelError",
+    "__version__",
+    "_load_pyfunc",
+    "convert_model_version",
+    "get_default_pip_requirements",
+    "load_model",
+    "log_model",
+    "save_model",
+}
+
+
+def test_the_public_names():
+    assert set(mlflow_trt.__all__) == NAMES
+    assert all(getattr(mlflow_trt, name) is not None for name in NAMES)
+    assert set(dir(mlflow_trt)) == NAMES
+    with pytest.raises(AttributeError, match="has no attribute 'tensorrt'"):
+        mlflow_trt.tensorrt  # noqa: B018  # the access is the test
+
+
+def test_every_error_is_public():
+    assert {name for name in vars(errors) if name.endswith("Error")} <= NAMES
+
+
+@pytest.mark.parametrize(
+    ("statement", "banned"),
+    [
+        ("import mlflow_trt", {"mlflow", "onnx", "numpy", "pandas"}),
+        ("import mlflow_trt.flavor, mlflow_trt.pyfunc, mlflow_trt.registry", set()),
+    ],
+)
+def test_importing_loads_neither_tensorrt_nor_cuda_nor_onnxruntime_nor_the_cli(statement, banned):
+    banned = banned | {"tensorrt", "tensorrt_rtx", "pycuda", "onnxruntime", "mlflow_trt.cli"}
+    program = f"{statement}; import sys; print(sorted({banned!r} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+# A module may import its own storey and those below it; see the table in CONTRIBUTING.md.
+BASE = {"_logging", "_version", "errors", "hardware", "spec", "trt", "trt_api"}
+CONVERT = BASE | {"convert"}
+RUNTIME = BASE | {"runtime"}
+ALLOWED = {
+    **dict.fromkeys(BASE, BASE),
+    "convert": CONVERT,
+    "runtime": RUNTIME,
+    "cache": CONVERT,
+    "artifact": CONVERT,
+    "loading": CONVERT | RUNTIME | {"artifact", "cache"},
+    "progress": CONVERT,
+    "signatures": BASE,
+    "doctor": CONVERT | RUNTIME | {"cache"},
+    "packaging": CONVERT | {"artifact", "loading", "signatures"},
+    "flavor": CONVERT | RUNTIME | {"artifact", "loading", "packaging", "progress", "signatures"},
+    "pyfunc": BASE | RUNTIME | {"artifact", "loading", "progress"},
+    "registry": CONVERT | {"flavor"},
+    "cli": BASE | {"cli", "artifact", "doctor", "flavor", "registry"},
+    "__main__": {"cli"},
+}
+MODULES = sorted(
+    path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__"
+)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_imports_go_one_way(module):
+    storey = module.parts[0].removesuffix(".py")
+    imported = set()
+    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mlflow_trt"):
+            parts = node.module.split(".")
+            imported |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+    assert imported <= ALLOWED[storey], f"{module} imports {imported - ALLOWED[storey]}"

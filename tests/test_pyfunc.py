@@ -1,0 +1,174 @@
+"""Every form in which MLflow users pass data in, and what they get back."""
+
+from __future__ import annotations
+
+import mlflow
+import networks
+import numpy as np
+import pandas as pd
+import pytest
+from compare import relative_error
+from mlflow.exceptions import MlflowException
+
+import mlflow_trt
+from mlflow_trt import ExecutionError, InputDtypeError, InputError, InputShapeError
+from mlflow_trt.pyfunc import feeds_from_frame, frame_from_outputs
+from mlflow_trt.spec import TensorSpec
+
+CPU = {"runtime": "onnxruntime"}
+X = networks.rows(4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("product") / "model"
+    mlflow_trt.save_model(networks.product(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return mlflow.pyfunc.load_model(str(folder), model_config=CPU)
+
+
+@pytest.fixture(scope="module")
+def unsigned(tmp_path_factory):
+    """Without a signature, so that MLflow passes on what it is given."""
+    folder = tmp_path_factory.mktemp("unsigned") / "model"
+    mlflow_trt.save_model(networks.product(), folder, signature=False)
+    return mlflow.pyfunc.load_model(str(folder), model_config=CPU)
+
+
+@pytest.fixture(scope="module")
+def transformer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("transformer") / "model"
+    shapes = {"input_ids": ((-1, 12),) * 3}
+    mlflow_trt.save_model(networks.transformer(), folder, batch=(1, 4, 8), shapes=shapes)
+    return mlflow.pyfunc.load_model(str(folder), model_config=CPU)
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    return model.predict({"x": X})
+
+
+class TestWithASignature:
+    def test_an_array_or_a_dict(self, model, expected):
+        weights = networks.onnx.numpy_helper.to_array(networks.product().graph.initializer[0])
+        assert relative_error(expected, {"y": (X @ weights).astype(np.float32)}) < 1e-6
+        assert relative_error(model.predict(X), expected) == 0
+
+    @pytest.mark.parametrize(
+        "cells",
+        [
+            [row.tolist() for row in X],
+            list(X),
+            [row.astype(np.float64) for row in X],
+        ],
+        ids=["lists", "arrays", "arrays of float64"],
+    )
+    def test_a_frame(self, cells, model, expected):
+        # MLflow turns the frame into arrays before the flavor sees it: the answer has one row for each of its rows.
+        assert relative_error(model.predict(pd.DataFrame({"x": cells})), expected) == 0
+
+    def test_several_inputs(self, transformer):
+        feeds = networks.sentences(5, 12)
+        outputs = transformer.predict(feeds)
+        assert outputs["hidden"].shape == (5, 12, networks.WIDTH)
+        frame = pd.DataFrame({name: list(array) for name, array in feeds.items()})
+        assert relative_error(transformer.predict(frame), outputs) == 0
+
+    def test_mlflow_refuses_other_dtypes_in_arrays(self, model):
+        with pytest.raises(MlflowException, match="float64 does not match expected dtype float32"):
+            model.predict(X.astype(np.float64))
+
+    @pytest.mark.parametrize("data", [{"z": X}, {"x": X[:, :3]}, X[0], "text"])
+    def test_bad_input_is_a_bad_request(self, data, model):
+        with pytest.raises(MlflowException) as caught:
+            model.predict(data)
+        assert caught.value.get_http_status_code() == 400
+
+    def test_params_are_refused(self, model):
+        with pytest.raises(InputError, match="takes no params, and got temperature"):
+            model.unwrap = model._model_impl.predict(X, params={"temperature": 1})
+
+
+class TestWithoutASignature:
+    def test_dtypes_are_converted_where_nothing_is_lost(self, unsigned, expected):
+        wide = X.astype(np.float64)
+        assert relative_error(unsigned.predict(wide), expected) == 0
+        assert relative_error(unsigned.predict({"x": wide}), expected) == 0
+        assert relative_error(unsigned.predict(wide.tolist()), expected) == 0
+
+    def test_or_refused(self, unsigned):
+        with pytest.raises(InputDtypeError, match="too large for float32"):
+            unsigned.predict(np.full((1, 16), 1e300))
+
+    def test_a_frame_in_is_a_frame_out(self, unsigned, expected):
+        index = pd.Index([10, 20, 30, 40], name="id")
+        columns = {f"feature{i}": X[:, i] for i in range(16)}
+        for frame in (
+            pd.DataFrame({"x": list(X)}, index=index),
+            pd.DataFrame({"x": [row.tolist() for row in X]}, index=index),
+            pd.DataFrame(columns, index=index),
+        ):
+            result = unsigned.predict(frame)
+            assert isinstance(result, pd.DataFrame)
+            assert result.index.equals(index)
+            assert list(result.columns) == ["y"]
+            assert relative_error({"y": np.stack(result["y"])}, expected) == 0
+
+    @pytest.mark.parametrize(
+        ("data", "error", "message"),
+        [
+            ("text", InputError, "expected a dict of arrays, an array or a DataFrame, got str"),
+            ({"z": X}, InputError, "input 'x' is missing"),
+            (pd.DataFrame({"x": [[1.0, 2.0], [1.0]]}), InputShapeError, "the cells of column 'x' differ in shape"),
+            (pd.DataFrame({"a": [1.0], "b": [2.0]}), InputShapeError, "expected 16 at axis 1"),
+        ],
+    )
+    def test_bad_input(self, data, error, message, unsigned):
+        with pytest.raises(error, match=message) as caught:
+            unsigned.predict(data)
+        assert caught.value.get_http_status_code() == 400
+
+    def test_an_array_for_several_inputs(self, transformer):
+        with pytest.raises(InputError, match=r"several inputs \(input_ids, attention_mask\)"):
+            transformer._model_impl.predict(X)
+
+
+IMAGE = TensorSpec(name="image", dtype="float32", shape=("n", 2, 3))
+SCORE = TensorSpec(name="score", dtype="float32", shape=("n", 1))
+COUNT = TensorSpec(name="count", dtype="int64", shape=("n",))
+
+
+class TestFrames:
+    def test_cells_of_every_kind(self):
+        images = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
+        frame = pd.DataFrame(
+            {"image": [image.reshape(-1).tolist() for image in images], "score": [0.5, 0.25], "count": [1, 2]}
+        )
+        feeds = feeds_from_frame(frame, (IMAGE, SCORE, COUNT))
+        assert np.array_equal(feeds["image"], images)
+        assert feeds["score"].tolist() == [[0.5], [0.25]]
+        assert feeds["count"].tolist() == [1, 2]
+        nested = pd.DataFrame({"image": list(images), "score": [[0.5], [0.25]], "count": [1, 2]})
+        assert np.array_equal(feeds_from_frame(nested, (IMAGE, SCORE, COUNT))["image"], images)
+
+    def test_cells_that_do_not_fit(self):
+        frame = pd.DataFrame({"image": [[1.0] * 5], "score": [0.5], "count": [1]})
+        with pytest.raises(InputShapeError, match=r"cells of column 'image' have the shape \(5,\); expected \(2, 3\)"):
+            feeds_from_frame(frame, (IMAGE, SCORE, COUNT))
+        with pytest.raises(InputError, match="has no column 'count'; it has image, score"):
+            feeds_from_frame(frame[["image", "score"]], (IMAGE, SCORE, COUNT))
+
+    def test_one_row_for_each_row(self):
+        outputs = {"label": np.array([3, 1]), "scores": np.arange(8.0).reshape(2, 4)}
+        frame = frame_from_outputs(outputs, pd.Index(["a", "b"]))
+        assert frame.loc["b", "label"] == 1
+        assert frame.loc["b", "scores"].tolist() == [4, 5, 6, 7]
+
+    @pytest.mark.parametrize("output", [np.zeros(()), np.zeros((3, 2))])
+    def test_outputs_without_rows_do_not_fit(self, output):
+        with pytest.raises(ExecutionError, match="output 'state' has the shape .* for 2 rows of input"):
+            frame_from_outputs({"state": output}, pd.RangeIndex(2))

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mlflow_trt import Precision, Recipe, RecipeError
+from mlflow_trt.convert.recipe import BatchRange
+from mlflow_trt.spec import ComputeCapability, HardwareCompatibility
+
+
+def test_brings_values_into_one_form():
+    recipe = Recipe(
+        precision="tf32",
+        batch=np.int64(64),
+        shapes={"x": [[1, 3], [2, 3], [4, 3]]},
+        targets=["SM120", "8.6", "sm86"],
+        tactic_sources=["jit_convolutions"],
+        hardware_compatibility="ampere_plus",
+    )
+    assert recipe.precision is Precision.TF32
+    assert recipe.batch == BatchRange(64, 64, 64)
+    assert recipe.shapes == ({"x": ((1, 3), (2, 3), (4, 3))},)
+    assert recipe.targets == ("sm86", "sm120")
+    assert recipe.tactic_sources == ("JIT_CONVOLUTIONS",)
+    assert recipe.hardware_compatibility is HardwareCompatibility.AMPERE_PLUS
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"precision": "fp13"}, "unknown precision 'fp13'; choose one of fp32, tf32"),
+        ({"batch": 0}, r"expected 1 <= min <= opt <= max"),
+        ({"batch": (8, 4, 16)}, r"expected 1 <= min <= opt <= max"),
+        ({"batch": (1, 2)}, r"expected a number, or \(min, opt, max\)"),
+        ({"batch": "8"}, r"expected a number, or \(min, opt, max\)"),
+        ({"batch": True}, r"expected a number, or \(min, opt, max\)"),
+        ({"shapes": {"x": (1, 3)}}, r"shapes\['x'\] is \(1, 3\); expected three shapes"),
+        ({"shapes": {"x": ((1,), (1, 2), (1,))}}, "differ in their number of dimensions"),
+        ({"shapes": "x"}, "shapes is 'x'; expected"),
+        ({"optimization_level": 6}, "optimization_level is 6; expected 0 to 5"),
+        ({"workspace_bytes": -1}, "workspace_bytes is -1; expected 1 or more"),
+        ({"avg_timing_iterations": 0}, "avg_timing_iterations is 0"),
+        ({"tactic_sources": ["CUDNN"]}, "unknown tactic source 'CUDNN'"),
+        ({"hardware_compatibility": "all"}, "unknown hardware_compatibility 'all'"),
+        ({"targets": ["hopper"]}, "'hopper' is no compute capability"),
+    ],
+)
+def test_refuses_what_makes_no_sense(keywords, message):
+    with pytest.raises(RecipeError, match=message) as caught:
+        Recipe(**keywords)
+    assert caught.value.option in keywords
+
+
+def test_a_recipe_and_its_keywords_exclude_each_other():
+    recipe = Recipe(batch=4)
+    assert Recipe.of(recipe) is recipe
+    assert Recipe.of(batch=4) == recipe
+    with pytest.raises(RecipeError, match="both recipe= and batch= were given"):
+        Recipe.of(recipe, batch=8)
+
+
+def test_compute_capabilities_have_an_order():
+    parse = ComputeCapability.parse
+    assert parse("sm86") < parse("sm_90") < parse("12.0") == parse("120")
+    assert str(parse("12.1")) == "sm121"
