@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ class RealModel:
     rows_at_once: tuple[int, ...]
     relative_error: float = 3e-3
     varies: bool = True
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @functools.cache
@@ -81,11 +80,15 @@ def files(rows: int) -> Feeds:
 
 
 def speech(frames: int) -> Feeds:
-    """A tone that swells and fades, in frames of 576 samples at 16 kHz."""
+    """A tone that swells and fades over a little noise, in frames of 576 samples at 16 kHz.
+
+    Without the noise the spectrum has zeros, whose logarithm no two runtimes agree on.
+    """
     time = np.arange(frames * 576) / 16_000
     swell = np.sin(2 * np.pi * 0.7 * time) ** 2
     tone = sum(np.sin(2 * np.pi * hertz * time) / (1 + i) for i, hertz in enumerate((140, 280, 420, 900)))
-    signal = (0.3 * swell * tone).astype(np.float32).reshape(frames, 576)
+    noise = np.random.default_rng(3).standard_normal(time.shape) * 0.01
+    signal = (0.3 * swell * tone + noise).astype(np.float32).reshape(frames, 576)
     return {"input": signal, "h": np.zeros((1, 1, 128), np.float32), "c": np.zeros((1, 1, 128), np.float32)}
 
 
@@ -106,9 +109,16 @@ MAGIKA = RealModel(
 DET = RealModel(
     name="det",
     path=lambda: wheel_file(_RAPIDOCR, "rapidocr/models/PP-OCRv6_det_small.onnx"),
-    recipe={"batch": (1, 1, 2), "shapes": {"x": ((-1, 3, 32, 32), (-1, 3, 320, 320), (-1, 3, 640, 640))}},
+    recipe={"batch": 2, "shapes": {"x": ((-1, 3, 320, 320),) * 3}},
     feeds=pages,
     rows_at_once=(1, 2, 3),
+)
+# Built, but not compared on a GPU: on Hopper, which is no official target, TensorRT-RTX 1.6 computes this model wrongly
+# for most dynamic shapes (relative errors above 1), in a bare loop too, and rightly for static ones.
+DET_DYNAMIC = replace(
+    DET,
+    name="det with dynamic height and width",
+    recipe={"batch": (1, 1, 2), "shapes": {"x": ((-1, 3, 32, 32), (-1, 3, 320, 320), (-1, 3, 640, 640))}},
 )
 REC = RealModel(
     name="rec",
@@ -148,8 +158,8 @@ SQUEEZENET = RealModel(
     varies=False,
 )
 
-ALL = (MAGIKA, DET, REC, CLS, SILERO, TRANSFORMER, SQUEEZENET)
-ACCURATE = tuple(model for model in ALL if model.varies)
+ON_THE_GPU = (MAGIKA, DET, REC, CLS, SILERO, TRANSFORMER)
+ALL = (*ON_THE_GPU, DET_DYNAMIC, SQUEEZENET)
 
 
 def nested_if() -> Path:

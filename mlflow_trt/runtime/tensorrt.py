@@ -182,7 +182,13 @@ class _Resources:
             if engine is None:
                 raise self._failure("load the engine")
             if doubt is not None:
-                _log.warning("%s does not officially run this engine on %s: %s", tensorrt, device.gpu, doubt)
+                _log.warning(
+                    "%s does not officially run this engine on %s (%s). Its results may be wrong: compare them with "
+                    "those of runtime='onnxruntime'.",
+                    tensorrt,
+                    device.gpu,
+                    doubt,
+                )
             context = tensorrt.execution_context(engine, kernel_specialization)
             if context is None:
                 raise self._failure("make an execution context")

@@ -9,7 +9,7 @@ import mlflow
 import numpy as np
 import pytest
 from compare import relative_error
-from real_models import ACCURATE, RealModel
+from real_models import ON_THE_GPU, RealModel
 
 import mlflow_trt
 from mlflow_trt.artifact import read_folder
@@ -18,7 +18,7 @@ from mlflow_trt.runtime.batching import pieces
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module", params=ACCURATE, ids=lambda model: model.name)
+@pytest.fixture(scope="module", params=ON_THE_GPU, ids=lambda model: model.name)
 def model(request) -> RealModel:
     return request.param
 
