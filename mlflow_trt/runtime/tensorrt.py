@@ -6,6 +6,7 @@ shape tensors and output allocators; one execution context is not thread-safe, s
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
 import weakref
@@ -18,10 +19,11 @@ import numpy.typing as npt
 from mlflow_trt import trt_api
 from mlflow_trt._logging import get_logger
 from mlflow_trt.errors import EngineMismatchError, ExecutionError, InputShapeError, OutOfMemoryError, SessionClosedError
-from mlflow_trt.runtime.batching import batch_size, run_in_pieces
+from mlflow_trt.runtime.batching import run_in_pieces
 from mlflow_trt.runtime.device import Device, DeviceBuffer, PinnedBuffer, Stream
 from mlflow_trt.runtime.dtypes import numpy_dtype
 from mlflow_trt.runtime.inputs import Feeds
+from mlflow_trt.runtime.profiles import choose_profile
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.spec import BatchAxis, InputRange, ShapeProfile, TensorSpec
 from mlflow_trt.trt import TensorRT
@@ -81,11 +83,12 @@ class TensorRTSession(Session):
     def _run(self, feeds: Feeds) -> Outputs:
         with self._lock, self._device.current():
             self._check_open()
-            number = self._fitting_profile(feeds)
-            if number is not None:
-                return self._execute(number, feeds)
-            number, limits, axis = self._profile_for_pieces(feeds)
-            return run_in_pieces(feeds, axis, limits.min[0], limits.max[0], lambda piece: self._execute(number, piece))
+            choice = choose_profile(self.profiles, feeds, self._batch_axis)
+            if choice.rows is None or self._batch_axis is None:
+                return self._execute(choice.profile, feeds)
+            smallest, largest = choice.rows
+            execute = functools.partial(self._execute, choice.profile)
+            return run_in_pieces(feeds, self._batch_axis, smallest, largest, execute)
 
     def _execute(self, profile: int, feeds: Feeds) -> Outputs:
         outputs = self._resources.execute(profile, feeds)
@@ -93,64 +96,9 @@ class TensorRTSession(Session):
             _log.warning("TensorRT ran, but reported: %s", line)
         return outputs
 
-    def _fitting_profile(self, feeds: Feeds) -> int | None:
-        """The profile that holds these shapes and whose usual shape is nearest; None where none holds them."""
-        fitting = [
-            (_distance(profile, feeds), number)
-            for number, profile in enumerate(self.profiles)
-            if all(limits.contains(_extent(limits, feeds[name])) for name, limits in profile.ranges.items())
-        ]
-        return min(fitting)[1] if fitting else None
-
-    def _profile_for_pieces(self, feeds: Feeds) -> tuple[int, InputRange, BatchAxis]:
-        """A profile that fits but for the number of rows. Raises InputShapeError where there is none."""
-        axis = self._batch_axis
-        if axis is not None and axis.splits:
-            names = set(axis.inputs)
-            rows = batch_size(feeds, axis)
-            fitting = [
-                (abs(profile.ranges[axis.inputs[0]].opt[0] - rows), number)
-                for number, profile in enumerate(self.profiles)
-                if names <= set(profile.ranges)
-                and all(
-                    _fits_but_for_rows(limits, feeds[name], name in names) for name, limits in profile.ranges.items()
-                )
-            ]
-            if fitting:
-                number = min(fitting)[1]
-                return number, self.profiles[number].ranges[axis.inputs[0]], axis
-        got = ", ".join(f"{name} {_extent(limits, feeds[name])}" for name, limits in self.profiles[0].ranges.items())
-        accepted = "; or ".join(map(str, self.profiles))
-        advice = "" if axis is None or axis.splits else " Not every output carries the batch axis, so it is not split."
-        raise InputShapeError(
-            f"the engine was built for {accepted} (min:opt:max), and got {got}.{advice} "
-            "Send inputs within these ranges, or log the model with other batch= or shapes=."
-        )
-
     def _release(self) -> None:
         with self._lock:
             self._finalizer()
-
-
-def _extent(limits: InputRange, array: npt.NDArray[np.generic]) -> tuple[int, ...]:
-    """What a range limits: the values of a shape tensor, the shape of any other input."""
-    return tuple(int(value) for value in array.reshape(-1)) if limits.is_values else array.shape
-
-
-def _distance(profile: ShapeProfile, feeds: Feeds) -> int:
-    return sum(
-        abs(usual - size)
-        for name, limits in profile.ranges.items()
-        for usual, size in zip(limits.opt, _extent(limits, feeds[name]), strict=True)
-    )
-
-
-def _fits_but_for_rows(limits: InputRange, array: npt.NDArray[np.generic], has_rows: bool) -> bool:
-    extent = _extent(limits, array)
-    if not has_rows:
-        return limits.contains(extent)
-    rest = InputRange(min=limits.min[1:], opt=limits.opt[1:], max=limits.max[1:])
-    return rest.contains(extent[1:])
 
 
 def depends_on_data(shape: tuple[int, ...]) -> bool:
@@ -322,6 +270,7 @@ class _Resources:
             self._stream.synchronize()
             # In this order: a context needs its engine, an engine its runtime.
             self._context = None
+            self._allocator = None
             self._engine = None
             self._runtime = None
             for pinned in self._host.values():
