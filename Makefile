@@ -4,10 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test lint check-python clean
+.PHONY: quickstart test lint docs check-python clean
 
 quickstart: $(VENV)/.rtx
 	$(RUN) examples/quickstart.py
+
+docs: $(VENV)/.dev
+	$(RUN) docs/generate_cli_page.py
 
 test: $(VENV)/.dev
 	$(RUN) -m pytest

@@ -19,7 +19,7 @@ class Need(str, enum.Enum):
 
 def doctor(
     need: Annotated[
-        Need, typer.Option(help="What this machine is for: building engines, or running them on its GPU.")
+        Need, typer.Option(help="What this machine is for: `build` engines, or `run` them on its GPU.")
     ] = Need.build,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:

@@ -1,0 +1,104 @@
+"""What the documentation says is so: its code runs, its commands exist, its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import mlflow
+import networks
+import numpy as np
+import pytest
+import typer
+from onnx import helper
+
+from mlflow_trt.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+COMMANDS = typer.main.get_command(app).commands
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def image_model():
+    weights = np.random.default_rng(0).standard_normal((5, 3, 3, 3)).astype(np.float32)
+    return networks.model(
+        [
+            helper.make_node("Conv", ["images", "w"], ["features"], pads=[1, 1, 1, 1]),
+            helper.make_node("ReduceMean", ["features"], ["scores"], axes=[2, 3], keepdims=0),
+        ],
+        [networks.value("images", networks.FLOAT, ["batch", 3, 16, 16])],
+        [networks.value("scores", networks.FLOAT, ["batch", 5])],
+        [networks.constant("w", weights)],
+    )
+
+
+@pytest.fixture
+def in_folder(store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # The machine that runs the tests may have no GPU; the documentation assumes one.
+    monkeypatch.setenv("MLFLOW_PYFUNC_INFERENCE_CONFIG", '{"runtime": "auto"}')
+    return tmp_path
+
+
+def test_the_code_in_the_readme_runs(in_folder):
+    (in_folder / "model.onnx").write_bytes(image_model().SerializeToString())
+    names = {"images": np.random.default_rng(1).standard_normal((70, 3, 16, 16)).astype(np.float32)}
+    code = blocks("README.md", "python")
+    assert len(code) == 2
+    for block in code:
+        exec(block, names)
+    assert names["scores"].shape == (70, 5)
+    assert names["model"].get_raw_model().runtime == "onnxruntime"
+
+
+def test_the_code_in_the_guide_runs(in_folder, capsys):
+    (in_folder / "text.onnx").write_bytes(networks.transformer().SerializeToString())
+    mlflow.onnx.log_model(networks.transformer(), name="text", registered_model_name="text", pip_requirements=["onnx"])
+    mlflow.MlflowClient().set_registered_model_alias("text", "champion", "1")
+    names = {"shapes": {"input_ids": ((-1, 4), (-1, 24), (-1, 48))}}
+    code = blocks("docs/guide.md", "python")
+    assert len(code) == 5
+    for block in code:
+        exec(block, names)
+    assert names["version"].tags["mlflow_trt.source"] == "models:/text/1"
+    assert "ONNX Runtime" in capsys.readouterr().out
+
+
+def test_the_page_of_the_command_line_is_up_to_date():
+    generator = runpy.run_path(str(ROOT / "docs" / "generate_cli_page.py"))
+    assert (ROOT / "docs" / "cli.md").read_text() == generator["page"](), "run `make docs`"
+
+
+def commands():
+    """Every `mlflow-trt ...` in a block of code or between backticks, with a command after it."""
+    for page in PAGES:
+        for text in re.findall(r"(?:^|`)(mlflow-trt [a-z][^`#\n]*)", page.read_text(), re.MULTILINE):
+            yield pytest.param(text.strip(), id=f"{page.name}: {text.strip()[:50]}")
+
+
+@pytest.mark.parametrize("text", list(commands()))
+def test_commands_and_options_exist(text):
+    _, name, *arguments = shlex.split(text)
+    options = {option for parameter in COMMANDS[name].params for option in parameter.opts}
+    assert {argument for argument in arguments if argument.startswith("--")} <= options
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_the_table_of_load_settings_is_complete():
+    from mlflow_trt import LoadSettings
+
+    text = (ROOT / "README.md").read_text()
+    for name, default in LoadSettings().to_dict().items():
+        assert re.search(rf"^\| `{name}` \| `{default}` \|", text, re.MULTILINE), name
