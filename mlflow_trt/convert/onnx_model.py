@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, EncodeError
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, ValueInfoProto
 
 from mlflow_trt.errors import OnnxModelError
@@ -33,8 +33,6 @@ _DTYPES: Mapping[int, str] = {
     TensorProto.INT64: "int64",
     TensorProto.BOOL: "bool",
 }
-
-_PROTOBUF_LIMIT = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,12 +151,11 @@ def _write_proto(proto: ModelProto, workdir: Path) -> Path:
             )
     try:
         data = proto.SerializeToString()
-    except ValueError as error:
+    except (EncodeError, ValueError) as error:
         raise OnnxModelError(
-            f"this ModelProto cannot be serialized ({error}); above 2 GB save it with external data and pass its path"
+            f"this ModelProto cannot be serialized ({error}), which protobuf does only up to 2 GB. Save it with "
+            "onnx.save_model(..., save_as_external_data=True) and pass its path."
         ) from error
-    if len(data) > _PROTOBUF_LIMIT:
-        raise OnnxModelError("this ModelProto is larger than 2 GB: save it with external data and pass its path")
     path = workdir / MODEL_FILE
     path.write_bytes(data)
     return path
