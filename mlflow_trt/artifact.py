@@ -197,6 +197,11 @@ def why_not(engine: EngineRecord, distribution: Distribution, version: str, gpu:
         return f"it was built by {engine.distribution.label} {engine.version}, and this is {version}"
     if not _gpu_fits(engine, gpu.compute_capability):
         return f"it was built for {engine.target}, and this GPU is {gpu}"
+    if _wants_same_model(engine) and engine.gpu != gpu.name:
+        return (
+            f"it was built on {engine.gpu}, and this GPU is {gpu}; "
+            "hardware_compatibility='same_compute_capability' makes engines that run on both"
+        )
     return None
 
 
@@ -213,6 +218,11 @@ def _gpu_fits(engine: EngineRecord, compute_capability: ComputeCapability) -> bo
     if not engine.compute_capabilities or engine.hardware_compatibility is HardwareCompatibility.AMPERE_PLUS:
         return compute_capability >= _AMPERE
     return str(compute_capability) in engine.compute_capabilities
+
+
+def _wants_same_model(engine: EngineRecord) -> bool:
+    """TensorRT tunes an engine for the very GPU it was built on, unless told otherwise; TensorRT-RTX does not."""
+    return engine.distribution is Distribution.TENSORRT and engine.hardware_compatibility is HardwareCompatibility.NONE
 
 
 def _write_typed(conversion: Conversion, folder: Path) -> StoredModel | None:

@@ -112,7 +112,8 @@ def gpu(name: str) -> Gpu:
 
 
 RTX = EngineRecord(file="e.plan", sha256="", size=1, distribution=Distribution.TENSORRT_RTX, version="1.7.1.116")
-TRT = replace(RTX, distribution=Distribution.TENSORRT, version="10.13.2.6", compute_capabilities=("sm86",))
+TRT = replace(RTX, distribution=Distribution.TENSORRT, version="10.13.2.6", compute_capabilities=("sm86",), gpu="a GPU")
+SAME = HardwareCompatibility.SAME_COMPUTE_CAPABILITY
 
 
 @pytest.mark.parametrize(
@@ -126,6 +127,9 @@ TRT = replace(RTX, distribution=Distribution.TENSORRT, version="10.13.2.6", comp
         (replace(RTX, compute_capabilities=("sm86",)), "1.7.1.116", "sm89", "built for sm86, and this GPU is"),
         (TRT, "10.13.2.6", "sm86", None),
         (TRT, "10.13.2.6", "sm89", "it was built for sm86"),
+        (replace(TRT, gpu="another"), "10.13.2.6", "sm86", "it was built on another, and this GPU is a GPU (sm86)"),
+        (replace(TRT, gpu="another", hardware_compatibility=SAME), "10.13.2.6", "sm86", None),
+        (replace(RTX, gpu="another"), "1.7.1.116", "sm86", None),
         (TRT, "10.14.0.1", "sm86", "it was built by TensorRT 10.13.2.6, and this is 10.14.0.1"),
         (replace(TRT, version_compatible=True), "10.14.0.1", "sm86", None),
         (replace(TRT, version_compatible=True), "10.12.0.1", "sm86", "it was built by"),

@@ -71,7 +71,6 @@ def test_a_static_dimension_makes_another_engine(tmp_path):
 def test_reports_progress(tmp_path):
     seen = []
     build(REC, tmp_path, progress=seen.append, **REC.recipe)
-    assert len(seen) > 3
     assert all(0 <= event.fraction <= 1 and event.phase for event in seen)
     assert seen[-1].fraction > seen[0].fraction
 
