@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import onnx
-from mlflow import pyfunc
+from mlflow import MlflowClient, pyfunc
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import ModelInfo
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -175,6 +175,7 @@ def log_model(
             write_model(conversion, Path(path), options, mlflow_model)
 
         facts = searchable_facts(conversion)
+        tags = {**facts, **(tags or {})}
         info: ModelInfo = Model.log(
             artifact_path=None,
             name=name,
@@ -182,12 +183,14 @@ def log_model(
             registered_model_name=registered_model_name,
             await_registration_for=await_registration_for,
             params={**facts, **(params or {})},
-            tags={**facts, **(tags or {})},
+            tags=tags,
             model_type=model_type,
             step=step,
             model_id=model_id,
             validate_serving_input=validate_serving_input,
         )
+        if registered_model_name is not None:
+            _tag_version(registered_model_name, str(info.registered_model_version), tags)
         return info
 
 
@@ -278,6 +281,15 @@ def searchable_facts(conversion: Conversion) -> dict[str, str]:
             f"{min(r.min[0] for r in ranges)}:{ranges[0].opt[0]}:{max(r.max[0] for r in ranges)}"
         )
     return facts
+
+
+def _tag_version(name: str, version: str, tags: Mapping[str, Any]) -> None:
+    """Give a model version the tags of its logged model, as recent releases of MLflow do by themselves."""
+    client = MlflowClient()
+    present = client.get_model_version(name, version).tags
+    for key, value in tags.items():
+        if key not in present:
+            client.set_model_version_tag(name, version, key, str(value))
 
 
 def _can_run_here(settings: LoadSettings) -> bool:

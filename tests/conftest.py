@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _cache_of_its_own(tmp_path, monkeypatch):
     """No test sees engines that another one, or the user, cached."""
     monkeypatch.setenv("MLFLOW_TRT_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def messages(caplog):
+    """What the package tells the user, whether or not MLflow's logger passes it on to the root."""
+    logger = logging.getLogger("mlflow.mlflow_trt")
+    logger.addHandler(caplog.handler)
+    logger.setLevel(logging.INFO)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -149,10 +149,9 @@ class TestFailures:
         with pytest.raises(RecipeError, match=message):
             build(networks.product(), tmp_path, **recipe)
 
-    def test_a_timing_cache_is_left_alone_by_tensorrt_rtx(self, tmp_path, caplog):
-        with caplog.at_level("INFO", "mlflow"):
-            build(networks.product(), tmp_path, timing_cache=str(tmp_path / "timing.cache"))
-        assert "TensorRT-RTX has no timing cache" in caplog.text
+    def test_a_timing_cache_is_left_alone_by_tensorrt_rtx(self, tmp_path, messages):
+        build(networks.product(), tmp_path, timing_cache=str(tmp_path / "timing.cache"))
+        assert "TensorRT-RTX has no timing cache" in messages.text
         assert not (tmp_path / "timing.cache").exists()
 
     def test_a_process_that_dies_is_an_error(self, tmp_path, monkeypatch):

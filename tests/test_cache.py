@@ -37,12 +37,12 @@ def test_the_key_changes_with_every_part():
 
 
 @pytest.mark.parametrize("damage", [b"", b"plan", PLAN[:-1] + b"!"])
-def test_a_damaged_engine_is_dropped(damage, plan, caplog):
+def test_a_damaged_engine_is_dropped(damage, plan, messages):
     cache.store_engine("key", RECORD, plan)
     stored = cache.directory() / "engines" / "key"
     (stored / "engine.plan").write_bytes(damage)
     assert cache.find_engine("key") is None
-    assert "damaged" in caplog.text
+    assert "damaged" in messages.text
     assert not stored.exists()
 
 

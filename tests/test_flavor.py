@@ -158,12 +158,11 @@ class TestLogging:
             weights = onnx.numpy_helper.to_array(proto.graph.initializer[0])
             assert np.allclose(session.run({"x": x})["y"], x @ weights, atol=1e-5)
 
-    def test_the_user_is_told_what_was_chosen(self, store, caplog):
-        with caplog.at_level("INFO", "mlflow"):
-            log()
-        assert "axis 0 of input 'x' is taken as the batch axis, for 1 to 32 rows" in caplog.text
-        assert "Building a TensorRT engine of network ..." in caplog.text
-        assert "Built TensorRT-RTX" in caplog.text
+    def test_the_user_is_told_what_was_chosen(self, store, messages):
+        log()
+        assert "axis 0 of input 'x' is taken as the batch axis, for 1 to 32 rows" in messages.text
+        assert "Building a TensorRT engine of network ..." in messages.text
+        assert "Built TensorRT-RTX" in messages.text
 
     def test_an_mlflow_of_another_flavor_is_refused(self, store, tmp_path):
         mlflow.onnx.save_model(networks.product(), tmp_path / "onnx-model", pip_requirements=[])

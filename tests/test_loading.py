@@ -31,11 +31,11 @@ def test_without_a_gpu_tensorrt_is_an_error(magika_folder):
         mlflow_trt.load_model(str(magika_folder))
 
 
-def test_auto_says_why_it_is_not_tensorrt(magika_folder, caplog):
+def test_auto_says_why_it_is_not_tensorrt(magika_folder, messages):
     with mlflow_trt.load_model(str(magika_folder), runtime="auto") as session:
         assert session.runtime == "onnxruntime"
         assert "no NVIDIA driver" in session.fallback_reason
-        assert "Running on ONNX Runtime, on the CPU, since TensorRT cannot run here: " in caplog.text
+        assert "Running on ONNX Runtime, on the CPU, since TensorRT cannot run here: " in messages.text
 
 
 def test_onnxruntime_runs_the_source_model(cls_folder, magika_folder):

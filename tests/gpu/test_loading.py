@@ -51,13 +51,13 @@ def test_the_stored_engine_is_used(runtime, folder, expected, monkeypatch):
         assert relative_error(session.run({"x": X}), expected) < 2e-3
 
 
-def test_an_engine_that_does_not_fit_is_rebuilt_once(folder, expected, monkeypatch, caplog):
+def test_an_engine_that_does_not_fit_is_rebuilt_once(folder, expected, monkeypatch, messages):
     made_by_another_release(folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with mlflow_trt.load_model(str(folder)) as session:
         assert relative_error(session.run({"x": X}), expected) < 2e-3
-    assert "No stored engine fits" in caplog.text
-    assert "it was built by TensorRT-RTX 1.0.0.1, and this is" in caplog.text
+    assert "No stored engine fits" in messages.text
+    assert "it was built by TensorRT-RTX 1.0.0.1, and this is" in messages.text
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
     monkeypatch.setattr(loading, "build_engine", None)
