@@ -32,9 +32,10 @@ class Magika:
 
     def features(self, files: Iterable[Path]) -> npt.NDArray[np.int32]:
         """One row a file: its first and last bytes, without white space around them, padded in the middle."""
-        return np.stack([self._row(path.read_bytes()) for path in files])
+        return np.stack([self.row(path.read_bytes()) for path in files])
 
-    def _row(self, content: bytes) -> npt.NDArray[np.int32]:
+    def row(self, content: bytes) -> npt.NDArray[np.int32]:
+        """The model's input for one file."""
         row = np.full(self._head + self._tail, self._padding, np.int32)
         head = content[: self._block].lstrip()[: self._head]
         tail = content[-self._block :].rstrip()[-self._tail :]
