@@ -18,6 +18,11 @@ Dim = int | str | None
 Shape = tuple[int, ...]
 
 
+def is_placeholder(dim: Dim) -> bool:
+    """Whether a dimension varies without a name that means anything: some exporters write `?` for any unknown."""
+    return dim is None or (isinstance(dim, str) and not any(character.isalnum() for character in dim))
+
+
 class Precision(str, enum.Enum):
     """The number formats that an engine may compute in.
 
@@ -132,10 +137,10 @@ class ShapeProfile:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchAxis:
-    """Axis 0 of `inputs` counts rows that do not depend on each other.
+    """Axis 0 of `inputs` counts rows.
 
-    With `splits`, every output carries that axis too, so that a batch of any size can be run in pieces. `declared`
-    tells that the user named it by `batch=`; otherwise it was read off the graph.
+    With `splits`, the rows do not depend on each other and every output carries the axis too, so that a batch of any
+    size can be run in pieces. `declared` tells that the user said so by `batch=`; otherwise it was read off the graph.
     """
 
     inputs: tuple[str, ...]
@@ -178,13 +183,14 @@ class EngineRecord:
     build_seconds: float = 0.0
 
     @property
+    def is_ampere_plus(self) -> bool:
+        """Whether it was built for Ampere and later, not for certain compute capabilities."""
+        return not self.compute_capabilities or self.hardware_compatibility is HardwareCompatibility.AMPERE_PLUS
+
+    @property
     def target(self) -> str:
         """The part of its file name that tells where it runs."""
-        if not self.compute_capabilities:
-            return "sm80plus"
-        if self.hardware_compatibility is HardwareCompatibility.AMPERE_PLUS:
-            return "sm80plus"
-        return "-".join(self.compute_capabilities)
+        return "sm80plus" if self.is_ampere_plus else "-".join(self.compute_capabilities)
 
     def __str__(self) -> str:
         return f"{self.distribution.label} {self.version} for {self.target}"

@@ -99,6 +99,9 @@ class TensorRT:
         self.version: str = module.__version__
         self._module = module
         self.log = _new_logger(module)
+        # Some ONNX operators of the tensorrt distribution are plugins; TensorRT-RTX has none.
+        if not self.is_rtx and not module.init_libnvinfer_plugins(self.log, ""):
+            raise RuntimeError(f"its plugins cannot be loaded: {self.log.last_error()}")
 
     def __str__(self) -> str:
         return f"{self.distribution.label} {self.version}"
@@ -119,8 +122,12 @@ class TensorRT:
     def parser(self, network: trt_api.INetworkDefinition) -> trt_api.OnnxParser:
         return cast(trt_api.OnnxParser, self._module.OnnxParser(network, self.log))
 
-    def runtime(self) -> trt_api.Runtime:
-        return cast(trt_api.Runtime, self._module.Runtime(self.log))
+    def runtime(self, *, allow_engine_host_code: bool = False) -> trt_api.Runtime:
+        """A runtime, which by default refuses plans that bring code for the CPU."""
+        runtime = cast(trt_api.Runtime, self._module.Runtime(self.log))
+        if allow_engine_host_code:
+            runtime.engine_host_code_allowed = True
+        return runtime
 
     def progress_monitor(self, report: Callable[[str, float], None]) -> trt_api.IProgressMonitor:
         """A monitor that calls `report(phase, fraction of the whole)`. Keep a reference while the build runs."""
@@ -169,14 +176,15 @@ class TensorRT:
 
     # ---- what only TensorRT-RTX has
 
-    def set_targets(self, config: trt_api.IBuilderConfig, targets: Sequence[ComputeCapability]) -> None:
-        """Build for these GPUs instead of for the release's default ones."""
+    def set_targets(self, config: trt_api.IBuilderConfig, targets: Sequence[ComputeCapability]) -> bool:
+        """Build for these GPUs instead of for the release's default ones; False where TensorRT-RTX refuses one."""
         known = self.compute_capabilities()
         rtx_config = cast(trt_api.RtxIBuilderConfig, config)
         rtx_config.num_compute_capabilities = len(targets)
-        for index, target in enumerate(targets):
-            if not rtx_config.set_compute_capability(known[str(target)], index):
-                raise RuntimeError(f"TensorRT-RTX refused the target {target}: {self.log.last_error()}")
+        accepted = [
+            rtx_config.set_compute_capability(known[str(target)], index) for index, target in enumerate(targets)
+        ]
+        return all(accepted)
 
     def engine_validity(self, runtime: trt_api.Runtime, plan: bytes) -> str | None:
         """What TensorRT-RTX has against running the plan on this machine, or None.
@@ -204,25 +212,31 @@ class TensorRT:
 
 
 class _Log:
-    """Keeps the last error lines that TensorRT wrote, and passes everything on to Python's logging at DEBUG."""
+    """Keeps the last error lines that TensorRT wrote, and passes everything on to Python's logging at DEBUG.
+
+    TensorRT has one logger for the whole process, and sessions run in many threads: each line is kept with its thread.
+    """
 
     def __init__(self) -> None:
-        self._errors: collections.deque[str] = collections.deque(maxlen=20)
+        self._errors: collections.deque[tuple[int, str]] = collections.deque(maxlen=100)
         self._lock = threading.Lock()
 
     def keep(self, message: str) -> None:
         with self._lock:
-            self._errors.append(message.strip())
+            self._errors.append((threading.get_ident(), message.strip()))
 
     def errors(self) -> list[str]:
-        """The error lines since the last call of this method, oldest first."""
+        """The error lines of the calling thread, and of TensorRT's own threads, since the last call; oldest first."""
+        others = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
         with self._lock:
-            lines = list(self._errors)
+            mine = [line for thread, line in self._errors if thread not in others]
+            kept = [(thread, line) for thread, line in self._errors if thread in others]
             self._errors.clear()
-        return lines
+            self._errors.extend(kept)
+        return mine
 
     def last_error(self) -> str:
-        """The newest error line since the last call, or a word that there was none."""
+        """The newest of these lines, or a word that there is none."""
         lines = self.errors()
         return lines[-1] if lines else "TensorRT's log says nothing more"
 

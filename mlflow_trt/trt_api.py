@@ -138,6 +138,8 @@ class RtxICudaEngine(ICudaEngine, Protocol):
 
 
 class Runtime(Protocol):
+    engine_host_code_allowed: bool
+
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None: ...
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import networks
@@ -16,12 +18,22 @@ from helpers import read
 from onnx import TensorProto, helper
 from real_models import MAGIKA, REC
 
-from mlflow_trt import BuildError, MissingDependencyError, Recipe, RecipeError, UnsupportedModelError, trt
-from mlflow_trt.convert import builder
+from mlflow_trt import (
+    BuildError,
+    MissingDependencyError,
+    Recipe,
+    RecipeError,
+    RuntimeUnavailableError,
+    UnsupportedModelError,
+    trt,
+)
+from mlflow_trt.convert import build_worker, builder
+from mlflow_trt.convert.build_worker import Job, _configure
 from mlflow_trt.convert.builder import build_engine
 from mlflow_trt.convert.conversion import convert
 from mlflow_trt.convert.onnx_model import read_onnx, sha256_of
-from mlflow_trt.spec import Distribution
+from mlflow_trt.hardware import Hardware
+from mlflow_trt.spec import Distribution, HardwareCompatibility
 
 
 def build(model, folder, progress=None, **recipe):
@@ -49,15 +61,83 @@ def test_builds_for_targets(tmp_path):
     assert engine.target == "sm86-sm120"
 
 
-def test_every_option_reaches_tensorrt(tmp_path):
-    options = {
-        "precision": "tf32",
-        "workspace_bytes": 1 << 26,
-        "optimization_level": 1,
-        "avg_timing_iterations": 2,
-        "tactic_sources": ["JIT_CONVOLUTIONS"],
-    }
-    assert build(networks.product(), tmp_path, **options).engine.size > 0
+JOB = Job(
+    model="",
+    plan="",
+    distribution="tensorrt_rtx",
+    tf32=False,
+    profiles=[],
+    workspace_bytes=None,
+    optimization_level=None,
+    avg_timing_iterations=None,
+    timing_cache=None,
+    tactic_sources=None,
+    version_compatible=False,
+    hardware_compatibility="none",
+    targets=[],
+)
+
+
+class TestOptions:
+    """What the options make of TensorRT's own builder configuration."""
+
+    @pytest.fixture
+    def configured(self):
+        tensorrt = trt.load()
+        builder = tensorrt.builder()
+
+        def configure(**options):
+            config = builder.create_builder_config()
+            _configure(tensorrt, config, replace(JOB, **options))
+            return config
+
+        return configure
+
+    def test_defaults_are_tensorrts_but_for_tf32(self, configured):
+        flags = trt.load().builder_flag
+        config, default = configured(), trt.load().builder().create_builder_config()
+        assert default.get_flag(flags.TF32)
+        assert not config.get_flag(flags.TF32)
+        for name in ("builder_optimization_level", "avg_timing_iterations", "num_compute_capabilities"):
+            assert getattr(config, name) == getattr(default, name)
+        assert config.get_tactic_sources() == default.get_tactic_sources()
+
+    def test_each_option_is_set(self, configured):
+        tensorrt = trt.load()
+        config = configured(
+            tf32=True,
+            workspace_bytes=1 << 26,
+            optimization_level=1,
+            avg_timing_iterations=2,
+            tactic_sources=["JIT_CONVOLUTIONS"],
+            version_compatible=True,
+            hardware_compatibility="ampere_plus",
+            targets=["sm86", "sm120"],
+        )
+        assert config.get_flag(tensorrt.builder_flag.TF32)
+        assert config.get_flag(tensorrt.builder_flag.VERSION_COMPATIBLE)
+        assert config.get_memory_pool_limit(tensorrt.workspace) == 1 << 26
+        assert config.builder_optimization_level == 1
+        assert config.avg_timing_iterations == 2
+        assert config.get_tactic_sources() == tensorrt.tactic_sources(["JIT_CONVOLUTIONS"]) != 0
+        # TensorRT-RTX accepts the level and ignores it.
+        assert tensorrt.hardware_compatibility(HardwareCompatibility.AMPERE_PLUS).name == "AMPERE_PLUS"
+        assert config.num_compute_capabilities == 2
+
+    def test_the_recipe_becomes_the_job(self, tmp_path):
+        recipe = Recipe(
+            precision="tf32", workspace_bytes=7, optimization_level=1, avg_timing_iterations=2, timing_cache="t",
+            tactic_sources=["JIT_CONVOLUTIONS"], version_compatible=True, hardware_compatibility="ampere_plus",
+            targets=["sm86"],
+        )  # fmt: skip
+        job = builder._job(tmp_path / "m", tmp_path / "p", recipe, [], Distribution.TENSORRT)
+        assert job == replace(
+            JOB, model=str(tmp_path / "m"), plan=str(tmp_path / "p"), distribution="tensorrt", tf32=True,
+            workspace_bytes=7, optimization_level=1, avg_timing_iterations=2, timing_cache="t",
+            tactic_sources=["JIT_CONVOLUTIONS"], version_compatible=True, hardware_compatibility="ampere_plus",
+            targets=["sm86"],
+        )  # fmt: skip
+        assert not builder._job(tmp_path, tmp_path, Recipe(), [], Distribution.TENSORRT).tf32
 
 
 def test_a_static_dimension_makes_another_engine(tmp_path):
@@ -103,7 +183,7 @@ class TestFailures:
             [networks.value("y", networks.FLOAT, [4])],
         )  # fmt: skip
         with pytest.raises(UnsupportedModelError, match="INT16"):
-            build(model, tmp_path)
+            build(model, tmp_path, precision="tf32")
         captured = capfd.readouterr()
         assert captured.out == captured.err == ""
 
@@ -166,6 +246,28 @@ class TestFailures:
         with pytest.raises(BuildError, match="no_such_module"):
             build(networks.product(), tmp_path)
 
+    def test_whatever_is_printed_when_python_starts_does_no_harm(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(builder, "_WORKER", "print('hello', flush=True)\n" + builder._WORKER)
+        assert build(networks.product(), tmp_path).engine.size > 0
+
+    def test_any_failure_in_the_process_is_told_with_its_kind(self, tmp_path):
+        source = read(networks.product(batch=2), tmp_path)
+        job = replace(JOB, model=str(source.path), plan="/proc/no/engine.plan")
+        with builder._worker(job, None) as worker:
+            outcome = builder._follow(worker, None)
+        assert outcome["event"] == "failed"
+        assert "FileNotFoundError" in outcome["message"]
+
+    def test_the_tensorrt_distribution_needs_a_gpu_to_build(self, monkeypatch):
+        """TensorRT-RTX's module stands in: what is looked at ends before the two differ."""
+        monkeypatch.setattr(build_worker, "probe", lambda: Hardware(problem="no NVIDIA driver"))
+        stand_in = trt.TensorRT(Distribution.TENSORRT, trt.load()._module)
+        with pytest.raises(build_worker.BuildFailure) as caught:
+            build_worker.build(stand_in, JOB, None)
+        assert caught.value.event["kind"] == "no_gpu"
+        with pytest.raises(RuntimeUnavailableError, match=r"no NVIDIA driver. TensorRT-RTX builds without one"):
+            builder._raise(stand_in, caught.value.event, [])
+
     def test_a_distribution_that_is_not_installed_is_named(self, tmp_path):
         with pytest.raises(MissingDependencyError, match="TensorRT is not installed: `pip install tensorrt`"):
             trt.load(Distribution.TENSORRT)
@@ -184,6 +286,43 @@ class TestFailures:
             trt.load()
 
 
+def runs(process: Path) -> bool:
+    """Whether a process still runs. One that ended may stay listed until somebody asks how."""
+    try:
+        return process.joinpath("stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def building(folder):
+    """A process in the middle of building rec, and the entry in /proc of the build process that it started."""
+    program = textwrap.dedent(f"""
+        import sys
+        sys.path[:0] = {sys.path!r}
+        from pathlib import Path
+        from helpers import read
+        from real_models import REC
+        from mlflow_trt import Recipe
+        from mlflow_trt.convert.conversion import convert
+        folder = Path({str(folder)!r})
+        def show(event):
+            print("building", flush=True)
+        convert(read(REC, folder), Recipe(**REC.recipe), folder, progress=show)
+    """)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "building\n"
+        worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().strip()
+        assert worker
+        yield process, Path(f"/proc/{worker}")
+    finally:
+        process.kill()
+        process.communicate()
+
+
 class TestInterruption:
     def test_a_callback_that_raises_ends_the_build(self, tmp_path):
         before = children()
@@ -197,56 +336,23 @@ class TestInterruption:
         assert not (tmp_path / "engine.plan").exists()
 
     def test_ctrl_c_ends_both_processes(self, tmp_path):
-        program = textwrap.dedent(f"""
-            import sys
-            sys.path[:0] = {sys.path!r}
-            from pathlib import Path
-            from helpers import read
-            from real_models import REC
-            from mlflow_trt import Recipe
-            from mlflow_trt.convert.conversion import convert
-            folder = Path({str(tmp_path)!r})
-            def show(event):
-                print("building", flush=True)
-            convert(read(REC, folder), Recipe(**REC.recipe), folder, progress=show)
-        """)
-        process = subprocess.Popen(
-            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert process.stdout.readline() == "building\n"
-        worker = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode != 0
-        assert "KeyboardInterrupt" in errors
-        assert not Path(f"/proc/{worker}").exists()
-        assert not (tmp_path / "engine.plan").exists()
+        with building(tmp_path) as (process, worker):
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode != 0
+            assert "KeyboardInterrupt" in errors
+            assert not runs(worker)
+            assert not (tmp_path / "engine.plan").exists()
 
     def test_the_build_process_ends_with_the_one_that_asked(self, tmp_path):
-        model = read(REC, tmp_path)
-        program = textwrap.dedent(f"""
-            import sys
-            sys.path[:0] = {sys.path!r}
-            from pathlib import Path
-            from mlflow_trt import Recipe
-            from mlflow_trt.convert.builder import build_engine
-            build_engine(Path({str(model.path)!r}), Path({str(tmp_path / "p.plan")!r}), Recipe(), [],
-                         progress=lambda event: print("building", flush=True))
-        """)
-        # Without profiles this build fails soon; that it had started is enough.
-        process = subprocess.Popen(
-            [sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 30
-        worker = ""
-        while not worker and time.monotonic() < deadline:
-            worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().strip()
-        process.kill()
-        process.wait(timeout=30)
-        while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert worker
-        assert not Path(f"/proc/{worker}").exists()
+        with building(tmp_path) as (process, worker):
+            process.kill()
+            process.wait(timeout=30)
+            # Far less than the rest of this build takes.
+            deadline = time.monotonic() + 0.5
+            while runs(worker) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert not runs(worker)
 
 
 def test_the_engine_is_the_file_that_its_record_describes(tmp_path):

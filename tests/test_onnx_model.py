@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from mlflow_trt import OnnxModelError
-from mlflow_trt.convert.onnx_model import operators_of, read_onnx
+from mlflow_trt.convert.onnx_model import read_onnx
 
 
 def saved(model, path):
@@ -71,17 +71,6 @@ def test_external_data_counts_for_the_digest_and_is_copied(tmp_path):
     assert read_onnx(path, tmp_path).digest != model.digest
 
 
-def test_finds_operators_inside_subgraphs(tmp_path):
-    branch = helper.make_graph([helper.make_node("Relu", ["x"], ["r"])], "then", [], [networks.value("r", 1, [1])])
-    other = helper.make_graph([helper.make_node("Neg", ["x"], ["n"])], "else", [], [networks.value("n", 1, [1])])
-    proto = networks.model(
-        [helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=other)],
-        [networks.value("x", 1, [1]), networks.value("c", TensorProto.BOOL, [])],
-        [networks.value("y", 1, [1])],
-    )
-    assert operators_of(proto.graph) == {"If", "Relu", "Neg"}
-
-
 def of_type(kind):
     def change(proto):
         proto.graph.input[0].type.tensor_type.elem_type = kind
@@ -115,6 +104,24 @@ def test_refuses_sequences(tmp_path):
     )
     with pytest.raises(OnnxModelError, match="output 'y' is a sequence; TensorRT has only tensors"):
         read_onnx(proto, tmp_path)
+
+
+@pytest.mark.parametrize("extension", ["onnx", "json", "textproto", "onnxtxt", "pb"])
+def test_the_extension_of_a_file_does_not_matter(extension, tmp_path):
+    path = saved(networks.product(), tmp_path / f"model.{extension}")
+    assert read_onnx(path, tmp_path).inputs[0].name == "x"
+    path.write_text('{"layers": 3}')
+    with pytest.raises(OnnxModelError, match="no ONNX model"):
+        read_onnx(path, tmp_path)
+
+
+@pytest.mark.parametrize("location", ["MLmodel", "engines/weights.bin", "mlflow_trt.json", "typed/w"])
+def test_refuses_weights_where_the_model_folder_has_something_else(location, tmp_path):
+    (tmp_path / location).parent.mkdir(exist_ok=True)
+    path = tmp_path / "net.onnx"
+    onnx.save_model(networks.product(), path, save_as_external_data=True, location=location, size_threshold=0)
+    with pytest.raises(OnnxModelError, match="a name that a model folder uses for something else"):
+        read_onnx(path, tmp_path)
 
 
 @pytest.mark.parametrize(

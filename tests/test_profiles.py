@@ -35,8 +35,8 @@ def test_a_batch_left_out_is_filled_in_and_the_user_is_told(tmp_path):
     assert ranges(profiles) == {"x": "1x16:8x16:32x16"}
     assert profiles.batch_axis == BatchAxis(inputs=("x",), splits=True, declared=False)
     assert profiles.remarks == (
-        "axis 0 of input 'x' is taken as the batch axis, for 1 to 32 rows, 8 usually; "
-        "say otherwise with batch=(min, opt, max)",
+        "axis 0 of input 'x' is taken as the batch axis, for 1 to 32 rows, 8 usually; batch=(min, opt, max) says "
+        "otherwise, and that the rows do not depend on each other, so that larger batches can be split",
     )
 
 
@@ -105,11 +105,35 @@ def test_what_can_be_split(first, second, outputs, expected, tmp_path):
     assert resolve(model, tmp_path, batch=(1, 2, 4), shapes=shapes).batch_axis == expected
 
 
+@pytest.mark.parametrize("name", ["batch", "N", "batch_size", "input_dynamic_batch"])
+def test_an_axis_that_the_model_calls_a_batch_can_be_split(name, tmp_path):
+    assert resolve(networks.product(batch=name), tmp_path).batch_axis.splits
+
+
+@pytest.mark.parametrize("name", ["num_nodes", "unk__214", "DynamicDimension.0", "?", None])
+def test_any_other_can_be_only_if_the_user_says_so(name, tmp_path):
+    """Rows may depend on each other, like the nodes of a graph: in pieces, the mean over them would be another."""
+    model = networks.product(batch=name)
+    assert not resolve(model, tmp_path).batch_axis.splits
+    assert resolve(model, tmp_path, batch=(1, 4, 8)).batch_axis.splits
+
+
 def test_a_sequence_is_no_batch_unless_declared(tmp_path):
     model = networks.product(batch="sequence_length")
     shapes = {"x": ((1, 16), (4, 16), (8, 16))}
     assert resolve(model, tmp_path, shapes=shapes).batch_axis is None
+    with pytest.raises(RecipeError, match=r"no range is known for axis 0 \(sequence_length\)"):
+        resolve(model, tmp_path)
     assert resolve(model, tmp_path, batch=(1, 4, 8)).batch_axis.splits
+
+
+def test_a_fixed_shape_may_be_given_again(tmp_path):
+    model = networks.model(
+        [helper.make_node("Add", ["x", "k"], ["y"])],
+        [networks.value("x", INT64, ["n", 1]), networks.value("k", INT64, [1])],
+        [networks.value("y", INT64, ["n", 1])],
+    )
+    assert ranges(resolve(model, tmp_path, batch=2, shapes={"k": ((1,), (1,), (1,))})) == {"x": "2x1:2x1:2x1"}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -23,6 +27,9 @@ def test_brings_values_into_one_form():
     assert recipe.targets == ("sm86", "sm120")
     assert recipe.tactic_sources == ("JIT_CONVOLUTIONS",)
     assert recipe.hardware_compatibility is HardwareCompatibility.AMPERE_PLUS
+    other = Recipe(workspace_bytes=np.int64(7), optimization_level=np.int8(2), timing_cache=Path("cache"))
+    assert json.loads(json.dumps(asdict(other)))["workspace_bytes"] == 7
+    assert other.timing_cache == "cache"
 
 
 @pytest.mark.parametrize(

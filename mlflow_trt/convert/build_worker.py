@@ -2,8 +2,8 @@
 
 TensorRT runs here and not in the user's process, because its libraries print past their logger, abort on some models,
 keep gigabytes until the process ends, and cannot be interrupted. `builder` starts this module, sends one line of JSON
-to its standard input and reads lines of JSON, `Event`s, from its standard output. The process ends when its standard
-input does, so it never outlives the one that asked.
+to its standard input, and reads lines of JSON from a pipe of their own: standard output and error belong to the
+libraries. The process ends when its standard input does, so it never outlives the one that asked.
 """
 
 from __future__ import annotations
@@ -52,21 +52,23 @@ class BuildFailure(Exception):  # noqa: N818  # not an error of this process but
         self.event = {"event": "failed", "kind": kind, "message": message, **details}
 
 
-def main() -> None:
-    """Do the job that stands on standard input, and report to standard output."""
-    # TensorRT's libraries write to file descriptor 1 as they please: the reports get a descriptor of their own.
-    reports = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
+def main(reports_descriptor: int) -> None:
+    """Do the job that stands on standard input, and report to the file descriptor."""
+    reports = os.fdopen(reports_descriptor, "w", buffering=1)
     job = Job(**json.loads(sys.stdin.readline()))
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def report(event: dict[str, Any]) -> None:
         reports.write(json.dumps(event) + "\n")
 
+    tensorrt = import_distribution(Distribution(job.distribution))
     try:
-        report(build(import_distribution(Distribution(job.distribution)), job, report))
+        report(build(tensorrt, job, report))
     except BuildFailure as failure:
         report(failure.event)
+    except Exception as error:  # noqa: BLE001  # whatever it is, the one that asked has to hear of it
+        log = tensorrt.log.errors()
+        report({"event": "failed", "kind": "build", "message": f"{type(error).__name__}: {error}", "log": log})
     reports.flush()
     # Tearing TensorRT down can take seconds and has nothing left to do: the plan is written.
     os._exit(0)
@@ -79,6 +81,9 @@ def _end_with_parent() -> None:
 
 def build(tensorrt: TensorRT, job: Job, report: Any) -> dict[str, Any]:
     """Parse, configure, build, write the plan. Returns the event that describes it; raises BuildFailure."""
+    hardware = probe()
+    if not tensorrt.is_rtx and hardware.problem is not None:
+        raise BuildFailure("no_gpu", hardware.problem)
     builder = tensorrt.builder()
     network = tensorrt.network(builder)
     parser = tensorrt.parser(network)
@@ -98,7 +103,6 @@ def build(tensorrt: TensorRT, job: Job, report: Any) -> dict[str, Any]:
     _write(Path(job.plan), plan)
     if timing_cache is not None:
         _write(Path(timing_cache), config.get_timing_cache().serialize())
-    hardware = probe()
     gpu = hardware.gpus[0] if hardware.gpus else None
     return {
         "event": "built",
@@ -137,7 +141,9 @@ def _configure(tensorrt: TensorRT, config: trt_api.IBuilderConfig, job: Job) -> 
     if level is not HardwareCompatibility.NONE:
         config.hardware_compatibility_level = tensorrt.hardware_compatibility(level)
     if job.targets and tensorrt.is_rtx:
-        tensorrt.set_targets(config, [ComputeCapability.parse(target) for target in job.targets])
+        targets = [ComputeCapability.parse(target) for target in job.targets]
+        if not tensorrt.set_targets(config, targets):
+            raise BuildFailure("option", f"TensorRT-RTX refused a target: {tensorrt.log.last_error()}")
 
 
 def _add_profiles(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,14 +20,17 @@ from mlflow_trt._logging import get_logger
 from mlflow_trt.convert.build_worker import Job
 from mlflow_trt.convert.onnx_model import sha256_of
 from mlflow_trt.convert.recipe import Recipe
-from mlflow_trt.errors import BuildError, RecipeError, UnsupportedModelError
+from mlflow_trt.errors import BuildError, RecipeError, RuntimeUnavailableError, UnsupportedModelError
 from mlflow_trt.spec import Distribution, EngineRecord, HardwareCompatibility, Precision, ShapeProfile
 
 _log = get_logger(__name__)
 
-_WORKER = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from mlflow_trt.convert.build_worker import main; main()"
-)
+_WORKER = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from mlflow_trt.convert.build_worker import main
+main(int(sys.argv[2]))
+"""
 _LINES_QUOTED = 5
 
 
@@ -62,16 +66,16 @@ def build_engine(
         UnsupportedModelError: TensorRT's parser refuses nodes of the model; each is named with its operator.
         BuildError: TensorRT built nothing; its last words are in the text.
         RecipeError: an option or profile is refused, or a target cannot be built for.
-        MissingDependencyError: no TensorRT is installed.
+        MissingDependencyError: no TensorRT is installed. RuntimeUnavailableError: the one that is needs a GPU to build.
     """
     tensorrt = trt.load(distribution)
     _check_recipe(tensorrt, recipe)
     job = _job(model, plan, recipe, profiles, tensorrt.distribution)
-    with _worker(job, gpu) as (worker, errors):
+    with _worker(job, gpu) as worker:
         outcome = _follow(worker, progress)
-        words = _last_lines(errors)
+        words = worker.last_words()
     if outcome is None:
-        raise BuildError(_crash_text(tensorrt, worker.returncode, words), log=words)
+        raise BuildError(_crash_text(tensorrt, worker.status, words), log=words)
     if outcome["event"] == "failed":
         _raise(tensorrt, outcome, words)
     return EngineRecord(
@@ -137,51 +141,68 @@ def _job(model: Path, plan: Path, recipe: Recipe, profiles: Sequence[ShapeProfil
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Worker:
+    """The build process, the reports that it sends, and the file that it and the libraries in it print to."""
+
+    process: subprocess.Popen[bytes]
+    reports: IO[str]
+    printed: IO[bytes]
+
+    @property
+    def status(self) -> int:
+        return self.process.wait()
+
+    def last_words(self) -> list[str]:
+        self.printed.seek(0)
+        lines = [line.strip() for line in self.printed.read().decode(errors="replace").splitlines()]
+        return [line for line in lines if line][-_LINES_QUOTED:]
+
+
 @contextmanager
-def _worker(job: Job, gpu: str | None) -> Iterator[tuple[subprocess.Popen[str], IO[bytes]]]:
+def _worker(job: Job, gpu: str | None) -> Iterator[_Worker]:
     """Run the build process; however this block ends, the process has ended too."""
     environment = dict(os.environ)
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
-    with tempfile.TemporaryFile() as errors:
-        worker = subprocess.Popen(  # noqa: S603  # this interpreter, with our own module
-            [sys.executable, "-c", _WORKER, json.dumps([entry for entry in sys.path if entry])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=environment,
-            # Ctrl-C reaches this process alone, which then ends the worker: no half of a build goes on.
-            start_new_session=True,
-        )
+    paths = json.dumps([entry for entry in sys.path if entry])
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as reports, tempfile.TemporaryFile() as printed:
         try:
-            jobs = cast("IO[str]", worker.stdin)
-            jobs.write(json.dumps(asdict(job)) + "\n")
-            jobs.flush()
-            yield worker, errors
-        except BrokenPipeError as error:
-            raise BuildError(f"the build process did not start: {_last_lines(errors)}") from error
+            process = subprocess.Popen(  # noqa: S603  # this interpreter, with our own module
+                [sys.executable, "-c", _WORKER, paths, str(writing)],
+                stdin=subprocess.PIPE,
+                stdout=printed,
+                stderr=printed,
+                pass_fds=[writing],
+                env=environment,
+                # Ctrl-C reaches this process alone, which then ends the worker: no half of a build goes on.
+                start_new_session=True,
+            )
         finally:
-            worker.kill()
-            worker.communicate()
+            os.close(writing)
+        jobs = cast("IO[bytes]", process.stdin)
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it has ended already, and last_words() says why
+                jobs.write(json.dumps(asdict(job)).encode() + b"\n")
+                jobs.flush()
+            yield _Worker(process=process, reports=reports, printed=printed)
+        finally:
+            process.kill()
+            process.wait()
+            with contextlib.suppress(BrokenPipeError):
+                jobs.close()
 
 
-def _follow(worker: subprocess.Popen[str], progress: Progress | None) -> dict[str, Any] | None:
+def _follow(worker: _Worker, progress: Progress | None) -> dict[str, Any] | None:
     """Pass on the progress until the worker reports how it ended; None where it ended without a word."""
-    for line in cast("IO[str]", worker.stdout):
+    for line in worker.reports:
         event: dict[str, Any] = json.loads(line)
         if event["event"] != "progress":
             return event
         if progress is not None:
             progress(BuildProgress(phase=event["phase"], fraction=event["fraction"]))
-    worker.wait()
     return None
-
-
-def _last_lines(errors: IO[bytes]) -> list[str]:
-    errors.seek(0)
-    lines = [line.strip() for line in errors.read().decode(errors="replace").splitlines()]
-    return [line for line in lines if line][-_LINES_QUOTED:]
 
 
 def _crash_text(tensorrt: trt.TensorRT, status: int, words: Sequence[str]) -> str:
@@ -209,4 +230,9 @@ def _raise(tensorrt: trt.TensorRT, outcome: dict[str, Any], words: Sequence[str]
         raise RecipeError(f"{tensorrt} refuses the shapes of input {tensor!r}: {message}", option="shapes")
     if kind == "option":
         raise RecipeError(message)
+    if kind == "no_gpu":
+        raise RuntimeUnavailableError(
+            f"TensorRT builds engines on the GPU that they are for: {message}. TensorRT-RTX builds without one: "
+            f"`pip install 'mlflow-trt[rtx]'` and set {trt.DISTRIBUTION_VARIABLE}=tensorrt_rtx."
+        )
     raise BuildError(f"{tensorrt} built no engine: {log[-1] if log else message}", log=log)

@@ -8,34 +8,47 @@ from pathlib import Path
 
 import onnx
 
+from mlflow_trt import trt
+from mlflow_trt._logging import get_logger
 from mlflow_trt.convert.builder import Progress, build_engine
 from mlflow_trt.convert.dimension_names import tell_apart
-from mlflow_trt.convert.onnx_model import OnnxModel, copy_files, sha256_of, subgraphs_of
+from mlflow_trt.convert.onnx_model import MODEL_FILE, OnnxModel, copy_files, describe, sha256_of, subgraphs_of
 from mlflow_trt.convert.precision import PASSES
 from mlflow_trt.convert.profiles import Profiles, resolve_profiles
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import BuildError, UnsupportedModelError
-from mlflow_trt.spec import Distribution, EngineRecord, PrecisionReport, Shape
+from mlflow_trt.spec import Distribution, EngineRecord, Precision, PrecisionReport, Shape, TensorSpec
+
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TypedModel:
-    """The ONNX that TensorRT parses. `path` is the source model's own where nothing was changed."""
+    """The ONNX that TensorRT parses. `path` is the source model's own where nothing was changed.
+
+    `inputs` and `outputs` are the source model's, but for dimension names that were told apart.
+    """
 
     path: Path
     sha256: str
     is_source: bool
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """A source model and everything that was made of it. `plan` is the engine's file."""
+    """A source model and everything that was made of it. `plan` is the engine's file.
+
+    `remarks` is what the user was told about choices made for them.
+    """
 
     source: OnnxModel
     typed: TypedModel
     recipe: Recipe
     profiles: Profiles
     precision_report: PrecisionReport
+    remarks: tuple[str, ...]
     engine: EngineRecord
     plan: Path
 
@@ -50,11 +63,17 @@ def convert(
     progress: Progress | None = None,
 ) -> Conversion:
     """Make the typed model and the engine of `source` in `workdir`. Raises what its steps raise."""
+    tensorrt = trt.load(distribution)
     profiles = resolve_profiles(source, recipe, example_shapes)
     typed, report = make_typed_model(source, recipe, profiles, workdir)
+    remarks = (*profiles.remarks, *report.remarks, *_about_float32(tensorrt, recipe))
+    for remark in remarks:
+        _log.info("%s", remark)
     plan = workdir / "engine.plan"
     try:
-        engine = build_engine(typed.path, plan, recipe, profiles.profiles, distribution=distribution, progress=progress)
+        engine = build_engine(
+            typed.path, plan, recipe, profiles.profiles, distribution=tensorrt.distribution, progress=progress
+        )
     except BuildError as error:
         raise _naming_control_flow(error, source) from error
     return Conversion(
@@ -63,6 +82,7 @@ def convert(
         recipe=recipe,
         profiles=profiles,
         precision_report=report,
+        remarks=remarks,
         engine=engine,
         plan=plan,
     )
@@ -75,13 +95,31 @@ def make_typed_model(
     told_apart = tell_apart(source.proto, profiles.profiles)
     proto, report = PASSES[recipe.precision](told_apart)
     if proto is source.proto:
-        return TypedModel(path=source.path, sha256=sha256_of(source.path), is_source=True), report
+        typed = TypedModel(
+            path=source.path,
+            sha256=source.files[MODEL_FILE],
+            is_source=True,
+            inputs=source.inputs,
+            outputs=source.outputs,
+        )
+        return typed, report
     folder = workdir / "typed"
     folder.mkdir()
     path = folder / f"{recipe.precision}.onnx"
     onnx.save_model(proto, path)
     copy_files(source.external_files, source.path.parent, folder)
-    return TypedModel(path=path, sha256=sha256_of(path), is_source=False), report
+    inputs, outputs = describe(proto, path)
+    return TypedModel(path=path, sha256=sha256_of(path), is_source=False, inputs=inputs, outputs=outputs), report
+
+
+def _about_float32(tensorrt: trt.TensorRT, recipe: Recipe) -> tuple[str, ...]:
+    if recipe.precision is not Precision.FP32 or not tensorrt.is_rtx:
+        return ()
+    remark = (
+        "fp32 was asked for, but TensorRT-RTX ignores the TF32 flag: its float32 matrix products and convolutions have "
+        "the relative error of TF32, about 3e-4"
+    )
+    return (remark,)
 
 
 def _naming_control_flow(error: BuildError, source: OnnxModel) -> BuildError:

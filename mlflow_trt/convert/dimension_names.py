@@ -12,8 +12,7 @@ from collections.abc import Sequence
 
 from onnx import ModelProto
 
-from mlflow_trt.convert.profiles import is_placeholder
-from mlflow_trt.spec import ShapeProfile
+from mlflow_trt.spec import ShapeProfile, is_placeholder
 
 _Axis = tuple[str, int]
 

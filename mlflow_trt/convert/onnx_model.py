@@ -21,6 +21,12 @@ from mlflow_trt.errors import OnnxModelError
 from mlflow_trt.spec import Dim, TensorSpec
 
 MODEL_FILE = "model.onnx"
+RESERVED_NAMES = frozenset(
+    """model.onnx typed engines runtime_cache code extra_files mlflow_trt.json MLmodel conda.yaml python_env.yaml
+    requirements.txt constraints.txt input_example.json serving_input_example.json environment_variables.txt
+    metadata registered_model_meta""".split()  # noqa: SIM905  # easier to read than a list of quotes
+)
+"""What else may lie in a model folder, where the external data of a model is stored beside it."""
 
 # The types that TensorRT has for inputs and outputs.
 _DTYPES: Mapping[int, str] = {
@@ -98,18 +104,23 @@ def read_onnx(model: str | os.PathLike[str] | ModelProto, workdir: Path) -> Onnx
         raise OnnxModelError(f"expected the path of an ONNX file or an onnx.ModelProto, got {type(model).__name__}")
     proto = _parse(path)
     external_files = _check_external_files(proto, path)
-    initializers = {tensor.name for tensor in proto.graph.initializer}
-    inputs = [_describe(value, "input", path) for value in proto.graph.input if value.name not in initializers]
-    outputs = [_describe(value, "output", path) for value in proto.graph.output]
+    inputs, outputs = describe(proto, path)
     _check(path)
     return OnnxModel(
         path=path,
         proto=proto,
-        inputs=tuple(inputs),
-        outputs=tuple(outputs),
+        inputs=inputs,
+        outputs=outputs,
         external_files=external_files,
         files={MODEL_FILE: sha256_of(path)} | {name: sha256_of(path.parent / name) for name in external_files},
     )
+
+
+def describe(proto: ModelProto, path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """The inputs, without initializers, and the outputs of a model. Raises OnnxModelError for types and the like."""
+    initializers = {tensor.name for tensor in proto.graph.initializer}
+    inputs = [_describe(value, "input", path) for value in proto.graph.input if value.name not in initializers]
+    return tuple(inputs), tuple(_describe(value, "output", path) for value in proto.graph.output)
 
 
 def tensors_of(graph: GraphProto) -> Iterator[TensorProto]:
@@ -131,14 +142,6 @@ def subgraphs_of(graph: GraphProto) -> Iterator[GraphProto]:
             if attribute.type == AttributeProto.GRAPH:
                 yield attribute.g
             yield from attribute.graphs
-
-
-def operators_of(graph: GraphProto) -> set[str]:
-    """The names of all operators in a graph, nested ones included."""
-    names = {node.op_type for node in graph.node}
-    for inner in subgraphs_of(graph):
-        names |= operators_of(inner)
-    return names
 
 
 def _write_proto(proto: ModelProto, workdir: Path) -> Path:
@@ -167,7 +170,10 @@ def _parse(path: Path) -> ModelProto:
     if not path.is_file():
         raise OnnxModelError(f"{path} does not exist; expected an ONNX file", path=path)
     try:
-        proto = onnx.load(path, load_external_data=False)
+        # Without a format, onnx would choose a parser by the file's extension.
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
+    except OSError as error:
+        raise OnnxModelError(f"{path} cannot be read: {error.strerror}", path=path) from error
     except DecodeError as error:
         raise OnnxModelError(f"{path} is no ONNX model, or a truncated one: {error}", path=path) from error
     if not proto.graph.node:
@@ -191,10 +197,10 @@ def _check_external_files(proto: ModelProto, path: Path) -> tuple[str, ...]:
                 f"{path}: the weights of {tensor.name!r} are at {location!r}; they must be in the folder of the model",
                 path=path,
             )
-        if location == MODEL_FILE and path.name != MODEL_FILE:
+        if pure.parts[0] in RESERVED_NAMES:
             raise OnnxModelError(
-                f"{path}: its external weights are named {MODEL_FILE!r}, the name that the model itself gets in a "
-                "model folder; save the weights under another name",
+                f"{path}: its external weights are in {location!r}, a name that a model folder uses for something "
+                "else; save the weights under another name",
                 path=path,
             )
         end = int(entries.get("offset") or 0) + int(entries.get("length") or 0)

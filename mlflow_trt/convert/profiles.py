@@ -6,17 +6,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mlflow_trt.convert.onnx_model import OnnxModel, operators_of
+from mlflow_trt.convert.onnx_model import OnnxModel
 from mlflow_trt.convert.recipe import BatchRange, Recipe, ShapeRequest, ShapeTriple
 from mlflow_trt.errors import RecipeError
-from mlflow_trt.spec import BatchAxis, Dim, InputRange, Shape, ShapeProfile, TensorSpec
+from mlflow_trt.spec import BatchAxis, Dim, InputRange, Shape, ShapeProfile, TensorSpec, is_placeholder
 
 DEFAULT_BATCH = BatchRange(1, 8, 32)
 """What a batch axis gets where neither the user nor the model says more."""
 
-# Axes of such names, and models with such operators, may carry state from one row to the next.
+# Rows are known not to depend on each other where the user says so, or the model does by such a name.
+_BATCH_NAME = re.compile(r"n|b|bs|.*batch.*", re.IGNORECASE)
+# The range of a batch is no guess for an axis of such a name.
 _SEQUENCE_NAME = re.compile(r"seq|time|len|frame|token|step|^[tls]$", re.IGNORECASE)
-_RECURRENT = frozenset({"LSTM", "GRU", "RNN", "Scan", "Loop"})
 
 _Limits = tuple[int, int, int]
 
@@ -28,11 +29,6 @@ class Profiles:
     profiles: tuple[ShapeProfile, ...]
     batch_axis: BatchAxis | None
     remarks: tuple[str, ...]
-
-
-def is_placeholder(dim: Dim) -> bool:
-    """Whether a dimension varies without a name that means anything: exporters write `?` for any unknown."""
-    return dim is None or (isinstance(dim, str) and not any(character.isalnum() for character in dim))
 
 
 def resolve_profiles(model: OnnxModel, recipe: Recipe, example_shapes: Mapping[str, Shape] | None = None) -> Profiles:
@@ -63,34 +59,28 @@ def resolve_profiles(model: OnnxModel, recipe: Recipe, example_shapes: Mapping[s
 def find_batch_axis(model: OnnxModel, *, declared: bool) -> BatchAxis | None:
     """Axis 0 of the inputs, where it varies, is one and the same for all that have it, and reaches every output.
 
-    An axis that the user did not declare by `batch=` must not look like a sequence: running the pieces of a sequence
-    one by one would change the result.
+    Whether rows depend on each other cannot be seen: nodes of a graph and points of a cloud are rows too. So the batch
+    can be split only where the user declared it by `batch=`, or where the model calls the axis a batch.
     """
     leading = [spec for spec in model.inputs if spec.shape and not isinstance(spec.shape[0], int)]
     names = {spec.shape[0] for spec in leading if not is_placeholder(spec.shape[0])}
-    if not leading or len(names) > 1:
-        return None
     name = next(iter(names), None)
-    if not all(_carries(spec, name) for spec in model.outputs):
+    if not leading or len(names) > 1 or not all(_carries(spec, name) for spec in model.outputs):
         return None
     if not declared and isinstance(name, str) and _SEQUENCE_NAME.search(name):
         return None
-    if not declared and operators_of(model.proto.graph) & _RECURRENT:
-        return None
+    independent = declared or (isinstance(name, str) and _BATCH_NAME.fullmatch(name) is not None)
     other_names = {dim for spec in model.inputs for dim in spec.shape[1:] if not is_placeholder(dim)}
-    splits = name not in other_names and all(
-        not isinstance(spec.shape[0], int) and spec.shape[0] not in other_names for spec in model.outputs if spec.shape
+    splits = (
+        independent
+        and name not in other_names
+        and all(not isinstance(spec.shape[0], int) and spec.shape[0] not in other_names for spec in model.outputs)
     )
-    scalar_output = any(not spec.shape for spec in model.outputs)
-    return BatchAxis(
-        inputs=tuple(spec.name for spec in leading), splits=splits and not scalar_output, declared=declared
-    )
+    return BatchAxis(inputs=tuple(spec.name for spec in leading), splits=splits, declared=declared)
 
 
 def _carries(output: TensorSpec, name: Dim) -> bool:
-    if not output.shape:
-        return False
-    return not isinstance(output.shape[0], int) or (name is not None and name in output.shape)
+    return bool(output.shape) and (not isinstance(output.shape[0], int) or (name is not None and name in output.shape))
 
 
 def _no_batch_axis(model: OnnxModel) -> str:
@@ -131,7 +121,7 @@ def _check_order(name: str, triple: ShapeTriple) -> None:
 
 def _is_values(spec: TensorSpec, triple: ShapeTriple) -> bool:
     """Whether a request gives the values of a shape tensor: an integer scalar, or a vector of as many elements."""
-    if spec.dtype not in ("int32", "int64"):
+    if spec.dtype not in ("int32", "int64") or set(triple) == {spec.shape}:
         return False
     if not spec.shape:
         return len(triple[0]) == 1
@@ -198,7 +188,8 @@ class _Resolution:
             self._set(limits, spec, axis, (DEFAULT_BATCH.min, DEFAULT_BATCH.opt, DEFAULT_BATCH.max))
             self._remarks.append(
                 f"axis 0 of input {spec.name!r} is taken as the batch axis, for {DEFAULT_BATCH.min} to "
-                f"{DEFAULT_BATCH.max} rows, {DEFAULT_BATCH.opt} usually; say otherwise with batch=(min, opt, max)"
+                f"{DEFAULT_BATCH.max} rows, {DEFAULT_BATCH.opt} usually; batch=(min, opt, max) says otherwise, and "
+                "that the rows do not depend on each other, so that larger batches can be split"
             )
         elif len(self._example_shapes.get(spec.name, ())) == len(spec.shape):
             size = self._example_shapes[spec.name][axis]

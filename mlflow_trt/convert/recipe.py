@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -84,7 +85,7 @@ class Recipe:
             workspace_bytes: int | None = ...,
             optimization_level: int | None = ...,
             avg_timing_iterations: int | None = ...,
-            timing_cache: str | None = ...,
+            timing_cache: str | os.PathLike[str] | None = ...,
             tactic_sources: Sequence[str] | None = ...,
             version_compatible: bool = ...,
             hardware_compatibility: HardwareCompatibility | str = ...,
@@ -101,12 +102,14 @@ class Recipe:
                 HardwareCompatibility, self.hardware_compatibility, "hardware_compatibility"
             ),
             "targets": _targets(self.targets),
+            "workspace_bytes": _number("workspace_bytes", self.workspace_bytes, 1, None),
+            "optimization_level": _number("optimization_level", self.optimization_level, 0, 5),
+            "avg_timing_iterations": _number("avg_timing_iterations", self.avg_timing_iterations, 1, None),
+            "timing_cache": None if self.timing_cache is None else os.fspath(self.timing_cache),
+            "version_compatible": bool(self.version_compatible),
         }
         for name, value in normal.items():
             object.__setattr__(self, name, value)
-        _check_range("workspace_bytes", self.workspace_bytes, 1, None)
-        _check_range("optimization_level", self.optimization_level, 0, 5)
-        _check_range("avg_timing_iterations", self.avg_timing_iterations, 1, None)
 
     @classmethod
     def of(
@@ -203,12 +206,13 @@ def _targets(value: Any) -> tuple[str, ...]:
     return tuple(str(target) for target in sorted(targets))
 
 
-def _check_range(option: str, value: int | None, low: int, high: int | None) -> None:
+def _number(option: str, value: Any, low: int, high: int | None) -> int | None:
     if value is None:
-        return
+        return None
     if not _is_int(value) or value < low or (high is not None and value > high):
         limits = f"{low} or more" if high is None else f"{low} to {high}"
         raise RecipeError(f"{option} is {value!r}; expected {limits}", option=option)
+    return int(value)
 
 
 def _is_int(value: Any) -> bool:
