@@ -8,7 +8,7 @@ import pytest
 from helpers import read, reference
 from real_models import MAGIKA
 
-from mlflow_trt import ExecutionError, InputShapeError
+from mlflow_trt import InputShapeError
 from mlflow_trt.runtime.batching import Piece, pieces, run_in_pieces
 from mlflow_trt.spec import BatchAxis
 
@@ -75,7 +75,7 @@ def test_real_rows_are_independent(tmp_path):
 
 @pytest.mark.parametrize("output", [np.zeros(()), np.zeros((1, 8))])
 def test_an_output_without_the_axis_is_an_error(output):
-    with pytest.raises(ExecutionError, match="output 'y' has the shape .* for 8 rows of input"):
+    with pytest.raises(InputShapeError, match="output 'y' has the shape .* for 8 rows of input"):
         run_in_pieces({"x": networks.rows(9)}, AXIS, 1, 8, lambda feeds: {"y": output})
 
 

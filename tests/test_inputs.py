@@ -91,3 +91,8 @@ def test_makes_arrays_contiguous_and_keeps_scalars():
 def test_names_and_shapes(inputs, error, message):
     with pytest.raises(error, match=message):
         prepare_feeds(inputs, [IMAGE, IDS])
+
+
+def test_ragged_lists_are_named():
+    with pytest.raises(InputShapeError, match="input 'x' is no regular array"):
+        prepared([[1.0, 2.0], [1.0]])

@@ -46,6 +46,7 @@ def test_in_pieces_where_only_the_rows_do_not_fit(rows, profiles, expected):
     [
         (AXIS, r"built for x 1x4:1x4:2x4 \(min:opt:max\), and got x \(3, 5\). Send inputs within"),
         (None, "It has no batch axis that could be split; batch= declares one"),
+        (BatchAxis(inputs=("x",), splits=False, declared=False), "rows may depend on each other; batch= declares"),
         (BatchAxis(inputs=("x",), splits=False, declared=True), "Not every output carries the batch axis"),
     ],
 )

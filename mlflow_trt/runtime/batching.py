@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlflow_trt.errors import ExecutionError, InputShapeError
+from mlflow_trt.errors import InputShapeError
 from mlflow_trt.runtime.inputs import Array, Feeds
 from mlflow_trt.spec import BatchAxis
 
@@ -50,7 +50,7 @@ def run_in_pieces(
 ) -> Outputs:
     """The outputs of `execute` for a batch of any size, although it takes only `smallest` to `largest` rows.
 
-    Raises ExecutionError where an output turns out not to have one row for each row of input.
+    Raises InputShapeError where an output turns out not to have one row for each row of input.
     """
     rows = batch_size(feeds, axis)
     results: list[Outputs] = []
@@ -58,7 +58,7 @@ def run_in_pieces(
         outputs = execute(_take(feeds, axis, piece))
         for name, output in outputs.items():
             if output.ndim == 0 or output.shape[0] != piece.size:
-                raise ExecutionError(
+                raise InputShapeError(
                     f"output {name!r} has the shape {output.shape} for {piece.size} rows of input: it does not carry "
                     f"the batch axis, so only batches of {smallest} to {largest} rows can be run"
                 )

@@ -67,24 +67,30 @@ class Device:
         self.gpu = gpu
         self.hardware = hardware
         self._driver = driver
-        driver.init()
-        self._context = driver.Device(gpu.ordinal).retain_primary_context()
+        with self._translated_errors():
+            driver.init()
+            self._context = driver.Device(gpu.ordinal).retain_primary_context()
 
     @contextmanager
     def current(self) -> Iterator[None]:
         """Make this GPU the calling thread's, and turn pycuda's errors into ours."""
-        driver = self._driver
-        self._context.push()
+        with self._translated_errors():
+            self._context.push()
+            try:
+                yield
+            finally:
+                self._driver.Context.pop()
+
+    @contextmanager
+    def _translated_errors(self) -> Iterator[None]:
         try:
             yield
-        except driver.MemoryError as error:
+        except self._driver.MemoryError as error:
             raise OutOfMemoryError(
                 f"{self.gpu.name} is out of memory ({error}): send smaller batches, or free memory on the GPU"
             ) from error
-        except driver.Error as error:
+        except self._driver.Error as error:
             raise ExecutionError(f"CUDA failed on {self.gpu.name}: {error}") from error
-        finally:
-            driver.Context.pop()
 
     def stream(self) -> Stream:
         return Stream(self._driver.Stream(), self._driver)

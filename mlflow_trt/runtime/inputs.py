@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from mlflow_trt.errors import InputDtypeError, InputError, InputShapeError
 from mlflow_trt.runtime.dtypes import numpy_dtype
-from mlflow_trt.spec import TensorSpec
+from mlflow_trt.spec import TensorSpec, is_placeholder
 
 Array = npt.NDArray[np.generic]
 Feeds = dict[str, Array]
@@ -37,7 +37,10 @@ def _listing(specs: Sequence[TensorSpec]) -> str:
 
 
 def _prepare(value: npt.ArrayLike, spec: TensorSpec) -> Array:
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise InputShapeError(f"input {spec.name!r} is no regular array: {error}", tensor=spec.name) from None
     shape, fixed = array.shape, spec.fixed
     if len(shape) != len(fixed):
         raise InputShapeError(
@@ -98,7 +101,7 @@ def _check_shared_dimensions(feeds: Feeds, specs: Sequence[TensorSpec]) -> None:
     seen: dict[str, tuple[str, int]] = {}
     for spec in specs:
         for dim, size in zip(spec.shape, feeds[spec.name].shape, strict=True):
-            if not isinstance(dim, str) or not any(map(str.isalnum, dim)):
+            if not isinstance(dim, str) or is_placeholder(dim):
                 continue
             other, expected = seen.setdefault(dim, (spec.name, size))
             if size != expected:

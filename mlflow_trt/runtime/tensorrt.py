@@ -6,6 +6,7 @@ shape tensors and output allocators; one execution context is not thread-safe, s
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import threading
@@ -44,6 +45,7 @@ class TensorRTSession(Session):
         batch_axis: what may be split and padded where a batch does not fit the engine's profiles.
         kernel_specialization: TensorRT-RTX only. `eager` compiles the kernels for a new shape before the first
             result, which then equals all later ones; `lazy` answers with generic kernels first.
+        allow_engine_host_code: let the plan bring code that runs on the CPU.
 
     Raises:
         EngineMismatchError: TensorRT says that this machine cannot run the plan.
@@ -62,13 +64,15 @@ class TensorRTSession(Session):
         outputs: Sequence[TensorSpec],
         batch_axis: BatchAxis | None = None,
         kernel_specialization: str = "eager",
+        allow_engine_host_code: bool = False,
     ) -> None:
         super().__init__()
         self._tensorrt = tensorrt
         self._device = device
         self._batch_axis = batch_axis
-        self._lock = threading.Lock()
-        resources = _Resources(plan, tensorrt, device, kernel_specialization)
+        resources = _Resources(
+            plan, tensorrt, device, kernel_specialization, allow_engine_host_code=allow_engine_host_code
+        )
         # Runs at close(), at the latest before the interpreter ends: TensorRT and pycuda must still be alive.
         self._finalizer = weakref.finalize(self, resources.release)
         self._resources = resources
@@ -81,7 +85,7 @@ class TensorRTSession(Session):
         return f"{self._tensorrt} on {self._device.gpu.name}"
 
     def _run(self, feeds: Feeds) -> Outputs:
-        with self._lock, self._device.current():
+        with self._resources.lock, self._device.current():
             self._check_open()
             choice = choose_profile(self.profiles, feeds, self._batch_axis)
             if choice.rows is None or self._batch_axis is None:
@@ -97,8 +101,7 @@ class TensorRTSession(Session):
         return outputs
 
     def _release(self) -> None:
-        with self._lock:
-            self._finalizer()
+        self._finalizer()
 
 
 def depends_on_data(shape: tuple[int, ...]) -> bool:
@@ -107,9 +110,18 @@ def depends_on_data(shape: tuple[int, ...]) -> bool:
 
 
 class _Resources:
-    """What must be freed: engine, execution context, stream and buffers. Used by one thread at a time."""
+    """What must be freed: engine, execution context, stream and buffers. Whoever uses them holds `lock`."""
 
-    def __init__(self, plan: bytes, tensorrt: TensorRT, device: Device, kernel_specialization: str) -> None:
+    def __init__(
+        self,
+        plan: bytes,
+        tensorrt: TensorRT,
+        device: Device,
+        kernel_specialization: str,
+        *,
+        allow_engine_host_code: bool,
+    ) -> None:
+        self.lock = threading.Lock()
         self._tensorrt = tensorrt
         self._device = device
         self._profile = 0
@@ -120,7 +132,7 @@ class _Resources:
         self._allocation_error: Exception | None = None
         with device.current():
             tensorrt.log.errors()
-            self._runtime: trt_api.Runtime | None = tensorrt.runtime()
+            self._runtime: trt_api.Runtime | None = tensorrt.runtime(allow_engine_host_code=allow_engine_host_code)
             doubt = tensorrt.engine_validity(self._runtime, plan)
             engine = self._runtime.deserialize_cuda_engine(plan)
             if engine is None and doubt is not None:
@@ -169,8 +181,10 @@ class _Resources:
         try:
             return self._execute(self._context, self._stream, profile, feeds)
         except BaseException:
-            # What was already sent off must not read or write the buffers during the next call.
-            self._stream.synchronize()
+            # What was already sent off must not read or write the buffers during the next call. Where even waiting
+            # fails, the first error is the one to tell.
+            with contextlib.suppress(Exception):
+                self._stream.synchronize()
             raise
 
     def _execute(self, context: trt_api.IExecutionContext, stream: Stream, profile: int, feeds: Feeds) -> Outputs:
@@ -181,7 +195,10 @@ class _Resources:
             self._profile = profile
         for name in self._inputs:
             self._bind_input(context, name, feeds[name])
-        missing = context.infer_shapes()
+        try:
+            missing = context.infer_shapes()
+        except RuntimeError as error:
+            raise self._failure(f"infer the output shapes from {_shapes_of(feeds)}", InputShapeError) from error
         if missing:
             raise self._failure(f"infer the output shapes, since {', '.join(missing)} is not specified")
         shapes = {name: tuple(context.get_tensor_shape(name)) for name in self._outputs}
@@ -190,7 +207,7 @@ class _Resources:
             self._bind_output(context, name, None if name in unknown else shape)
         self._allocation_error = None
         if not context.execute_async_v3(stream.handle):
-            raise self._failure("run the engine") from self._allocation_error
+            raise self._allocation_error or self._failure("run the engine")
         if unknown:
             stream.synchronize()
             shapes |= {name: self._allocated_shapes[name] for name in unknown}
@@ -254,27 +271,34 @@ class _Resources:
                 triple = engine.get_tensor_profile_values(index, name)
             else:
                 triple = engine.get_tensor_profile_shape(name, index)
-            if len(triple) == 3:
-                low, usual, high = (tuple(map(int, shape)) for shape in triple)
-                ranges[name] = InputRange(min=low, opt=usual, max=high, is_values=name in self._on_host)
+            # TensorRT gives nothing for an input that a profile need not mention.
+            low, usual, high = (tuple(map(int, shape)) for shape in triple or [self._shapes[name]] * 3)
+            ranges[name] = InputRange(min=low, opt=usual, max=high, is_values=name in self._on_host and bool(triple))
         return ShapeProfile(ranges=ranges)
 
     def _failure(self, action: str, kind: type[InputShapeError | ExecutionError] = ExecutionError) -> Exception:
         said = self._tensorrt.log.last_error()
-        if self._allocation_error is not None or re.search("out ?of ?memory", said, re.IGNORECASE):
+        if re.search("out ?of ?memory", said, re.IGNORECASE):
             return OutOfMemoryError(f"{self._tensorrt} has too little memory on {self._device.gpu.name}: {said}")
         return kind(f"{self._tensorrt} could not {action}: {said}")
 
     def release(self) -> None:
-        with self._device.current():
-            self._stream.synchronize()
-            # In this order: a context needs its engine, an engine its runtime.
-            self._context = None
-            self._allocator = None
-            self._engine = None
-            self._runtime = None
-            for pinned in self._host.values():
-                pinned.free()
-            for memory in self._memory.values():
-                memory.free()
-            self._stream.close()
+        """Free everything, after the call in flight. Also the last thing that happens before the interpreter ends."""
+        with self.lock, self._device.current():
+            try:
+                self._stream.synchronize()
+            finally:
+                # In this order: a context needs its engine, an engine its runtime.
+                self._context = None
+                self._allocator = None
+                self._engine = None
+                self._runtime = None
+                for pinned in self._host.values():
+                    pinned.free()
+                for memory in self._memory.values():
+                    memory.free()
+                self._stream.close()
+
+
+def _shapes_of(feeds: Feeds) -> str:
+    return ", ".join(f"{name} {array.shape}" for name, array in feeds.items())

@@ -16,6 +16,7 @@ from compare import relative_error
 from helpers import read, reference
 
 from mlflow_trt import (
+    EngineMismatchError,
     ExecutionError,
     InputDtypeError,
     InputShapeError,
@@ -146,6 +147,19 @@ class TestTensors:
         for rows, expected in plain.items():
             assert np.array_equal(session.run({"x": networks.rows(rows)})["y"], expected)
 
+    def test_shapes_that_do_not_go_together_are_an_input_error(self, opened):
+        model = networks.model(
+            [networks.helper.make_node("Add", ["a", "b"], ["c"])],
+            [networks.value("a", networks.FLOAT, [None, 4]), networks.value("b", networks.FLOAT, [None, 4])],
+            [networks.value("c", networks.FLOAT, [None, 4])],
+        )
+        ranges = ((2, 4), (3, 4), (8, 4))
+        session, expected = opened(model, shapes={"a": ranges, "b": ranges})
+        for rows in ((2, 3), (5, 4)):
+            with pytest.raises(InputShapeError, match=r"could not|rows"):
+                session.run({"a": networks.rows(rows[0], 4), "b": networks.rows(rows[1], 4)})
+        same(session, expected, {"a": networks.rows(3, 4), "b": networks.rows(3, 4, seed=1)}, 1e-6)
+
     def test_results_are_the_callers(self, opened):
         session, _ = opened(networks.product(), batch=(1, 4, 8))
         first = session.run({"x": networks.rows(4)})["y"]
@@ -230,21 +244,29 @@ class TestThreadsAndLife:
     def test_bytes_that_are_no_plan(self, opened):
         source = opened(networks.product())[0]
         for plan in (b"", b"x" * 5000):
-            with pytest.raises((ExecutionError, RuntimeError), match="TensorRT"):
+            with pytest.raises((EngineMismatchError, ExecutionError), match="could not load|cannot run"):
                 TensorRTSession(
                     plan, tensorrt=trt.load(), device=open_device(0), inputs=source.inputs, outputs=source.outputs
                 )
 
-    @pytest.mark.parametrize("end", ["", "session.close()", "threading.Thread(target=use).start()"])
+    @pytest.mark.parametrize(
+        "end",
+        [
+            "",
+            "session.close()",
+            "threading.Thread(target=use).start()",
+            "threading.Thread(target=lambda: [use() for _ in range(10**6)], daemon=True).start(); time.sleep(0.2)",
+        ],
+    )
     def test_the_process_ends_well(self, end, tmp_path):
         program = textwrap.dedent(f"""
-            import sys, threading
+            import sys, threading, time
             sys.path[:0] = {sys.path!r}
             import networks, numpy as np, mlflow_trt
             mlflow_trt.save_model(networks.product(), {str(tmp_path / "model")!r}, batch=(1, 4, 8))
             session = mlflow_trt.load_model({str(tmp_path / "model")!r})
             def use():
-                print(session.run({{"x": networks.rows(5)}})["y"].shape)
+                print(session.run({{"x": networks.rows(5)}})["y"].shape, flush=True)
             use()
             thread = threading.Thread(target=use)
             thread.start()
