@@ -60,8 +60,9 @@ class StoredModel:
 class Record:
     """What `mlflow_trt.json` says.
 
-    `typed` equals `source` where the precision pass changed nothing. `remarks` is what the user was told about choices
-    made for them. `lineage` tells where the source model came from, for one that was converted from the registry.
+    `inputs` and `outputs` are those of the typed model, which equals the source model where the precision pass changed
+    nothing. `remarks` is what the user was told about choices made for them. `lineage` tells where the source model
+    came from, for one that was converted from the registry.
     """
 
     format: int
@@ -130,13 +131,13 @@ def write_folder(conversion: Conversion, folder: Path, lineage: Mapping[str, str
         source=stored_source,
         typed=_write_typed(conversion, folder) or stored_source,
         recipe=conversion.recipe,
-        inputs=source.inputs,
-        outputs=source.outputs,
+        inputs=conversion.typed.inputs,
+        outputs=conversion.typed.outputs,
         profiles=conversion.profiles.profiles,
         batch_axis=conversion.profiles.batch_axis,
         precision_report=conversion.precision_report,
         engines=(engine,),
-        remarks=conversion.profiles.remarks,
+        remarks=conversion.remarks,
         lineage=dict(lineage or {}),
     )
     (folder / RECORD_FILE).write_bytes(_records.dump_json(record, indent=2) + b"\n")
@@ -180,6 +181,9 @@ def read_folder(path: Path) -> ModelFolder:
     for name in (PurePosixPath(name) for name in names):
         if name.is_absolute() or ".." in name.parts:
             raise ArtifactError(f"{file} names {name}, which is outside of the model folder", path=file)
+    for model in (record.source, record.typed):
+        if model.file not in model.files:
+            raise ArtifactError(f"{file} gives no sha256 for {model.file}, so it is not used", path=file)
     return ModelFolder(path=path, record=record)
 
 
@@ -215,7 +219,7 @@ def _version_fits(engine: EngineRecord, version: str) -> bool:
 
 
 def _gpu_fits(engine: EngineRecord, compute_capability: ComputeCapability) -> bool:
-    if not engine.compute_capabilities or engine.hardware_compatibility is HardwareCompatibility.AMPERE_PLUS:
+    if engine.is_ampere_plus:
         return compute_capability >= _AMPERE
     return str(compute_capability) in engine.compute_capabilities
 

@@ -6,12 +6,14 @@ under a key that changes with everything that went into it.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
@@ -39,8 +41,24 @@ def key_of(parts: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def find_engine(key: str) -> tuple[EngineRecord, bytes] | None:
-    """The engine stored under `key`. One that is incomplete or was changed is removed: it can be built again."""
+@contextmanager
+def only_one(key: str) -> Iterator[None]:
+    """Let one process at a time build what belongs to `key`: the others wait, and then find it."""
+    try:
+        folder = directory() / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / key).open("w")
+    except OSError:
+        # Nowhere to lock is nowhere to keep: see store_engine.
+        yield
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def find_engine(key: str) -> bytes | None:
+    """The plan stored under `key`. One that is incomplete or was changed is removed: it can be built again."""
     folder = directory() / "engines" / key
     if not folder.is_dir():
         return None
@@ -53,21 +71,25 @@ def find_engine(key: str) -> tuple[EngineRecord, bytes] | None:
         _log.warning("The cached engine in %s is damaged and is built again", folder)
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    return record, plan
+    return plan
 
 
 def store_engine(key: str, record: EngineRecord, plan: Path) -> None:
-    """Keep the engine in the file `plan`: whole or not at all, also when several processes do so at once."""
+    """Keep the engine in the file `plan`: whole or not at all. Where that is impossible, say so and go on."""
     folder = directory() / "engines" / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as partial:
-        aside = Path(partial) / "engine"
-        aside.mkdir()
-        shutil.copyfile(plan, aside / _PLAN)
-        (aside / _RECORD).write_bytes(_records.dump_json(record, indent=2))
-        try:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as partial:
+            aside = Path(partial) / "engine"
+            aside.mkdir()
+            shutil.copyfile(plan, aside / _PLAN)
+            (aside / _RECORD).write_bytes(_records.dump_json(record, indent=2))
             aside.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-            # Another process was first, with an engine of the same key.
+    except OSError as error:
+        if not folder.is_dir():  # else another process was first, with an engine of the same key
+            _log.warning(
+                "The engine cannot be kept in %s (%s) and is built again next time; set %s to a writable folder",
+                folder.parent,
+                error.strerror,
+                DIRECTORY_VARIABLE,
+            )

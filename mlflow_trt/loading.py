@@ -13,10 +13,17 @@ from typing import Any
 
 from mlflow_trt import cache, trt
 from mlflow_trt._logging import get_logger
+from mlflow_trt._version import __version__
 from mlflow_trt.artifact import ModelFolder, why_not
 from mlflow_trt.convert.builder import Progress, build_engine
 from mlflow_trt.convert.recipe import Recipe
-from mlflow_trt.errors import ArtifactError, EngineMismatchError, MlflowTrtError, RecipeError
+from mlflow_trt.errors import (
+    BuildError,
+    EngineMismatchError,
+    ExecutionError,
+    RecipeError,
+    RuntimeUnavailableError,
+)
 from mlflow_trt.runtime.device import Device, open_device
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.spec import Distribution, HardwareCompatibility
@@ -37,12 +44,15 @@ class LoadSettings:
         device: CUDA device ordinal.
         kernel_specialization: TensorRT-RTX only. `eager` gives the same result from the first call of a new shape on;
             `lazy` answers sooner.
+        allow_engine_host_code: let engines bring code that runs on the CPU, as those do that were built with
+            `version_compatible`. Only for engines from a source you trust like your own programs.
     """
 
     runtime: str = "tensorrt"
     on_mismatch: str = "rebuild"
     device: int = 0
     kernel_specialization: str = "eager"
+    allow_engine_host_code: bool = False
 
     def __post_init__(self) -> None:
         choices = {
@@ -54,6 +64,11 @@ class LoadSettings:
             value = getattr(self, name)
             if value not in known:
                 raise RecipeError(f"{name} is {value!r}; choose one of {', '.join(known)}", option=name)
+        if not isinstance(self.allow_engine_host_code, bool):
+            raise RecipeError(
+                f"allow_engine_host_code is {self.allow_engine_host_code!r}; expected true or false",
+                option="allow_engine_host_code",
+            )
         if not isinstance(self.device, int) or isinstance(self.device, bool) or self.device < 0:
             raise RecipeError(f"device is {self.device!r}; expected a CUDA device ordinal, 0 or more", option="device")
 
@@ -85,9 +100,7 @@ def open_session(folder: ModelFolder, settings: LoadSettings, progress: Progress
         return _open_onnxruntime(folder)
     try:
         return _open_tensorrt(folder, settings, progress)
-    except ArtifactError:
-        raise
-    except MlflowTrtError as error:
+    except (RuntimeUnavailableError, EngineMismatchError, BuildError, ExecutionError) as error:
         if settings.runtime != "auto":
             raise
         _log.warning("Running on ONNX Runtime, on the CPU, since TensorRT cannot run here: %s", error.message)
@@ -119,11 +132,14 @@ def _open_tensorrt(folder: ModelFolder, settings: LoadSettings, progress: Progre
             outputs=record.outputs,
             batch_axis=record.batch_axis,
             kernel_specialization=settings.kernel_specialization,
+            allow_engine_host_code=settings.allow_engine_host_code,
         )
 
     reasons = []
     for engine in record.engines:
         reason = why_not(engine, tensorrt.distribution, tensorrt.version, device.gpu)
+        if reason is None and engine.version_compatible and not settings.allow_engine_host_code:
+            reason = "it was built version-compatible and so brings code for the CPU; allow_engine_host_code permits it"
         if reason is None:
             try:
                 return session(folder.read_plan(engine))
@@ -152,6 +168,7 @@ def _rebuilt_plan(
     recipe = _for_this_machine(record.recipe, tensorrt, device)
     key = cache.key_of(
         {
+            "mlflow_trt": __version__,
             "typed": record.typed.digest,
             "recipe": asdict(recipe),
             "profiles": [asdict(profile) for profile in record.profiles],
@@ -160,12 +177,12 @@ def _rebuilt_plan(
             "driver": device.hardware.driver,
         }
     )
-    cached = cache.find_engine(key)
-    if cached is not None:
-        _log.info("%s; using the engine that was built before on this machine", problem)
-        return cached[1]
-    _log.warning("%s; building one, which is kept in %s", problem, cache.directory())
-    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+    with cache.only_one(key), tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+        cached = cache.find_engine(key)
+        if cached is not None:
+            _log.info("%s; using the engine that was built before on this machine", problem)
+            return cached
+        _log.warning("%s; building one, which is kept in %s", problem, cache.directory())
         plan = Path(workdir) / "engine.plan"
         engine = build_engine(
             folder.checked_model(record.typed),

@@ -91,6 +91,8 @@ def test_a_newer_format_is_refused(folder):
         (lambda record: record["recipe"].update(batch="many"), "is damaged: recipe"),
         (lambda record: record["engines"][0].update(file="../../etc/passwd"), "outside of the model folder"),
         (lambda record: record["source"]["files"].update({"/etc/passwd": "0"}), "outside of the model folder"),
+        (lambda record: record["source"].update(file="../model.onnx"), "gives no sha256 for ../model.onnx"),
+        (lambda record: record["typed"].update(file="/etc/passwd"), "gives no sha256 for /etc/passwd"),
     ],
 )
 def test_a_damaged_record_is_refused(change, message, folder):

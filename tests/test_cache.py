@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import time
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def plan(tmp_path) -> Path:
 def test_keeps_engines(plan):
     assert cache.find_engine("key") is None
     cache.store_engine("key", RECORD, plan)
-    assert cache.find_engine("key") == (RECORD, PLAN)
+    assert cache.find_engine("key") == PLAN
 
 
 def test_the_key_changes_with_every_part():
@@ -49,10 +50,34 @@ def test_a_damaged_engine_is_dropped(damage, plan, messages):
 def test_many_may_store_the_same_at_once(plan):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: cache.store_engine("key", RECORD, plan), range(32)))
-    assert cache.find_engine("key") == (RECORD, PLAN)
+    assert cache.find_engine("key") == PLAN
     assert [path.name for path in (cache.directory() / "engines").iterdir()] == ["key"]
 
 
 def test_the_users_cache_is_the_default(monkeypatch):
     monkeypatch.delenv(cache.DIRECTORY_VARIABLE)
     assert cache.directory().name == "mlflow-trt"
+
+
+def test_where_nothing_can_be_kept_the_user_is_told(plan, messages, monkeypatch):
+    monkeypatch.setenv(cache.DIRECTORY_VARIABLE, "/proc/no/cache")
+    with cache.only_one("key"):
+        assert cache.find_engine("key") is None
+        cache.store_engine("key", RECORD, plan)
+    assert "The engine cannot be kept in /proc/no/cache/engines" in messages.text
+
+
+def test_one_builds_while_the_others_wait(plan):
+    built = []
+
+    def load(_):
+        with cache.only_one("key"):
+            if cache.find_engine("key") is None:
+                built.append(1)
+                time.sleep(0.05)
+                cache.store_engine("key", RECORD, plan)
+            return cache.find_engine("key")
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(load, range(8))) == [PLAN] * 8
+    assert len(built) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import networks
 import pytest
 from compare import relative_error
 from real_models import MAGIKA
@@ -63,6 +64,26 @@ def test_a_device_that_is_not_there_is_named(magika_folder, monkeypatch):
         mlflow_trt.load_model(str(magika_folder), device=3)
 
 
+def test_auto_does_not_hide_a_mistake(magika_folder, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRT_DISTRIBUTION", "tensorrt-rtx")
+    with pytest.raises(RecipeError, match="MLFLOW_TRT_DISTRIBUTION is 'tensorrt-rtx'; expected one of"):
+        mlflow_trt.load_model(str(magika_folder), runtime="auto")
+
+
+def test_told_apart_axes_may_differ_at_run_time_too(tmp_path):
+    """The session asks of its inputs what the typed model does, not what the source model's names seem to say."""
+    model = networks.model(
+        [networks.helper.make_node("Identity", ["a"], ["c"]), networks.helper.make_node("Identity", ["b"], ["d"])],
+        [networks.value("a", networks.FLOAT, ["n", 4]), networks.value("b", networks.FLOAT, ["n", 4])],
+        [networks.value("c", networks.FLOAT, ["n", 4]), networks.value("d", networks.FLOAT, [None, 4])],
+    )
+    shapes = {"a": ((1, 4), (2, 4), (4, 4)), "b": ((5, 4), (6, 4), (7, 4))}
+    mlflow_trt.save_model(model, tmp_path / "model", shapes=shapes)
+    with mlflow_trt.load_model(str(tmp_path / "model"), runtime="onnxruntime") as session:
+        outputs = session.run({"a": networks.rows(3, 4), "b": networks.rows(6, 4)})
+        assert (len(outputs["c"]), len(outputs["d"])) == (3, 6)
+
+
 def test_without_onnxruntime_both_packages_are_named(magika_folder, monkeypatch):
     monkeypatch.setattr(onnxruntime.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match="pip install onnxruntime`, or `pip install onnxruntime-gpu`"):
@@ -87,6 +108,7 @@ def test_a_changed_source_model_is_refused_even_by_auto(magika_folder, tmp_path)
         ({"kernel_specialization": "none"}, "choose one of eager, lazy"),
         ({"device": -1}, "device is -1; expected a CUDA device ordinal"),
         ({"device": "cuda:0"}, "device is 'cuda:0'"),
+        ({"allow_engine_host_code": "no"}, "allow_engine_host_code is 'no'; expected true or false"),
         ({"devise": 0}, "unknown load setting 'devise'; there are runtime, on_mismatch"),
     ],
 )
