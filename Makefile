@@ -20,14 +20,21 @@ lint: $(VENV)/.dev
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+GPU := $(shell $(PYTHON) -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null && echo yes)
+
 $(VENV)/.rtx: pyproject.toml | $(VENV)/bin/python
 	@echo "Installing mlflow-trt with TensorRT-RTX and ONNX Runtime (a few minutes the first time) ..."
 	$(RUN) -m pip install --quiet --editable '.[rtx]'
+ifeq ($(GPU),yes)
+	@echo "There is a GPU: compiling pycuda ..."
+	@$(RUN) -m pip install --quiet --editable '.[cuda]' \
+	  || echo "pycuda was not compiled, for which nvcc and the Python headers are needed: models will run on the CPU."
+endif
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.rtx
 	@echo "Installing the tools for tests ..."
-	$(RUN) -m pip install --quiet --editable '.[rtx,dev]'
+	$(RUN) -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
 $(VENV)/bin/python: | check-python

@@ -47,7 +47,10 @@ def served(model_uri: str, tracking_uri: str, model_config: Mapping[str, Any]) -
             # mlflow's process and the uvicorn that it started are a process group of their own.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(server.pid, signal.SIGTERM)
-            server.wait(timeout=30)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    server.wait(timeout=30)
+                os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
 
 
 def _free_port() -> int:
@@ -62,7 +65,7 @@ def _wait_until_ready(server: subprocess.Popen[bytes], address: str, log: Any) -
     while time.monotonic() < deadline:
         if server.poll() is not None:
             break
-        with contextlib.suppress(requests.ConnectionError):
+        with contextlib.suppress(requests.ConnectionError, requests.Timeout):
             if requests.get(f"{address}/ping", timeout=5).ok:
                 return
         time.sleep(0.2)

@@ -26,7 +26,14 @@ from mlflow_trt.convert.onnx_model import OnnxModel, read_onnx
 from mlflow_trt.convert.recipe import BatchRequest, Recipe, ShapesRequest
 from mlflow_trt.errors import ArtifactError, MlflowTrtError
 from mlflow_trt.loading import LoadSettings, open_session
-from mlflow_trt.packaging import FLAVOR_NAME, PackagingOptions, check_target, write_model
+from mlflow_trt.packaging import (
+    FLAVOR_NAME,
+    PackagingOptions,
+    check_names,
+    check_target,
+    searchable_facts,
+    write_model,
+)
 from mlflow_trt.progress import shown_progress
 from mlflow_trt.runtime.device import open_device
 from mlflow_trt.runtime.session import Session
@@ -166,6 +173,7 @@ def log_model(
         extra_files=extra_files,
         lineage=lineage or {},
     )
+    check_names(registered_model_name, tags or {})
     if validate_serving_input is None:
         validate_serving_input = input_example is not None and _can_run_here(options.settings)
     with converted(onnx_model, request, input_example=input_example, progress=progress) as conversion:
@@ -202,6 +210,7 @@ def load_model(
     on_mismatch: str | None = None,
     device: int | None = None,
     kernel_specialization: str | None = None,
+    allow_engine_host_code: bool | None = None,
     progress: Progress | None = None,
 ) -> Session:
     """Load a model for its native interface, a Session. `mlflow.pyfunc.load_model` loads it the MLflow way.
@@ -209,8 +218,8 @@ def load_model(
     Args:
         model_uri: any model URI of MLflow, such as `models:/resnet50-trt/1` or a local folder.
         dst_path: an existing folder to download to; a temporary one if left out.
-        runtime, on_mismatch, device, kernel_specialization: load settings, see LoadSettings; None takes the ones that
-            the model was logged with.
+        runtime, on_mismatch, device, kernel_specialization, allow_engine_host_code: load settings, see LoadSettings;
+            None takes the ones that the model was logged with.
         progress: called while an engine is built for this machine; None shows it on standard error.
 
     Raises:
@@ -223,6 +232,7 @@ def load_model(
         "on_mismatch": on_mismatch,
         "device": device,
         "kernel_specialization": kernel_specialization,
+        "allow_engine_host_code": allow_engine_host_code,
     }
     logged = Model.load(str(folder.path)).flavors[pyfunc.FLAVOR_NAME].get(pyfunc.MODEL_CONFIG) or {}
     settings = LoadSettings.of(logged | {name: value for name, value in given.items() if value is not None})
@@ -260,27 +270,8 @@ def converted(
         shapes = example_shapes(input_example, source.inputs)
         with _progress(f"Building a TensorRT engine of {_name_of(source)}", progress) as shown:
             conversion = convert(source, recipe, Path(workdir), example_shapes=shapes, progress=shown)
-        for remark in conversion.profiles.remarks:
-            _log.info("%s", remark)
         _log.info("Built %s, %.1f MB, in %.1f s", *_summary(conversion))
         yield conversion
-
-
-def searchable_facts(conversion: Conversion) -> dict[str, str]:
-    """What is worth searching for, as it appears in params and tags."""
-    engine, axis = conversion.engine, conversion.profiles.batch_axis
-    facts = {
-        "mlflow_trt.precision": str(conversion.recipe.precision),
-        "mlflow_trt.tensorrt": f"{engine.distribution} {engine.version}",
-        "mlflow_trt.target": engine.target,
-        "mlflow_trt.source_digest": conversion.source.digest,
-    }
-    if axis is not None:
-        ranges = [profile.ranges[axis.inputs[0]] for profile in conversion.profiles.profiles]
-        facts["mlflow_trt.batch"] = (
-            f"{min(r.min[0] for r in ranges)}:{ranges[0].opt[0]}:{max(r.max[0] for r in ranges)}"
-        )
-    return facts
 
 
 def _tag_version(name: str, version: str, tags: Mapping[str, Any]) -> None:

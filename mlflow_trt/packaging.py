@@ -6,6 +6,7 @@ What is private to MLflow and yet needed by every flavor is imported here.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ import yaml
 from mlflow import pyfunc
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME
-from mlflow.models.utils import _save_example
+from mlflow.models.utils import _Example, _save_example
 from mlflow.utils.environment import (
     _CONDA_ENV_FILE_NAME,
     _CONSTRAINTS_FILE_NAME,
@@ -32,6 +33,7 @@ from mlflow.utils.environment import (
 )
 from mlflow.utils.file_utils import get_total_file_size
 from mlflow.utils.model_utils import _copy_extra_files, _validate_and_copy_code_paths
+from mlflow.utils.validation import _validate_model_name, _validate_model_version_tag
 
 from mlflow_trt._version import __version__
 from mlflow_trt.artifact import Record, write_folder
@@ -76,6 +78,14 @@ class PackagingOptions:
 
     def __post_init__(self) -> None:
         _validate_env_arguments(self.conda_env, self.pip_requirements, self.extra_pip_requirements)
+        if not isinstance(self.signature, (ModelSignature, bool, type(None))):
+            raise RecipeError(
+                f"signature is a {type(self.signature).__name__}; expected a mlflow.models.ModelSignature, "
+                "None to derive one, or False for none",
+                option="signature",
+            )
+        if self.input_example is not None:
+            _Example(self.input_example)  # refuses what MLflow cannot store
         for option in ("code_paths", "extra_files"):
             paths = getattr(self, option)
             if paths is not None and not isinstance(paths, list):
@@ -119,8 +129,37 @@ def write_model(
 
 
 def check_target(path: Path) -> None:
+    """Raise RecipeError where no folder can be written, before anything takes time."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RecipeError(f"{path} exists already; name a folder that does not exist or is empty", option="path")
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise RecipeError(f"{path} cannot be written: {nearest} is no folder that you may write to", option="path")
+
+
+def check_names(registered_model_name: str | None, tags: Mapping[str, Any]) -> None:
+    """Raise MLflow's own errors for a name or tag that it refuses, before anything takes time."""
+    if registered_model_name is not None:
+        _validate_model_name(registered_model_name)
+    for key, value in tags.items():
+        _validate_model_version_tag(key, str(value))
+
+
+def searchable_facts(conversion: Conversion) -> dict[str, str]:
+    """What is worth searching for, as it appears in params and tags."""
+    engine, axis = conversion.engine, conversion.profiles.batch_axis
+    facts = {
+        "mlflow_trt.precision": str(conversion.recipe.precision),
+        "mlflow_trt.tensorrt": f"{engine.distribution} {engine.version}",
+        "mlflow_trt.target": engine.target,
+        "mlflow_trt.source_digest": conversion.source.digest,
+    }
+    if axis is not None:
+        ranges = [profile.ranges[axis.inputs[0]] for profile in conversion.profiles.profiles]
+        facts["mlflow_trt.batch"] = (
+            f"{min(r.min[0] for r in ranges)}:{ranges[0].opt[0]}:{max(r.max[0] for r in ranges)}"
+        )
+    return facts
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from mlflow_trt.artifact import read_folder
 from mlflow_trt.errors import ExecutionError, InputError, InputShapeError
 from mlflow_trt.loading import LoadSettings, open_session
 from mlflow_trt.progress import shown_progress
+from mlflow_trt.runtime.dtypes import numpy_dtype
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.spec import TensorSpec
 
@@ -73,6 +74,8 @@ def feeds_from_frame(frame: pd.DataFrame, specs: tuple[TensorSpec, ...]) -> dict
     """
     if len(specs) == 1 and specs[0].name not in frame.columns:
         return {specs[0].name: frame.to_numpy()}
+    if not frame.columns.is_unique:
+        raise InputError(f"the DataFrame has several columns of one name: {', '.join(map(str, frame.columns))}")
     missing = [spec.name for spec in specs if spec.name not in frame.columns]
     if missing:
         raise InputError(
@@ -85,6 +88,8 @@ def feeds_from_frame(frame: pd.DataFrame, specs: tuple[TensorSpec, ...]) -> dict
 def _column(column: pd.Series[Any], spec: TensorSpec) -> Array:
     if column.dtype != object:
         values = column.to_numpy()
+    elif column.empty:
+        values = np.zeros((0, *(size or 0 for size in spec.fixed[1:])), numpy_dtype(spec.dtype))
     else:
         try:
             values = np.stack([np.asarray(cell) for cell in column])

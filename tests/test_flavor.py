@@ -20,7 +20,7 @@ from mlflow.types import Schema, TensorSpec
 from real_models import CLS, MAGIKA
 
 import mlflow_trt
-from mlflow_trt import BuildError, OnnxModelError, Recipe, RecipeError
+from mlflow_trt import BuildError, OnnxModelError, Recipe, RecipeError, packaging
 from mlflow_trt.convert import builder
 from mlflow_trt.flavor import read_record
 
@@ -209,19 +209,37 @@ class TestFailuresLeaveNothing:
             ({"extra_files": ["/no/labels.txt"]}, "extra_files: /no/labels.txt does not exist"),
             ({"code_paths": ["/no/code"]}, "code_paths: /no/code does not exist"),
             ({"conda_env": {}, "pip_requirements": []}, "Only one of"),
+            ({"signature": "x"}, "signature is a str; expected a mlflow.models.ModelSignature"),
+            ({"input_example": object()}, "Expected one of the following types"),
+            ({"registered_model_name": "a/b"}, "Invalid model name"),
+            ({"tags": {"": "x"}}, "tag|Tag|key"),
         ],
     )
     def test_options_are_checked_before_the_build(self, keywords, message, store, monkeypatch):
         monkeypatch.setattr(builder, "_WORKER", "import os; os.abort()")
-        with pytest.raises((RecipeError, ValueError), match=message):
-            log(registered_model_name="product", **keywords)
+        with pytest.raises((mlflow.MlflowException, ValueError), match=message):
+            log(**{"registered_model_name": "product", **keywords})
         assert store.is_untouched()
 
     def test_in_a_folder(self, tmp_path):
         target = tmp_path / "out" / "model"
         with pytest.raises(mlflow.MlflowException):
             mlflow_trt.save_model(networks.product(), target, input_example=object())
-        assert list(target.parent.iterdir()) == []
+        assert not target.parent.exists()
+
+    def test_in_a_folder_when_mlflow_fails(self, tmp_path, monkeypatch):
+        def full(*arguments):
+            raise OSError("No space left on device")
+
+        monkeypatch.setattr(packaging, "_write_environment", full)
+        with pytest.raises(OSError, match="No space left"):
+            mlflow_trt.save_model(networks.product(), tmp_path / "out" / "model")
+        assert list((tmp_path / "out").iterdir()) == []
+
+    def test_where_nothing_can_be_written_is_found_out_first(self, monkeypatch):
+        monkeypatch.setattr(builder, "_WORKER", "import os; os.abort()")
+        with pytest.raises(RecipeError, match="/proc/version is no folder that you may write to"):
+            mlflow_trt.save_model(networks.product(), "/proc/version/model")
 
     def test_an_existing_folder_is_kept(self, tmp_path):
         (tmp_path / "precious").write_text("mine")

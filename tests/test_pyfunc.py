@@ -162,6 +162,17 @@ class TestFrames:
         with pytest.raises(InputError, match="has no column 'count'; it has image, score"):
             feeds_from_frame(frame[["image", "score"]], (IMAGE, SCORE, COUNT))
 
+    def test_a_frame_without_rows(self):
+        frame = pd.DataFrame({"image": [], "score": [], "count": []}, dtype=object)
+        feeds = feeds_from_frame(frame, (IMAGE, SCORE, COUNT))
+        assert feeds["image"].shape == (0, 2, 3)
+        assert feeds["count"].dtype == np.int64
+
+    def test_columns_of_one_name(self):
+        frame = pd.DataFrame([[1.0, 2.0]], columns=["score", "score"])
+        with pytest.raises(InputError, match="several columns of one name: score, score"):
+            feeds_from_frame(frame, (SCORE,))
+
     def test_one_row_for_each_row(self):
         outputs = {"label": np.array([3, 1]), "scores": np.arange(8.0).reshape(2, 4)}
         frame = frame_from_outputs(outputs, pd.Index(["a", "b"]))

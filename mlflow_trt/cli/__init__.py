@@ -35,6 +35,9 @@ def main() -> None:
     """Run the command line. Errors that users can act on are printed in a line or a few, without a traceback."""
     try:
         app()
+    except OSError as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(1)
     except Exception as error:
         # Importing mlflow to name its base class would take seconds; if one was raised, it is imported already.
         exceptions = sys.modules.get("mlflow.exceptions")
