@@ -41,9 +41,15 @@ _DTYPES = {
 _log = get_logger(__name__)
 
 
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported; a folder of that name that merely lies on the path does not count."""
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None
+
+
 def installed() -> tuple[Distribution, ...]:
     """The distributions that are installed, the preferred one first. Imports none of them."""
-    found = [d for d in Distribution if importlib.util.find_spec(d.value) is not None]
+    found = [distribution for distribution in Distribution if is_installed(distribution.value)]
     preferred = os.environ.get(DISTRIBUTION_VARIABLE)
     if preferred:
         found.sort(key=lambda d: d.value != preferred)
@@ -72,16 +78,19 @@ def load(distribution: Distribution | None = None) -> TensorRT:
                 f"{missing} is not installed. {INSTALL_HINT}", packages=("tensorrt-rtx", "tensorrt")
             )
         distribution = candidates[0]
-    elif importlib.util.find_spec(distribution.value) is None:
+    elif not is_installed(distribution.value):
         raise MissingDependencyError(
             f"{distribution.label} is not installed: `pip install {distribution.requirement}`",
             packages=(distribution.requirement,),
         )
     try:
         return import_distribution(distribution)
-    except (ImportError, OSError, RuntimeError) as error:
+    except Exception as error:  # libraries that do not fit together fail in many ways
+        others = [other for other in installed() if other is not distribution]
+        way_out = f", or use the other with {DISTRIBUTION_VARIABLE}={others[0]}" if others else ""
         raise RuntimeUnavailableError(
-            f"{distribution.label} is installed but cannot be imported: {error}. Reinstall {distribution.requirement}."
+            f"{distribution.label} is installed but cannot be imported: {type(error).__name__}: {error}. "
+            f"Reinstall {distribution.requirement}{way_out}."
         ) from error
 
 

@@ -52,6 +52,18 @@ def shape_output() -> onnx.ModelProto:
     )
 
 
+def through_int16() -> onnx.ModelProto:
+    """A type that TensorRT lacks inside the graph, of which its libraries complain past their logger."""
+    return model(
+        [
+            helper.make_node("Cast", ["x"], ["z"], to=TensorProto.INT16),
+            helper.make_node("Cast", ["z"], ["y"], to=FLOAT),
+        ],
+        [value("x", FLOAT, [4])],
+        [value("y", FLOAT, [4])],
+    )
+
+
 def every_dtype() -> onnx.ModelProto:
     """Inputs and outputs of every type that ONNX Runtime and TensorRT both have, a scalar among them."""
     nodes = [

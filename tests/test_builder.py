@@ -15,7 +15,7 @@ from pathlib import Path
 import networks
 import pytest
 from helpers import read
-from onnx import TensorProto, helper
+from onnx import helper
 from real_models import MAGIKA, REC
 
 from mlflow_trt import (
@@ -176,14 +176,8 @@ class TestFailures:
         assert caught.value.get_http_status_code() == 400
 
     def test_what_the_libraries_print_is_in_the_error_and_not_on_the_terminal(self, tmp_path, capfd):
-        model = networks.model(
-            [helper.make_node("Cast", ["x"], ["z"], to=TensorProto.INT16),
-             helper.make_node("Cast", ["z"], ["y"], to=networks.FLOAT)],
-            [networks.value("x", networks.FLOAT, [4])],
-            [networks.value("y", networks.FLOAT, [4])],
-        )  # fmt: skip
         with pytest.raises(UnsupportedModelError, match="INT16"):
-            build(model, tmp_path, precision="tf32")
+            build(networks.through_int16(), tmp_path, precision="tf32")
         captured = capfd.readouterr()
         assert captured.out == captured.err == ""
 
@@ -249,6 +243,24 @@ class TestFailures:
     def test_whatever_is_printed_when_python_starts_does_no_harm(self, tmp_path, monkeypatch):
         monkeypatch.setattr(builder, "_WORKER", "print('hello', flush=True)\n" + builder._WORKER)
         assert build(networks.product(), tmp_path).engine.size > 0
+
+    def test_files_in_the_current_folder_are_not_imported(self, tmp_path, monkeypatch):
+        for name in ("json", "onnx", "tensorrt_rtx"):
+            (tmp_path / f"{name}.py").write_text("raise SystemExit('this file was executed')")
+        (tmp_path / "tensorrt").mkdir()
+        monkeypatch.chdir(tmp_path)
+        assert build(networks.product(), tmp_path).engine.size > 0
+
+    def test_a_folder_that_is_called_tensorrt_is_no_tensorrt(self, tmp_path, monkeypatch):
+        (tmp_path / "tensorrt").mkdir()
+        monkeypatch.syspath_prepend(tmp_path)
+        assert trt.installed() == (Distribution.TENSORRT_RTX,)
+
+    def test_a_tensorrt_that_cannot_be_imported(self, tmp_path, monkeypatch):
+        (tmp_path / "tensorrt.py").write_text("raise AttributeError('half installed')")
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(RuntimeUnavailableError, match=r"half installed.*MLFLOW_TRT_DISTRIBUTION=tensorrt_rtx"):
+            trt.load()
 
     def test_any_failure_in_the_process_is_told_with_its_kind(self, tmp_path):
         source = read(networks.product(batch=2), tmp_path)

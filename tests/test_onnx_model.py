@@ -84,7 +84,8 @@ def of_type(kind):
         (of_type(TensorProto.DOUBLE), "input 'x' is of type double, which TensorRT does not have"),
         (of_type(TensorProto.STRING), "input 'x' is of type string"),
         (lambda proto: proto.graph.node[0].input.__setitem__(0, "nowhere"), "no valid ONNX model"),
-        (lambda proto: proto.graph.ClearField("node"), "holds no graph"),
+        (lambda proto: proto.graph.ClearField("node"), "has a graph without nodes"),
+        (of_type(99), "input 'x' is of type 99, which TensorRT does not have"),
         (lambda proto: proto.graph.input[0].type.tensor_type.ClearField("shape"), "input 'x' has no shape"),
         (lambda proto: proto.graph.output[0].type.tensor_type.ClearField("shape"), "output 'y' has no shape"),
     ],
@@ -162,9 +163,24 @@ def test_refuses_external_data_that_is_missing_truncated_or_elsewhere(tmp_path):
     with pytest.raises(OnnxModelError, match=r"'weights.bin' with the weights of 'w' is missing"):
         read_onnx(path, tmp_path)
     proto = onnx.load(path, load_external_data=False)
-    proto.graph.initializer[0].external_data[0].value = "../weights.bin"
+    entries = {entry.key: entry for entry in proto.graph.initializer[0].external_data}
+    entries["offset"].value = "3.5"
+    with pytest.raises(OnnxModelError, match=r"the weights of 'w' have the offset '3.5'; expected a number"):
+        read_onnx(saved(proto, path), tmp_path)
+    entries["location"].value = "../weights.bin"
     with pytest.raises(OnnxModelError, match="must be in the folder of the model"):
         read_onnx(saved(proto, path), tmp_path)
+
+
+def test_external_data_inside_functions_counts(tmp_path):
+    """Local functions hold tensors too, of which a copy without their files would be useless."""
+    proto = networks.product()
+    held = onnx.TensorProto(name="held", dims=[4], data_type=networks.FLOAT, data_location=TensorProto.EXTERNAL)
+    held.external_data.add(key="location", value="held.bin")
+    node = helper.make_node("Constant", [], ["c"], value=held)
+    proto.functions.append(helper.make_function("local", "f", [], ["c"], [node], [helper.make_opsetid("", 17)]))
+    with pytest.raises(OnnxModelError, match=r"'held.bin' with the weights of 'held' is missing"):
+        read_onnx(saved(proto, tmp_path / "net.onnx"), tmp_path)
 
 
 def test_refuses_a_proto_whose_weights_are_gone(tmp_path):

@@ -95,7 +95,7 @@ def test_output_names_need_not_repeat_the_batch_axis(tmp_path):
         # An output begins with another input's axis.
         (["batch", 4], [2, "time"], (["batch", 4], ["time", "batch"]),
          BatchAxis(inputs=("a",), splits=False, declared=True)),
-        # A scalar output has no rows to cut.
+        # Two inputs with rows.
         (["batch", 4], ["batch"], (["batch", 4], ["batch"]), BatchAxis(inputs=("a", "b"), splits=True, declared=True)),
     ],
 )  # fmt: skip
@@ -116,6 +116,21 @@ def test_any_other_can_be_only_if_the_user_says_so(name, tmp_path):
     model = networks.product(batch=name)
     assert not resolve(model, tmp_path).batch_axis.splits
     assert resolve(model, tmp_path, batch=(1, 4, 8)).batch_axis.splits
+
+
+@pytest.mark.parametrize("name", ["batch", None])
+@pytest.mark.parametrize("output", [["batch", "batch"], [None, None], ["out_0", "out_1"]])
+def test_a_matrix_of_all_rows_by_all_rows_cannot_be_split(name, output, tmp_path):
+    model = networks.model(
+        [helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0]), helper.make_node("MatMul", ["x", "t"], ["y"])],
+        [networks.value("x", FLOAT, [name, 16])],
+        [networks.value("y", FLOAT, output)],
+    )
+    assert not resolve(model, tmp_path, batch=(1, 4, 8)).batch_axis.splits
+
+
+def test_a_batch_that_the_model_has_anyway(tmp_path):
+    assert resolve(networks.product(batch=4), tmp_path, batch=4).profiles == ()
 
 
 def test_a_sequence_is_no_batch_unless_declared(tmp_path):
@@ -145,6 +160,7 @@ def test_a_fixed_shape_may_be_given_again(tmp_path):
         (networks.product, {"shapes": {"x": ((1, 3, 16),) * 3}}, "has 3 dimensions, but the input is x: float32"),
         (networks.product, {"shapes": {"x": ((1, 16), (2, 16), (4, 17))}}, r"max is \(4, 17\), but axis 1"),
         (networks.product, {"shapes": {"x": ((4, 16), (2, 16), (8, 16))}}, "expected min <= opt <= max"),
+        (networks.product, {"shapes": {"x": ((1, 16), (-1, 16), (8, 16))}}, "mixes -1 and numbers at axis 0"),
         (networks.product, {"batch": 4, "shapes": {"x": ((1, 16),) * 3}}, "give one of them, or -1"),
         (DET.path, {"batch": (1, 2, 4)}, r"no range is known for axis 2 \(DynamicDimension.1\) of x"),
         (networks.reshaped, {"shapes": {"shape": ((8, 8), (1, 1), (9, 9))}}, "expected min <= opt <= max"),

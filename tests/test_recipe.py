@@ -23,6 +23,7 @@ def test_brings_values_into_one_form():
     )
     assert recipe.precision is Precision.TF32
     assert recipe.batch == BatchRange(64, 64, 64)
+    assert Recipe(batch=np.array([1, 8, 64])).batch == BatchRange(1, 8, 64)
     assert recipe.shapes == ({"x": ((1, 3), (2, 3), (4, 3))},)
     assert recipe.targets == ("sm86", "sm120")
     assert recipe.tactic_sources == ("JIT_CONVOLUTIONS",)
@@ -50,6 +51,12 @@ def test_brings_values_into_one_form():
         ({"tactic_sources": ["CUDNN"]}, "unknown tactic source 'CUDNN'"),
         ({"hardware_compatibility": "all"}, "unknown hardware_compatibility 'all'"),
         ({"targets": ["hopper"]}, "'hopper' is no compute capability"),
+        ({"targets": 8}, "'8' is no compute capability"),
+        ({"tactic_sources": 5}, "unknown tactic source '5'"),
+        ({"batch": 2**70}, r"expected 1 <= min <= opt <= max < 2\*\*31"),
+        ({"batch": np.array([1, 2])}, r"expected a number, or \(min, opt, max\)"),
+        ({"workspace_bytes": 2**70}, "expected 1 or more"),
+        ({"avg_timing_iterations": 2**40}, "avg_timing_iterations is"),
     ],
 )
 def test_refuses_what_makes_no_sense(keywords, message):
@@ -62,6 +69,8 @@ def test_a_recipe_and_its_keywords_exclude_each_other():
     recipe = Recipe(batch=4)
     assert Recipe.of(recipe) is recipe
     assert Recipe.of(batch=4) == recipe
+    with pytest.raises(RecipeError, match="recipe is a dict; expected a mlflow_trt.Recipe"):
+        Recipe.of({"batch": 4})
     with pytest.raises(RecipeError, match="both recipe= and batch= were given"):
         Recipe.of(recipe, batch=8)
 

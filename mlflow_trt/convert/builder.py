@@ -125,8 +125,9 @@ def _check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
 
 def _job(model: Path, plan: Path, recipe: Recipe, profiles: Sequence[ShapeProfile], distribution: Distribution) -> Job:
     return Job(
-        model=str(model.resolve()),
-        plan=str(plan.resolve()),
+        # Not resolved: external weights are beside the path that was given, not beside what a link points to.
+        model=str(model.absolute()),
+        plan=str(plan.absolute()),
         distribution=distribution.value,
         tf32=recipe.precision is not Precision.FP32,
         profiles=[{name: asdict(limits) for name, limits in profile.ranges.items()} for profile in profiles],
@@ -165,12 +166,13 @@ def _worker(job: Job, gpu: str | None) -> Iterator[_Worker]:
     environment = dict(os.environ)
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
-    paths = json.dumps([entry for entry in sys.path if entry])
+    paths = json.dumps([entry for entry in sys.path if entry and isinstance(entry, str)])
     reading, writing = os.pipe()
     with os.fdopen(reading) as reports, tempfile.TemporaryFile() as printed:
         try:
             process = subprocess.Popen(  # noqa: S603  # this interpreter, with our own module
-                [sys.executable, "-c", _WORKER, paths, str(writing)],
+                # Isolated: else the current folder would come first where even json is looked for.
+                [sys.executable, "-I", "-c", _WORKER, paths, str(writing)],
                 stdin=subprocess.PIPE,
                 stdout=printed,
                 stderr=printed,

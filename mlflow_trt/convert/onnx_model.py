@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
-from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, ValueInfoProto
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from mlflow_trt.errors import OnnxModelError
 from mlflow_trt.spec import Dim, TensorSpec
@@ -24,7 +24,7 @@ MODEL_FILE = "model.onnx"
 RESERVED_NAMES = frozenset(
     """model.onnx typed engines runtime_cache code extra_files mlflow_trt.json MLmodel conda.yaml python_env.yaml
     requirements.txt constraints.txt input_example.json serving_input_example.json environment_variables.txt
-    metadata registered_model_meta""".split()  # noqa: SIM905  # easier to read than a list of quotes
+    metadata registered_model_meta fp32.onnx tf32.onnx""".split()  # noqa: SIM905  # easier to read than a list of quotes
 )
 """What else may lie in a model folder, where the external data of a model is stored beside it."""
 
@@ -104,6 +104,8 @@ def read_onnx(model: str | os.PathLike[str] | ModelProto, workdir: Path) -> Onnx
         raise OnnxModelError(f"expected the path of an ONNX file or an onnx.ModelProto, got {type(model).__name__}")
     proto = _parse(path)
     external_files = _check_external_files(proto, path)
+    if any((path.parent / name).is_symlink() for name in external_files):
+        path = _without_links(path, external_files, workdir)
     inputs, outputs = describe(proto, path)
     _check(path)
     return OnnxModel(
@@ -123,16 +125,28 @@ def describe(proto: ModelProto, path: Path) -> tuple[tuple[TensorSpec, ...], tup
     return tuple(inputs), tuple(_describe(value, "output", path) for value in proto.graph.output)
 
 
-def tensors_of(graph: GraphProto) -> Iterator[TensorProto]:
-    """Every tensor stored in a graph and in the graphs inside its nodes."""
+def tensors_of(proto: ModelProto) -> Iterator[TensorProto]:
+    """Every tensor stored in a model: in its graph, in the graphs inside its nodes, and in its functions."""
+    yield from _graph_tensors(proto.graph)
+    for function in proto.functions:
+        yield from _node_tensors(function.node)
+
+
+def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
     yield from graph.initializer
-    for node in graph.node:
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
+    for node in nodes:
         for attribute in node.attribute:
             if attribute.type == AttributeProto.TENSOR:
                 yield attribute.t
             yield from attribute.tensors
-    for inner in subgraphs_of(graph):
-        yield from tensors_of(inner)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _graph_tensors(inner)
 
 
 def subgraphs_of(graph: GraphProto) -> Iterator[GraphProto]:
@@ -145,7 +159,7 @@ def subgraphs_of(graph: GraphProto) -> Iterator[GraphProto]:
 
 
 def _write_proto(proto: ModelProto, workdir: Path) -> Path:
-    for tensor in tensors_of(proto.graph):
+    for tensor in tensors_of(proto):
         if tensor.data_location == TensorProto.EXTERNAL:
             raise OnnxModelError(
                 f"the weights of this ModelProto are not in it: {tensor.name!r} refers to an external file. "
@@ -164,29 +178,40 @@ def _write_proto(proto: ModelProto, workdir: Path) -> Path:
     return path
 
 
+def _without_links(path: Path, external_files: tuple[str, ...], workdir: Path) -> Path:
+    """The model where its external files are files: caches of model hubs link to them, which onnx.checker refuses."""
+    folder = workdir / "source"
+    folder.mkdir()
+    shutil.copyfile(path, folder / path.name)
+    copy_files(external_files, path.parent, folder)
+    return folder / path.name
+
+
 def _parse(path: Path) -> ModelProto:
-    if path.is_dir():
-        raise OnnxModelError(f"{path} is a folder; expected an ONNX file", path=path)
-    if not path.is_file():
-        raise OnnxModelError(f"{path} does not exist; expected an ONNX file", path=path)
     try:
+        if path.is_dir():
+            raise OnnxModelError(f"{path} is a folder; expected an ONNX file", path=path)
+        if not path.is_file():
+            raise OnnxModelError(f"{path} does not exist; expected an ONNX file", path=path)
         # Without a format, onnx would choose a parser by the file's extension.
         proto = onnx.load(path, format="protobuf", load_external_data=False)
     except OSError as error:
         raise OnnxModelError(f"{path} cannot be read: {error.strerror}", path=path) from error
     except DecodeError as error:
         raise OnnxModelError(f"{path} is no ONNX model, or a truncated one: {error}", path=path) from error
-    if not proto.graph.node:
+    if not proto.HasField("graph"):
         raise OnnxModelError(
             f"{path} holds no graph ({path.stat().st_size} bytes): it is no ONNX model, or one that was emptied",
             path=path,
         )
+    if not proto.graph.node:
+        raise OnnxModelError(f"{path} has a graph without nodes: there is nothing to run", path=path)
     return proto
 
 
 def _check_external_files(proto: ModelProto, path: Path) -> tuple[str, ...]:
     needed: dict[str, tuple[int, str]] = {}
-    for tensor in tensors_of(proto.graph):
+    for tensor in tensors_of(proto):
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
         entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -203,7 +228,7 @@ def _check_external_files(proto: ModelProto, path: Path) -> tuple[str, ...]:
                 "else; save the weights under another name",
                 path=path,
             )
-        end = int(entries.get("offset") or 0) + int(entries.get("length") or 0)
+        end = _number(entries, "offset", tensor, path) + _number(entries, "length", tensor, path)
         needed[location] = max(needed.get(location, (0, "")), (end, tensor.name))
     for location, (end, tensor_name) in needed.items():
         file = path.parent / location
@@ -220,6 +245,15 @@ def _check_external_files(proto: ModelProto, path: Path) -> tuple[str, ...]:
                 path=path,
             )
     return tuple(sorted(needed))
+
+
+def _number(entries: Mapping[str, str], key: str, tensor: TensorProto, path: Path) -> int:
+    text = entries.get(key) or "0"
+    if not text.isdecimal():
+        raise OnnxModelError(
+            f"{path}: the weights of {tensor.name!r} have the {key} {text!r}; expected a number of bytes", path=path
+        )
+    return int(text)
 
 
 def _check(path: Path) -> None:
@@ -240,7 +274,7 @@ def _describe(value: ValueInfoProto, role: str, path: Path) -> TensorSpec:
     tensor = value.type.tensor_type
     if tensor.elem_type not in _DTYPES:
         raise OnnxModelError(
-            f"{path}: the {role} {value.name!r} is of type {TensorProto.DataType.Name(tensor.elem_type).lower()}, "
+            f"{path}: the {role} {value.name!r} is of type {_type_name(tensor.elem_type)}, "
             f"which TensorRT does not have; export the model with one of {', '.join(sorted(_DTYPES.values()))}",
             path=path,
         )
@@ -253,6 +287,13 @@ def _describe(value: ValueInfoProto, role: str, path: Path) -> TensorSpec:
     return TensorSpec(
         name=value.name, dtype=_DTYPES[tensor.elem_type], shape=tuple(_dim(dim) for dim in tensor.shape.dim)
     )
+
+
+def _type_name(number: int) -> str:
+    try:
+        return str(TensorProto.DataType.Name(number)).lower()
+    except ValueError:
+        return str(number)
 
 
 def _dim(dim: onnx.TensorShapeProto.Dimension) -> Dim:

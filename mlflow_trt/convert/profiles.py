@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mlflow_trt.convert.batch_axis import find_batch_axis
 from mlflow_trt.convert.onnx_model import OnnxModel
 from mlflow_trt.convert.recipe import BatchRange, Recipe, ShapeRequest, ShapeTriple
 from mlflow_trt.errors import RecipeError
-from mlflow_trt.spec import BatchAxis, Dim, InputRange, Shape, ShapeProfile, TensorSpec, is_placeholder
+from mlflow_trt.spec import BatchAxis, InputRange, Shape, ShapeProfile, TensorSpec, is_placeholder
 
 DEFAULT_BATCH = BatchRange(1, 8, 32)
 """What a batch axis gets where neither the user nor the model says more."""
-
-# Rows are known not to depend on each other where the user says so, or the model does by such a name.
-_BATCH_NAME = re.compile(r"n|b|bs|.*batch.*", re.IGNORECASE)
-# The range of a batch is no guess for an axis of such a name.
-_SEQUENCE_NAME = re.compile(r"seq|time|len|frame|token|step|^[tls]$", re.IGNORECASE)
 
 _Limits = tuple[int, int, int]
 
@@ -45,42 +40,23 @@ def resolve_profiles(model: OnnxModel, recipe: Recipe, example_shapes: Mapping[s
         for name, triple in request.items():
             _check_request(name, triple, inputs)
     axis = find_batch_axis(model, declared=recipe.batch is not None)
-    if recipe.batch is not None and axis is None:
-        raise RecipeError(_no_batch_axis(model), option="batch")
+    batch = recipe.batch
+    if batch is not None and axis is None:
+        if not _is_fixed_to(model, batch):
+            raise RecipeError(_no_batch_axis(model), option="batch")
+        batch = None
     remarks: list[str] = []
     resolved = [
-        _Resolution(model.inputs, axis, request, example_shapes or {}, remarks).profile(recipe.batch)
+        _Resolution(model.inputs, axis, request, example_shapes or {}, remarks).profile(batch)
         for request in recipe.shapes or ({},)
     ]
     profiles = tuple(profile for profile in resolved if profile.ranges)
     return Profiles(profiles=profiles, batch_axis=axis, remarks=tuple(dict.fromkeys(remarks)))
 
 
-def find_batch_axis(model: OnnxModel, *, declared: bool) -> BatchAxis | None:
-    """Axis 0 of the inputs, where it varies, is one and the same for all that have it, and reaches every output.
-
-    Whether rows depend on each other cannot be seen: nodes of a graph and points of a cloud are rows too. So the batch
-    can be split only where the user declared it by `batch=`, or where the model calls the axis a batch.
-    """
-    leading = [spec for spec in model.inputs if spec.shape and not isinstance(spec.shape[0], int)]
-    names = {spec.shape[0] for spec in leading if not is_placeholder(spec.shape[0])}
-    name = next(iter(names), None)
-    if not leading or len(names) > 1 or not all(_carries(spec, name) for spec in model.outputs):
-        return None
-    if not declared and isinstance(name, str) and _SEQUENCE_NAME.search(name):
-        return None
-    independent = declared or (isinstance(name, str) and _BATCH_NAME.fullmatch(name) is not None)
-    other_names = {dim for spec in model.inputs for dim in spec.shape[1:] if not is_placeholder(dim)}
-    splits = (
-        independent
-        and name not in other_names
-        and all(not isinstance(spec.shape[0], int) and spec.shape[0] not in other_names for spec in model.outputs)
-    )
-    return BatchAxis(inputs=tuple(spec.name for spec in leading), splits=splits, declared=declared)
-
-
-def _carries(output: TensorSpec, name: Dim) -> bool:
-    return bool(output.shape) and (not isinstance(output.shape[0], int) or (name is not None and name in output.shape))
+def _is_fixed_to(model: OnnxModel, batch: BatchRange) -> bool:
+    """Whether the model has no other batch than the one that was asked for."""
+    return batch.min == batch.max and all(spec.shape[:1] == (batch.max,) for spec in model.inputs)
 
 
 def _no_batch_axis(model: OnnxModel) -> str:
@@ -108,6 +84,13 @@ def _check_request(name: str, triple: ShapeTriple, inputs: Mapping[str, TensorSp
                     f"shapes[{name!r}]: {role} is {shape}, but axis {axis} of the input {spec} is {dim}",
                     option="shapes",
                 )
+    for axis, sizes in enumerate(zip(*triple, strict=True)):
+        if -1 in sizes and set(sizes) != {-1}:
+            raise RecipeError(
+                f"shapes[{name!r}] mixes -1 and numbers at axis {axis}: -1 in min, opt and max takes all three from "
+                "batch= or the model",
+                option="shapes",
+            )
 
 
 def _check_order(name: str, triple: ShapeTriple) -> None:

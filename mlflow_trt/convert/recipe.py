@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from mlflow_trt.spec import ComputeCapability, HardwareCompatibility, Precision
 
 TACTIC_SOURCES = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 """The tactic sources that TensorRT 10.12 to 11 and TensorRT-RTX all have."""
+
+_LARGEST = 2**31 - 1  # what TensorRT counts dimensions and iterations with
 
 ShapeTriple = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 ShapeRequest = Mapping[str, ShapeTriple]
@@ -104,7 +107,7 @@ class Recipe:
             "targets": _targets(self.targets),
             "workspace_bytes": _number("workspace_bytes", self.workspace_bytes, 1, None),
             "optimization_level": _number("optimization_level", self.optimization_level, 0, 5),
-            "avg_timing_iterations": _number("avg_timing_iterations", self.avg_timing_iterations, 1, None),
+            "avg_timing_iterations": _number("avg_timing_iterations", self.avg_timing_iterations, 1, _LARGEST),
             "timing_cache": None if self.timing_cache is None else os.fspath(self.timing_cache),
             "version_compatible": bool(self.version_compatible),
         }
@@ -129,6 +132,8 @@ class Recipe:
         given = {name: value for name, value in given.items() if value is not None}
         if recipe is None:
             return cls(**given)
+        if not isinstance(recipe, Recipe):
+            raise RecipeError(f"recipe is a {type(recipe).__name__}; expected a mlflow_trt.Recipe", option="recipe")
         if given:
             raise RecipeError(
                 f"both recipe= and {', '.join(name + '=' for name in given)} were given; put everything in the recipe",
@@ -148,12 +153,12 @@ def _choice(enumeration: type[_Choice], value: Any, option: str) -> _Choice:
 def _batch(value: Any) -> BatchRange | None:
     if value is None:
         return None
-    numbers = (value,) * 3 if _is_int(value) else value
-    if not isinstance(numbers, Sequence) or len(numbers) != 3 or not all(map(_is_int, numbers)):
+    numbers = (value,) * 3 if _is_int(value) else tuple(value) if _is_iterable(value) else ()
+    if len(numbers) != 3 or not all(map(_is_int, numbers)):
         raise RecipeError(f"batch is {value!r}; expected a number, or (min, opt, max)", option="batch")
     batch = BatchRange(*map(int, numbers))
-    if not 1 <= batch.min <= batch.opt <= batch.max:
-        raise RecipeError(f"batch is {tuple(batch)}; expected 1 <= min <= opt <= max", option="batch")
+    if not 1 <= batch.min <= batch.opt <= batch.max <= _LARGEST:
+        raise RecipeError(f"batch is {tuple(batch)}; expected 1 <= min <= opt <= max < 2**31", option="batch")
     return batch
 
 
@@ -187,7 +192,8 @@ def _triple(name: str, value: Any) -> ShapeTriple:
 def _tactic_sources(value: Any) -> tuple[str, ...] | None:
     if value is None:
         return None
-    names = tuple(str(name).upper() for name in ([value] if isinstance(value, str) else value))
+    items = [value] if isinstance(value, str) or not _is_iterable(value) else value
+    names = tuple(str(name).upper() for name in items)
     unknown = [name for name in names if name not in TACTIC_SOURCES]
     if unknown:
         raise RecipeError(
@@ -198,7 +204,7 @@ def _tactic_sources(value: Any) -> tuple[str, ...] | None:
 
 
 def _targets(value: Any) -> tuple[str, ...]:
-    items: Iterable[Any] = [value] if isinstance(value, str) else value
+    items: Iterable[Any] = [value] if isinstance(value, str) or not _is_iterable(value) else value
     try:
         targets = {ComputeCapability.parse(str(item)) for item in items}
     except ValueError as error:
@@ -209,11 +215,19 @@ def _targets(value: Any) -> tuple[str, ...]:
 def _number(option: str, value: Any, low: int, high: int | None) -> int | None:
     if value is None:
         return None
-    if not _is_int(value) or value < low or (high is not None and value > high):
+    if not _is_int(value) or not low <= value <= (2**63 - 1 if high is None else high):
         limits = f"{low} or more" if high is None else f"{low} to {high}"
         raise RecipeError(f"{option} is {value!r}; expected {limits}", option=option)
     return int(value)
 
 
 def _is_int(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
+
+
+def _is_iterable(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str)

@@ -20,6 +20,8 @@ def prepare_feeds(inputs: Mapping[str, npt.ArrayLike], specs: Sequence[TensorSpe
 
     Raises InputError for a missing or unknown input, InputDtypeError and InputShapeError for one that does not fit.
     """
+    if not isinstance(inputs, Mapping):
+        raise InputError(f"expected a mapping from input names to arrays, got {type(inputs).__name__}")
     names = [spec.name for spec in specs]
     missing = [name for name in names if name not in inputs]
     if missing:
@@ -58,7 +60,7 @@ def convert(array: Array, spec: TensorSpec) -> Array:
     """`array` in the dtype that `spec` wants, where that loses nothing but a float's last digits.
 
     A float may become a narrower float unless a finite value would turn into infinity; an integer may become another
-    integer type or a float that holds each of its values exactly; nothing else is converted.
+    integer type or a float that holds each of its values exactly; a bool may become a number. Nothing else may change.
     """
     wanted = numpy_dtype(spec.dtype)
     if array.dtype == wanted:
@@ -73,6 +75,8 @@ def convert(array: Array, spec: TensorSpec) -> Array:
                 f"input {spec.name!r}: {array[lost].flat[0]!r} is too large for {spec.dtype}", tensor=spec.name
             )
         return converted
+    if source == "b" and target in "iuf":
+        return array.astype(wanted)
     if source in "iu" and target in "iuf":
         with np.errstate(over="ignore", invalid="ignore"):
             converted = array.astype(wanted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,11 +18,12 @@ from mlflow_trt.errors import (
 from mlflow_trt.runtime.inputs import Feeds
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.spec import TensorSpec
+from mlflow_trt.trt import is_installed
 
 
 def import_onnxruntime() -> Any:
     """The module, which has no type stubs. Raises MissingDependencyError where no package provides it."""
-    if importlib.util.find_spec("onnxruntime") is None:
+    if not is_installed("onnxruntime"):
         raise MissingDependencyError(
             "ONNX Runtime is not installed: `pip install onnxruntime`, or `pip install onnxruntime-gpu`. "
             "Install one of them, not both: they provide the same module.",
