@@ -150,18 +150,9 @@ def read_folder(path: Path) -> ModelFolder:
     Raises ArtifactError where there is none or it makes no sense, FormatError where a newer mlflow-trt wrote it.
     """
     file = path / RECORD_FILE
-    try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise ArtifactError(
-            f"{path} has no {RECORD_FILE}: it is not a model that mlflow-trt logged. "
-            "Convert an ONNX model with mlflow_trt.log_model or `mlflow-trt convert`.",
-            path=path,
-        ) from None
-    except ValueError as error:
-        raise ArtifactError(f"{file} is damaged ({error}); download the model again", path=file) from error
+    content = _read_json(file)
     version = content.get("format") if isinstance(content, dict) else None
-    if not isinstance(version, int):
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ArtifactError(f"{file} names no format; it is not a record of mlflow-trt", path=file)
     if version > FORMAT:
         raise FormatError(
@@ -177,6 +168,27 @@ def read_folder(path: Path) -> ModelFolder:
         raise ArtifactError(
             f"{file} is damaged: {where}: {first['msg']}; download the model again", path=file
         ) from None
+    _check_names(record, file)
+    return ModelFolder(path=path, record=record)
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ArtifactError(
+            f"{file.parent} has no {RECORD_FILE}: it is not a model that mlflow-trt logged. "
+            "Convert an ONNX model with mlflow_trt.log_model or `mlflow-trt convert`.",
+            path=file.parent,
+        ) from None
+    except OSError as error:
+        raise ArtifactError(f"{file} cannot be read: {error.strerror}", path=file) from error
+    except ValueError as error:
+        raise ArtifactError(f"{file} is damaged ({error}); download the model again", path=file) from error
+
+
+def _check_names(record: Record, file: Path) -> None:
+    """Every file that is going to be used lies in the folder and has a digest."""
     names = (*record.source.files, *record.typed.files, *(engine.file for engine in record.engines))
     for name in (PurePosixPath(name) for name in names):
         if name.is_absolute() or ".." in name.parts:
@@ -184,7 +196,6 @@ def read_folder(path: Path) -> ModelFolder:
     for model in (record.source, record.typed):
         if model.file not in model.files:
             raise ArtifactError(f"{file} gives no sha256 for {model.file}, so it is not used", path=file)
-    return ModelFolder(path=path, record=record)
 
 
 def record_to_dict(record: Record) -> dict[str, Any]:

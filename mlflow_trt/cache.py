@@ -36,6 +36,16 @@ def directory() -> Path:
     return Path(configured) if configured else platformdirs.user_cache_path("mlflow-trt")
 
 
+def problem() -> str | None:
+    """Why nothing can be kept, or None where it can."""
+    try:
+        directory().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory()):
+            return None
+    except OSError as error:
+        return f"{directory()} cannot be written to: {error.strerror}"
+
+
 def key_of(parts: Mapping[str, object]) -> str:
     """The sha256 of everything that an engine depends on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -60,9 +70,9 @@ def only_one(key: str) -> Iterator[None]:
 def find_engine(key: str) -> bytes | None:
     """The plan stored under `key`. One that is incomplete or was changed is removed: it can be built again."""
     folder = directory() / "engines" / key
-    if not folder.is_dir():
-        return None
     try:
+        if not folder.is_dir():
+            return None
         record = _records.validate_json((folder / _RECORD).read_bytes())
         plan = (folder / _PLAN).read_bytes()
     except (OSError, ValidationError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
 import tempfile
 from dataclasses import dataclass
@@ -55,7 +54,7 @@ def examine() -> Diagnosis:
         run = _try_tensorrt(conversion)
         reference = _try_onnxruntime(Path(workdir))
     checks += [build, run, reference]
-    checks.append(Check(name="cache", ok=True, detail=str(cache.directory())))
+    checks.append(Check(name="cache", ok=cache.problem() is None, detail=cache.problem() or str(cache.directory())))
     return Diagnosis(checks=tuple(checks), can_build=build.ok, can_run=run.ok, can_run_on_cpu=reference.ok)
 
 
@@ -105,7 +104,7 @@ def _hardware() -> list[Check]:
 
 
 def _pycuda() -> Check:
-    if importlib.util.find_spec("pycuda") is None:
+    if not trt.is_installed("pycuda"):
         return Check(name="pycuda", ok=False, detail="not installed: pip install 'mlflow-trt[cuda]' (needs nvcc)")
     return _package("pycuda")
 

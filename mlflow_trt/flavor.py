@@ -17,6 +17,7 @@ from mlflow.models.model import ModelInfo
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
 from mlflow.tracking.artifact_utils import _download_artifact_from_uri
+from mlflow.utils.file_utils import local_file_uri_to_path
 
 from mlflow_trt._logging import get_logger
 from mlflow_trt.artifact import RECORD_FILE, Record, read_folder
@@ -31,6 +32,7 @@ from mlflow_trt.packaging import (
     PackagingOptions,
     check_names,
     check_target,
+    move_model,
     searchable_facts,
     write_model,
 )
@@ -176,11 +178,17 @@ def log_model(
     check_names(registered_model_name, tags or {})
     if validate_serving_input is None:
         validate_serving_input = input_example is not None and _can_run_here(options.settings)
-    with converted(onnx_model, request, input_example=input_example, progress=progress) as conversion:
+    with (
+        converted(onnx_model, request, input_example=input_example, progress=progress) as conversion,
+        tempfile.TemporaryDirectory(prefix="mlflow-trt-") as staging,
+    ):
+        # Written before MLflow hears of it: what cannot be written leaves no half of a logged model.
+        folder = Path(staging) / "model"
+        written = write_model(conversion, folder, options)
 
         def save(path: str, mlflow_model: Model, validate_serving_input: bool) -> None:
             del validate_serving_input  # Model.log reads it, and passes on all its keywords
-            write_model(conversion, Path(path), options, mlflow_model)
+            move_model(written, folder, Path(path), mlflow_model)
 
         facts = searchable_facts(conversion)
         tags = {**facts, **(tags or {})}
@@ -245,14 +253,19 @@ def read_record(model_uri: str) -> Record:
 
     Raises ArtifactError where it is no model of this flavor.
     """
-    flavors = Model.load(model_uri).flavors
-    if FLAVOR_NAME not in flavors:
+    local = Path(local_file_uri_to_path(model_uri))
+    if local.is_dir():
+        return read_folder(local).record
+    model = Model.load(model_uri)
+    if FLAVOR_NAME not in model.flavors:
         raise ArtifactError(
-            f"{model_uri} has the flavors {', '.join(flavors)}, not {FLAVOR_NAME}; "
+            f"{model_uri} has the flavors {', '.join(model.flavors)}, not {FLAVOR_NAME}; "
             "make a model of it with mlflow_trt.log_model or `mlflow-trt convert`"
         )
+    # A run's URI leads to a logged model, whose files are elsewhere.
+    repository = get_artifact_repository(f"models:/{model.model_id}" if model.model_id else model_uri)
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
-        get_artifact_repository(model_uri).download_artifacts(RECORD_FILE, workdir)
+        repository.download_artifacts(RECORD_FILE, workdir)
         return read_folder(Path(workdir)).record
 
 

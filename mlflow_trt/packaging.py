@@ -97,8 +97,8 @@ class PackagingOptions:
 
 def write_model(
     conversion: Conversion, path: Path, options: PackagingOptions, mlflow_model: Model | None = None
-) -> None:
-    """Write the model folder of a conversion, whole or not at all."""
+) -> Model:
+    """Write the model folder of a conversion, whole or not at all; returns what its MLmodel says."""
     check_target(path)
     model = Model() if mlflow_model is None else mlflow_model
     with _written_aside(path) as folder:
@@ -126,6 +126,20 @@ def write_model(
         _write_environment(folder, record, options)
         model.model_size_bytes = get_total_file_size(folder)
         model.save(str(folder / MLMODEL_FILE_NAME))
+    return model
+
+
+def move_model(written: Model, folder: Path, path: Path, mlflow_model: Model) -> None:
+    """Move a model folder to where MLflow wants it, under the identity that MLflow gave to the logged model."""
+    mlflow_model.flavors = written.flavors
+    mlflow_model.signature = written.signature
+    if written.saved_input_example_info is not None:
+        mlflow_model.saved_input_example_info = written.saved_input_example_info
+    if written.metadata is not None:
+        mlflow_model.metadata = written.metadata
+    mlflow_model.model_size_bytes = written.model_size_bytes
+    shutil.move(folder, path)
+    mlflow_model.save(str(path / MLMODEL_FILE_NAME))
 
 
 def check_target(path: Path) -> None:
@@ -170,7 +184,13 @@ def _written_aside(path: Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
-        aside.replace(path)
+        if path.exists():
+            # An empty folder may be somebody's current one, a link or a mount: it is filled, not replaced.
+            for entry in aside.iterdir():
+                entry.replace(path / entry.name)
+            aside.rmdir()
+        else:
+            aside.replace(path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

@@ -31,11 +31,11 @@ def shown_progress(what: str) -> Iterator[ProgressCallback]:
 class _Bar:
     def __init__(self, what: str, console: Console) -> None:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
-            TextColumn("[dim]{task.fields[phase]}"),
+            TextColumn("{task.fields[phase]}", style="dim", markup=False),
         )
         self._bar = Progress(*columns, console=console, transient=True)
         self._task = self._bar.add_task(what, total=1.0, phase="")

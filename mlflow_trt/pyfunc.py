@@ -86,13 +86,12 @@ def feeds_from_frame(frame: pd.DataFrame, specs: tuple[TensorSpec, ...]) -> dict
 
 
 def _column(column: pd.Series[Any], spec: TensorSpec) -> Array:
-    if column.dtype != object:
-        values = column.to_numpy()
-    elif column.empty:
-        values = np.zeros((0, *(size or 0 for size in spec.fixed[1:])), numpy_dtype(spec.dtype))
-    else:
+    values = column.to_numpy()
+    if values.dtype == object:
+        if column.empty:
+            return np.zeros((0, *(size or 0 for size in spec.fixed[1:])), numpy_dtype(spec.dtype))
         try:
-            values = np.stack([np.asarray(cell) for cell in column])
+            values = np.stack([np.asarray(cell) for cell in values])
         except ValueError as error:
             raise InputShapeError(
                 f"the cells of column {spec.name!r} differ in shape: {error}", tensor=spec.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ class SourceModel:
 
 
 def convert_model_version(
-    model_uri: str,
+    model_uri: str | os.PathLike[str],
     registered_model_name: str,
     *,
     precision: Precision | str | None = None,
@@ -83,11 +84,12 @@ def convert_model_version(
 
 
 @contextmanager
-def opened_source(source: str) -> Iterator[SourceModel]:
+def opened_source(source: str | os.PathLike[str]) -> Iterator[SourceModel]:
     """An MLflow model of flavor onnx, downloaded for the length of the block, or an ONNX file.
 
     Raises ArtifactError for an MLflow model that has no flavor onnx.
     """
+    source = os.fspath(source)
     if ":/" not in source and not Path(source, MLMODEL_FILE_NAME).is_file():
         yield SourceModel(path=Path(source), signature=None, lineage={"source": Path(source).name})
         return

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
@@ -33,7 +32,10 @@ def signature_of(
         )
 
     return ModelSignature(
-        inputs=Schema([TensorSpec(_numpy_native(tensor), narrowed(tensor), tensor.name) for tensor in inputs]),
+        # MLflow knows no schema without inputs.
+        inputs=Schema([TensorSpec(_numpy_native(tensor), narrowed(tensor), tensor.name) for tensor in inputs])
+        if inputs
+        else None,
         outputs=Schema(
             [
                 TensorSpec(
@@ -46,15 +48,16 @@ def signature_of(
 
 
 def example_shapes(example: Any, inputs: Sequence[spec.TensorSpec]) -> dict[str, Shape]:
-    """The shapes of those inputs that an input example gives as arrays: a dict of arrays, or one for a single input."""
+    """The shapes of those inputs that an example gives as arrays or lists: by name, or the one of a single input."""
     if isinstance(example, tuple):
         example = example[0]  # MLflow's form for an example with params
-    if isinstance(example, np.ndarray) and len(inputs) == 1:
+    if isinstance(example, (np.ndarray, list)) and len(inputs) == 1:
         example = {inputs[0].name: example}
-    if isinstance(example, pd.DataFrame) or not isinstance(example, Mapping):
+    if not isinstance(example, Mapping):
         return {}
     names = {tensor.name for tensor in inputs}
-    return {name: value.shape for name, value in example.items() if name in names and isinstance(value, np.ndarray)}
+    arrays = {name: value for name, value in example.items() if name in names and isinstance(value, (np.ndarray, list))}
+    return {name: np.shape(value) for name, value in arrays.items()}
 
 
 def _only_size(name: str, axis: int, profiles: Sequence[ShapeProfile]) -> int:

@@ -87,6 +87,8 @@ def test_a_newer_format_is_refused(folder):
     ("change", "message"),
     [
         (lambda record: record.pop("format"), "names no format"),
+        (lambda record: record.update(format=0), "names no format"),
+        (lambda record: record.update(format=True), "names no format"),
         (lambda record: record.pop("engines"), "is damaged: engines: Field required"),
         (lambda record: record["recipe"].update(batch="many"), "is damaged: recipe"),
         (lambda record: record["engines"][0].update(file="../../etc/passwd"), "outside of the model folder"),
@@ -104,6 +106,10 @@ def test_a_damaged_record_is_refused(change, message, folder):
 def test_other_folders_are_refused(tmp_path):
     with pytest.raises(ArtifactError, match="is not a model that mlflow-trt logged"):
         read_folder(tmp_path)
+    (tmp_path / RECORD_FILE).mkdir()
+    with pytest.raises(ArtifactError, match="cannot be read: Is a directory"):
+        read_folder(tmp_path)
+    (tmp_path / RECORD_FILE).rmdir()
     (tmp_path / RECORD_FILE).write_text("{")
     with pytest.raises(ArtifactError, match="is damaged"):
         read_folder(tmp_path)

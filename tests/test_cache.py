@@ -81,3 +81,9 @@ def test_one_builds_while_the_others_wait(plan):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert list(pool.map(load, range(8))) == [PLAN] * 8
     assert len(built) == 1
+
+
+def test_the_doctor_can_ask_whether_anything_can_be_kept(monkeypatch):
+    assert cache.problem() is None
+    monkeypatch.setenv(cache.DIRECTORY_VARIABLE, "/proc/no/cache")
+    assert "cannot be written to" in cache.problem()

@@ -12,7 +12,6 @@ import mlflow
 import networks
 import pytest
 import typer
-from onnx import TensorProto, helper
 from real_models import MAGIKA, nested_if
 
 import mlflow_trt
@@ -101,6 +100,13 @@ class TestConvert:
         assert "Traceback" not in errors
         assert store.is_untouched()
 
+    @pytest.mark.parametrize("name", ["a%20b", "models:", "x[/red]"])
+    def test_to_a_folder_of_an_odd_name(self, name, onnx_file, tmp_path):
+        code, output, errors = run("convert", onnx_file, "--output", tmp_path / name)
+        assert code == 0, errors
+        assert name in output
+        assert (tmp_path / name / "MLmodel").exists()
+
     @pytest.mark.parametrize("arguments", [[], ["--register-as", "a", "--output", "b"]])
     def test_one_destination(self, arguments, onnx_file):
         code, _, errors = run("convert", onnx_file, *arguments)
@@ -108,13 +114,7 @@ class TestConvert:
         assert "give either --register-as NAME or --output DIR" in errors
 
     def test_what_the_libraries_print_stays_out_of_json(self, tmp_path):
-        model = networks.model(
-            [helper.make_node("Cast", ["x"], ["z"], to=TensorProto.INT16),
-             helper.make_node("Cast", ["z"], ["y"], to=networks.FLOAT)],
-            [networks.value("x", networks.FLOAT, [4])],
-            [networks.value("y", networks.FLOAT, [4])],
-        )  # fmt: skip
-        (tmp_path / "int16.onnx").write_bytes(model.SerializeToString())
+        (tmp_path / "int16.onnx").write_bytes(networks.through_int16().SerializeToString())
         code, output, errors = run("convert", tmp_path / "int16.onnx", "--output", tmp_path / "model", "--json")
         assert (code, output) == (1, "")
         assert "INT16" in errors
@@ -157,7 +157,15 @@ main()
         mlflow.onnx.save_model(networks.product(), tmp_path / "onnx", pip_requirements=["onnx"])
         code, _, errors = run("inspect", tmp_path / "onnx")
         assert code == 1
-        assert "not mlflow_trt; make a model of it with mlflow_trt.log_model or `mlflow-trt convert`" in errors
+        assert "is not a model that mlflow-trt logged. Convert an ONNX model with mlflow_trt.log_model" in errors
+
+    def test_of_a_run_and_by_a_file_uri(self, tracking, store, onnx_file, magika_folder):
+        with mlflow.start_run() as active:
+            mlflow_trt.log_model(onnx_file, name="product")
+        for uri in (f"runs:/{active.info.run_id}/product", magika_folder.as_uri()):
+            code, output, errors = run("inspect", uri, "--json", **tracking)
+            assert code == 0, errors
+            assert json.loads(output)["uri"] == uri
 
 
 class TestDoctor:

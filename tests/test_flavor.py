@@ -158,6 +158,28 @@ class TestLogging:
             weights = onnx.numpy_helper.to_array(proto.graph.initializer[0])
             assert np.allclose(session.run({"x": x})["y"], x @ weights, atol=1e-5)
 
+    def test_links_to_the_model_and_its_weights(self, store, tmp_path):
+        """As the caches of model hubs lay files out: the weights that count are beside the link."""
+        for name in ("blobs", "snapshot", "other"):
+            (tmp_path / name).mkdir()
+        proto = networks.external(tmp_path / "blobs" / "net.onnx")
+        (tmp_path / "blobs" / "net.onnx").rename(tmp_path / "blobs" / "1")
+        (tmp_path / "blobs" / "weights.bin").rename(tmp_path / "blobs" / "2")
+        (tmp_path / "snapshot" / "net.onnx").symlink_to("../blobs/1")
+        (tmp_path / "snapshot" / "weights.bin").symlink_to("../blobs/2")
+        (tmp_path / "other" / "net.onnx").symlink_to("../blobs/1")
+        weights = np.frombuffer((tmp_path / "blobs" / "2").read_bytes(), np.float32) * 2
+        (tmp_path / "other" / "weights.bin").write_bytes(weights.tobytes())
+        plans = {}
+        for name, factor in (("snapshot", 1), ("other", 2)):
+            info = log(tmp_path / name / "net.onnx")
+            weights = onnx.numpy_helper.to_array(proto.graph.initializer[0]) * factor
+            stored = onnx.numpy_helper.to_array(mlflow.onnx.load_model(info.model_uri).graph.initializer[0])
+            assert np.array_equal(stored, weights)
+            folder = local(info.model_uri)
+            plans[name] = (folder / read_record(str(folder)).engines[0].file).read_bytes()
+        assert plans["snapshot"] != plans["other"]
+
     def test_the_user_is_told_what_was_chosen(self, store, messages):
         log()
         assert "axis 0 of input 'x' is taken as the batch axis, for 1 to 32 rows" in messages.text
@@ -168,8 +190,9 @@ class TestLogging:
         mlflow.onnx.save_model(networks.product(), tmp_path / "onnx-model", pip_requirements=[])
         with pytest.raises(mlflow_trt.ArtifactError, match="is not a model that mlflow-trt logged"):
             mlflow_trt.load_model(str(tmp_path / "onnx-model"))
+        info = mlflow.onnx.log_model(networks.product(), name="onnx", pip_requirements=["onnx"])
         with pytest.raises(mlflow_trt.ArtifactError, match="has the flavors .*, not mlflow_trt"):
-            read_record(str(tmp_path / "onnx-model"))
+            read_record(info.model_uri)
 
 
 class TestFailuresLeaveNothing:
@@ -210,14 +233,15 @@ class TestFailuresLeaveNothing:
             ({"code_paths": ["/no/code"]}, "code_paths: /no/code does not exist"),
             ({"conda_env": {}, "pip_requirements": []}, "Only one of"),
             ({"signature": "x"}, "signature is a str; expected a mlflow.models.ModelSignature"),
+            ({"pip_requirements": "/no/requirements.txt"}, "No such file"),
+            ({"metadata": {"a": np.float32(1)}}, "cannot represent"),
             ({"input_example": object()}, "Expected one of the following types"),
             ({"registered_model_name": "a/b"}, "Invalid model name"),
             ({"tags": {"": "x"}}, "tag|Tag|key"),
         ],
     )
-    def test_options_are_checked_before_the_build(self, keywords, message, store, monkeypatch):
-        monkeypatch.setattr(builder, "_WORKER", "import os; os.abort()")
-        with pytest.raises((mlflow.MlflowException, ValueError), match=message):
+    def test_when_an_option_is_wrong(self, keywords, message, store):
+        with pytest.raises((mlflow.MlflowException, ValueError, OSError, yaml.YAMLError), match=message):
             log(**{"registered_model_name": "product", **keywords})
         assert store.is_untouched()
 
@@ -270,6 +294,19 @@ class TestFolders:
         assert (tmp_path / "model" / "MLmodel").exists()
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
+    def test_the_current_folder_stays_the_current_folder(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        mlflow_trt.save_model(networks.product(), ".")
+        assert Path("MLmodel").exists()
+        assert sorted(path.name for path in Path.cwd().iterdir()) == sorted(path.name for path in tmp_path.iterdir())
+
+    def test_a_link_to_an_empty_folder_is_filled(self, tmp_path):
+        (tmp_path / "real").mkdir()
+        (tmp_path / "link").symlink_to("real")
+        mlflow_trt.save_model(networks.product(), tmp_path / "link")
+        assert (tmp_path / "real" / "MLmodel").exists()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
     def test_a_relative_path(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         mlflow_trt.save_model(networks.product(), "model")
@@ -291,6 +328,17 @@ class TestSignatures:
     def test_the_rows_of_a_static_batch_are_free_where_they_can_be_split(self, tmp_path):
         mlflow_trt.save_model(networks.product(), tmp_path / "model", batch=4)
         assert self.signature(tmp_path / "model").inputs.inputs[0].shape == (-1, 16)
+
+    def test_a_model_without_inputs(self, tmp_path):
+        constant = networks.helper.make_node(
+            "Constant", [], ["c"], value=networks.constant("v", np.arange(4, dtype=np.float32))
+        )
+        twice = networks.helper.make_node("Add", ["c", "c"], ["y"])
+        model = networks.model([constant, twice], [], [networks.value("y", networks.FLOAT, [4])])
+        mlflow_trt.save_model(model, tmp_path / "model")
+        assert self.signature(tmp_path / "model").inputs is None
+        outputs = mlflow.pyfunc.load_model(str(tmp_path / "model"), model_config=CPU).predict({})
+        assert outputs["y"].tolist() == [0, 2, 4, 6]
 
     def test_bfloat16_is_float32_to_mlflow(self, tmp_path):
         mlflow_trt.save_model(networks.bfloat16_product(), tmp_path / "model")

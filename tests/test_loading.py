@@ -85,7 +85,7 @@ def test_told_apart_axes_may_differ_at_run_time_too(tmp_path):
 
 
 def test_without_onnxruntime_both_packages_are_named(magika_folder, monkeypatch):
-    monkeypatch.setattr(onnxruntime.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(onnxruntime, "is_installed", lambda name: False)
     with pytest.raises(MissingDependencyError, match="pip install onnxruntime`, or `pip install onnxruntime-gpu`"):
         mlflow_trt.load_model(str(magika_folder), runtime="onnxruntime")
 

@@ -6,6 +6,7 @@ import mlflow
 import networks
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from compare import relative_error
 from mlflow.exceptions import MlflowException
@@ -161,6 +162,11 @@ class TestFrames:
             feeds_from_frame(frame, (IMAGE, SCORE, COUNT))
         with pytest.raises(InputError, match="has no column 'count'; it has image, score"):
             feeds_from_frame(frame[["image", "score"]], (IMAGE, SCORE, COUNT))
+
+    def test_cells_that_arrow_keeps(self):
+        column = pd.Series([[1.0, 2.0], [3.0, 4.0]], dtype=pd.ArrowDtype(pa.list_(pa.float32())))
+        pair = TensorSpec(name="pair", dtype="float32", shape=("n", 2))
+        assert feeds_from_frame(pd.DataFrame({"pair": column}), (pair,))["pair"].tolist() == [[1, 2], [3, 4]]
 
     def test_a_frame_without_rows(self):
         frame = pd.DataFrame({"image": [], "score": [], "count": []}, dtype=object)

@@ -35,7 +35,7 @@ def main() -> None:
     """Run the command line. Errors that users can act on are printed in a line or a few, without a traceback."""
     try:
         app()
-    except OSError as error:
+    except (OSError, ImportError) as error:  # ImportError: a store that wants a package, such as boto3
         typer.echo(f"Error: {error}", err=True)
         sys.exit(1)
     except Exception as error:

@@ -35,7 +35,7 @@ def convert(
     """Convert an ONNX model, from a file or from MLflow, into an MLflow model with a TensorRT engine."""
     if bool(register_as) == (output is not None):
         raise typer.BadParameter("give either --register-as NAME or --output DIR")
-    from mlflow_trt.artifact import record_to_dict
+    from mlflow_trt.artifact import read_folder, record_to_dict
     from mlflow_trt.flavor import read_record, save_model
     from mlflow_trt.registry import convert_model_version, opened_source
 
@@ -53,7 +53,7 @@ def convert(
             with opened_source(source) as model:
                 save_model(model.path, output, signature=model.signature, lineage=model.lineage, **recipe)
             uri = str(output)
-        record = read_record(uri)
+        record = read_record(uri) if output is None else read_folder(output).record
     if as_json:
         print_json({"uri": uri, **record_to_dict(record)})
     else:

@@ -57,7 +57,7 @@ def results_on_stdout(enabled: bool) -> Iterator[None]:
     import os
     import sys
 
-    if not enabled:
+    if not enabled or sys.stdout is None:
         yield
         return
     sys.stdout.flush()

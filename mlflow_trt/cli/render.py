@@ -23,7 +23,7 @@ def print_json(value: object) -> None:
 
 def print_facts(title: str, facts: Mapping[str, Any]) -> None:
     """A table of two columns; facts without a value are left out."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table = Table(title=Text(title), title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
@@ -33,7 +33,7 @@ def print_facts(title: str, facts: Mapping[str, Any]) -> None:
 
 
 def print_rows(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
     for heading in headings:
         table.add_column(heading, overflow="fold")
     for row in rows:
