@@ -31,11 +31,13 @@ def _cache_of_its_own(tmp_path, monkeypatch):
 def messages(caplog):
     """What the package tells the user, whether or not MLflow's logger passes it on to the root."""
     logger = logging.getLogger("mlflow.mlflow_trt")
+    logger.propagate = False
     logger.addHandler(caplog.handler)
     logger.setLevel(logging.INFO)
     yield caplog
-    logger.removeHandler(caplog.handler)
     logger.setLevel(logging.NOTSET)
+    logger.removeHandler(caplog.handler)
+    logger.propagate = True
 
 
 @pytest.fixture(scope="session")
