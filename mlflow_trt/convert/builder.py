@@ -18,10 +18,11 @@ from typing import IO, Any, NoReturn, cast
 from mlflow_trt import trt
 from mlflow_trt._logging import get_logger
 from mlflow_trt.convert.build_worker import Job
+from mlflow_trt.convert.limits import check_recipe
 from mlflow_trt.convert.onnx_model import sha256_of
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import BuildError, RecipeError, RuntimeUnavailableError, UnsupportedModelError
-from mlflow_trt.spec import Distribution, EngineRecord, HardwareCompatibility, Precision, ShapeProfile
+from mlflow_trt.spec import Distribution, EngineRecord, Precision, ShapeProfile
 
 _log = get_logger(__name__)
 
@@ -69,7 +70,7 @@ def build_engine(
         MissingDependencyError: no TensorRT is installed. RuntimeUnavailableError: the one that is needs a GPU to build.
     """
     tensorrt = trt.load(distribution)
-    _check_recipe(tensorrt, recipe)
+    check_recipe(tensorrt, recipe)
     job = _job(model, plan, recipe, profiles, tensorrt.distribution)
     with _worker(job, gpu) as worker:
         outcome = _follow(worker, progress)
@@ -91,36 +92,6 @@ def build_engine(
         driver=outcome["driver"],
         build_seconds=round(outcome["seconds"], 3),
     )
-
-
-def _check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
-    if tensorrt.is_rtx:
-        known = tensorrt.compute_capabilities()
-        unknown = [target for target in recipe.targets if target not in known]
-        if unknown:
-            raise RecipeError(
-                f"{tensorrt} cannot build for {', '.join(unknown)}; its targets are {', '.join(known)}",
-                option="targets",
-            )
-        if recipe.hardware_compatibility is not HardwareCompatibility.NONE:
-            raise RecipeError(
-                "TensorRT-RTX has no hardware compatibility levels; name the GPUs with targets= instead",
-                option="hardware_compatibility",
-            )
-        if recipe.version_compatible:
-            raise RecipeError(
-                "TensorRT-RTX has no version-compatible engines; leave version_compatible out, and the engine is "
-                "rebuilt where another release loads it",
-                option="version_compatible",
-            )
-        if recipe.timing_cache is not None:
-            _log.info("TensorRT-RTX has no timing cache: %s is left alone", recipe.timing_cache)
-    elif recipe.targets:
-        raise RecipeError(
-            "TensorRT builds only for the GPU it runs on; leave targets= out, or build with TensorRT-RTX "
-            f"({trt.DISTRIBUTION_VARIABLE}=tensorrt_rtx)",
-            option="targets",
-        )
 
 
 def _job(model: Path, plan: Path, recipe: Recipe, profiles: Sequence[ShapeProfile], distribution: Distribution) -> Job:
