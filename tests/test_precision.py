@@ -10,7 +10,7 @@ import onnx
 import pytest
 from helpers import read
 from onnx import TensorProto, helper
-from real_models import CLS, DET_DYNAMIC, MAGIKA, REC, SILERO, TRANSFORMER
+from real_models import CLS, DET_DYNAMIC, MAGIKA, REC, SILERO, TRANSFORMER, calibration_data
 
 from mlflow_trt import Precision, Recipe, RecipeError, Tolerance
 from mlflow_trt.comparison import Verdict, compare
@@ -234,23 +234,14 @@ def test_what_a_tensorrt_cannot_build_stays_in_float32(tmp_path):
     assert "nothing of this model runs in int8" in typed.report.remarks[-1]
 
 
-REAL_INPUTS = {
-    "magika": (MAGIKA, lambda: MAGIKA.feeds(35)),
-    "det": (DET_DYNAMIC, lambda: DET_DYNAMIC.feeds(8)),
-    "rec": (REC, lambda: REC.feeds(8)),
-    "cls": (CLS, lambda: CLS.feeds(16)),
-    "silero": (SILERO, lambda: [SILERO.feeds(frames) for frames in range(20, 100, 10)]),
-    "transformer": (TRANSFORMER, lambda: TRANSFORMER.feeds(16)),
-}
 LEAST_CHANGED = {"fp16": 0.75, "bf16": 0.75, "int8": 0.3, "fp8": 0.2}
 """The share of the nodes that would have the precision if none stayed in float32."""
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "fp8"])
-@pytest.mark.parametrize("name", REAL_INPUTS)
-def test_real_models_build_and_stay_accurate(name, precision, tmp_path):
-    model, data = REAL_INPUTS[name]
-    conversion = converted(model, tmp_path, precision, data())
+@pytest.mark.parametrize("model", [MAGIKA, DET_DYNAMIC, REC, CLS, SILERO, TRANSFORMER], ids=lambda model: model.name)
+def test_real_models_build_and_stay_accurate(model, precision, tmp_path):
+    conversion = converted(model, tmp_path, precision, calibration_data(model))
     typed = conversion.typed
     assert typed.comparison.verdict is Verdict.PASSED
     assert 0 < typed.comparison.relative_error <= Tolerance.default(Precision(precision)).relative_error
