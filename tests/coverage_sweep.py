@@ -6,8 +6,8 @@
 
 The cases are those of `onnx.backend.test` with float32 inputs, which come with expected outputs, and the real models of
 the tests. In 16 bits, each float input of a case passes through a product with 1, so that its operator is not left in
-float32 for lack of neighbours. Each goes the whole way: precision pass, engine, and where there is a GPU a session, whose outputs are compared
-with the expected ones within the default tolerance of the precision.
+float32 for lack of neighbours. Each goes the whole way: precision pass, engine, and where there is a GPU a session, whose
+outputs are compared with the expected ones within the default tolerance of the precision.
 
 Each worker is a process of its own that writes a line for every case, so that one which crashes TensorRT costs itself.
 """
@@ -32,8 +32,8 @@ for folder in ("", "examples", "tests"):
 PRECISIONS = ("fp32", "fp16", "bf16")
 REAL_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 OUTCOMES = ("correct", "built", "refused", "wrong", "not built", "not run", "crashed")
-"""Right on a GPU; built, where there is no GPU; refused by the accuracy gate, with the numbers; wrong although it passed
-the gate; no engine; an engine that cannot be loaded or run; the end of the process."""
+"""Right on a GPU; built, where there is no GPU; refused by the accuracy gate, with the numbers; wrong although it was
+not refused; no engine; an engine that cannot be loaded or run; the end of the process."""
 
 
 @dataclass(frozen=True, kw_only=True)
