@@ -2,12 +2,12 @@
 
     python tests/coverage_sweep.py                    # every case; on a machine with a GPU, engines are run too
     python tests/coverage_sweep.py --sample 20        # every 20th case
-    python tests/coverage_sweep.py --json sweep.json  # keep the findings
+    python tests/coverage_sweep.py --findings DIR     # keep the findings there, as they come
 
 The cases are those of `onnx.backend.test` with float32 inputs, which come with expected outputs, and the real models of
 the tests. In 16 bits, each float input of a case passes through a product with 1, so that its operator is not left in
-float32 for lack of neighbours. Each goes the whole way: precision pass, engine, and where there is a GPU a session, whose
-outputs are compared with the expected ones within the default tolerance of the precision.
+float32 for lack of neighbours. Each goes the whole way: precision pass, engine, and where there is a GPU a session,
+whose outputs are compared with the expected ones within the default tolerance of the precision.
 
 Each worker is a process of its own that writes a line for every case, so that one which crashes TensorRT costs itself.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -188,6 +189,8 @@ def _execute(case: Case, conversion, tolerance) -> tuple[str, str]:
 
 def work(names: list[str], out: Path) -> None:
     """Examine these cases; lines in `out` say which is begun and what was found."""
+    cpus = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cpus[int(out.stem) % len(cpus)]})  # or each worker would start a thread for every CPU
     cases = {case.name: case for case in (*operator_cases(), *real_cases())}
     with out.open("a") as lines:
         for name in names:
@@ -203,10 +206,10 @@ def supervise(names: list[str], out: Path) -> list[Finding]:
     findings: list[Finding] = []
     left = list(names)
     while left:
-        out.write_text("")
+        before = out.read_text() if out.exists() else ""
         command = [sys.executable, __file__, "--work", str(out)]
         subprocess.run(command, input=json.dumps(left), text=True, capture_output=True, check=False)
-        lines = [json.loads(line) for line in out.read_text().splitlines()]
+        lines = [json.loads(line) for line in out.read_text().removeprefix(before).splitlines()]
         begun = [line["begun"] for line in lines if "begun" in line]
         findings += [Finding(**line) for line in lines if "begun" not in line]
         done = left[: len(begun)]
@@ -222,11 +225,11 @@ def supervise(names: list[str], out: Path) -> list[Finding]:
     return findings
 
 
-def sweep(sample: int, workers: int) -> list[Finding]:
-    names = [case.name for case in operator_cases()][::sample] + [case.name for case in real_cases()]
+def sweep(names: list[str], workers: int, folder: Path) -> list[Finding]:
     shards = [names[start::workers] for start in range(workers)]
-    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        outs = [Path(folder) / f"{number}.jsonl" for number in range(workers)]
+    folder.mkdir(parents=True, exist_ok=True)
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        outs = [folder / f"{number}.jsonl" for number in range(workers)]
         results = pool.map(supervise, [shard for shard in shards if shard], outs)
         return [finding for findings in results for finding in findings]
 
@@ -250,16 +253,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, default=1, help="take every Nth of the operator cases")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the findings here")
+    parser.add_argument("--operators", action="store_true", help="leave the real models out")
+    parser.add_argument("--findings", type=Path, help="keep the workers' findings in this new folder")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
         work(json.load(sys.stdin), arguments.work)
         return
-    findings = sweep(arguments.sample, arguments.workers)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(finding) for finding in findings], indent=1))
-    print_table(findings)
+    names = [case.name for case in operator_cases()][:: arguments.sample]
+    if not arguments.operators:
+        names += [case.name for case in real_cases()]
+    with tempfile.TemporaryDirectory() as folder:
+        print_table(sweep(names, arguments.workers, arguments.findings or Path(folder)))
 
 
 if __name__ == "__main__":
