@@ -90,10 +90,13 @@ ALLOWED = {
     "signatures": BASE,
     "doctor": CONVERT | RUNTIME | {"cache"},
     "packaging": CONVERT | {"artifact", "loading", "signatures"},
-    "flavor": CONVERT | RUNTIME | {"artifact", "loading", "packaging", "progress", "signatures"},
+    "registration": BASE,
+    "lineage": CONVERT | {"cache", "registration"},
+    "sources": CONVERT | {"sources"},
+    "flavor": CONVERT | RUNTIME | {"artifact", "loading", "packaging", "progress", "registration", "signatures"},
     "pyfunc": BASE | RUNTIME | {"artifact", "loading", "progress"},
-    "registry": CONVERT | {"flavor"},
-    "cli": BASE | {"cli", "artifact", "doctor", "flavor", "registry"},
+    "registry": CONVERT | {"flavor", "lineage", "packaging", "registration", "sources"},
+    "cli": BASE | {"cli", "artifact", "doctor", "flavor", "registry", "sources"},
     "__main__": {"cli"},
 }
 MODULES = sorted(

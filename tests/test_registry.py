@@ -38,6 +38,9 @@ def test_converts_a_registered_version(uri, source, store):
 
     assert (version.name, str(version.version)) == ("product.trt", "1")
     assert version.tags["mlflow_trt.source"] == "models:/product/1"
+    assert version.tags["mlflow_trt.source_name"] == "product"
+    assert version.tags["mlflow_trt.source_version"] == "1"
+    assert version.tags["mlflow_trt.source_digest"] == read_record("models:/product.trt/1").source.digest
     assert version.tags["stage"] == "test"
     record = read_record("models:/product.trt/1")
     assert record.lineage == {

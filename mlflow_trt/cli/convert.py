@@ -37,7 +37,8 @@ def convert(
         raise typer.BadParameter("give either --register-as NAME or --output DIR")
     from mlflow_trt.artifact import read_folder, record_to_dict
     from mlflow_trt.flavor import read_record, save_model
-    from mlflow_trt.registry import convert_model_version, opened_source
+    from mlflow_trt.registry import convert_model_version
+    from mlflow_trt.sources.opened import opened_source
 
     recipe: dict[str, Any] = {
         "precision": precision,
