@@ -128,5 +128,5 @@ def _delete_versions_of(client: MlflowClient, registered_model_name: str, model_
         return
     for version in list(versions_of(client, registered_model_name)):
         # A search over HTTP leaves the model_id out; the source is a URI that ends in it, or a path that holds it.
-        if version.model_id == model_id or model_id in re.split(r"[/\\]", version.source):
+        if version.model_id == model_id or model_id in re.split(r"[/\\]", version.source or ""):
             client.delete_model_version(registered_model_name, str(version.version))

@@ -18,7 +18,7 @@ from mlflow_trt._logging import get_logger
 from mlflow_trt.convert.builder import Progress
 from mlflow_trt.convert.onnx_model import read_onnx
 from mlflow_trt.convert.recipe import BatchRequest, Recipe, ShapesRequest
-from mlflow_trt.flavor import log_model
+from mlflow_trt.flavor import log_model, save_model
 from mlflow_trt.lineage import carried_tags, find_twin, point_to, recipe_digest, tags_of
 from mlflow_trt.packaging import check_names
 from mlflow_trt.registration import set_alias, undo_logging, undone_on_failure
@@ -75,7 +75,7 @@ def convert_model_version(
         with undone_on_failure() as undo:
             version = None
             if not force:
-                version = find_twin(client, registered_model_name, source.lineage, _digest_of(source), digest)
+                version = find_twin(client, registered_model_name, source.lineage, source_digest(source), digest)
             if version is not None:
                 _log.info(
                     "models:/%s/%s was made of the same source by the same recipe; force makes another version",
@@ -107,11 +107,35 @@ def convert_model_version(
     return client.get_model_version(registered_model_name, str(version.version))
 
 
+def convert_to_folder(
+    model_uri: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    recipe: Recipe,
+    *,
+    model_config: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Convert a model and write the result to a new folder, with all that `convert_model_version` carries over."""
+    with opened_source(model_uri) as source:
+        save_model(
+            source.path,
+            path,
+            recipe=recipe,
+            signature=source.signature,
+            input_example=source.input_example,
+            metadata=source.metadata,
+            model_config=model_config,
+            lineage=source.lineage,
+            progress=progress,
+        )
+
+
 def logged_name(registered_model_name: str) -> str:
     """What a registered model may be called, a logged one may not."""
     return re.sub(r"[/:.%\"']", "-", registered_model_name)
 
 
-def _digest_of(source: SourceModel) -> str:
+def source_digest(source: SourceModel) -> str:
+    """The sha256 that the record of what is made of this source is going to name."""
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
         return read_onnx(source.path, Path(workdir)).digest

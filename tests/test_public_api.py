@@ -96,7 +96,10 @@ ALLOWED = {
     "flavor": CONVERT | RUNTIME | {"artifact", "loading", "packaging", "progress", "registration", "signatures"},
     "pyfunc": BASE | RUNTIME | {"artifact", "loading", "progress"},
     "registry": CONVERT | {"flavor", "lineage", "packaging", "registration", "sources"},
-    "cli": BASE | {"cli", "artifact", "doctor", "flavor", "registry", "sources"},
+    "planning": CONVERT | {"lineage", "packaging", "signatures", "sources"},
+    "convert_all": CONVERT | {"lineage", "planning", "registration", "registry"},
+    "export": BASE | {"artifact"},
+    "cli": BASE | {"artifact", "cli", "convert", "convert_all", "doctor", "export", "flavor", "planning", "registry"},
     "__main__": {"cli"},
 }
 MODULES = sorted(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import typer
@@ -49,6 +49,16 @@ def combine_shapes(low: str, usual: str, high: str) -> dict[str, Triple]:
             raise typer.BadParameter(f"{option} does not name the input {name!r}, which another of the three does")
     smallest, middle, largest = parsed.values()
     return {name: (smallest[name], middle[name], largest[name]) for name in smallest}
+
+
+def combine_profiles(low: Sequence[str], usual: Sequence[str], high: Sequence[str]) -> list[dict[str, Triple]]:
+    """The shape options, each given once for every profile."""
+    if not len(low) == len(usual) == len(high):
+        raise typer.BadParameter(
+            f"--min-shapes is given {len(low)} times, --opt-shapes {len(usual)} and --max-shapes {len(high)}: "
+            "give all three for each profile"
+        )
+    return [combine_shapes(*profile) for profile in zip(low, usual, high, strict=True)]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -15,13 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
-from mlflow_trt import trt
+from mlflow_trt import hardware, trt
 from mlflow_trt._logging import get_logger
 from mlflow_trt.convert.build_worker import Job
 from mlflow_trt.convert.onnx_model import sha256_of
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import BuildError, RecipeError, RuntimeUnavailableError, UnsupportedModelError
-from mlflow_trt.spec import Distribution, EngineRecord, HardwareCompatibility, Precision, ShapeProfile
+from mlflow_trt.spec import Distribution, EngineRecord, HardwareCompatibility, Precision, ShapeProfile, Weights
 
 _log = get_logger(__name__)
 
@@ -69,7 +70,7 @@ def build_engine(
         MissingDependencyError: no TensorRT is installed. RuntimeUnavailableError: the one that is needs a GPU to build.
     """
     tensorrt = trt.load(distribution)
-    _check_recipe(tensorrt, recipe)
+    check_recipe(tensorrt, recipe)
     job = _job(model, plan, recipe, profiles, tensorrt.distribution)
     with _worker(job, gpu) as worker:
         outcome = _follow(worker, progress)
@@ -90,10 +91,13 @@ def build_engine(
         gpu=outcome["gpu"],
         driver=outcome["driver"],
         build_seconds=round(outcome["seconds"], 3),
+        weights=recipe.weights,
+        timing_cache=outcome["timing_cache"],
     )
 
 
-def _check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
+def check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
+    """Raise RecipeError where this TensorRT has no such option or target."""
     if tensorrt.is_rtx:
         known = tensorrt.compute_capabilities()
         unknown = [target for target in recipe.targets if target not in known]
@@ -113,8 +117,14 @@ def _check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
                 "rebuilt where another release loads it",
                 option="version_compatible",
             )
+        if recipe.weights is not Weights.INCLUDED and (problem := hardware.probe().problem) is not None:
+            raise RecipeError(
+                f"TensorRT-RTX builds {recipe.weights} engines only where there is a GPU ({problem}); "
+                "leave weights= out, or convert on a GPU machine",
+                option="weights",
+            )
         if recipe.timing_cache is not None:
-            _log.info("TensorRT-RTX has no timing cache: %s is left alone", recipe.timing_cache)
+            _say_once("TensorRT-RTX has no timing cache: the file is left alone")
     elif recipe.targets:
         raise RecipeError(
             "TensorRT builds only for the GPU it runs on; leave targets= out, or build with TensorRT-RTX "
@@ -123,18 +133,30 @@ def _check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
         )
 
 
+@functools.cache
+def _say_once(message: str) -> None:
+    """What holds for every build of this process is said with the first."""
+    _log.info("%s", message)
+
+
 def _job(model: Path, plan: Path, recipe: Recipe, profiles: Sequence[ShapeProfile], distribution: Distribution) -> Job:
     return Job(
         # Not resolved: external weights are beside the path that was given, not beside what a link points to.
         model=str(model.absolute()),
         plan=str(plan.absolute()),
         distribution=distribution.value,
-        tf32=recipe.precision is not Precision.FP32,
+        tf32=recipe.precision is not Precision.FP32 and recipe.allow_tf32,
         profiles=[{name: asdict(limits) for name, limits in profile.ranges.items()} for profile in profiles],
         workspace_bytes=recipe.workspace_bytes,
         optimization_level=recipe.optimization_level,
         avg_timing_iterations=recipe.avg_timing_iterations,
         timing_cache=recipe.timing_cache,
+        builder_cache=recipe.builder_cache,
+        memory_pools=dict(recipe.memory_pools),
+        sparsity=recipe.sparsity,
+        weights=recipe.weights.value,
+        weight_streaming=recipe.weight_streaming,
+        profiling_verbosity=recipe.profiling_verbosity.value,
         tactic_sources=None if recipe.tactic_sources is None else list(recipe.tactic_sources),
         version_compatible=recipe.version_compatible,
         hardware_compatibility=recipe.hardware_compatibility.value,

@@ -12,6 +12,7 @@ import re
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -46,6 +47,8 @@ class TensorRTSession(Session):
         kernel_specialization: TensorRT-RTX only. `eager` compiles the kernels for a new shape before the first
             result, which then equals all later ones; `lazy` answers with generic kernels first.
         allow_engine_host_code: let the plan bring code that runs on the CPU.
+        weights_from: the ONNX file with the weights of a plan that was stripped of them.
+        weight_streaming: the plan was built for it: as many weights stay in host memory as TensorRT thinks best.
 
     Raises:
         EngineMismatchError: TensorRT says that this machine cannot run the plan.
@@ -65,13 +68,21 @@ class TensorRTSession(Session):
         batch_axis: BatchAxis | None = None,
         kernel_specialization: str = "eager",
         allow_engine_host_code: bool = False,
+        weights_from: Path | None = None,
+        weight_streaming: bool = False,
     ) -> None:
         super().__init__()
         self._tensorrt = tensorrt
         self._device = device
         self._batch_axis = batch_axis
         resources = _Resources(
-            plan, tensorrt, device, kernel_specialization, allow_engine_host_code=allow_engine_host_code
+            plan,
+            tensorrt,
+            device,
+            kernel_specialization,
+            allow_engine_host_code=allow_engine_host_code,
+            weights_from=weights_from,
+            weight_streaming=weight_streaming,
         )
         # Runs at close(), at the latest before the interpreter ends: TensorRT and pycuda must still be alive.
         self._finalizer = weakref.finalize(self, resources.release)
@@ -120,6 +131,8 @@ class _Resources:
         kernel_specialization: str,
         *,
         allow_engine_host_code: bool,
+        weights_from: Path | None,
+        weight_streaming: bool,
     ) -> None:
         self.lock = threading.Lock()
         self._tensorrt = tensorrt
@@ -149,6 +162,14 @@ class _Resources:
                     device.gpu,
                     doubt,
                 )
+            if weights_from is not None:
+                problem = tensorrt.refit(engine, str(weights_from))
+                if problem is not None:
+                    raise ExecutionError(
+                        f"{tensorrt} could not put the weights of {weights_from.name} into its engine: {problem}"
+                    )
+            if weight_streaming:
+                engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
             context = tensorrt.execution_context(engine, kernel_specialization)
             if context is None:
                 raise self._failure("make an execution context")
