@@ -27,6 +27,9 @@ RECIPE_DIGEST_TAG = f"{PREFIX}recipe_digest"
 CONVERTED_TAG = f"{PREFIX}converted_to"
 """On a source version: the URIs of what was made of it, oldest first, each with a comma behind it."""
 
+EXTENDS_TAG = f"{PREFIX}extends"
+"""On a version with one more engine: the URI of the version that it has all the others from."""
+
 _NOT_IN_DIGEST = frozenset({"timing_cache"})  # how fast an engine is built, not what it is
 
 

@@ -98,8 +98,10 @@ ALLOWED = {
     "registry": CONVERT | {"flavor", "lineage", "packaging", "registration", "sources"},
     "planning": CONVERT | {"lineage", "packaging", "signatures", "sources"},
     "convert_all": CONVERT | {"lineage", "planning", "registration", "registry"},
+    "add_engine": CONVERT | {"artifact", "lineage", "packaging", "progress", "registration", "registry", "sources"},
     "export": BASE | {"artifact"},
-    "cli": BASE | {"artifact", "cli", "convert", "convert_all", "doctor", "export", "flavor", "planning", "registry"},
+    "cli": BASE
+    | {"add_engine", "artifact", "cli", "convert", "convert_all", "doctor", "export", "flavor", "planning", "registry"},
     "__main__": {"cli"},
 }
 MODULES = sorted(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.store.artifact.utils.models import get_model_name_and_version
@@ -72,16 +73,21 @@ def opened_source(source: str | os.PathLike[str]) -> Iterator[SourceModel]:
 
 def _registered(source: str) -> tuple[dict[str, str], str | None, Mapping[str, str]]:
     """The lineage of a source, and the description and tags of the registered version that it is, if it is one."""
-    if source.startswith("models:/"):
-        client = MlflowClient()
-        found = get_model_name_and_version(client, source)
-        if len(found) == 2:  # else the URI names a logged model by its id
-            name, version = map(str, found)
-            entity = client.get_model_version(name, version)
-            # The version, not the alias that was given: that may point elsewhere tomorrow.
-            lineage = {"source": f"models:/{name}/{version}", "name": name, "version": version}
-            return lineage, entity.description, entity.tags
-    return {"source": source}, None, {}
+    version = registered_version(source)
+    if version is None:
+        return {"source": source}, None, {}
+    # The version, not the alias that was given: that may point elsewhere tomorrow.
+    name, number = version.name, str(version.version)
+    return {"source": f"models:/{name}/{number}", "name": name, "version": number}, version.description, version.tags
+
+
+def registered_version(uri: str) -> ModelVersion | None:
+    """The registered version that a URI names, if it names one: `models:/` may be followed by a logged model's id."""
+    if not uri.startswith("models:/"):
+        return None
+    client = MlflowClient()
+    found = get_model_name_and_version(client, uri)
+    return client.get_model_version(*map(str, found)) if len(found) == 2 else None
 
 
 def _input_example(model: Model, folder: Path) -> Any:
