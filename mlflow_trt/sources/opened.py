@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,10 @@ from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 
 from mlflow_trt._logging import get_logger
 from mlflow_trt.errors import ArtifactError
+from mlflow_trt.sources.exporting import Export
+
+EXPORTERS = ("pytorch", "sklearn")
+"""The flavors that are exported to ONNX first, by the modules of these names."""
 
 _log = get_logger(__name__)
 
@@ -41,9 +46,10 @@ class SourceModel:
 
 @contextmanager
 def opened_source(source: str | os.PathLike[str]) -> Iterator[SourceModel]:
-    """An MLflow model of flavor onnx, downloaded for the length of the block, or an ONNX file.
+    """An MLflow model, downloaded for the length of the block and exported to ONNX if need be, or an ONNX file.
 
-    Raises ArtifactError for an MLflow model that has no flavor onnx.
+    Raises ArtifactError for an MLflow model of no flavor that can be converted, MissingDependencyError where its
+    exporter is not installed, OnnxModelError where that fails.
     """
     source = os.fspath(source)
     if ":/" not in source and not Path(source, MLMODEL_FILE_NAME).is_file():
@@ -53,22 +59,38 @@ def opened_source(source: str | os.PathLike[str]) -> Iterator[SourceModel]:
         lineage, description, tags = _registered(source)
         folder = Path(_download_artifact_from_uri(lineage["source"], output_path=workdir))
         model = Model.load(str(folder))
-        flavor = model.flavors.get("onnx")
-        if flavor is None:
-            raise ArtifactError(
-                f"{source} has the flavors {', '.join(model.flavors)}; expected one of flavor onnx. "
-                "Export the model to ONNX and log it with mlflow.onnx.log_model, or convert the ONNX file itself."
-            )
         identity = {key: value for key in ("model_id", "run_id") if (value := getattr(model, key))}
+        path, exported = _onnx_file(source, model, folder)
+        signature = model.signature
+        if signature is not None and "left_out" in exported:
+            signature = ModelSignature(inputs=signature.inputs, params=signature.params)
         yield SourceModel(
-            path=folder / flavor["data"],
-            lineage=lineage | identity,
-            signature=model.signature,
+            path=path,
+            lineage=lineage | identity | exported,
+            signature=signature,
             input_example=_input_example(model, folder),
             metadata=model.metadata or None,
             description=description,
             tags=tags,
         )
+
+
+def _onnx_file(source: str, model: Model, folder: Path) -> tuple[Path, dict[str, str]]:
+    """The ONNX file of a downloaded model, exported where it has none, and what the lineage says about the export."""
+    if "onnx" in model.flavors:
+        return folder / model.flavors["onnx"]["data"], {}
+    flavor = next((flavor for flavor in EXPORTERS if flavor in model.flavors), None)
+    if flavor is None:
+        raise ArtifactError(
+            f"{source} has the flavors {', '.join(model.flavors)}; expected onnx or one of {', '.join(EXPORTERS)}. "
+            "Export the model to ONNX and log it with mlflow.onnx.log_model, or convert the ONNX file itself."
+        )
+    exporter = importlib.import_module(f"mlflow_trt.sources.{flavor}")
+    exporter.NEEDS.check(source)
+    target = folder / "exported"
+    target.mkdir()
+    export: Export = exporter.export(model, folder, target)
+    return export.path, export.lineage(flavor)
 
 
 def _registered(source: str) -> tuple[dict[str, str], str | None, Mapping[str, str]]:
