@@ -154,6 +154,16 @@ class TensorRT:
         """A monitor that calls `report(phase, fraction of the whole)`. Keep a reference while the build runs."""
         return _new_progress_monitor(self._module, report)
 
+    def profiler(self, report: Callable[[str, float], None]) -> trt_api.IProfiler:
+        """A profiler that calls `report(layer, milliseconds)`. Keep a reference while the context runs."""
+        return _new_profiler(self._module, report)
+
+    def layer_information(self, engine: trt_api.ICudaEngine, context: trt_api.IExecutionContext) -> str:
+        """What the engine inspector tells, as JSON."""
+        inspector = engine.create_engine_inspector()
+        inspector.execution_context = context
+        return inspector.get_engine_information(self._module.LayerInformationFormat.JSON)
+
     def output_allocator(
         self, reallocate: Callable[[str, int], int], notify_shape: Callable[[str, tuple[int, ...]], None]
     ) -> object:
@@ -319,6 +329,17 @@ def _new_progress_monitor(module: Any, report: Callable[[str, float], None]) -> 
             report(self._phases[-1].name, fraction)
 
     return cast(trt_api.IProgressMonitor, Monitor())
+
+
+def _new_profiler(module: Any, report: Callable[[str, float], None]) -> trt_api.IProfiler:
+    class Profiler(module.IProfiler):  # type: ignore[misc]  # as above
+        def __init__(self) -> None:
+            module.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            report(layer_name, ms)
+
+    return cast(trt_api.IProfiler, Profiler())
 
 
 def _new_output_allocator(

@@ -107,7 +107,19 @@ class IProgressMonitor(Protocol):
 # ---- running -------------------------------------------------------------------------------------------------------
 
 
+class IProfiler(Protocol):
+    def report_layer_time(self, layer_name: str, ms: float) -> None: ...
+
+
+class EngineInspector(Protocol):
+    execution_context: IExecutionContext
+
+    def get_engine_information(self, format: Enumerator) -> str: ...
+
+
 class IExecutionContext(Protocol):
+    profiler: IProfiler
+
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool: ...
     def set_input_shape(self, name: str, shape: Sequence[int]) -> bool: ...
     def infer_shapes(self) -> list[str]: ...
@@ -146,6 +158,7 @@ class ICudaEngine(Protocol):
     def get_tensor_location(self, name: str) -> Enumerator: ...
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> Sequence[Sequence[int]]: ...
     def get_tensor_profile_values(self, profile_index: int, name: str) -> Sequence[Sequence[int]]: ...
+    def create_engine_inspector(self) -> EngineInspector: ...
     def create_execution_context(self, runtime_config: Any = None) -> IExecutionContext | None: ...
 
 
@@ -204,6 +217,10 @@ class HardwareCompatibilityLevel(Protocol):
     NONE: Enumerator
     AMPERE_PLUS: Enumerator
     SAME_COMPUTE_CAPABILITY: Enumerator
+
+
+class LayerInformationFormat(Protocol):
+    JSON: Enumerator
 
 
 class TensorIOMode(Protocol):

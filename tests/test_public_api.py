@@ -99,9 +99,15 @@ ALLOWED = {
     "planning": CONVERT | {"lineage", "packaging", "signatures", "sources"},
     "convert_all": CONVERT | {"lineage", "planning", "registration", "registry"},
     "add_engine": CONVERT | {"artifact", "lineage", "packaging", "progress", "registration", "registry", "sources"},
+    "samples": RUNTIME,
+    "benchmark": CONVERT | RUNTIME | {"artifact", "loading", "packaging", "samples", "sources"},
+    "layers": CONVERT | RUNTIME | {"benchmark"},
+    "plots": BASE | {"benchmark"},
+    "reporting": BASE | {"benchmark", "layers", "plots"},
     "export": BASE | {"artifact"},
     "cli": BASE
-    | {"add_engine", "artifact", "cli", "convert", "convert_all", "doctor", "export", "flavor", "planning", "registry"},
+    | {"add_engine", "artifact", "benchmark", "cli", "convert", "convert_all", "doctor", "export", "flavor", "layers"}
+    | {"planning", "progress", "registry", "reporting", "samples"},
     "__main__": {"cli"},
 }
 MODULES = sorted(

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from mlflow_trt.cli.add_engine import add_engine
+from mlflow_trt.cli.benchmark import benchmark
 from mlflow_trt.cli.convert import convert
 from mlflow_trt.cli.doctor import doctor
 from mlflow_trt.cli.inspect import inspect
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command()(convert)
 app.command()(add_engine)
 app.command()(inspect)
+app.command()(benchmark)
 app.command()(doctor)
 
 

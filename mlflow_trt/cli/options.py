@@ -22,6 +22,17 @@ def parse_batch(text: str) -> tuple[int, int, int]:
     return (numbers[0], numbers[1], numbers[2])
 
 
+def parse_numbers(text: str, option: str) -> list[int]:
+    """`1,8,32`."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise typer.BadParameter(f"{option}: {text!r}: expected numbers of 1 or more, like 1,8,32")
+    return numbers
+
+
 def parse_shapes(text: str, option: str) -> dict[str, tuple[int, ...]]:
     """`x:1x3x224x224,mask:1x128`, as trtexec writes it; a name may contain colons."""
     shapes = {}

@@ -13,9 +13,11 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from mlflow_trt.artifact import Record
+    from mlflow_trt.benchmark import Benchmark
     from mlflow_trt.convert.recipe import Recipe
     from mlflow_trt.convert_all import Outcome
     from mlflow_trt.doctor import Diagnosis
+    from mlflow_trt.layers import LayerReport
     from mlflow_trt.planning import Plan
     from mlflow_trt.spec import BatchAxis, ShapeProfile, TensorSpec
 
@@ -147,6 +149,43 @@ def print_profiles(profiles: Sequence[ShapeProfile]) -> None:
             for name, limits in profile.ranges.items()
         ],
     )
+
+
+def print_benchmark(uri: str, benchmark: Benchmark, run_id: str | None = None) -> None:
+    print_measurements(uri, benchmark)
+    if run_id is not None:
+        typer.echo(f"\nlogged to run {run_id}")
+
+
+def print_measurements(title: str, benchmark: Benchmark) -> None:
+    several = len({row.model for row in benchmark.measurements}) > 1
+    headings = ("model", "runtime", "", "batch", "mean ms", "p50", "p90", "p99", "rows/s")
+    rows = []
+    for row in benchmark.measurements:
+        times = (row.latency.mean, row.latency.p50, row.latency.p90, row.latency.p99)
+        numbers = [f"{time:.3f}" for time in times]
+        rows.append((row.model, row.runtime, row.part, row.batch, *numbers, f"{row.throughput:,.0f}"))
+    shown = slice(0 if several else 1, None)
+    print_rows(title, headings[shown], [row[shown] for row in rows])
+    for description in benchmark.runtimes:
+        typer.echo(f"measured on {description}")
+    for problem in benchmark.problems:
+        typer.echo(f"not measured: {problem}")
+
+
+def print_layers(report: LayerReport) -> None:
+    rows = [
+        (
+            number,
+            layer.name,
+            layer.kind,
+            ", ".join(map(str, layer.outputs)),
+            "" if layer.milliseconds is None else f"{layer.milliseconds:.4f}",
+        )
+        for number, layer in enumerate(report.layers)
+    ]
+    title = f"{report.model} on {report.description}, timed with {report.rows} rows"
+    print_rows(title, ("", "layer", "type", "outputs", "ms"), rows)
 
 
 def _batch_text(axis: BatchAxis | None) -> str:

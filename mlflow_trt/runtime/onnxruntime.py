@@ -1,4 +1,4 @@
-"""Session on ONNX Runtime's CPU provider: the reference, and the explicit alternative where there is no GPU."""
+"""Session on ONNX Runtime: the reference on the CPU, the explicit alternative to a GPU, and what to compare with."""
 
 from __future__ import annotations
 
@@ -35,11 +35,21 @@ def import_onnxruntime() -> Any:
 
 
 class OnnxRuntimeSession(Session):
-    """Runs an ONNX file on the CPU, whatever other providers the installed ONNX Runtime has."""
+    """Runs an ONNX file on the CPU, whatever other providers the installed ONNX Runtime has.
+
+    With `prefer_cuda` it runs on the GPU where ONNX Runtime's CUDA provider is installed and works; `device` says.
+    """
 
     runtime: ClassVar[str] = "onnxruntime"
 
-    def __init__(self, model: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+    def __init__(
+        self,
+        model: Path,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        *,
+        prefer_cuda: bool = False,
+    ) -> None:
         super().__init__()
         self.inputs = inputs
         self.outputs = outputs
@@ -53,14 +63,20 @@ class OnnxRuntimeSession(Session):
                 )
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        wanted = ["CUDAExecutionProvider"] if prefer_cuda else []
+        available = [name for name in wanted if name in onnxruntime.get_available_providers()]
         try:
-            self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(
+                str(model), options, providers=[*available, "CPUExecutionProvider"]
+            )
         except Exception as error:  # its exceptions share no base class
             raise ExecutionError(f"ONNX Runtime {self._version} cannot load {model.name}: {error}") from error
+        # Asked, since a provider that does not work is left out without an error.
+        self.device = "CUDA" if "CUDAExecutionProvider" in self._session.get_providers() else "CPU"
 
     @property
     def description(self) -> str:
-        return f"ONNX Runtime {self._version} on the CPU"
+        return f"ONNX Runtime {self._version} on {'CUDA' if self.device == 'CUDA' else 'the CPU'}"
 
     def _run(self, feeds: Feeds) -> dict[str, npt.NDArray[np.generic]]:
         session = self._session
