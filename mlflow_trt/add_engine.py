@@ -146,7 +146,8 @@ def _logged(folder: Path, record: Record, name: str, tags: Mapping[str, str], lo
     _widen_requirements(folder, record)
     written.model_size_bytes = get_total_file_size(folder)
 
-    def save(path: str, mlflow_model: Model) -> None:
+    def save(path: str, mlflow_model: Model, validate_serving_input: bool) -> None:
+        del validate_serving_input  # Model.log reads it, and passes on all its keywords
         logged(str(mlflow_model.model_id))
         (folder / MLMODEL_FILE_NAME).unlink()
         move_model(written, folder, Path(path), mlflow_model)
@@ -158,6 +159,7 @@ def _logged(folder: Path, record: Record, name: str, tags: Mapping[str, str], lo
         registered_model_name=name,
         tags=dict(tags),
         params={key: value for key, value in tags.items() if key.startswith("mlflow_trt.")},
+        validate_serving_input=False,
     )
     made = str(info.registered_model_version)
     client = MlflowClient()

@@ -11,6 +11,7 @@ from test_cli import run
 
 import mlflow_trt
 from mlflow_trt import Recipe, RecipeError
+from mlflow_trt.cli.options import default_name
 from mlflow_trt.convert_all import convert_all
 from mlflow_trt.planning import plan_conversion
 
@@ -117,3 +118,15 @@ class TestCommand:
         assert f"The same as: mlflow-trt convert --onnx {tmp_path}/p.onnx" in errors
         assert "--minTiming is left out" in errors
         assert (tmp_path / "p.plan").stat().st_size == json.loads(output)["engines"][0]["size"]
+
+    def test_a_registered_source_has_a_default_name(self, tracking):
+        code, output, errors = run("convert", "models:/a/1", "--target", "sm86", "--target", "sm120", **tracking)
+        assert code == 0, errors
+        assert "models:/a-trt/1" in output
+
+
+def test_default_names():
+    assert default_name("models:/a.b@champion") == "a.b-trt"
+    assert default_name("models:/a/3") == "a-trt"
+    for source in ("model.onnx", "models:/m-0123", "runs:/0123/model", "models:/a/3/file"):
+        assert default_name(source) == ""

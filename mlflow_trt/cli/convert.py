@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mlflow_trt.cli import recipe_options as options
-from mlflow_trt.cli.options import results_on_stdout
+from mlflow_trt.cli.options import default_name, results_on_stdout
 from mlflow_trt.cli.render import print_json, print_outcomes, print_plan, print_record
 from mlflow_trt.cli.trtexec import translate
 
@@ -49,7 +49,11 @@ def convert(
         ),
     ] = "",
     register_as: Annotated[
-        str, typer.Option(help="Register the result as a version of this model. With --all: a pattern like {name}-trt.")
+        str,
+        typer.Option(
+            help="Register the result as a version of this model. With --all a pattern. Default: {name}-trt, where the "
+            "source is registered as {name} and no file or folder is to be written."
+        ),
     ] = "",
     alias: Annotated[str, typer.Option(help="Set this alias on the version, after everything else succeeded.")] = "",
     output: Annotated[Path | None, typer.Option(help="Write the result to this new folder instead.")] = None,
@@ -90,9 +94,11 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Convert a model, from a file or from MLflow, into an MLflow model with a TensorRT engine."""
-    given: dict[str, Any] = context.params
+    given: dict[str, Any] = dict(context.params)
     if sum(map(bool, (source, onnx, all_))) != 1:
         raise typer.BadParameter("give one source: SOURCE, --onnx FILE or --all FILTER")
+    if not (output or save_engine or all_):
+        given["register_as"] = register_as = register_as or default_name(source)
     if bool(register_as) + (output is not None) > 1 or not (register_as or output or save_engine or all_ or dry_run):
         raise typer.BadParameter("give either --register-as NAME or --output DIR")
     if alias and not (register_as or all_):
@@ -145,20 +151,30 @@ def _plan(given: dict[str, Any], source: str, recipe: Any) -> None:
 
 
 def _convert_all(given: dict[str, Any], _source: str, recipe: Any) -> None:
-    from mlflow_trt.convert_all import convert_all
+    from mlflow_trt.convert_all import Outcome, convert_all
 
-    with results_on_stdout(given["as_json"]):
-        outcomes = convert_all(
-            given["all_"],
-            recipe,
-            name_pattern=given["register_as"] or "{name}-trt",
-            alias=given["alias"] or None,
-            force=given["force"],
-            dry_run=given["dry_run"],
-        )
+    outcomes: list[Outcome] = []
+    try:
+        with results_on_stdout(given["as_json"]):
+            convert_all(
+                given["all_"],
+                recipe,
+                name_pattern=given["register_as"] or "{name}-trt",
+                alias=given["alias"] or None,
+                force=given["force"],
+                dry_run=given["dry_run"],
+                on_outcome=outcomes.append,
+            )
+    except KeyboardInterrupt:  # what was converted before it stays
+        _render_outcomes(given, outcomes)
+        raise
+    _render_outcomes(given, outcomes)
+    if any(outcome.status == "failed" for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+def _render_outcomes(given: dict[str, Any], outcomes: list[Any]) -> None:
     if given["as_json"]:
         print_json([vars(outcome) for outcome in outcomes])
     else:
         print_outcomes(outcomes)
-    if any(outcome.status == "failed" for outcome in outcomes):
-        raise typer.Exit(1)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import typer
+
+
+def default_name(source: str) -> str:
+    """What a version of a registered model is registered as where nothing else is said; empty for other sources."""
+    match = re.fullmatch(r"models:/([^/@]+)(/[^/@]+|@[^/]+)", source)
+    return f"{match[1]}-trt" if match else ""
 
 
 def parse_batch(text: str) -> tuple[int, int, int]:

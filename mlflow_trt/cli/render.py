@@ -56,6 +56,9 @@ def print_record(uri: str, record: Record) -> None:
             if record.typed == record.source
             else f"{record.typed.file}, sha256 {record.typed.digest}",
             "made from": record.lineage.get("source"),
+            "exported by": record.lineage.get("exporter"),
+            "left out": record.lineage.get("left_out"),
+            "engines of": record.lineage.get("extends"),
             "made by": f"mlflow-trt {record.mlflow_trt_version}, format {record.format}",
             "remarks": "\n".join(record.remarks),
         },
