@@ -117,7 +117,7 @@ class TestSklearn:
         estimator = self.log(regressor, Y, signature=infer_signature(frame, Y))
         mlflow_trt.convert_model_version("models:/m/1", "m-trt", batch=(1, 8, 64))
         record = read_record("models:/m-trt/1")
-        assert record.lineage["exporter"].startswith("scikit-learn ")
+        assert record.lineage["exporter"].startswith("sklearn 1.")
         assert "skl2onnx" in record.lineage["chain"]
         model = mlflow.pyfunc.load_model("models:/m-trt/1", model_config=CPU)
         predicted = model.predict(frame)
@@ -147,7 +147,35 @@ class TestSklearn:
         assert not store.client.search_registered_models("name = 'm-trt'")
 
 
-@pytest.mark.parametrize("flavor", EXPORTERS)
+class TestTensorflow:
+    images = np.random.default_rng(1).random((4, 16, 16, 3), np.float32)
+
+    @pytest.mark.filterwarnings("ignore")  # TensorFlow's and MLflow's own
+    @pytest.mark.parametrize("flavor", ["tensorflow", "keras"])
+    def test_a_keras_model(self, flavor, store):
+        tf = pytest.importorskip("tensorflow", reason="needs the extra tensorflow")
+        pytest.importorskip("tf2onnx", reason="needs the extra tensorflow")
+        tf.random.set_seed(0)
+        layers = tf.keras.layers
+        network = tf.keras.Sequential(
+            [layers.Input((16, 16, 3)), layers.Conv2D(8, 3, padding="same", activation="relu"),
+             layers.GlobalAveragePooling2D(), layers.Dense(5)]
+        )  # fmt: skip
+        expected = network(self.images).numpy()
+        log_model = getattr(mlflow, flavor).log_model
+        log_model(
+            network, name="m", registered_model_name="m", signature=infer_signature(self.images, expected),
+            pip_requirements=["tensorflow"],
+        )  # fmt: skip
+        mlflow_trt.convert_model_version("models:/m/1", "m-trt", batch=(1, 2, 4))
+        record = read_record("models:/m-trt/1")
+        assert record.lineage["flavor"] == flavor
+        assert "tf2onnx" in record.lineage["exporter"]
+        model = mlflow.pyfunc.load_model("models:/m-trt/1", model_config=CPU)
+        assert relative_error({"y": next(iter(model.predict(self.images).values()))}, {"y": expected}) < 1e-5
+
+
+@pytest.mark.parametrize("flavor", sorted(set(EXPORTERS.values())))
 def test_what_is_missing_is_named_with_its_line(flavor, monkeypatch):
     needs = importlib.import_module(f"mlflow_trt.sources.{flavor}").NEEDS
     monkeypatch.setattr(exporting, "is_installed", lambda module: False)
@@ -162,5 +190,7 @@ def test_other_flavors_are_named(store, tmp_path):
             return [2 * number for number in model_input]
 
     mlflow.pyfunc.save_model(tmp_path / "doubles", python_model=Doubles(), pip_requirements=[])
-    with pytest.raises(ArtifactError, match="flavors python_function; expected onnx or one of pytorch, sklearn"):
+    with pytest.raises(
+        ArtifactError, match="flavors python_function; expected onnx or one of pytorch, sklearn, tensorflow, keras"
+    ):
         mlflow_trt.convert_model_version(str(tmp_path / "doubles"), "doubles-trt")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections.abc import Mapping, Sequence
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,14 +39,14 @@ class TracedInput:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """The ONNX file that an exporter wrote, the packages that made it, and the outputs of the source that it lacks."""
+    """The ONNX file that an exporter wrote, the modules that made it, and the outputs of the source that it lacks."""
 
     path: Path
-    packages: Sequence[str]
+    modules: Iterable[str]
     left_out: str | None = None
 
     def lineage(self, flavor: str) -> dict[str, str]:
-        made_by = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in self.packages)
+        made_by = ", ".join(f"{name} {importlib.import_module(name).__version__}" for name in self.modules)
         facts = {"flavor": flavor, "exporter": made_by, "chain": f"{flavor} → ONNX ({made_by}) → typed → engine"}
         return facts if self.left_out is None else {**facts, "left_out": self.left_out}
 

@@ -22,8 +22,8 @@ from mlflow_trt._logging import get_logger
 from mlflow_trt.errors import ArtifactError
 from mlflow_trt.sources.exporting import Export
 
-EXPORTERS = ("pytorch", "sklearn")
-"""The flavors that are exported to ONNX first, by the modules of these names."""
+EXPORTERS = {"pytorch": "pytorch", "sklearn": "sklearn", "tensorflow": "tensorflow", "keras": "tensorflow"}
+"""The flavors that are exported to ONNX first, and the modules here that do it."""
 
 _log = get_logger(__name__)
 
@@ -85,7 +85,7 @@ def _onnx_file(source: str, model: Model, folder: Path) -> tuple[Path, dict[str,
             f"{source} has the flavors {', '.join(model.flavors)}; expected onnx or one of {', '.join(EXPORTERS)}. "
             "Export the model to ONNX and log it with mlflow.onnx.log_model, or convert the ONNX file itself."
         )
-    exporter = importlib.import_module(f"mlflow_trt.sources.{flavor}")
+    exporter = importlib.import_module(f"mlflow_trt.sources.{EXPORTERS[flavor]}")
     exporter.NEEDS.check(source)
     target = folder / "exported"
     target.mkdir()

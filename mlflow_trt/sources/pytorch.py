@@ -47,7 +47,7 @@ def export(model: Model, folder: Path, target: Path) -> Export:
         except Exception as error:  # torch raises many
             raise OnnxModelError(f"torch.onnx cannot export the model: {str(error).strip() or repr(error)}") from error
     _tidy(path)
-    return Export(path=path, packages=("torch", "onnxscript"))
+    return Export(path=path, modules=NEEDS.modules)
 
 
 def _names(module: Any, inputs: Sequence[TracedInput]) -> list[str]:

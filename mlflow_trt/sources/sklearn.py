@@ -66,7 +66,7 @@ def export(model: Model, folder: Path, target: Path) -> Export:
         _log.info("TensorRT gives the probabilities of the classes %s; the labels are left out", classes)
         left_out = f"label, the most probable of the classes {classes}"
     onnx.save(proto, target / MODEL_FILE)
-    return Export(path=target / MODEL_FILE, packages=("scikit-learn", "skl2onnx"), left_out=left_out)
+    return Export(path=target / MODEL_FILE, modules=NEEDS.modules, left_out=left_out)
 
 
 def _remove_unused(proto: onnx.ModelProto) -> None:
