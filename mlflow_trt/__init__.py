@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 from mlflow_trt._version import __version__
 
 if TYPE_CHECKING:
+    from mlflow_trt.comparison import Tolerance
     from mlflow_trt.convert.recipe import Recipe
     from mlflow_trt.errors import (
+        AccuracyError,
         ArtifactError,
         BuildError,
         EngineMismatchError,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
         OutOfMemoryError,
         RecipeError,
         RuntimeUnavailableError,
+        SelfTestError,
         SessionClosedError,
         UnsupportedModelError,
     )
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FLAVOR_NAME",
+    "AccuracyError",
     "ArtifactError",
     "BuildError",
     "EngineMismatchError",
@@ -64,8 +68,10 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "RuntimeUnavailableError",
+    "SelfTestError",
     "Session",
     "SessionClosedError",
+    "Tolerance",
     "UnsupportedModelError",
     "__version__",
     "_load_pyfunc",
@@ -83,6 +89,7 @@ _MODULES = {
     "Precision": "spec",
     "Recipe": "convert.recipe",
     "Session": "runtime.session",
+    "Tolerance": "comparison",
     "_load_pyfunc": "pyfunc",
     "convert_model_version": "registry",
     "get_default_pip_requirements": "packaging",

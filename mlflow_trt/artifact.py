@@ -3,6 +3,7 @@
     model.onnx (+ its external data)                the source model, as the user gave it
     typed/<precision>.onnx (+ its external data)    the typed model, where it differs from the source model
     engines/<distribution>-<version>-<target>.plan  raw plans
+    golden.npz                                      the golden sample, which engines are tested with at load
     mlflow_trt.json                                 the record
 
 The files of MLflow itself (MLmodel, requirements.txt, ...) are written by `flavor`.
@@ -14,7 +15,7 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,10 +23,12 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from mlflow_trt._version import __version__
+from mlflow_trt.comparison import Comparison, Tolerance
 from mlflow_trt.convert.conversion import Conversion
 from mlflow_trt.convert.onnx_model import MODEL_FILE, combined_digest, copy_files, sha256_of
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import ArtifactError, FormatError, IntegrityError
+from mlflow_trt.golden import GOLDEN_FILE, Golden, from_npz, to_npz
 from mlflow_trt.spec import (
     BatchAxis,
     ComputeCapability,
@@ -58,12 +61,21 @@ class StoredModel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoredGolden:
+    """The golden sample in the folder, its digest, and what an engine may be off from it."""
+
+    file: str
+    sha256: str
+    tolerance: Tolerance
+
+
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """What `mlflow_trt.json` says.
 
     `inputs` and `outputs` are those of the typed model, which equals the source model where the precision pass changed
-    nothing. `remarks` is what the user was told about choices made for them. `lineage` tells where the source model
-    came from, for one that was converted from the registry.
+    nothing. `comparisons` has the numbers of its verification, `remarks` what the user was told about choices made for
+    them. `lineage` tells where the source model came from, for one that was converted from the registry.
     """
 
     format: int
@@ -79,6 +91,8 @@ class Record:
     engines: tuple[EngineRecord, ...]
     remarks: tuple[str, ...] = ()
     lineage: Mapping[str, str] = field(default_factory=dict)
+    comparisons: tuple[Comparison, ...] = ()
+    golden: StoredGolden | None = None
 
 
 _records = TypeAdapter(Record)
@@ -103,6 +117,11 @@ class ModelFolder:
         self._compare(engine.file, hashlib.sha256(plan).hexdigest(), engine.sha256)
         return plan
 
+    def read_golden(self, golden: StoredGolden) -> Golden:
+        content = self._existing(golden.file).read_bytes()
+        self._compare(golden.file, hashlib.sha256(content).hexdigest(), golden.sha256)
+        return from_npz(content)
+
     def _existing(self, name: str) -> Path:
         path = self.path / name
         if not path.is_file():
@@ -118,8 +137,21 @@ class ModelFolder:
             )
 
 
-def write_folder(conversion: Conversion, folder: Path, lineage: Mapping[str, str] | None = None) -> Record:
-    """Write the source model, the typed model, the engine and the record into `folder`, which exists."""
+def write_folder(
+    conversion: Conversion,
+    folder: Path,
+    lineage: Mapping[str, str] | None = None,
+    *,
+    comparisons: Sequence[Comparison] = (),
+    golden: Golden | None = None,
+    tolerance: Tolerance | None = None,
+    remarks: Sequence[str] = (),
+) -> Record:
+    """Write the source model, the typed model, the engine and the record into `folder`, which exists.
+
+    `golden` is the golden sample, `tolerance` what engines may be off from it; `remarks` come after those of the
+    conversion.
+    """
     source = conversion.source
     source.copy_to(folder)
     stored_source = StoredModel(file=MODEL_FILE, files=source.files)
@@ -136,9 +168,11 @@ def write_folder(conversion: Conversion, folder: Path, lineage: Mapping[str, str
         outputs=conversion.typed.outputs,
         profiles=conversion.profiles.profiles,
         batch_axis=conversion.profiles.batch_axis,
-        precision_report=conversion.precision_report,
+        precision_report=conversion.typed.report,
         engines=(engine,),
-        remarks=conversion.remarks,
+        remarks=(*conversion.remarks, *remarks),
+        comparisons=tuple(comparisons),
+        golden=_write_golden(golden, folder, tolerance or Tolerance()),
         lineage=dict(lineage or {}),
     )
     (folder / RECORD_FILE).write_bytes(_records.dump_json(record, indent=2) + b"\n")
@@ -203,6 +237,7 @@ def _read_json(file: Path) -> Any:
 def _check_names(record: Record, file: Path) -> None:
     """Every file that is going to be used lies in the folder and has a digest."""
     names = (*record.source.files, *record.typed.files, *(engine.file for engine in record.engines))
+    names += (record.golden.file,) if record.golden is not None else ()
     for name in (PurePosixPath(name) for name in names):
         if name.is_absolute() or ".." in name.parts:
             raise ArtifactError(f"{file} names {name}, which is outside of the model folder", path=file)
@@ -253,17 +288,23 @@ def _wants_same_model(engine: EngineRecord) -> bool:
     return engine.distribution is Distribution.TENSORRT and engine.hardware_compatibility is HardwareCompatibility.NONE
 
 
+def _write_golden(golden: Golden | None, folder: Path, tolerance: Tolerance) -> StoredGolden | None:
+    if golden is None:
+        return None
+    content = to_npz(golden)
+    (folder / GOLDEN_FILE).write_bytes(content)
+    return StoredGolden(file=GOLDEN_FILE, sha256=hashlib.sha256(content).hexdigest(), tolerance=tolerance)
+
+
 def _write_typed(conversion: Conversion, folder: Path) -> StoredModel | None:
-    typed, source = conversion.typed, conversion.source
+    typed = conversion.typed
     if typed.is_source:
         return None
     target = folder / "typed"
     target.mkdir()
-    shutil.copyfile(typed.path, target / typed.path.name)
-    copy_files(source.external_files, typed.path.parent, target)
-    files = {typed.path.name: typed.sha256} | {name: source.files[name] for name in source.external_files}
+    copy_files(tuple(typed.files), typed.path.parent, target)
     return StoredModel(
-        file=f"typed/{typed.path.name}", files={f"typed/{name}": digest for name, digest in files.items()}
+        file=f"typed/{typed.path.name}", files={f"typed/{name}": digest for name, digest in typed.files.items()}
     )
 
 

@@ -6,6 +6,7 @@ under a key that changes with everything that went into it.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -49,6 +50,19 @@ def problem() -> str | None:
 def key_of(parts: Mapping[str, object]) -> str:
     """The sha256 of everything that an engine depends on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def has_passed(key: str) -> bool:
+    """Whether a self-test was remembered under `key`."""
+    return (directory() / "self_tests" / key).is_file()
+
+
+def remember_pass(key: str) -> None:
+    """Remember a self-test that passed; where nothing can be kept, it runs again next time."""
+    with contextlib.suppress(OSError):
+        folder = directory() / "self_tests"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / key).touch()
 
 
 @contextmanager

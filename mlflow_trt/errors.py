@@ -14,8 +14,10 @@
     ├── InputError (ValueError)                       400  an input that the model cannot take
     │   ├── InputDtypeError (TypeError)               400  ... because of its dtype
     │   └── InputShapeError                           400  ... because of its rank or shape
+    ├── AccuracyError (ValueError)                    400  a converted model is too far from its source model
     ├── ExecutionError (RuntimeError)                 500  TensorRT, CUDA or ONNX Runtime failed
-    │   └── OutOfMemoryError (MemoryError)            429  the GPU has no room for this
+    │   ├── OutOfMemoryError (MemoryError)            429  the GPU has no room for this
+    │   └── SelfTestError                             500  an engine runs, and answers wrongly
     └── SessionClosedError (RuntimeError)             500  a session was used after close()
 
 The number is the HTTP status that an MLflow scoring server answers with. Every text says what was wrong, with which
@@ -26,10 +28,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE, RESOURCE_EXHAUSTED
+
+if TYPE_CHECKING:
+    from mlflow_trt.comparison import Comparison
 
 
 class MlflowTrtError(MlflowException):
@@ -133,6 +138,16 @@ class InputShapeError(InputError):
     """An input's rank or shape is outside of what the model, or every optimization profile, accepts."""
 
 
+class AccuracyError(MlflowTrtError, ValueError):
+    """A converted model is off by more than is tolerated. `comparison` has the numbers."""
+
+    _error_code = INVALID_PARAMETER_VALUE
+
+    def __init__(self, message: str, *, comparison: Comparison | None = None) -> None:
+        super().__init__(message)
+        self.comparison = comparison
+
+
 class ExecutionError(MlflowTrtError, RuntimeError):
     """The runtime failed while it loaded or ran a model that it should be able to run."""
 
@@ -141,6 +156,14 @@ class OutOfMemoryError(ExecutionError, MemoryError):
     """There is not enough GPU or pinned memory for this call."""
 
     _error_code = RESOURCE_EXHAUSTED
+
+
+class SelfTestError(ExecutionError):
+    """An engine ran the golden sample of its model and its outputs are wrong. `comparison` has the numbers."""
+
+    def __init__(self, message: str, *, comparison: Comparison | None = None) -> None:
+        super().__init__(message)
+        self.comparison = comparison
 
 
 class SessionClosedError(MlflowTrtError, RuntimeError):

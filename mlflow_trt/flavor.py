@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 from mlflow import MlflowClient, pyfunc
@@ -21,12 +21,14 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 
 from mlflow_trt._logging import get_logger
 from mlflow_trt.artifact import RECORD_FILE, Record, read_folder
+from mlflow_trt.comparison import Tolerance
 from mlflow_trt.convert.builder import Progress
 from mlflow_trt.convert.conversion import Conversion, convert
 from mlflow_trt.convert.onnx_model import OnnxModel, read_onnx
 from mlflow_trt.convert.recipe import BatchRequest, Recipe, ShapesRequest
-from mlflow_trt.errors import ArtifactError, MlflowTrtError
+from mlflow_trt.errors import ArtifactError, MlflowTrtError, RecipeError
 from mlflow_trt.loading import LoadSettings, open_session
+from mlflow_trt.metrics import log_metrics
 from mlflow_trt.packaging import (
     FLAVOR_NAME,
     PackagingOptions,
@@ -40,8 +42,10 @@ from mlflow_trt.progress import shown_progress
 from mlflow_trt.registration import undo_logging, undone_on_failure
 from mlflow_trt.runtime.device import open_device
 from mlflow_trt.runtime.session import Session
+from mlflow_trt.sample_data import sample_data_of
 from mlflow_trt.signatures import example_shapes
 from mlflow_trt.spec import Precision
+from mlflow_trt.verify import Verification, metrics_of, verify_conversion
 
 _log = get_logger(__name__)
 
@@ -57,6 +61,8 @@ def save_model(
     shapes: ShapesRequest | None = None,
     recipe: Recipe | None = None,
     targets: Sequence[str] | str | None = None,
+    calibration_data: Any = None,
+    verify: Tolerance | bool = True,
     signature: ModelSignature | bool | None = None,
     input_example: Any = None,
     model_config: Mapping[str, Any] | None = None,
@@ -76,13 +82,19 @@ def save_model(
         onnx_model: the path of an ONNX file, with its external data beside it, or an onnx.ModelProto, which is not
             changed. Models above 2 GB need a path.
         path: the folder to write; it must not exist, or be empty. It is written whole or not at all.
-        precision: `fp32` (default) or `tf32`.
+        precision: `fp32` (default), `tf32`, `fp16`, `bf16`, `int8` or `fp8`.
         batch: rows along axis 0: a number for a static batch, (min, opt, max) for a range, None to take it from the
             model. Other sizes are split and padded where every output carries the batch axis.
         shapes: {input: (min, opt, max)} shapes of inputs with other axes that vary; a list makes several optimization
             profiles. Axes that share a name share their range, and -1 is filled in from `batch` or the model.
         recipe: everything about the engine in one object, instead of the four keywords above and `targets`.
         targets: compute capabilities to build for, such as `["sm86", "sm120"]`; TensorRT-RTX only.
+        calibration_data: real inputs, which ranges are seen on and results compared on: the path of an `.npz` or `.npy`
+            file, an array, {input: array}, an iterable of such mappings, a DataFrame, or an MLflow dataset. int8 and
+            fp8 need it; without it, the input example serves the other precisions, and noise if there is none.
+        verify: how far the model may be off from the source model; True takes what is usual for the precision. Nodes
+            are kept in float32 until it is met; a model beyond it is refused. The first rows and their results are
+            stored with the model for the self-test at load. False measures and stores nothing.
         signature: None derives one of named tensors from the graph. With False the model gets none, and MLflow passes
             inputs on unchecked: DataFrames then stay DataFrames, in and out.
         input_example: stored with the model. Its shapes fix the axes that nothing else says anything about.
@@ -96,7 +108,9 @@ def save_model(
         OnnxModelError: the model cannot be read, lacks weights, or has inputs or outputs that TensorRT cannot have.
         RecipeError: the recipe contradicts itself or the model.
         BuildError: TensorRT built no engine; UnsupportedModelError names the nodes it cannot run.
-        MissingDependencyError: no TensorRT is installed.
+        InputError: the calibration data does not fit the model.
+        AccuracyError: the converted model is too far from the source model.
+        MissingDependencyError: no TensorRT is installed, or no ONNX Runtime where the precision needs it.
     """
     check_target(Path(path))
     request = Recipe.of(recipe, precision=precision, batch=batch, shapes=shapes, targets=targets)
@@ -112,8 +126,9 @@ def save_model(
         extra_files=extra_files,
         lineage=lineage or {},
     )
-    with converted(onnx_model, request, input_example=input_example, progress=progress) as conversion:
-        write_model(conversion, Path(path), options, mlflow_model)
+    asked = _Asked(request, calibration_data, input_example, verify, options.settings)
+    with converted(onnx_model, asked, progress) as (conversion, verification):
+        write_model(conversion, verification, Path(path), options, mlflow_model)
 
 
 def log_model(
@@ -125,6 +140,8 @@ def log_model(
     shapes: ShapesRequest | None = None,
     recipe: Recipe | None = None,
     targets: Sequence[str] | str | None = None,
+    calibration_data: Any = None,
+    verify: Tolerance | bool = True,
     signature: ModelSignature | bool | None = None,
     input_example: Any = None,
     model_config: Mapping[str, Any] | None = None,
@@ -179,15 +196,16 @@ def log_model(
     check_names(registered_model_name, tags or {})
     if validate_serving_input is None:
         validate_serving_input = input_example is not None and _can_run_here(options.settings)
+    asked = _Asked(request, calibration_data, input_example, verify, options.settings)
     with (
-        converted(onnx_model, request, input_example=input_example, progress=progress) as conversion,
+        converted(onnx_model, asked, progress) as (conversion, verification),
         tempfile.TemporaryDirectory(prefix="mlflow-trt-") as staging,
         undone_on_failure() as undo,
     ):
         logged = undo_logging(undo, registered_model_name)
         # Written before MLflow hears of it: what cannot be written leaves no half of a logged model.
         folder = Path(staging) / "model"
-        written = write_model(conversion, folder, options)
+        written = write_model(conversion, verification, folder, options)
 
         def save(path: str, mlflow_model: Model, validate_serving_input: bool) -> None:
             del validate_serving_input  # Model.log reads it, and passes on all its keywords
@@ -195,7 +213,7 @@ def log_model(
                 logged(str(mlflow_model.model_id))
             move_model(written, folder, Path(path), mlflow_model)
 
-        facts = searchable_facts(conversion)
+        facts = searchable_facts(conversion, verification)
         tags = {**facts, **(tags or {})}
         info: ModelInfo = Model.log(
             artifact_path=None,
@@ -212,6 +230,8 @@ def log_model(
         )
         if registered_model_name is not None:
             _tag_version(registered_model_name, str(info.registered_model_version), tags)
+        if verification is not None:
+            log_metrics(metrics_of(verification.comparisons), info)
         return info
 
 
@@ -224,6 +244,7 @@ def load_model(
     device: int | None = None,
     kernel_specialization: str | None = None,
     allow_engine_host_code: bool | None = None,
+    self_test: bool | None = None,
     progress: Progress | None = None,
 ) -> Session:
     """Load a model for its native interface, a Session. `mlflow.pyfunc.load_model` loads it the MLflow way.
@@ -231,8 +252,8 @@ def load_model(
     Args:
         model_uri: any model URI of MLflow, such as `models:/resnet50-trt/1` or a local folder.
         dst_path: an existing folder to download to; a temporary one if left out.
-        runtime, on_mismatch, device, kernel_specialization, allow_engine_host_code: load settings, see LoadSettings;
-            None takes the ones that the model was logged with.
+        runtime, on_mismatch, device, kernel_specialization, allow_engine_host_code, self_test: load settings, see
+            LoadSettings; None takes the ones that the model was logged with.
         progress: called while an engine is built for this machine; None shows it on standard error.
 
     Raises:
@@ -246,6 +267,7 @@ def load_model(
         "device": device,
         "kernel_specialization": kernel_specialization,
         "allow_engine_host_code": allow_engine_host_code,
+        "self_test": self_test,
     }
     logged = Model.load(str(folder.path)).flavors[pyfunc.FLAVOR_NAME].get(pyfunc.MODEL_CONFIG) or {}
     settings = LoadSettings.of(logged | {name: value for name, value in given.items() if value is not None})
@@ -274,22 +296,42 @@ def read_record(model_uri: str) -> Record:
         return read_folder(Path(workdir)).record
 
 
+class _Asked(NamedTuple):
+    """What decides about the engine and its verification."""
+
+    recipe: Recipe
+    calibration_data: Any
+    input_example: Any
+    verify: Tolerance | bool
+    settings: LoadSettings
+
+
 @contextmanager
 def converted(
-    onnx_model: OnnxSource,
-    recipe: Recipe,
-    *,
-    input_example: Any = None,
-    progress: Progress | None = None,
-) -> Iterator[Conversion]:
-    """Convert in a temporary folder, which is removed when the block ends, however it ends."""
+    onnx_model: OnnxSource, asked: _Asked, progress: Progress | None
+) -> Iterator[tuple[Conversion, Verification | None]]:
+    """Convert and verify in a temporary folder, which is removed when the block ends, however it ends."""
+    if not isinstance(asked.verify, (bool, Tolerance)):
+        raise RecipeError(f"verify is {asked.verify!r}; expected True, False or a Tolerance", option="verify")
+    demanded = isinstance(asked.verify, Tolerance)
+    tolerance = asked.verify if isinstance(asked.verify, Tolerance) else Tolerance.default(asked.recipe.precision)
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
         source = read_onnx(onnx_model, Path(workdir))
-        shapes = example_shapes(input_example, source.inputs)
         with _progress(f"Building a TensorRT engine of {_name_of(source)}", progress) as shown:
-            conversion = convert(source, recipe, Path(workdir), example_shapes=shapes, progress=shown)
+            conversion = convert(
+                source,
+                asked.recipe,
+                Path(workdir),
+                data=sample_data_of(asked.calibration_data, asked.input_example, source.inputs),
+                tolerance=tolerance if asked.verify else None,
+                example_shapes=example_shapes(asked.input_example, source.inputs),
+                progress=shown,
+            )
         _log.info("Built %s, %.1f MB, in %.1f s", *_summary(conversion))
-        yield conversion
+        if not asked.verify:
+            yield conversion, None
+            return
+        yield conversion, verify_conversion(conversion, tolerance, asked.settings, demanded=demanded)
 
 
 def _tag_version(name: str, version: str, tags: Mapping[str, Any]) -> None:

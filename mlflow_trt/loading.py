@@ -5,13 +5,14 @@ What runs is what was asked for, or an error says what to do. The one exception 
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mlflow_trt import cache, trt
+from mlflow_trt import cache, self_test, trt
 from mlflow_trt._logging import get_logger
 from mlflow_trt._version import __version__
 from mlflow_trt.artifact import ModelFolder, why_not
@@ -26,7 +27,7 @@ from mlflow_trt.errors import (
 )
 from mlflow_trt.runtime.device import Device, open_device
 from mlflow_trt.runtime.session import Session
-from mlflow_trt.spec import Distribution, HardwareCompatibility, Weights
+from mlflow_trt.spec import BatchAxis, Distribution, HardwareCompatibility, TensorSpec, Weights
 
 _log = get_logger(__name__)
 
@@ -46,6 +47,8 @@ class LoadSettings:
             `lazy` answers sooner.
         allow_engine_host_code: let engines bring code that runs on the CPU, as those do that were built with
             `version_compatible`. Only for engines from a source you trust like your own programs.
+        self_test: run the model's golden sample before an engine is first used with a GPU, driver and TensorRT, and
+            refuse the engine if it answers wrongly.
     """
 
     runtime: str = "tensorrt"
@@ -53,6 +56,7 @@ class LoadSettings:
     device: int = 0
     kernel_specialization: str = "eager"
     allow_engine_host_code: bool = False
+    self_test: bool = True
 
     def __post_init__(self) -> None:
         choices = {
@@ -64,11 +68,9 @@ class LoadSettings:
             value = getattr(self, name)
             if value not in known:
                 raise RecipeError(f"{name} is {value!r}; choose one of {', '.join(known)}", option=name)
-        if not isinstance(self.allow_engine_host_code, bool):
-            raise RecipeError(
-                f"allow_engine_host_code is {self.allow_engine_host_code!r}; expected true or false",
-                option="allow_engine_host_code",
-            )
+        for name in ("allow_engine_host_code", "self_test"):
+            if not isinstance(getattr(self, name), bool):
+                raise RecipeError(f"{name} is {getattr(self, name)!r}; expected true or false", option=name)
         if not isinstance(self.device, int) or isinstance(self.device, bool) or self.device < 0:
             raise RecipeError(f"device is {self.device!r}; expected a CUDA device ordinal, 0 or more", option="device")
 
@@ -95,6 +97,7 @@ def open_session(folder: ModelFolder, settings: LoadSettings, progress: Progress
         EngineMismatchError: no stored engine fits and `on_mismatch` is `error`.
         IntegrityError: a file is not the one that was logged, whatever the runtime.
         BuildError, ExecutionError: an engine could not be rebuilt, or not be loaded.
+        SelfTestError: the engine answers wrongly.
     """
     if settings.runtime == "onnxruntime":
         return _open_onnxruntime(folder)
@@ -117,25 +120,25 @@ def _open_onnxruntime(folder: ModelFolder) -> Session:
 
 
 def _open_tensorrt(folder: ModelFolder, settings: LoadSettings, progress: Progress | None) -> Session:
-    from mlflow_trt.runtime.tensorrt import TensorRTSession
-
     record = folder.record
     tensorrt = trt.load(_distribution_for(folder))
     device = open_device(settings.device)
 
     def session(plan: bytes, weights: Weights = Weights.INCLUDED) -> Session:
-        return TensorRTSession(
+        opened = session_on(
             plan,
             tensorrt=tensorrt,
             device=device,
+            settings=settings,
             inputs=record.inputs,
             outputs=record.outputs,
             batch_axis=record.batch_axis,
-            kernel_specialization=settings.kernel_specialization,
-            allow_engine_host_code=settings.allow_engine_host_code,
             weights_from=folder.checked_model(record.typed) if weights is Weights.STRIPPED else None,
             weight_streaming=record.recipe.weight_streaming,
         )
+        if settings.self_test:
+            self_test.check(opened, folder, _identity(plan, tensorrt, device, settings))
+        return opened
 
     reasons = []
     for engine in record.engines:
@@ -155,6 +158,46 @@ def _open_tensorrt(folder: ModelFolder, settings: LoadSettings, progress: Progre
             reasons=reasons,
         )
     return session(_rebuilt_plan(folder, tensorrt, device, problem, progress))
+
+
+def session_on(
+    plan: bytes,
+    *,
+    tensorrt: trt.TensorRT,
+    device: Device,
+    settings: LoadSettings,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    batch_axis: BatchAxis | None,
+    weights_from: Path | None = None,
+    weight_streaming: bool = False,
+) -> Session:
+    """A session on a plan, which is trusted. Raises what TensorRTSession raises."""
+    from mlflow_trt.runtime.tensorrt import TensorRTSession
+
+    return TensorRTSession(
+        plan,
+        tensorrt=tensorrt,
+        device=device,
+        inputs=inputs,
+        outputs=outputs,
+        batch_axis=batch_axis,
+        kernel_specialization=settings.kernel_specialization,
+        allow_engine_host_code=settings.allow_engine_host_code,
+        weights_from=weights_from,
+        weight_streaming=weight_streaming,
+    )
+
+
+def _identity(plan: bytes, tensorrt: trt.TensorRT, device: Device, settings: LoadSettings) -> dict[str, object]:
+    """Everything that may make the same model answer differently."""
+    return {
+        "engine": hashlib.sha256(plan).hexdigest(),
+        "tensorrt": str(tensorrt),
+        "gpu": device.gpu.uuid,
+        "driver": device.hardware.driver,
+        "kernel_specialization": settings.kernel_specialization,
+    }
 
 
 def _distribution_for(folder: ModelFolder) -> Distribution | None:

@@ -41,7 +41,9 @@ from mlflow_trt.convert.conversion import Conversion
 from mlflow_trt.convert.onnx_model import MODEL_FILE
 from mlflow_trt.errors import RecipeError
 from mlflow_trt.loading import LoadSettings
+from mlflow_trt.report import REPORT_FILE, report_text
 from mlflow_trt.signatures import signature_of
+from mlflow_trt.verify import Verification
 
 FLAVOR_NAME = "mlflow_trt"
 
@@ -96,13 +98,18 @@ class PackagingOptions:
 
 
 def write_model(
-    conversion: Conversion, path: Path, options: PackagingOptions, mlflow_model: Model | None = None
+    conversion: Conversion,
+    verification: Verification | None,
+    path: Path,
+    options: PackagingOptions,
+    mlflow_model: Model | None = None,
 ) -> Model:
     """Write the model folder of a conversion, whole or not at all; returns what its MLmodel says."""
     check_target(path)
     model = Model() if mlflow_model is None else mlflow_model
     with _written_aside(path) as folder:
-        record = write_folder(conversion, folder, options.lineage)
+        record = write_folder(conversion, folder, options.lineage, **_kept(verification))
+        (folder / REPORT_FILE).write_text(report_text(record))
         code = _validate_and_copy_code_paths(options.code_paths, str(folder))
         if options.signature is None or options.signature is True:
             model.signature = signature_of(record.inputs, record.outputs, record.profiles, record.batch_axis)
@@ -159,7 +166,18 @@ def check_names(registered_model_name: str | None, tags: Mapping[str, Any]) -> N
         _validate_model_version_tag(key, str(value))
 
 
-def searchable_facts(conversion: Conversion) -> dict[str, str]:
+def _kept(verification: Verification | None) -> dict[str, Any]:
+    if verification is None:
+        return {}
+    return {
+        "comparisons": verification.comparisons,
+        "golden": verification.golden,
+        "tolerance": verification.tolerance,
+        "remarks": verification.remarks,
+    }
+
+
+def searchable_facts(conversion: Conversion, verification: Verification | None) -> dict[str, str]:
     """What is worth searching for, as it appears in params and tags."""
     engine, axis = conversion.engine, conversion.profiles.batch_axis
     facts = {
@@ -168,6 +186,9 @@ def searchable_facts(conversion: Conversion) -> dict[str, str]:
         "mlflow_trt.target": engine.target,
         "mlflow_trt.source_digest": conversion.source.digest,
     }
+    if verification is not None and verification.verdict is not None:
+        facts["mlflow_trt.verification"] = str(verification.verdict)
+        facts["mlflow_trt.relative_error"] = f"{verification.comparisons[-1].relative_error:.3g}"
     if axis is not None:
         ranges = [profile.ranges[axis.inputs[0]] for profile in conversion.profiles.profiles]
         facts["mlflow_trt.batch"] = (

@@ -12,7 +12,7 @@ from typing import Any
 from mlflow import MlflowClient
 
 from mlflow_trt import trt
-from mlflow_trt.convert.builder import check_recipe
+from mlflow_trt.convert.limits import check_recipe
 from mlflow_trt.convert.onnx_model import read_onnx
 from mlflow_trt.convert.profiles import resolve_profiles
 from mlflow_trt.convert.recipe import Recipe

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import pandas as pd
 
 from mlflow_trt.artifact import read_folder
+from mlflow_trt.dtypes import numpy_dtype
 from mlflow_trt.errors import ExecutionError, InputError, InputShapeError
 from mlflow_trt.loading import LoadSettings, open_session
 from mlflow_trt.progress import shown_progress
-from mlflow_trt.runtime.dtypes import numpy_dtype
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.spec import TensorSpec
 

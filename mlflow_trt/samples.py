@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlflow_trt.dtypes import numpy_dtype
 from mlflow_trt.errors import InputError
-from mlflow_trt.runtime.dtypes import numpy_dtype
 from mlflow_trt.spec import BatchAxis, ShapeProfile, TensorSpec
 
 Feeds = dict[str, npt.NDArray[Any]]

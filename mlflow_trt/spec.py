@@ -28,10 +28,31 @@ class Precision(str, enum.Enum):
 
     `FP32` is strict: the builder's TF32 flag is cleared. `TF32` sets it, which lets matrix products and convolutions
     round their float32 operands to 10 bits of mantissa. TensorRT-RTX ignores that flag and always behaves like `TF32`.
+    `FP16` and `BF16` compute in 16 bits what bears it. `INT8` and `FP8` quantize the operands of matrix products and
+    convolutions. `BEST` stands for whichever of these turns out to be the fastest that is accurate enough.
     """
 
     FP32 = "fp32"
     TF32 = "tf32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT8 = "int8"
+    FP8 = "fp8"
+    BEST = "best"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class CalibrationMethod(str, enum.Enum):
+    """How the range of a quantized tensor follows from values seen: from all, the most telling, or 99.999 % of them.
+
+    Source: `onnxruntime.quantization.CalibrationMethod`.
+    """
+
+    MINMAX = "minmax"
+    ENTROPY = "entropy"
+    PERCENTILE = "percentile"
 
     def __str__(self) -> str:
         return self.value
@@ -225,10 +246,41 @@ class EngineRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeptNode:
+    """A node that stayed in float32 although the precision is another, and why."""
+
+    name: str
+    operator: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What ranges were seen on. `sha256` is the digest of the samples, `method` how ranges follow from them."""
+
+    samples: str
+    sha256: str
+    method: CalibrationMethod | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrecisionReport:
-    """What a precision pass did to the graph: how many nodes it changed, and its remarks."""
+    """What a precision pass did to the graph, and why.
+
+    `nodes` counts all nodes, `changed_nodes` those that compute in the precision that was asked for. `node_types` and
+    `weight_types` tell how many nodes that compute with floats, and how many values of weights, are of which type.
+    `kept` lists the nodes that stayed in float32. `largest` has the tensors with the largest magnitudes seen. Sizes are
+    in bytes, of the model before and after the pass.
+    """
 
     precision: Precision
     nodes: int
     changed_nodes: int = 0
+    node_types: Mapping[str, int] = field(default_factory=dict)
+    weight_types: Mapping[str, int] = field(default_factory=dict)
+    kept: tuple[KeptNode, ...] = ()
+    largest: Mapping[str, float] = field(default_factory=dict)
+    calibration: Calibration | None = None
+    size_before: int | None = None
+    size_after: int | None = None
     remarks: tuple[str, ...] = field(default=())

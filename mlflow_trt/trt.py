@@ -116,6 +116,11 @@ class TensorRT:
         return f"{self.distribution.label} {self.version}"
 
     @property
+    def version_info(self) -> tuple[int, ...]:
+        """The numbers of the version, major and minor."""
+        return tuple(map(int, self.version.split(".")[:2]))
+
+    @property
     def is_rtx(self) -> bool:
         return self.distribution is Distribution.TENSORRT_RTX
 

@@ -167,6 +167,13 @@ ON_THE_GPU = (MAGIKA, DET, REC, CLS, SILERO, TRANSFORMER)
 ALL = (*ON_THE_GPU, DET_DYNAMIC, SQUEEZENET)
 
 
+def calibration_data(model: RealModel) -> Feeds | list[Feeds]:
+    """Real inputs, enough to calibrate with."""
+    if model.name == "silero":
+        return [model.feeds(frames) for frames in range(20, 100, 10)]
+    return model.feeds(35 if model.name == "magika" else 8)
+
+
 def nested_if() -> Path:
     """silero's first export: control flow inside control flow, which TensorRT cannot run."""
     return wheel_file("silero-vad==6.2.3", "silero_vad/data/silero_vad.onnx")

@@ -35,6 +35,8 @@ def test_what_a_folder_holds(cls_folder):
         "python_env.yaml",
         "requirements.txt",
         "mlflow_trt.json",
+        "precision_report.md",
+        "golden.npz",
         "model.onnx",
         "typed/fp32.onnx",
         f"engines/tensorrt_rtx-{record.engines[0].version}-sm80plus.plan",

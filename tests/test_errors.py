@@ -21,6 +21,8 @@ STATUS = {
     "RuntimeUnavailableError": 500,
     "MissingDependencyError": 500,
     "EngineMismatchError": 500,
+    "AccuracyError": 400,
+    "SelfTestError": 500,
     "InputError": 400,
     "InputDtypeError": 400,
     "InputShapeError": 400,

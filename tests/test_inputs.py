@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlflow_trt import InputDtypeError, InputError, InputShapeError
-from mlflow_trt.runtime.inputs import prepare_feeds
+from mlflow_trt.inputs import prepare_feeds
 from mlflow_trt.spec import TensorSpec
 
 IMAGE = TensorSpec(name="image", dtype="float32", shape=("batch", 2))

@@ -16,6 +16,7 @@ PACKAGE = Path(mlflow_trt.__file__).parent
 
 NAMES = {
     "FLAVOR_NAME",
+    "AccuracyError",
     "ArtifactError",
     "BuildError",
     "EngineMismatchError",
@@ -34,8 +35,10 @@ NAMES = {
     "Recipe",
     "RecipeError",
     "RuntimeUnavailableError",
+    "SelfTestError",
     "Session",
     "SessionClosedError",
+    "Tolerance",
     "UnsupportedModelError",
     "__version__",
     "_load_pyfunc",
@@ -76,7 +79,19 @@ def test_importing_loads_neither_tensorrt_nor_cuda_nor_onnxruntime_nor_the_cli(s
 
 
 # A module may import its own storey and those below it; see the table in CONTRIBUTING.md.
-BASE = {"_logging", "_version", "errors", "hardware", "spec", "trt", "trt_api"}
+BASE = {
+    "_logging",
+    "_version",
+    "comparison",
+    "dtypes",
+    "errors",
+    "hardware",
+    "inputs",
+    "onnx_runtime",
+    "spec",
+    "trt",
+    "trt_api",
+}
 CONVERT = BASE | {"convert"}
 RUNTIME = BASE | {"runtime"}
 ALLOWED = {
@@ -84,30 +99,51 @@ ALLOWED = {
     "convert": CONVERT,
     "runtime": RUNTIME,
     "cache": CONVERT,
-    "artifact": CONVERT,
-    "loading": CONVERT | RUNTIME | {"artifact", "cache"},
+    "golden": CONVERT,
+    "artifact": CONVERT | {"golden"},
+    "self_test": BASE | {"artifact", "cache", "runtime"},
+    "loading": CONVERT | RUNTIME | {"artifact", "cache", "self_test"},
+    "verify": CONVERT | RUNTIME | {"artifact", "golden", "loading"},
+    "metrics": BASE,
+    "report": BASE | {"artifact"},
+    "sample_data": CONVERT | {"pyfunc"},
     "progress": CONVERT,
     "signatures": BASE,
     "doctor": CONVERT | RUNTIME | {"cache"},
-    "packaging": CONVERT | {"artifact", "loading", "signatures"},
+    "packaging": CONVERT | {"artifact", "loading", "report", "signatures", "verify"},
     "registration": BASE,
     "lineage": CONVERT | {"cache", "registration"},
     "sources": CONVERT | {"sources"},
-    "flavor": CONVERT | RUNTIME | {"artifact", "loading", "packaging", "progress", "registration", "signatures"},
+    "flavor": CONVERT
+    | RUNTIME
+    | {"artifact", "loading", "metrics", "packaging", "progress", "registration", "sample_data", "signatures"}
+    | {"verify"},
     "pyfunc": BASE | RUNTIME | {"artifact", "loading", "progress"},
     "registry": CONVERT | {"flavor", "lineage", "packaging", "registration", "sources"},
     "planning": CONVERT | {"lineage", "packaging", "signatures", "sources"},
     "convert_all": CONVERT | {"lineage", "planning", "registration", "registry"},
     "add_engine": CONVERT | {"artifact", "lineage", "packaging", "progress", "registration", "registry", "sources"},
-    "samples": RUNTIME,
+    "samples": BASE | RUNTIME,
+    "compare": CONVERT | {"benchmark", "comparison"},
     "benchmark": CONVERT | RUNTIME | {"artifact", "loading", "packaging", "samples", "sources"},
     "layers": CONVERT | RUNTIME | {"benchmark"},
     "plots": BASE | {"benchmark"},
-    "reporting": BASE | {"benchmark", "layers", "plots"},
+    "reporting": BASE | {"benchmark", "comparison", "layers", "plots"},
     "export": BASE | {"artifact"},
     "cli": BASE
-    | {"add_engine", "artifact", "benchmark", "cli", "convert", "convert_all", "doctor", "export", "flavor", "layers"}
-    | {"planning", "progress", "registry", "reporting", "samples"},
+    | {
+        "add_engine",
+        "artifact",
+        "benchmark",
+        "cli",
+        "compare",
+        "comparison",
+        "convert",
+        "convert_all",
+        "doctor",
+        "export",
+    }
+    | {"flavor", "layers", "planning", "progress", "registry", "reporting", "samples"},
     "__main__": {"cli"},
 }
 MODULES = sorted(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import signal
@@ -16,13 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
-from mlflow_trt import hardware, trt
+from mlflow_trt import trt
 from mlflow_trt._logging import get_logger
 from mlflow_trt.convert.build_worker import Job
+from mlflow_trt.convert.limits import check_recipe
 from mlflow_trt.convert.onnx_model import sha256_of
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import BuildError, RecipeError, RuntimeUnavailableError, UnsupportedModelError
-from mlflow_trt.spec import Distribution, EngineRecord, HardwareCompatibility, Precision, ShapeProfile, Weights
+from mlflow_trt.spec import Distribution, EngineRecord, Precision, ShapeProfile
 
 _log = get_logger(__name__)
 
@@ -94,49 +94,6 @@ def build_engine(
         weights=recipe.weights,
         timing_cache=outcome["timing_cache"],
     )
-
-
-def check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
-    """Raise RecipeError where this TensorRT has no such option or target."""
-    if tensorrt.is_rtx:
-        known = tensorrt.compute_capabilities()
-        unknown = [target for target in recipe.targets if target not in known]
-        if unknown:
-            raise RecipeError(
-                f"{tensorrt} cannot build for {', '.join(unknown)}; its targets are {', '.join(known)}",
-                option="targets",
-            )
-        if recipe.hardware_compatibility is not HardwareCompatibility.NONE:
-            raise RecipeError(
-                "TensorRT-RTX has no hardware compatibility levels; name the GPUs with targets= instead",
-                option="hardware_compatibility",
-            )
-        if recipe.version_compatible:
-            raise RecipeError(
-                "TensorRT-RTX has no version-compatible engines; leave version_compatible out, and the engine is "
-                "rebuilt where another release loads it",
-                option="version_compatible",
-            )
-        if recipe.weights is not Weights.INCLUDED and (problem := hardware.probe().problem) is not None:
-            raise RecipeError(
-                f"TensorRT-RTX builds {recipe.weights} engines only where there is a GPU ({problem}); "
-                "leave weights= out, or convert on a GPU machine",
-                option="weights",
-            )
-        if recipe.timing_cache is not None:
-            _say_once("TensorRT-RTX has no timing cache: the file is left alone")
-    elif recipe.targets:
-        raise RecipeError(
-            "TensorRT builds only for the GPU it runs on; leave targets= out, or build with TensorRT-RTX "
-            f"({trt.DISTRIBUTION_VARIABLE}=tensorrt_rtx)",
-            option="targets",
-        )
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    """What holds for every build of this process is said with the first."""
-    _log.info("%s", message)
 
 
 def _job(model: Path, plan: Path, recipe: Recipe, profiles: Sequence[ShapeProfile], distribution: Distribution) -> Job:

@@ -6,39 +6,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
-
 from mlflow_trt import trt
 from mlflow_trt._logging import get_logger
+from mlflow_trt.comparison import Tolerance
 from mlflow_trt.convert.builder import Progress, build_engine
-from mlflow_trt.convert.dimension_names import tell_apart
-from mlflow_trt.convert.onnx_model import MODEL_FILE, OnnxModel, copy_files, describe, sha256_of, subgraphs_of
-from mlflow_trt.convert.precision import PASSES
+from mlflow_trt.convert.limits import check_recipe, operators_to_exclude
+from mlflow_trt.convert.onnx_model import OnnxModel, subgraphs_of
 from mlflow_trt.convert.profiles import Profiles, resolve_profiles
 from mlflow_trt.convert.recipe import Recipe
-from mlflow_trt.errors import BuildError, UnsupportedModelError
-from mlflow_trt.spec import Distribution, EngineRecord, Precision, PrecisionReport, Shape, TensorSpec
+from mlflow_trt.convert.retreat import build_with_retreat
+from mlflow_trt.convert.samples import SampleData, SampleOrigin, Samples, cut_samples, generate_samples
+from mlflow_trt.convert.typed_model import TypedModel, maker_for
+from mlflow_trt.errors import BuildError, InputError, UnsupportedModelError
+from mlflow_trt.spec import Distribution, EngineRecord, Precision, Shape
 
 _log = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TypedModel:
-    """The ONNX that TensorRT parses. `path` is the source model's own where nothing was changed.
-
-    `inputs` and `outputs` are the source model's, but for dimension names that were told apart.
-    """
-
-    path: Path
-    sha256: str
-    is_source: bool
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """A source model and everything that was made of it. `plan` is the engine's file.
+    """A source model and everything that was made of it. `plan` is the engine's file; `samples` were used on the way.
 
     `remarks` is what the user was told about choices made for them.
     """
@@ -47,7 +34,7 @@ class Conversion:
     typed: TypedModel
     recipe: Recipe
     profiles: Profiles
-    precision_report: PrecisionReport
+    samples: Samples
     remarks: tuple[str, ...]
     engine: EngineRecord
     plan: Path
@@ -58,58 +45,76 @@ def convert(
     recipe: Recipe,
     workdir: Path,
     *,
+    data: SampleData | None = None,
+    tolerance: Tolerance | None = None,
     example_shapes: Mapping[str, Shape] | None = None,
     distribution: Distribution | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Make the typed model and the engine of `source` in `workdir`. Raises what its steps raise."""
+    """Make the typed model and the engine of `source` in `workdir`.
+
+    Args:
+        data: sample inputs; None generates some.
+        tolerance: what the typed model may be off from the source model; nodes are kept in float32 until it is met.
+            None takes what comes.
+
+    Raises what its steps raise, and InputError for data that does not fit the model.
+    """
     tensorrt = trt.load(distribution)
+    check_recipe(tensorrt, recipe)
     profiles = resolve_profiles(source, recipe, example_shapes)
-    typed, report = make_typed_model(source, recipe, profiles, workdir)
-    remarks = (*profiles.remarks, *report.remarks, *_about_float32(tensorrt, recipe))
-    for remark in remarks:
-        _log.info("%s", remark)
+    samples = _samples(data, source, profiles)
+    maker = maker_for(
+        source,
+        recipe,
+        profiles,
+        workdir,
+        samples=samples,
+        tolerance=tolerance,
+        excluded=operators_to_exclude(tensorrt, recipe.precision),
+    )
     plan = workdir / "engine.plan"
-    try:
-        engine = build_engine(
+
+    def build(typed: TypedModel) -> EngineRecord:
+        return build_engine(
             typed.path, plan, recipe, profiles.profiles, distribution=tensorrt.distribution, progress=progress
         )
+
+    try:
+        typed, engine = build_with_retreat(maker, build, source)
     except BuildError as error:
         raise _naming_control_flow(error, source) from error
+    remarks = (
+        *profiles.remarks,
+        *typed.report.remarks,
+        *_about_float32(tensorrt, recipe),
+        *_about_noise(recipe, samples),
+    )
+    for remark in remarks:
+        _log.info("%s", remark)
     return Conversion(
         source=source,
         typed=typed,
         recipe=recipe,
         profiles=profiles,
-        precision_report=report,
+        samples=samples,
         remarks=remarks,
         engine=engine,
         plan=plan,
     )
 
 
-def make_typed_model(
-    source: OnnxModel, recipe: Recipe, profiles: Profiles, workdir: Path
-) -> tuple[TypedModel, PrecisionReport]:
-    """Run the passes. The typed model is written to `workdir` only where it differs from the source model."""
-    told_apart = tell_apart(source.proto, profiles.profiles)
-    proto, report = PASSES[recipe.precision](told_apart)
-    if proto is source.proto:
-        typed = TypedModel(
-            path=source.path,
-            sha256=source.files[MODEL_FILE],
-            is_source=True,
-            inputs=source.inputs,
-            outputs=source.outputs,
-        )
-        return typed, report
-    folder = workdir / "typed"
-    folder.mkdir()
-    path = folder / f"{recipe.precision}.onnx"
-    onnx.save_model(proto, path)
-    copy_files(source.external_files, source.path.parent, folder)
-    inputs, outputs = describe(proto, path)
-    return TypedModel(path=path, sha256=sha256_of(path), is_source=False, inputs=inputs, outputs=outputs), report
+def _samples(data: SampleData | None, source: OnnxModel, profiles: Profiles) -> Samples:
+    if data is None:
+        return generate_samples(source, profiles)
+    try:
+        return cut_samples(data.arrays, data.origin, source, profiles)
+    except InputError as error:
+        # An example may be meant for what MLflow makes of it, and is no reason to fail; calibration data is.
+        if data.origin is not SampleOrigin.INPUT_EXAMPLE:
+            raise
+        _log.warning("Verifying on generated noise, since the model cannot take the input example: %s", error.message)
+        return generate_samples(source, profiles)
 
 
 def _about_float32(tensorrt: trt.TensorRT, recipe: Recipe) -> tuple[str, ...]:
@@ -118,6 +123,16 @@ def _about_float32(tensorrt: trt.TensorRT, recipe: Recipe) -> tuple[str, ...]:
     remark = (
         "fp32 was asked for, but TensorRT-RTX ignores the TF32 flag: its float32 matrix products and convolutions have "
         "the relative error of TF32, about 3e-4"
+    )
+    return (remark,)
+
+
+def _about_noise(recipe: Recipe, samples: Samples) -> tuple[str, ...]:
+    if samples.is_evidence or recipe.precision not in (Precision.FP16, Precision.BF16):
+        return ()
+    remark = (
+        f"the ranges of values were seen on {samples}, which is no evidence of what real inputs do: values may "
+        f"overflow in {recipe.precision}. Pass calibration_data= or input_example= with real inputs"
     )
     return (remark,)
 
@@ -131,7 +146,7 @@ def _naming_control_flow(error: BuildError, source: OnnxModel) -> BuildError:
         for node in source.proto.graph.node
         if any(attribute.HasField("g") for attribute in node.attribute)
     ]
-    if not nodes or not any(list(subgraphs_of(inner)) for inner in subgraphs_of(source.proto.graph)):
+    if not nodes or not any(list(subgraphs_of(inner.node)) for inner in subgraphs_of(source.proto.graph.node)):
         return error
     return UnsupportedModelError(
         f"{error.message} The likely cause is control flow inside control flow, at {', '.join(nodes)}: "

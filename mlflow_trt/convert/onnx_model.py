@@ -24,7 +24,8 @@ MODEL_FILE = "model.onnx"
 RESERVED_NAMES = frozenset(
     """model.onnx typed engines runtime_cache code extra_files mlflow_trt.json MLmodel conda.yaml python_env.yaml
     requirements.txt constraints.txt input_example.json serving_input_example.json environment_variables.txt
-    metadata registered_model_meta fp32.onnx tf32.onnx""".split()  # noqa: SIM905  # easier to read than a list of quotes
+    metadata registered_model_meta golden.npz precision_report.md fp32.onnx tf32.onnx fp16.onnx bf16.onnx int8.onnx
+    fp8.onnx fp16.onnx.data bf16.onnx.data int8.onnx.data fp8.onnx.data""".split()  # noqa: SIM905  # easier to read than a list of quotes
 )
 """What else may lie in a model folder, where the external data of a model is stored beside it."""
 
@@ -149,9 +150,9 @@ def _node_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
                 yield from _graph_tensors(inner)
 
 
-def subgraphs_of(graph: GraphProto) -> Iterator[GraphProto]:
-    """The graphs directly inside a graph's nodes: branches of If, bodies of Loop and Scan."""
-    for node in graph.node:
+def subgraphs_of(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
+    """The graphs directly inside of nodes: branches of If, bodies of Loop and Scan."""
+    for node in nodes:
         for attribute in node.attribute:
             if attribute.type == AttributeProto.GRAPH:
                 yield attribute.g

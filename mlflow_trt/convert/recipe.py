@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from mlflow_trt.errors import RecipeError
-from mlflow_trt.spec import ComputeCapability, HardwareCompatibility, Precision, ProfilingVerbosity, Weights
+from mlflow_trt.spec import (
+    CalibrationMethod,
+    ComputeCapability,
+    HardwareCompatibility,
+    Precision,
+    ProfilingVerbosity,
+    Weights,
+)
 
 TACTIC_SOURCES = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 """The tactic sources that TensorRT 10.12 to 11 and TensorRT-RTX all have."""
@@ -25,7 +32,7 @@ ShapeRequest = Mapping[str, ShapeTriple]
 
 ShapesRequest = ShapeRequest | Sequence[ShapeRequest]
 BatchRequest = int | tuple[int, int, int] | Sequence[int]
-_Choice = TypeVar("_Choice", Precision, HardwareCompatibility, Weights, ProfilingVerbosity)
+_Choice = TypeVar("_Choice", Precision, HardwareCompatibility, CalibrationMethod, Weights, ProfilingVerbosity)
 
 
 class BatchRange(NamedTuple):
@@ -44,7 +51,11 @@ class Recipe:
     """Everything the user decides about an engine. Values are checked and brought into one form when it is made.
 
     Args:
-        precision: `fp32` (strict: the TF32 flag is cleared) or `tf32`.
+        precision: `fp32` (strict: the TF32 flag is cleared), `tf32`, `fp16`, `bf16`, `int8` or `fp8`; `best` stands for
+            the fastest of them that is accurate enough.
+        keep_float32: nodes, by name or by operator, that stay in float32 whatever the precision is.
+        calibration_method: how int8 and fp8 derive the range of a tensor from what was seen: `minmax` (all of it),
+            `entropy` (where most is told) or `percentile` (99.999 % of it).
         batch: how many rows, along axis 0 of the inputs: a number for a static batch, (min, opt, max) for a range, or
             None to take it from the model.
         shapes: for inputs with other axes that vary, the (min, opt, max) shapes; a list of such mappings makes several
@@ -80,6 +91,8 @@ class Recipe:
     """
 
     precision: Precision = Precision.FP32
+    keep_float32: tuple[str, ...] = ()
+    calibration_method: CalibrationMethod = CalibrationMethod.MINMAX
     batch: BatchRange | None = None
     shapes: tuple[ShapeRequest, ...] = ()
     workspace_bytes: int | None = None
@@ -104,6 +117,8 @@ class Recipe:
             self,
             *,
             precision: Precision | str = ...,
+            keep_float32: Sequence[str] | str = ...,
+            calibration_method: CalibrationMethod | str = ...,
             batch: BatchRequest | None = ...,
             shapes: ShapesRequest = ...,
             workspace_bytes: int | None = ...,
@@ -126,6 +141,8 @@ class Recipe:
     def __post_init__(self) -> None:
         normal: dict[str, Any] = {
             "precision": _choice(Precision, self.precision, "precision"),
+            "keep_float32": _names(self.keep_float32, "keep_float32"),
+            "calibration_method": _choice(CalibrationMethod, self.calibration_method, "calibration_method"),
             "batch": _batch(self.batch),
             "shapes": _shapes(self.shapes),
             "tactic_sources": _tactic_sources(self.tactic_sources),
@@ -200,6 +217,13 @@ def _choice(enumeration: type[_Choice], value: Any, option: str) -> _Choice:
     except ValueError:
         known = ", ".join(str(member) for member in enumeration)
         raise RecipeError(f"unknown {option} {value!r}; choose one of {known}", option=option) from None
+
+
+def _names(value: Any, option: str) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else tuple(value) if _is_iterable(value) else ()
+    if not all(isinstance(name, str) and name for name in names) or (value and not names):
+        raise RecipeError(f"{option} is {value!r}; expected names of nodes or operators", option=option)
+    return names
 
 
 def _batch(value: Any) -> BatchRange | None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mlflow_trt.errors import InputShapeError
-from mlflow_trt.runtime.inputs import Array, Feeds
+from mlflow_trt.inputs import Array, Feeds
 from mlflow_trt.spec import BatchAxis
 
 Outputs = dict[str, Array]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mlflow_trt.errors import InputShapeError
+from mlflow_trt.inputs import Array, Feeds
 from mlflow_trt.runtime.batching import batch_size
-from mlflow_trt.runtime.inputs import Array, Feeds
 from mlflow_trt.spec import BatchAxis, InputRange, ShapeProfile
 
 

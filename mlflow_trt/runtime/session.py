@@ -12,7 +12,7 @@ import numpy.typing as npt
 from typing_extensions import Self
 
 from mlflow_trt.errors import SessionClosedError
-from mlflow_trt.runtime.inputs import Feeds, prepare_feeds
+from mlflow_trt.inputs import Feeds, prepare_feeds
 from mlflow_trt.spec import TensorSpec
 
 

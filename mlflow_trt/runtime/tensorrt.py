@@ -21,11 +21,11 @@ import numpy.typing as npt
 
 from mlflow_trt import trt_api
 from mlflow_trt._logging import get_logger
+from mlflow_trt.dtypes import numpy_dtype
 from mlflow_trt.errors import EngineMismatchError, ExecutionError, InputShapeError, OutOfMemoryError, SessionClosedError
+from mlflow_trt.inputs import Feeds, prepare_feeds
 from mlflow_trt.runtime.batching import run_in_pieces
 from mlflow_trt.runtime.device import Device, DeviceBuffer, PinnedBuffer, Stream
-from mlflow_trt.runtime.dtypes import numpy_dtype
-from mlflow_trt.runtime.inputs import Feeds, prepare_feeds
 from mlflow_trt.runtime.profiles import choose_profile
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.spec import BatchAxis, InputRange, ShapeProfile, TensorSpec

@@ -6,9 +6,9 @@ import numpy as np
 import pycuda.driver as cuda
 
 from mlflow_trt import trt
+from mlflow_trt.dtypes import numpy_dtype
 from mlflow_trt.runtime.batching import Piece
 from mlflow_trt.runtime.device import open_device
-from mlflow_trt.runtime.dtypes import numpy_dtype
 
 
 class BareLoop:

@@ -1,32 +1,25 @@
 """Precision passes: ONNX in, ONNX out, and a report of what was changed and why.
 
 TensorRT 11 and TensorRT-RTX have only strongly typed networks, so the precision of an engine is a property of its
-graph. Each family of precisions has a module with a pass; `PASSES` lists them.
+graph. Each family of precisions has a module with a pass; `pass_for` chooses one. fp32 and tf32 need none: the graph
+stays as it is, and the two differ by a flag of the builder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
-
-from onnx import ModelProto
-
-from mlflow_trt.convert.precision.float32 import Float32Pass
-from mlflow_trt.spec import Precision, PrecisionReport
+from mlflow_trt.convert.precision.half import HalfPass
+from mlflow_trt.convert.precision.quantized import FP8_FORMAT, INT8_FORMAT, QuantizingPass
+from mlflow_trt.convert.precision.sensitivity import BFLOAT16, FLOAT16
+from mlflow_trt.convert.precision.typed_graph import PrecisionPass
+from mlflow_trt.spec import CalibrationMethod, Precision
 
 
-class PrecisionPass(Protocol):
-    """Makes the typed model of one precision.
-
-    Requires a model that onnx.checker accepts. Ensures that the result is one too, that the inputs and outputs keep
-    their names, types and shapes, and that the model it was given is unchanged: it returns that very object where
-    there is nothing to change.
-    """
-
-    def __call__(self, model: ModelProto) -> tuple[ModelProto, PrecisionReport]: ...
-
-
-PASSES: Mapping[Precision, PrecisionPass] = {
-    Precision.FP32: Float32Pass(Precision.FP32),
-    Precision.TF32: Float32Pass(Precision.TF32),
-}
+def pass_for(precision: Precision, method: CalibrationMethod) -> PrecisionPass | None:
+    """The pass of a precision, or None for those that leave the graph alone."""
+    halves = {Precision.FP16: FLOAT16, Precision.BF16: BFLOAT16}
+    quantized = {Precision.INT8: INT8_FORMAT, Precision.FP8: FP8_FORMAT}
+    if precision in halves:
+        return HalfPass(halves[precision])
+    if precision in quantized:
+        return QuantizingPass(quantized[precision], method)
+    return None

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from mlflow_trt.dtypes import numpy_dtype
 from mlflow_trt.errors import InputDtypeError, InputError, InputShapeError
-from mlflow_trt.runtime.dtypes import numpy_dtype
 from mlflow_trt.spec import TensorSpec, is_placeholder
 
 Array = npt.NDArray[np.generic]

@@ -1,0 +1,84 @@
+"""What a TensorRT, and the GPUs that an engine is for, cannot do: found out before anything is built."""
+
+from __future__ import annotations
+
+import functools
+
+from mlflow_trt import hardware, trt
+from mlflow_trt._logging import get_logger
+from mlflow_trt.convert.recipe import Recipe
+from mlflow_trt.errors import RecipeError
+from mlflow_trt.spec import ComputeCapability, HardwareCompatibility, Precision, Weights
+
+_log = get_logger(__name__)
+_FIRST_WITH_FP8 = ComputeCapability(8, 9)
+
+
+def check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
+    """Raise RecipeError for an option that this TensorRT does not have, or a target that cannot do what is asked."""
+    if tensorrt.is_rtx:
+        _check_rtx(tensorrt, recipe)
+    elif recipe.targets:
+        raise RecipeError(
+            "TensorRT builds only for the GPU it runs on; leave targets= out, or build with TensorRT-RTX "
+            f"({trt.DISTRIBUTION_VARIABLE}=tensorrt_rtx)",
+            option="targets",
+        )
+    if recipe.precision is Precision.FP8:
+        _check_fp8(tensorrt, recipe)
+
+
+def operators_to_exclude(tensorrt: trt.TensorRT, precision: Precision) -> dict[str, str]:
+    """Operators that this TensorRT cannot run in a precision, with the reason."""
+    if precision is Precision.INT8 and tensorrt.is_rtx and tensorrt.version_info < (1, 7):
+        reason = f"{tensorrt} builds no convolutions in int8; TensorRT-RTX 1.7 does"
+        return {"Conv": reason, "ConvTranspose": reason}
+    return {}
+
+
+def _check_rtx(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
+    known = tensorrt.compute_capabilities()
+    unknown = [target for target in recipe.targets if target not in known]
+    if unknown:
+        raise RecipeError(
+            f"{tensorrt} cannot build for {', '.join(unknown)}; its targets are {', '.join(known)}",
+            option="targets",
+        )
+    if recipe.hardware_compatibility is not HardwareCompatibility.NONE:
+        raise RecipeError(
+            "TensorRT-RTX has no hardware compatibility levels; name the GPUs with targets= instead",
+            option="hardware_compatibility",
+        )
+    if recipe.version_compatible:
+        raise RecipeError(
+            "TensorRT-RTX has no version-compatible engines; leave version_compatible out, and the engine is "
+            "rebuilt where another release loads it",
+            option="version_compatible",
+        )
+    if recipe.weights is not Weights.INCLUDED and (problem := hardware.probe().problem) is not None:
+        raise RecipeError(
+            f"TensorRT-RTX builds {recipe.weights} engines only where there is a GPU ({problem}); "
+            "leave weights= out, or convert on a GPU machine",
+            option="weights",
+        )
+    if recipe.timing_cache is not None:
+        _say_once("TensorRT-RTX has no timing cache: the file is left alone")
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    """What holds for every build of this process is said with the first."""
+    _log.info("%s", message)
+
+
+def _check_fp8(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
+    if not tensorrt.is_rtx:
+        return  # the engine is for this machine's GPU, which TensorRT asks itself
+    able = [name for name in tensorrt.compute_capabilities() if ComputeCapability.parse(name) >= _FIRST_WITH_FP8]
+    unable = [name for name in recipe.targets if name not in able]
+    if unable or not recipe.targets:
+        what = ", ".join(unable) if unable else "the default target, which is every GPU from sm80 on,"
+        raise RecipeError(
+            f"{what} cannot execute fp8, which came with {_FIRST_WITH_FP8}; name GPUs that can: targets={able}",
+            option="targets",
+        )

@@ -1,0 +1,60 @@
+"""The report of a pass: what became of nodes and weights."""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+from onnx import ModelProto, TensorProto
+
+from mlflow_trt.convert.evidence import Evidence
+from mlflow_trt.convert.graph import SETTING, FlatModel
+from mlflow_trt.spec import Calibration, CalibrationMethod, KeptNode, Precision, PrecisionReport
+
+_RANGES_LISTED = 20
+
+
+def report_of(
+    model: FlatModel,
+    typed: ModelProto,
+    *,
+    precision: Precision,
+    evidence: Evidence,
+    changed: Collection[str],
+    type_name: str,
+    kept: Mapping[str, str],
+    method: CalibrationMethod | None = None,
+    remarks: Sequence[str] = (),
+) -> PrecisionReport:
+    """Count what a pass did. `changed` are the nodes that run in `type_name`; `kept` has reasons by node."""
+    operators = {node.name: node.op_type for node in model.proto.graph.node}
+    largest = sorted(evidence.largest.items(), key=lambda item: -item[1])[:_RANGES_LISTED]
+    node_types = {type_name: len(changed), "float32": len(kept)}
+    return PrecisionReport(
+        precision=precision,
+        nodes=len(model.proto.graph.node),
+        changed_nodes=len(changed),
+        node_types={name: count for name, count in node_types.items() if count},
+        weight_types=_weight_types(typed),
+        kept=tuple(KeptNode(name=name, operator=operators[name], reason=kept[name]) for name in kept),
+        # JSON knows no infinity.
+        largest={name: value if math.isfinite(value) else float(2**1023) for name, value in largest},
+        calibration=Calibration(samples=str(evidence.samples), sha256=evidence.samples.sha256, method=method),
+        size_before=_weight_bytes(model.proto),
+        size_after=_weight_bytes(typed),
+        remarks=tuple(remarks),
+    )
+
+
+def _weight_types(model: ModelProto) -> dict[str, int]:
+    counts: dict[str, int] = collections.Counter()
+    for tensor in model.graph.initializer:
+        values = math.prod(tensor.dims)
+        if values > SETTING:
+            counts[str(TensorProto.DataType.Name(tensor.data_type)).lower()] += values
+    return dict(counts)
+
+
+def _weight_bytes(model: ModelProto) -> int:
+    return sum(tensor.ByteSize() for tensor in model.graph.initializer)

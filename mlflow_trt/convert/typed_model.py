@@ -1,0 +1,253 @@
+"""Source model and recipe in, typed model out: the graph that TensorRT parses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import onnx
+from onnx import ModelProto
+
+from mlflow_trt.comparison import Comparison, Outputs, Tolerance, compare
+from mlflow_trt.convert.dimension_names import tell_apart
+from mlflow_trt.convert.evidence import Evidence, gather_evidence
+from mlflow_trt.convert.graph import FlatModel, flatten, save
+from mlflow_trt.convert.onnx_model import OnnxModel, copy_files, describe, sha256_of
+from mlflow_trt.convert.precision import pass_for
+from mlflow_trt.convert.precision.quantized import QUANTIZABLE, is_quantized
+from mlflow_trt.convert.precision.refinement import refined
+from mlflow_trt.convert.precision.typed_graph import PrecisionPass, TypedGraph
+from mlflow_trt.convert.profiles import Profiles
+from mlflow_trt.convert.recipe import Recipe
+from mlflow_trt.convert.samples import Samples
+from mlflow_trt.errors import RecipeError
+from mlflow_trt.inputs import Feeds
+from mlflow_trt.onnx_runtime import CpuModel, calibrated_magnitudes
+from mlflow_trt.spec import CalibrationMethod, Precision, PrecisionReport, TensorSpec
+
+_QUANTIZED = (Precision.INT8, Precision.FP8)
+_FEWEST_ROWS = 8
+"""What a range for quantization has to be seen on. A hundred and more are usual."""
+_QUICK_FEEDS = 2
+_REFERENCE_BYTES = 256 * 2**20
+"""Outputs of the source model are kept for comparing as long as they take no more than this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TypedModel:
+    """The ONNX that TensorRT parses. `path` is the source model's own where nothing was changed.
+
+    `inputs` and `outputs` are the source model's, but for dimension names that were told apart. `external_files` lie
+    beside `path` and are part of the model. `comparison` is that with the source model, where there was one, and
+    `changed` are the nodes that run in the precision that was asked for.
+    """
+
+    path: Path
+    files: Mapping[str, str]
+    is_source: bool
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    report: PrecisionReport
+    comparison: Comparison | None = None
+    changed: frozenset[str] = frozenset()
+
+
+class TypedModelMaker(Protocol):
+    """Makes the typed model of one source model, again and again where more nodes must stay in float32."""
+
+    def make(self, kept: Mapping[str, str]) -> TypedModel:
+        """`kept` has nodes that stay in float32, with the reason for each."""
+        ...
+
+
+def maker_for(
+    source: OnnxModel,
+    recipe: Recipe,
+    profiles: Profiles,
+    workdir: Path,
+    *,
+    samples: Samples,
+    tolerance: Tolerance | None,
+    excluded: Mapping[str, str],
+) -> TypedModelMaker:
+    """What makes the typed model of `recipe`.
+
+    Args:
+        samples: what ranges are seen on, and results compared on.
+        tolerance: nodes are kept in float32 until this is met; None accepts the first result.
+        excluded: operators that must stay in float32, with the reason for each.
+
+    Raises:
+        RecipeError: the precision needs calibration data and there is too little; `keep_float32` names nothing.
+        MissingDependencyError: the precision needs ONNX Runtime, and it is not installed.
+    """
+    told_apart = tell_apart(source.proto, profiles.profiles)
+    precision_pass = pass_for(recipe.precision, recipe.calibration_method)
+    remarks: tuple[str, ...] = ()
+    if recipe.precision in _QUANTIZED and is_quantized(source.proto):
+        precision_pass = None
+        remarks = ("the model brings its own QuantizeLinear nodes and is taken as it is",)
+    if precision_pass is None:
+        return _Unchanged(source, told_apart, recipe, workdir, remarks)
+    if recipe.precision in _QUANTIZED and not (samples.is_evidence and samples.rows >= _FEWEST_ROWS):
+        raise RecipeError(
+            f"{recipe.precision} is calibrated on real inputs: pass calibration_data with at least {_FEWEST_ROWS} rows "
+            f"(a hundred and more are usual); there is only {samples}",
+            option="calibration_data",
+        )
+    return _Retyped(source, told_apart, recipe, workdir, precision_pass, samples, tolerance, excluded)
+
+
+def reference_outputs(path: Path, names: Iterable[str], feeds: Iterable[Feeds]) -> list[Outputs]:
+    """What the source model computes on ONNX Runtime, for as many feeds as there is room for, and at least one."""
+    runner, listed = CpuModel(path), list(names)
+    outputs: list[Outputs] = []
+    size = 0
+    for one in feeds:
+        outputs.append(runner.run(listed, one))
+        size += sum(array.nbytes for array in outputs[-1].values())
+        if size > _REFERENCE_BYTES:
+            break
+    return outputs
+
+
+class _Unchanged:
+    """The graph as it is, but for dimension names that were told apart."""
+
+    def __init__(
+        self, source: OnnxModel, told_apart: ModelProto, recipe: Recipe, workdir: Path, remarks: tuple[str, ...]
+    ) -> None:
+        self._source = source
+        self._told_apart = told_apart
+        self._recipe = recipe
+        self._workdir = workdir
+        self._remarks = remarks
+
+    def make(self, kept: Mapping[str, str]) -> TypedModel:
+        del kept  # everything is in the types that it had
+        source = self._source
+        report = PrecisionReport(
+            precision=self._recipe.precision, nodes=len(source.proto.graph.node), remarks=self._remarks
+        )
+        if self._told_apart is source.proto:
+            return TypedModel(
+                path=source.path,
+                files=source.files,
+                is_source=True,
+                inputs=source.inputs,
+                outputs=source.outputs,
+                report=report,
+            )
+        path = _typed_path(self._workdir, self._recipe.precision)
+        onnx.save_model(self._told_apart, path)
+        copy_files(source.external_files, source.path.parent, path.parent)
+        return _written(path, source.external_files, report)
+
+
+class _Retyped:
+    """The graph that a precision pass makes."""
+
+    def __init__(
+        self,
+        source: OnnxModel,
+        told_apart: ModelProto,
+        recipe: Recipe,
+        workdir: Path,
+        precision_pass: PrecisionPass,
+        samples: Samples,
+        tolerance: Tolerance | None,
+        excluded: Mapping[str, str],
+    ) -> None:
+        self._recipe = recipe
+        self._workdir = workdir
+        self._samples = samples
+        self._tolerance = tolerance or Tolerance()
+        self._refines = tolerance is not None
+        self._flat = flatten(told_apart, source.path.parent, precision_pass.minimum_opset)
+        self._excluded = _excluded_nodes(self._flat, recipe, excluded)
+        evidence = gather_evidence(self._flat, samples, workdir)
+        if recipe.precision in _QUANTIZED:
+            evidence = _calibrated(self._flat, evidence, recipe.calibration_method, workdir)
+        self._make = precision_pass.on(self._flat, evidence)
+        self._names = [spec.name for spec in source.outputs]
+        self._reference = reference_outputs(source.path, self._names, samples.feeds)
+
+    def make(self, kept: Mapping[str, str]) -> TypedModel:
+        stays = self._excluded | dict(kept)
+        if self._refines:
+            graph, comparison = refined(self._flat, self._make, self._judge, self._judge_quickly, stays)
+        else:
+            graph = self._make(stays)
+            comparison = self._judge(graph)
+        report = graph.report
+        if not graph.changed:
+            remark = f"nothing of this model runs in {self._recipe.precision}: every node has a reason against it"
+            report = replace(report, remarks=(*report.remarks, remark))
+        path = _typed_path(self._workdir, self._recipe.precision)
+        save(graph.proto, path)
+        onnx.checker.check_model(str(path))
+        external = tuple(sorted(file.name for file in path.parent.iterdir() if file != path))
+        return replace(_written(path, external, report), comparison=comparison, changed=graph.changed)
+
+    def _judge(self, graph: TypedGraph) -> Comparison:
+        return self._judge_on(graph, len(self._reference))
+
+    def _judge_quickly(self, graph: TypedGraph) -> Comparison:
+        return self._judge_on(graph, _QUICK_FEEDS)
+
+    def _judge_on(self, graph: TypedGraph, count: int) -> Comparison:
+        path = self._workdir / "emulation.onnx"
+        save(graph.emulation, path)
+        runner = CpuModel(path, optimize=False)  # or values would be rounded less often than in the typed model
+        pairs = list(zip(self._samples.feeds, self._reference, strict=False))[:count]
+        return compare(
+            f"the {self._recipe.precision} model, emulated on ONNX Runtime,",
+            str(self._samples),
+            ((runner.run(self._names, feeds), reference) for feeds, reference in pairs),
+            self._tolerance,
+        )
+
+
+def _excluded_nodes(model: FlatModel, recipe: Recipe, operators: Mapping[str, str]) -> dict[str, str]:
+    """The nodes that the user, or the target, keeps in float32."""
+    kept = {}
+    present: set[str] = set()
+    for node in model.proto.graph.node:
+        present.update((node.name, node.op_type))
+        if node.op_type in operators:
+            kept[node.name] = operators[node.op_type]
+        for name in (node.name, node.op_type):
+            if name in recipe.keep_float32:
+                kept[node.name] = "keep_float32 names it" if name == node.name else f"keep_float32 names {name}"
+    unknown = [name for name in recipe.keep_float32 if name not in present]
+    if unknown:
+        raise RecipeError(
+            f"keep_float32 names {unknown[0]!r}, which is neither a node nor an operator of the model; "
+            f"its operators are {', '.join(sorted({node.op_type for node in model.proto.graph.node}))}",
+            option="keep_float32",
+        )
+    return kept
+
+
+def _calibrated(model: FlatModel, evidence: Evidence, method: CalibrationMethod, workdir: Path) -> Evidence:
+    if method is CalibrationMethod.MINMAX:
+        return evidence
+    path = workdir / "flat.onnx"
+    save(model.proto, path)
+    cutoffs = calibrated_magnitudes(path, evidence.samples.feeds, str(method), sorted(QUANTIZABLE), workdir)
+    return replace(evidence, cutoffs={name: cutoff for name, cutoff in cutoffs.items() if cutoff > 0})
+
+
+def _typed_path(workdir: Path, precision: Precision) -> Path:
+    folder = workdir / "typed"
+    folder.mkdir(exist_ok=True)
+    return folder / f"{precision}.onnx"
+
+
+def _written(path: Path, external_files: tuple[str, ...], report: PrecisionReport) -> TypedModel:
+    proto = onnx.load(path, load_external_data=False)
+    inputs, outputs = describe(proto, path)
+    files = {path.name: sha256_of(path)} | {name: sha256_of(path.parent / name) for name in external_files}
+    return TypedModel(path=path, files=files, is_source=False, inputs=inputs, outputs=outputs, report=report)

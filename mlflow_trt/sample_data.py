@@ -1,0 +1,72 @@
+"""The forms in which users give sample inputs: files, arrays, DataFrames, MLflow datasets."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from mlflow.data.dataset import Dataset
+
+from mlflow_trt.convert.samples import SampleData, SampleOrigin
+from mlflow_trt.errors import InputError
+from mlflow_trt.pyfunc import feeds_from_frame
+from mlflow_trt.spec import TensorSpec
+
+
+def sample_data_of(calibration_data: Any, input_example: Any, inputs: Sequence[TensorSpec]) -> SampleData | None:
+    """The calibration data, else the input example, else None.
+
+    `calibration_data` may be the path of an `.npz` file with an array for each input, or of an `.npy` file for a model
+    with one; an array, a mapping of arrays, an iterable of such mappings; a DataFrame, such as an evaluation table,
+    with a column for each input; or an MLflow dataset of one of these.
+
+    Raises InputError for a file that cannot be read or a dataset without arrays.
+    """
+    if calibration_data is not None:
+        return SampleData(arrays=_arrays(calibration_data, inputs), origin=SampleOrigin.CALIBRATION_DATA)
+    example = input_example[0] if isinstance(input_example, tuple) else input_example  # MLflow's form with params
+    if isinstance(example, list) and len(inputs) == 1:
+        example = np.asarray(example)
+    if isinstance(example, (np.ndarray, Mapping, pd.DataFrame)):
+        try:
+            return SampleData(arrays=_arrays(example, inputs), origin=SampleOrigin.INPUT_EXAMPLE)
+        except InputError:
+            return None  # MLflow says what is wrong with an example
+    return None
+
+
+def _arrays(data: Any, inputs: Sequence[TensorSpec]) -> Any:
+    if isinstance(data, (str, os.PathLike)):
+        return _read(Path(data))
+    if isinstance(data, Dataset):
+        data = _content(data)
+    if isinstance(data, pd.DataFrame):
+        return feeds_from_frame(data, tuple(inputs))
+    return data
+
+
+def _content(dataset: Dataset) -> Any:
+    """What is in an MLflow dataset: NumpyDataset has `features`, PandasDataset `df`."""
+    for attribute in ("features", "df"):
+        content = getattr(dataset, attribute, None)
+        if isinstance(content, (np.ndarray, Mapping, pd.DataFrame)):
+            return content
+    raise InputError(
+        f"the dataset {dataset.name!r} is a {type(dataset).__name__}; expected one of arrays (mlflow.data.from_numpy) "
+        "or of a DataFrame (mlflow.data.from_pandas)"
+    )
+
+
+def _read(path: Path) -> Any:
+    try:
+        content = np.load(path, allow_pickle=False)
+        return {name: content[name] for name in content.files} if path.suffix == ".npz" else content
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; expected an .npz or .npy file") from None
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} cannot be read as .npz or .npy: {error}") from error

@@ -1,0 +1,172 @@
+"""Verification: typed model and engine against the source model on ONNX Runtime, on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from mlflow_trt import trt
+from mlflow_trt._logging import get_logger
+from mlflow_trt.artifact import why_not
+from mlflow_trt.comparison import Comparison, Outputs, Tolerance, Verdict, compare
+from mlflow_trt.convert.conversion import Conversion
+from mlflow_trt.convert.samples import Samples
+from mlflow_trt.convert.typed_model import reference_outputs
+from mlflow_trt.errors import AccuracyError, ExecutionError, InputError, RuntimeUnavailableError
+from mlflow_trt.golden import Golden, golden_of
+from mlflow_trt.inputs import Feeds
+from mlflow_trt.loading import LoadSettings, session_on
+from mlflow_trt.runtime.device import open_device
+from mlflow_trt.runtime.session import Session
+from mlflow_trt.spec import Precision, Weights
+
+_log = get_logger(__name__)
+
+_STRICT_FLOAT32 = 2e-5
+"""Relative error that float32 stays below and TF32, with its 10 bits of mantissa, does not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What was compared, what of it is kept for the self-test at load, and what the user should know."""
+
+    tolerance: Tolerance
+    comparisons: tuple[Comparison, ...] = ()
+    golden: Golden | None = None
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """None where nothing was compared."""
+        verdicts = [comparison.verdict for comparison in self.comparisons]
+        return next((verdict for verdict in (Verdict.FAILED, Verdict.INCONCLUSIVE) if verdict in verdicts), None) or (
+            Verdict.PASSED if verdicts else None
+        )
+
+
+def verify_conversion(
+    conversion: Conversion, tolerance: Tolerance, settings: LoadSettings, *, demanded: bool
+) -> Verification:
+    """Compare the typed model, and the engine where this machine can run it, with the source model.
+
+    Args:
+        demanded: the user set the tolerance, so that a comparison which proves nothing is not good enough.
+
+    Raises:
+        AccuracyError: something is beyond the tolerance, or proves nothing although it was demanded.
+    """
+    remarks: list[str] = []
+    comparisons = [] if conversion.typed.comparison is None else [conversion.typed.comparison]
+    names = [spec.name for spec in conversion.source.outputs]
+    try:
+        reference = reference_outputs(conversion.source.path, names, conversion.samples.feeds)
+    except (RuntimeUnavailableError, ExecutionError, InputError) as error:
+        if demanded:
+            raise
+        _log.warning("The model is not verified: %s", error.message)
+        return Verification(tolerance=tolerance, remarks=(f"not verified: {error.message}",))
+    golden = golden_of(conversion, reference[0])
+    if golden is None:
+        remarks.append("there is no golden sample for a self-test, since a single row is too large to be stored")
+    engine = _compare_engine(conversion, reference, tolerance, settings)
+    if engine is not None:
+        comparisons.append(engine)
+        remarks += _about_tf32(conversion, engine)
+    verification = Verification(
+        tolerance=tolerance, comparisons=tuple(comparisons), golden=golden, remarks=tuple(remarks)
+    )
+    _judge(verification, demanded=demanded)
+    return verification
+
+
+def compare_sessions(subject: Session, reference: Session, samples: Samples, tolerance: Tolerance) -> Comparison:
+    """What `subject` computes against `reference`, piece by piece."""
+    return compare(
+        subject.description,
+        str(samples),
+        ((subject.run(feeds), reference.run(feeds)) for feeds in samples.feeds),
+        tolerance,
+    )
+
+
+def metrics_of(comparisons: Iterable[Comparison]) -> dict[str, float]:
+    """The numbers as MLflow metrics. The last comparison, which is the nearest to the hardware, counts."""
+    metrics: dict[str, float] = {}
+    for comparison in comparisons:
+        for output in comparison.outputs:
+            prefix = f"mlflow_trt/{output.name}".replace(":", "_")
+            metrics |= {
+                f"{prefix}/relative_error": output.relative_error,
+                f"{prefix}/max_abs_error": output.max_abs_error,
+                f"{prefix}/mean_abs_error": output.mean_abs_error,
+                f"{prefix}/cosine_similarity": output.cosine_similarity,
+            }
+            if output.top_class_agreement is not None:
+                metrics[f"{prefix}/top_class_agreement"] = output.top_class_agreement
+    return metrics
+
+
+def _compare_engine(
+    conversion: Conversion, reference: Sequence[Outputs], tolerance: Tolerance, settings: LoadSettings
+) -> Comparison | None:
+    """None where this machine cannot run the engine, which is said."""
+    try:
+        tensorrt = trt.load(conversion.engine.distribution)
+        device = open_device(settings.device)
+    except RuntimeUnavailableError as error:
+        _log.info("The engine is not compared here: %s", error.message)
+        return None
+    reason = why_not(conversion.engine, tensorrt.distribution, tensorrt.version, device.gpu)
+    if reason is not None:
+        _log.info("The engine is not compared here: %s", reason)
+        return None
+    with session_on(
+        conversion.plan.read_bytes(),
+        tensorrt=tensorrt,
+        device=device,
+        settings=settings,
+        inputs=conversion.typed.inputs,
+        outputs=conversion.typed.outputs,
+        batch_axis=conversion.profiles.batch_axis,
+        weights_from=conversion.typed.path if conversion.engine.weights is Weights.STRIPPED else None,
+        weight_streaming=conversion.recipe.weight_streaming,
+    ) as session:
+        pairs = _run(session, conversion.samples.feeds, reference)
+        return compare(session.description, str(conversion.samples), pairs, tolerance)
+
+
+def _run(session: Session, feeds: Sequence[Feeds], reference: Sequence[Outputs]) -> Iterator[tuple[Outputs, Outputs]]:
+    for one, expected in zip(feeds, reference, strict=False):
+        yield session.run(one), expected
+
+
+def _about_tf32(conversion: Conversion, engine: Comparison) -> list[str]:
+    if conversion.recipe.precision is not Precision.FP32 or engine.relative_error < _STRICT_FLOAT32:
+        return []
+    remark = (
+        f"fp32 was asked for, and the relative error measured on the GPU is {engine.relative_error:.1e}: "
+        "that of TF32, not of strict float32"
+    )
+    return [remark]
+
+
+def _judge(verification: Verification, *, demanded: bool) -> None:
+    for comparison in verification.comparisons:
+        if comparison.verdict is Verdict.FAILED:
+            raise AccuracyError(
+                f"{comparison.subject} is too far from the source model on {comparison.inputs}: "
+                f"{'; '.join(comparison.problems)}. Nothing was logged. Choose another precision, keep nodes in "
+                "float32 with keep_float32, or allow more with verify=Tolerance(...).",
+                comparison=comparison,
+            )
+        if comparison.verdict is Verdict.INCONCLUSIVE:
+            text = (
+                f"{comparison.subject} cannot be judged on {comparison.inputs}: the reference hardly varies, so that "
+                "agreement proves nothing"
+            )
+            if demanded:
+                raise AccuracyError(
+                    f"{text}. Nothing was logged. Pass calibration_data= with real inputs, or verify=False.",
+                    comparison=comparison,
+                )
+            _log.warning("%s; pass calibration_data= with real inputs", text)

@@ -1,0 +1,76 @@
+"""Precisions on the GPU: what the emulation promised, engines keep; and an engine that answers wrongly is caught."""
+
+from __future__ import annotations
+
+import mlflow
+import numpy as np
+import pytest
+from real_models import MAGIKA, ON_THE_GPU, REC, calibration_data
+
+import mlflow_trt
+from mlflow_trt import ExecutionError, Precision, SelfTestError, Tolerance, cache
+from mlflow_trt.artifact import read_folder
+
+pytestmark = pytest.mark.gpu
+
+# On Hopper, which is no official target of TensorRT-RTX, cuDNN has no kernel for some of its convolutions.
+WITHOUT_KERNELS = {("rec", "fp16"), ("rec", "bf16")}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+@pytest.mark.parametrize("model", ON_THE_GPU, ids=lambda model: model.name)
+def test_engines_stay_within_the_tolerance(model, precision, tmp_path, report):
+    folder = tmp_path / "model"
+    try:
+        mlflow_trt.save_model(
+            model.path(), folder, **model.recipe, precision=precision, calibration_data=calibration_data(model)
+        )
+    except ExecutionError as error:
+        if (model.name, precision) not in WITHOUT_KERNELS:
+            raise
+        report((model.name, precision, "", "", error.message[:90], "", ""))
+        pytest.skip(f"this GPU has no kernels for it: {error.message[:200]}")
+    record = read_folder(folder).record
+    engine = record.comparisons[-1]
+    assert "TensorRT" in engine.subject
+    assert 0 < engine.relative_error < Tolerance.default(Precision(precision)).relative_error
+    emulated = f"emulated {record.comparisons[0].relative_error:.2e}" if len(record.comparisons) > 1 else ""
+    kept = len(record.precision_report.kept)
+    report((model.name, precision, f"{record.precision_report.changed_nodes} nodes, {kept} kept",
+            f"{max(output.max_abs_error for output in engine.outputs):.2e}", f"{engine.relative_error:.2e} {emulated}",
+            f"{record.engines[0].build_seconds:.2f}", ""))  # fmt: skip
+    with mlflow_trt.load_model(str(folder)):
+        pass  # the self-test passes
+    if precision == "fp32":
+        assert "that of TF32, not of strict float32" in " ".join(record.remarks)
+
+
+def test_magika_keeps_its_labels_in_fp16(tmp_path):
+    feeds = MAGIKA.feeds(35)
+    mlflow_trt.save_model(MAGIKA.path(), tmp_path / "m", **MAGIKA.recipe, precision="fp16", calibration_data=feeds)
+    actual = mlflow.pyfunc.load_model(str(tmp_path / "m")).predict(feeds)
+    with mlflow_trt.load_model(str(tmp_path / "m"), runtime="onnxruntime") as session:
+        expected = session.run(feeds)
+    for name, scores in expected.items():
+        files = scores[::2]
+        assert (files.max(axis=1) > 0.5).all()
+        assert np.array_equal(actual[name][::2].argmax(axis=1), files.argmax(axis=1))
+
+
+def test_an_engine_that_answers_wrongly_is_caught_at_load(tmp_path, messages):
+    """The first call of rec with LAZY kernels is wrong on Hopper, without any error."""
+    folder = tmp_path / "model"
+    data = REC.feeds(4)
+    mlflow_trt.save_model(REC.path(), folder, **REC.recipe, calibration_data=data)
+    with pytest.raises(SelfTestError, match=r"answers wrongly: output .* relative error") as caught:
+        mlflow_trt.load_model(str(folder), kernel_specialization="lazy")
+    assert caught.value.comparison.relative_error > 0.02
+    with mlflow_trt.load_model(str(folder), kernel_specialization="lazy", runtime="auto") as session:
+        assert session.runtime == "onnxruntime"
+        assert "answers wrongly" in session.fallback_reason
+    with mlflow_trt.load_model(str(folder), kernel_specialization="lazy", self_test=False) as session:
+        session.run(data)
+    assert not list((cache.directory() / "self_tests").glob("*"))
+    with mlflow_trt.load_model(str(folder), kernel_specialization="eager"):
+        assert len(list((cache.directory() / "self_tests").glob("*"))) == 1
+    assert "Self-test passed" in messages.text

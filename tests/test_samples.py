@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import mlflow.data
+import networks
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import read
+from real_models import SILERO
+
+from mlflow_trt import InputError, Recipe
+from mlflow_trt.convert.profiles import resolve_profiles
+from mlflow_trt.convert.samples import SampleOrigin, cut_samples, generate_samples
+from mlflow_trt.sample_data import sample_data_of
+
+ORIGIN = SampleOrigin.CALIBRATION_DATA
+
+
+@pytest.fixture
+def product(tmp_path):
+    model = read(networks.product(), tmp_path)
+    return model, resolve_profiles(model, Recipe(batch=(1, 4, 8)))
+
+
+def forms(folder, rows):
+    np.savez(folder / "inputs.npz", x=rows)
+    np.save(folder / "x.npy", rows)
+    yield folder / "inputs.npz"
+    yield str(folder / "x.npy")
+    yield rows
+    yield {"x": rows}
+    yield [{"x": rows[start : start + 4]} for start in range(0, len(rows), 4)]
+    yield ({"x": rows[start : start + 4]} for start in range(0, len(rows), 4))
+    yield pd.DataFrame({"x": list(rows)})
+    yield pd.DataFrame(rows)
+    yield mlflow.data.from_numpy({"x": rows})
+    yield mlflow.data.from_numpy(rows)
+    yield mlflow.data.from_pandas(pd.DataFrame({"x": list(rows)}))
+
+
+@pytest.mark.filterwarnings("ignore:.*")  # MLflow guesses at the source of a dataset, and warns of what it tries
+def test_every_form_gives_the_same_samples(product, tmp_path):
+    rows = networks.rows(10)
+    digests = set()
+    for data in forms(tmp_path, rows):
+        samples = cut_samples(sample_data_of(data, None, product[0].inputs).arrays, ORIGIN, *product)
+        assert [len(feeds["x"]) for feeds in samples.feeds] == [4, 4, 2]
+        assert np.array_equal(np.concatenate([feeds["x"] for feeds in samples.feeds]), rows)
+        assert str(samples) == "10 rows of calibration data"
+        digests.add(samples.sha256)
+    assert len(digests) == 1
+
+
+def test_the_input_example_serves_where_there_is_no_calibration_data(product):
+    inputs = product[0].inputs
+    for example in ({"x": networks.rows(3)}, networks.rows(3), networks.rows(3).tolist(), (networks.rows(3), {})):
+        data = sample_data_of(None, example, inputs)
+        assert data.origin is SampleOrigin.INPUT_EXAMPLE
+        assert cut_samples(data.arrays, data.origin, *product).rows == 3
+    assert sample_data_of(None, None, inputs) is None
+    assert sample_data_of(None, "text", inputs) is None
+
+
+NAN = networks.rows(4)
+NAN[1, 1] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"z": networks.rows(4)}, "calibration data: input 'x' is missing"),
+        ({"x": networks.rows(4, width=5)}, r"calibration data: input 'x' has the shape \(4, 5\)"),
+        ({"x": NAN}, "calibration data: input 'x' has 1 NaN"),
+        ({"x": networks.rows(0)}, "calibration data: there are no rows"),
+        ([], "calibration data: there are no rows"),
+        ([networks.rows(2)], "calibration data: got a ndarray in the iterable"),
+        (3, "calibration data: got a int"),
+    ],
+)
+def test_data_that_does_not_fit_is_named(product, data, message):
+    with pytest.raises(InputError, match=message):
+        cut_samples(data, ORIGIN, *product)
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.npz", b"no zip"), ("b.npy", b""), ("c.npz", None)])
+def test_files_that_cannot_be_read_are_named(tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=name):
+        sample_data_of(tmp_path / name, None, ())
+
+
+def test_a_model_of_fixed_size_takes_multiples_of_it(tmp_path):
+    model = read(networks.product(batch=3), tmp_path)
+    profiles = resolve_profiles(model, Recipe())
+    assert len(cut_samples({"x": networks.rows(9)}, ORIGIN, model, profiles).feeds) == 3
+    with pytest.raises(InputError, match="10 rows, but the model takes 3 at a time"):
+        cut_samples({"x": networks.rows(10)}, ORIGIN, model, profiles)
+
+
+def test_what_may_not_be_cut_stays_whole(tmp_path):
+    model = read(SILERO, tmp_path)
+    profiles = resolve_profiles(model, Recipe(**SILERO.recipe))
+    samples = cut_samples([SILERO.feeds(20), SILERO.feeds(30)], ORIGIN, model, profiles)
+    assert [len(feeds["input"]) for feeds in samples.feeds] == [20, 30]
+
+
+def test_generated_samples_have_the_usual_shapes_and_differ(product):
+    samples = generate_samples(*product)
+    first, second = samples.feeds
+    assert first["x"].shape == (4, 16)
+    assert not np.array_equal(first["x"], second["x"])
+    assert not samples.is_evidence

@@ -1,0 +1,185 @@
+"""Verification at log time, its gate, and the self-test at load. Without a GPU the typed model is what is compared."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import mlflow
+import networks
+import numpy as np
+import pytest
+from helpers import reference
+from real_models import MAGIKA
+
+import mlflow_trt
+from mlflow_trt import (
+    AccuracyError,
+    IntegrityError,
+    MissingDependencyError,
+    RecipeError,
+    SelfTestError,
+    Tolerance,
+    cache,
+    self_test,
+)
+from mlflow_trt.artifact import read_folder
+from mlflow_trt.comparison import Verdict
+from mlflow_trt.convert.onnx_model import read_onnx
+
+DATA = {"x": networks.rows(32)}
+
+
+def test_numbers_are_in_the_record_the_tags_and_the_metrics(store):
+    info = mlflow_trt.log_model(
+        networks.product(), name="m", precision="fp16", calibration_data=DATA, registered_model_name="product"
+    )
+    record = mlflow_trt.flavor.read_record(info.model_uri)
+    (comparison,) = record.comparisons
+    assert comparison.verdict is Verdict.PASSED
+    assert 0 < comparison.relative_error < 1e-3
+    version = store.client.get_model_version("product", "1")
+    assert version.tags["mlflow_trt.verification"] == "passed"
+    assert float(version.tags["mlflow_trt.relative_error"]) == pytest.approx(comparison.relative_error, rel=0.01)
+    metrics = {metric.key: metric.value for metric in store.client.get_logged_model(info.model_id).metrics}
+    assert metrics["mlflow_trt/y/relative_error"] == comparison.relative_error
+    assert set(metrics) == {
+        f"mlflow_trt/y/{name}"
+        for name in (
+            "relative_error", "max_abs_error", "mean_abs_error", "cosine_similarity", "top_class_agreement"
+        )
+    }  # fmt: skip
+
+
+def test_metrics_go_to_the_active_run_where_there_is_one(store):
+    with mlflow.start_run() as run:
+        mlflow_trt.log_model(networks.product(), name="m", precision="fp16", calibration_data=DATA)
+    assert "mlflow_trt/y/relative_error" in store.client.get_run(run.info.run_id).data.metrics
+    assert len(store.client.search_runs([store.experiment_id])) == 1
+
+
+def test_a_comparison_that_proves_nothing_is_refused_where_one_was_demanded(store):
+    with pytest.raises(AccuracyError, match=r"cannot be judged") as caught:
+        mlflow_trt.log_model(
+            networks.product(), name="m", precision="fp16", calibration_data={"x": np.zeros((8, 16), np.float32)},
+            verify=Tolerance(relative_error=0.1), registered_model_name="product",
+        )  # fmt: skip
+    assert caught.value.comparison.verdict is Verdict.INCONCLUSIVE
+    assert store.is_untouched()
+
+
+def test_a_gate_that_is_too_tight_leaves_nothing_and_shows_the_numbers(store):
+    with pytest.raises(AccuracyError, match=r"relative error 0\.\d+, at most 1e-05 is tolerated") as caught:
+        mlflow_trt.log_model(
+            networks.product(), name="m", precision="int8", calibration_data=DATA,
+            verify=Tolerance(relative_error=1e-5), registered_model_name="product",
+        )  # fmt: skip
+    assert caught.value.comparison.relative_error > 1e-3
+    assert store.is_untouched()
+
+
+def test_nodes_go_back_to_float32_until_the_gate_is_passed(tmp_path):
+    model = networks.transformer()
+    data = networks.sentences(16, 24)
+    mlflow_trt.save_model(
+        model, tmp_path / "m", precision="int8", calibration_data=data, verify=Tolerance(relative_error=0.02),
+        batch=(2, 4, 8), shapes={"input_ids": ((-1, 4), (-1, 24), (-1, 48))},
+    )  # fmt: skip
+    record = read_folder(tmp_path / "m").record
+    assert record.comparisons[0].relative_error <= 0.02
+    assert 0 < record.precision_report.changed_nodes < 13
+    assert any("the accuracy needs it" in node.reason for node in record.precision_report.kept)
+    report = (tmp_path / "m" / "precision_report.md").read_text()
+    assert "the accuracy needs it" in report
+    assert "relative error" in report
+
+
+def test_noise_is_no_evidence_and_that_is_said(tmp_path, messages):
+    mlflow_trt.save_model(networks.product(), tmp_path / "m", precision="fp16")
+    assert "generated noise, which is no evidence" in messages.text
+    assert "no evidence" in " ".join(read_folder(tmp_path / "m").record.remarks)
+
+
+def test_verify_may_be_left_out(tmp_path):
+    mlflow_trt.save_model(networks.product(), tmp_path / "m", precision="fp16", calibration_data=DATA, verify=False)
+    record = read_folder(tmp_path / "m").record
+    assert (record.comparisons, record.golden) == ((), None)
+    assert not (tmp_path / "m" / "golden.npz").exists()
+    with pytest.raises(RecipeError, match="verify is 'yes'; expected True, False or a Tolerance"):
+        mlflow_trt.save_model(networks.product(), tmp_path / "n", verify="yes")
+
+
+def test_without_onnxruntime_fp32_is_converted_unverified_and_fp16_is_not(tmp_path, monkeypatch, messages):
+    monkeypatch.setattr("mlflow_trt.onnx_runtime.is_installed", lambda name: False)
+    mlflow_trt.save_model(networks.product(), tmp_path / "m")
+    assert "not verified: ONNX Runtime is not installed" in " ".join(read_folder(tmp_path / "m").record.remarks)
+    assert "is not verified" in messages.text
+    with pytest.raises(MissingDependencyError, match="onnxruntime-gpu"):
+        mlflow_trt.save_model(networks.product(), tmp_path / "n", precision="fp16")
+    assert not (tmp_path / "n").exists()
+
+
+def test_the_golden_sample_is_what_the_source_model_computes(magika_folder):
+    folder = read_folder(magika_folder)
+    golden = folder.read_golden(folder.record.golden)
+    with reference(read_onnx(MAGIKA.path(), magika_folder)) as session:
+        expected = session.run(golden.feeds)
+    assert golden.feeds["bytes"].shape == (8, 2048)
+    assert all(np.array_equal(golden.outputs[name], expected[name]) for name in expected)
+
+
+@pytest.fixture
+def product_folder(tmp_path):
+    mlflow_trt.save_model(networks.product(), tmp_path / "m", calibration_data=DATA)
+    return tmp_path / "m"
+
+
+def test_the_self_test_passes_once_and_is_remembered(product_folder, monkeypatch):
+    folder = read_folder(product_folder)
+    runs = []
+    with mlflow_trt.load_model(str(product_folder), runtime="onnxruntime") as session:
+        run = session.run
+        monkeypatch.setattr(session, "run", lambda feeds: (runs.append(1), run(feeds))[1])
+        self_test.check(session, folder, {"engine": "a"})
+        self_test.check(session, folder, {"engine": "a"})
+        assert len(runs) == 1
+        self_test.check(session, folder, {"engine": "b"})
+        assert len(runs) == 2
+    shutil.rmtree(cache.directory())
+
+
+def test_an_engine_that_answers_wrongly_is_refused_with_the_numbers(product_folder, tmp_path):
+    other = networks.product()
+    weights = np.frombuffer(other.graph.initializer[0].raw_data, np.float32) * np.float32(1.1)
+    other.graph.initializer[0].raw_data = weights.tobytes()
+    mlflow_trt.save_model(other, tmp_path / "other")
+    session = mlflow_trt.load_model(str(tmp_path / "other"), runtime="onnxruntime")
+    with pytest.raises(SelfTestError, match="answers wrongly.*relative error 0.1, at most 0.02") as caught:
+        self_test.check(session, read_folder(product_folder), {"engine": "a"})
+    assert caught.value.comparison.relative_error == pytest.approx(0.1, rel=1e-3)
+    assert "closed" in repr(session)
+
+
+def test_a_golden_sample_that_was_changed_is_refused(product_folder):
+    golden = product_folder / "golden.npz"
+    golden.write_bytes(golden.read_bytes() + b"\0")
+    folder = read_folder(product_folder)
+    session = mlflow_trt.load_model(str(product_folder), runtime="onnxruntime")
+    with pytest.raises(IntegrityError, match=r"golden.npz is not the file that was logged"):
+        self_test.check(session, folder, {})
+    assert "closed" in repr(session)
+
+
+def test_records_of_the_first_version_still_load(product_folder):
+    file = product_folder / "mlflow_trt.json"
+    record = json.loads(file.read_text())
+    for name in ("comparisons", "golden"):
+        del record[name]
+    for name in ("node_types", "weight_types", "kept", "largest", "calibration", "size_before", "size_after"):
+        del record["precision_report"][name]
+    for name in ("keep_float32", "calibration_method"):
+        del record["recipe"][name]
+    file.write_text(json.dumps(record))
+    folder = read_folder(product_folder)
+    with mlflow_trt.load_model(str(product_folder), runtime="onnxruntime") as session:
+        self_test.check(session, folder, {})  # there is nothing to test
