@@ -6,6 +6,7 @@ The GPU's clocks are left alone, and so is whatever else runs on it: the numbers
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,8 +83,11 @@ class Benchmark:
     def metrics(self) -> list[tuple[str, float, int]]:
         """Names, values and steps for MLflow; the step is the batch size."""
         found = []
+        several = len({row.model for row in self.measurements}) > 1
         for row in self.measurements:
             prefix = f"{row.runtime}/{row.part}".replace(" ", "_").lower()
+            if several:
+                prefix = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', row.model).strip('_')}/{prefix}"
             values = {"mean_ms": row.latency.mean, "p50_ms": row.latency.p50, "p90_ms": row.latency.p90}
             values |= {"p99_ms": row.latency.p99, "rows_per_second": row.throughput}
             found += [(f"{prefix}/{name}", value, row.batch) for name, value in values.items()]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from pathlib import Path
 
 import mlflow
 
 from mlflow_trt.benchmark import Benchmark
+from mlflow_trt.comparison import Comparison
 from mlflow_trt.layers import LayerReport, page
 from mlflow_trt.plots import draw_benchmark, draw_layers
 
@@ -27,7 +29,9 @@ def write_report(benchmark: Benchmark, title: str, folder: Path, layers: LayerRe
     return files
 
 
-def log_report(benchmark: Benchmark, title: str, layers: LayerReport | None = None) -> str:
+def log_report(
+    benchmark: Benchmark, title: str, layers: LayerReport | None = None, comparison: Comparison | None = None
+) -> str:
     """Log it to a new run of the current experiment, and return the run's id. The steps are the batch sizes."""
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
         write_report(benchmark, title, Path(workdir), layers)
@@ -35,5 +39,11 @@ def log_report(benchmark: Benchmark, title: str, layers: LayerReport | None = No
             mlflow.set_tags({"mlflow_trt.benchmark_of": title})
             for name, value, step in benchmark.metrics():
                 mlflow.log_metric(name, value, step=step)
+            for output in comparison.outputs if comparison is not None else ():
+                # Names of outputs may have characters that MLflow refuses in those of metrics.
+                name = re.sub(r"[^\w\-. /]", "_", output.name)
+                mlflow.log_metric(f"accuracy/{name}/relative_error", output.relative_error)
+                mlflow.log_metric(f"accuracy/{name}/max_abs_error", output.max_abs_error)
+                mlflow.log_metric(f"accuracy/{name}/cosine_similarity", output.cosine_similarity)
             mlflow.log_artifacts(workdir)
     return str(run.info.run_id)

@@ -14,6 +14,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from mlflow_trt.artifact import Record
     from mlflow_trt.benchmark import Benchmark
+    from mlflow_trt.compare import SideBySide
     from mlflow_trt.convert.recipe import Recipe
     from mlflow_trt.convert_all import Outcome
     from mlflow_trt.doctor import Diagnosis
@@ -158,6 +159,25 @@ def print_benchmark(uri: str, benchmark: Benchmark, run_id: str | None = None) -
     print_measurements(uri, benchmark)
     if run_id is not None:
         typer.echo(f"\nlogged to run {run_id}")
+
+
+def print_side_by_side(result: SideBySide, run_id: str | None = None) -> None:
+    comparison = result.comparison
+    headings = ("output", "relative error", "largest error", "mean error", "cosine", "same best class")
+    rows = [
+        (
+            output.name,
+            f"{output.relative_error:.2e}",
+            f"{output.max_abs_error:.2e}",
+            f"{output.mean_abs_error:.2e}",
+            f"{output.cosine_similarity:.6f}",
+            "" if output.top_class_agreement is None else f"{output.top_class_agreement:.1%}",
+        )
+        for output in comparison.outputs
+    ]
+    print_rows(f"{result.subject} against {result.reference}, on {comparison.inputs}", headings, rows)
+    typer.echo(f"{comparison.verdict}{''.join(f'; {problem}' for problem in comparison.problems)}\n")
+    print_benchmark("latency and throughput", result.benchmark, run_id)
 
 
 def print_measurements(title: str, benchmark: Benchmark) -> None:
