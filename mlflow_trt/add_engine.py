@@ -23,8 +23,9 @@ from mlflow_trt._logging import get_logger
 from mlflow_trt.artifact import ModelFolder, Record, add_engine_file, read_folder, why_not
 from mlflow_trt.convert.builder import Progress, build_engine
 from mlflow_trt.convert.recipe import Recipe
-from mlflow_trt.errors import RecipeError
+from mlflow_trt.errors import EngineMismatchError, RecipeError, RuntimeUnavailableError
 from mlflow_trt.lineage import CONVERTED_TAG, EXTENDS_TAG, point_to
+from mlflow_trt.loading import LoadSettings, open_session
 from mlflow_trt.packaging import FLAVOR_NAME, check_names, flavor_fields, move_model
 from mlflow_trt.progress import shown_progress
 from mlflow_trt.registration import set_alias, undo_logging, undone_on_failure
@@ -57,6 +58,7 @@ def add_engine(
 
     Raises:
         ArtifactError: it is no model of this flavor. RecipeError: there is neither a GPU nor a target.
+        SelfTestError: the new engine answers wrongly on this machine.
         Everything that a build raises. After any failure or interruption the registry is as it was before.
     """
     version = registered_version(model_uri)
@@ -79,6 +81,8 @@ def add_engine(
         # Written by MLflow when it downloads, about the version that was downloaded.
         (folder.path / "registered_model_meta").unlink(missing_ok=True)
         extended = add_engine_file(folder.path, engine, Path(workdir) / "engine.plan", extends=uri)
+        if gpu is not None:
+            _try(folder.path)
         tags = {key: value for key, value in version.tags.items() if not key.startswith("mlflow.")}
         tags = {**tags, "mlflow_trt.target": ", ".join(e.target for e in extended.engines), EXTENDS_TAG: uri}
         tags.pop(CONVERTED_TAG, None)
@@ -137,6 +141,14 @@ def _built(
             distribution=tensorrt.distribution,
             progress=progress or shown,
         )
+
+
+def _try(path: Path) -> None:
+    """Run the golden sample on the new engine, where this machine has what that needs. Raises SelfTestError."""
+    try:
+        open_session(read_folder(path), LoadSettings(on_mismatch="error")).close()
+    except (RuntimeUnavailableError, EngineMismatchError) as error:
+        _log.warning("The new engine was not tested here: %s", error.message)
 
 
 def _logged(folder: Path, record: Record, name: str, tags: Mapping[str, str], logged: Any) -> str:

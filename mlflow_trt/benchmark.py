@@ -32,11 +32,11 @@ from mlflow_trt.errors import (
     RuntimeUnavailableError,
 )
 from mlflow_trt.loading import LoadSettings, open_session
+from mlflow_trt.model_inputs import Feeds, sample
 from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.runtime.tensorrt import TensorRTSession
 from mlflow_trt.runtime.timing import Latency, measure
-from mlflow_trt.samples import Feeds, sample
 from mlflow_trt.sources.opened import opened_source
 from mlflow_trt.spec import BatchAxis, ShapeProfile
 
@@ -120,8 +120,8 @@ class Runnable:
         leading = self.session.inputs[0].fixed[:1] if self.session.inputs else ()
         return [leading[0] or 1] if leading else [1]
 
-    def inputs(self, rows: int, data: Mapping[str, Any] | None) -> Feeds:
-        return sample(rows, self.session.inputs, self.profiles, self.batch_axis, data or self.example)
+    def inputs(self, rows: int, data: Any) -> Feeds:
+        return sample(rows, self.session.inputs, self.profiles, self.batch_axis, self.example if data is None else data)
 
 
 @contextmanager
@@ -176,7 +176,7 @@ def benchmark(
     model_uri: str,
     batches: Sequence[int],
     *,
-    data: Mapping[str, Any] | None = None,
+    data: Any = None,
     seconds: float = 2.0,
     against_source: bool = True,
     device: int = 0,
@@ -227,7 +227,7 @@ class _Steps:
 def measured(
     runnable: Runnable,
     batches: Sequence[int],
-    data: Mapping[str, Any] | None,
+    data: Any,
     seconds: float,
     steps: _Steps | None = None,
     problems: list[str] | None = None,

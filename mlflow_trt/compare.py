@@ -45,7 +45,7 @@ def compare_models(
     subject_uri: str,
     *,
     batches: Sequence[int] = (1, 8),
-    data: Mapping[str, Any] | None = None,
+    data: Any = None,
     tolerance: Tolerance | None = None,
     seconds: float = 1.0,
     device: int = 0,
@@ -81,11 +81,11 @@ def compare_models(
     return SideBySide(reference=reference.name, subject=subject.name, comparison=comparison, benchmark=benchmark)
 
 
-def _compared(
-    reference: Runnable, subject: Runnable, data: Mapping[str, Any] | None, tolerance: Tolerance | None
-) -> Comparison:
-    rows = len(next(iter(data.values()))) if data else _ROWS
-    origin = "the given data" if data else "the input example" if subject.example else "generated noise"
+def _compared(reference: Runnable, subject: Runnable, data: Any, tolerance: Tolerance | None) -> Comparison:
+    rows = _ROWS
+    if data is not None:
+        rows = len(next(iter(data.values())) if isinstance(data, Mapping) else data)
+    origin = "the given data" if data is not None else "the input example" if subject.example else "generated noise"
     (size,) = subject.sizes([rows])
     feeds = subject.inputs(size, data)
     precision = subject.record.recipe.precision if subject.record is not None else Precision.FP32

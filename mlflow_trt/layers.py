@@ -66,7 +66,7 @@ def read_layers(
     *,
     rows: int | None = None,
     runs: int = 20,
-    data: Mapping[str, Any] | None = None,
+    data: Any = None,
     device: int = 0,
     progress: Progress | None = None,
 ) -> LayerReport:

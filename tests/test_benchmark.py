@@ -12,13 +12,13 @@ from PIL import Image
 from test_cli import run
 
 import mlflow_trt
-from mlflow_trt import InputError, RecipeError
+from mlflow_trt import RecipeError
 from mlflow_trt.artifact import read_folder
 from mlflow_trt.benchmark import Benchmark, Measurement, benchmark
+from mlflow_trt.model_inputs import sample
 from mlflow_trt.plots import draw_benchmark, draw_layers
 from mlflow_trt.reporting import log_report
 from mlflow_trt.runtime.timing import Latency, measure
-from mlflow_trt.samples import read_npz, sample
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -106,14 +106,18 @@ class TestInputs:
         feeds = sample(4, record.inputs, record.profiles, record.batch_axis)
         assert feeds["shape"].tolist() == [16, 4]
 
-    def test_from_a_file(self, tmp_path):
-        np.savez(tmp_path / "inputs.npz", x=networks.rows(2))
-        assert np.array_equal(read_npz(tmp_path / "inputs.npz")["x"], networks.rows(2))
-        np.savez(tmp_path / "objects.npz", x=np.array([{}], dtype=object))
-        (tmp_path / "text.npz").write_text("no arrays")
-        for name in ("objects", "text", "nothing"):
-            with pytest.raises(InputError, match=r"is no \.npz file of arrays"):
-                read_npz(tmp_path / f"{name}.npz")
+    def test_scalars_stay_scalars(self, tmp_path):
+        mlflow_trt.save_model(networks.every_dtype(), tmp_path / "model", batch=4)
+        record = read_folder(tmp_path / "model").record
+        feeds = sample(4, record.inputs, record.profiles, record.batch_axis)
+        assert feeds["scale"].shape == ()
+        assert feeds["i32"].dtype == np.int32
+        assert not feeds["u8"].any()
+
+    def test_an_array_is_that_of_the_only_input(self, folder):
+        record = read_folder(folder).record
+        given = networks.rows(2)
+        assert np.array_equal(sample(2, record.inputs, (), record.batch_axis, given)["x"], given)
 
 
 def made_up() -> Benchmark:

@@ -122,10 +122,11 @@ ALLOWED = {
     "registry": CONVERT | {"flavor", "lineage", "packaging", "registration", "sources"},
     "planning": CONVERT | {"lineage", "packaging", "signatures", "sources"},
     "convert_all": CONVERT | {"lineage", "planning", "registration", "registry"},
-    "add_engine": CONVERT | {"artifact", "lineage", "packaging", "progress", "registration", "registry", "sources"},
-    "samples": BASE | RUNTIME,
+    "add_engine": CONVERT
+    | {"artifact", "lineage", "loading", "packaging", "progress", "registration", "registry", "sources"},
+    "model_inputs": BASE,
     "compare": CONVERT | {"benchmark", "comparison"},
-    "benchmark": CONVERT | RUNTIME | {"artifact", "loading", "packaging", "samples", "sources"},
+    "benchmark": CONVERT | RUNTIME | {"artifact", "loading", "packaging", "model_inputs", "sources"},
     "layers": CONVERT | RUNTIME | {"benchmark"},
     "plots": BASE | {"benchmark"},
     "reporting": BASE | {"benchmark", "comparison", "layers", "plots"},
@@ -143,7 +144,7 @@ ALLOWED = {
         "doctor",
         "export",
     }
-    | {"flavor", "layers", "planning", "progress", "registry", "reporting", "samples"},
+    | {"flavor", "layers", "planning", "progress", "registry", "reporting", "sample_data"},
     "__main__": {"cli"},
 }
 MODULES = sorted(

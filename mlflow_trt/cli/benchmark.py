@@ -15,7 +15,7 @@ def benchmark(
     uri: Annotated[str, typer.Argument(help="An MLflow model URI such as models:/name/version, or a folder.")],
     batch: Annotated[str, typer.Option(help="Batch sizes, like 1,8,32,128.")] = "1,8,32",
     data: Annotated[
-        Path | None, typer.Option(help="An .npz file of inputs; else the model's example, or noise.")
+        Path | None, typer.Option(help="An .npz or .npy file of inputs; else the model's example, or noise.")
     ] = None,
     seconds: Annotated[float, typer.Option(help="How long each row of the table is measured.")] = 2.0,
     no_source: Annotated[
@@ -32,10 +32,10 @@ def benchmark(
     from mlflow_trt.layers import read_layers
     from mlflow_trt.progress import shown_progress
     from mlflow_trt.reporting import log_report, write_report
-    from mlflow_trt.samples import read_npz
+    from mlflow_trt.sample_data import read_arrays
 
     with results_on_stdout(as_json), shown_progress(f"Measuring {uri}") as progress:
-        feeds = None if data is None else read_npz(data)
+        feeds = None if data is None else read_arrays(data)
         result = benchmarks.benchmark(
             uri,
             parse_numbers(batch, "--batch"),

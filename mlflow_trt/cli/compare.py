@@ -15,7 +15,7 @@ def compare(
     reference: Annotated[str, typer.Argument(help="The model to compare with: an MLflow model URI or a folder.")],
     subject: Annotated[str, typer.Argument(help="The model to compare, usually one that was made of it.")],
     data: Annotated[
-        Path | None, typer.Option(help="An .npz file of inputs; else the model's example, or noise.")
+        Path | None, typer.Option(help="An .npz or .npy file of inputs; else the model's example, or noise.")
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes to measure, like 1,8,32.")] = "1,8",
     seconds: Annotated[float, typer.Option(help="How long each row of the table is measured.")] = 1.0,
@@ -29,11 +29,11 @@ def compare(
     from mlflow_trt.comparison import Verdict
     from mlflow_trt.progress import shown_progress
     from mlflow_trt.reporting import log_report, write_report
-    from mlflow_trt.samples import read_npz
+    from mlflow_trt.sample_data import read_arrays
 
     title = f"{subject} and {reference}"
     with results_on_stdout(as_json), shown_progress(f"Comparing {title}") as progress:
-        feeds = None if data is None else read_npz(data)
+        feeds = None if data is None else read_arrays(data)
         sizes = parse_numbers(batch, "--batch")
         result = compare_models(
             reference, subject, batches=sizes, data=feeds, seconds=seconds, device=device, progress=progress

@@ -34,7 +34,7 @@ class TracedInput:
         for axis in self.varying:
             if axis < array.ndim and array.shape[axis] == 1:
                 array = np.repeat(array, 2, axis)
-        return np.ascontiguousarray(array)
+        return np.asarray(array, order="C")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ def traced_inputs(model: Model, folder: Path) -> list[TracedInput]:
     for (name, shape, dtype), (_, array) in zip(specs, arrays, strict=True):
         varying = tuple(axis for axis, size in enumerate(shape) if size == -1)
         given = array if name is None else by_name.get(name, array)
-        traced.append(TracedInput(name=name, array=np.ascontiguousarray(given, dtype), varying=varying))
+        traced.append(TracedInput(name=name, array=np.asarray(given, dtype, order="C"), varying=varying))
     return traced
 
 

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mlflow_trt.dtypes import numpy_dtype
-from mlflow_trt.errors import InputError
 from mlflow_trt.spec import BatchAxis, ShapeProfile, TensorSpec
 
 Feeds = dict[str, npt.NDArray[Any]]
 _USUAL = 1  # what a dimension gets of which nothing is known
-
-
-def read_npz(path: Path) -> Feeds:
-    """The arrays of an .npz file, by the names of the inputs. Nothing in it is executed."""
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            return {name: content[name] for name in content.files}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no .npz file of arrays: {error}; make one with numpy.savez") from error
 
 
 def sample(
@@ -31,14 +20,17 @@ def sample(
     inputs: Sequence[TensorSpec],
     profiles: Sequence[ShapeProfile],
     batch_axis: BatchAxis | None,
-    given: Mapping[str, Any] | None = None,
+    given: Any = None,
 ) -> Feeds:
     """Inputs of `rows` rows: the given ones, repeated or cut, and made up ones for the rest.
 
-    Made up are normally distributed floats, and zeros of other types, which are valid where numbers index something.
+    `given` is a mapping of arrays, or for a model with one input an array. Made up are normally distributed floats, and
+    zeros of other types, which are valid where numbers index something.
     """
     random = np.random.default_rng(0)
     batched = batch_axis.inputs if batch_axis is not None else ()
+    if given is not None and not isinstance(given, Mapping):
+        given = {inputs[0].name: given}
     feeds: Feeds = {}
     for spec in inputs:
         array = None if given is None or spec.name not in given else np.asarray(given[spec.name])
@@ -46,7 +38,7 @@ def sample(
             array = _made_up(spec, profiles, random)
         if spec.name in batched and array.ndim:
             array = np.resize(array, (rows, *array.shape[1:])) if len(array) else array
-        feeds[spec.name] = np.ascontiguousarray(array)
+        feeds[spec.name] = np.asarray(array, order="C")
     return feeds
 
 
