@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from mlflow_trt._logging import get_logger
 from mlflow_trt.benchmark import Benchmark, Runnable, measured, opened
 from mlflow_trt.comparison import Comparison, Tolerance
@@ -84,7 +86,8 @@ def compare_models(
 def _compared(reference: Runnable, subject: Runnable, data: Any, tolerance: Tolerance | None) -> Comparison:
     rows = _ROWS
     if data is not None:
-        rows = len(next(iter(data.values())) if isinstance(data, Mapping) else data)
+        shape = np.shape(next(iter(data.values())) if isinstance(data, Mapping) else data)
+        rows = shape[0] if shape else 1
     origin = "the given data" if data is not None else "the input example" if subject.example else "generated noise"
     (size,) = subject.sizes([rows])
     feeds = subject.inputs(size, data)

@@ -12,6 +12,7 @@ from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from mlflow_trt._logging import get_logger
+from mlflow_trt.comparison import Tolerance
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import RecipeError
 from mlflow_trt.lineage import RECIPE_DIGEST_TAG
@@ -42,6 +43,8 @@ def convert_all(
     *,
     name_pattern: str = "{name}-trt",
     alias: str | None = None,
+    calibration_data: Any = None,
+    verify: Tolerance | bool = True,
     model_config: Mapping[str, Any] | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -52,7 +55,7 @@ def convert_all(
     Args:
         filter_string: as for `MlflowClient.search_registered_models`, such as `tags.deploy = 'gpu'`.
         name_pattern: the name to register each result under; `{name}` stands for the source's.
-        alias, model_config, force: as for `convert_model_version`.
+        alias, calibration_data, verify, model_config, force: as for `convert_model_version`.
         dry_run: convert nothing, and find out what would be done.
         on_outcome: called after each model.
 
@@ -68,7 +71,12 @@ def convert_all(
     outcomes = []
     for model in list(_matching(filter_string)):
         started = time.monotonic()
-        options = {"model_config": model_config, "force": force}
+        options = {
+            "calibration_data": calibration_data,
+            "verify": verify,
+            "model_config": model_config,
+            "force": force,
+        }
         outcome = _outcome(model, name_pattern.replace("{name}", model.name), recipe, alias, options, dry_run=dry_run)
         outcome = Outcome(**{**vars(outcome), "seconds": round(time.monotonic() - started, 1)})
         outcomes.append(outcome)

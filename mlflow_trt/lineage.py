@@ -7,14 +7,22 @@ lists the URIs of what was made of it.
 
 from __future__ import annotations
 
+import hashlib
+import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from mlflow_trt import cache, hardware, trt
+from mlflow_trt.comparison import Tolerance
+from mlflow_trt.convert.onnx_model import sha256_of
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.registration import Undo, exists, restore_tag, versions_of
 
@@ -53,6 +61,36 @@ def recipe_digest(recipe: Recipe, tensorrt: trt.TensorRT, rest: Mapping[str, Any
             **{name: value for name, value in rest.items() if value is not None},
         }
     )
+
+
+def asked(model_config: Any, calibration_data: Any, verify: Tolerance | bool) -> dict[str, Any]:
+    """What besides the recipe makes a conversion another one, for `recipe_digest`; defaults are None."""
+    return {
+        "model_config": model_config,
+        "calibration_data": _data_digest(calibration_data),
+        "verify": asdict(verify) if isinstance(verify, Tolerance) else None if verify else False,
+    }
+
+
+def _data_digest(data: Any) -> str | None:
+    """The digest of sample inputs. What can be read only once, such as an iterator, is never the same again."""
+    if data is None:
+        return None
+    if isinstance(data, (str, os.PathLike)):
+        return sha256_of(Path(data)) if Path(data).is_file() else str(data)
+    if hasattr(data, "digest"):
+        return str(data.digest)  # an MLflow dataset
+    if isinstance(data, np.ndarray):
+        data = {"": data}
+    if not isinstance(data, (Mapping, pd.DataFrame)):
+        return uuid.uuid4().hex
+    digest = hashlib.sha256()
+    for name, values in data.items():
+        array = np.asarray(values)
+        if array.dtype == object:
+            array = np.stack([np.asarray(cell) for cell in array])
+        digest.update(f"{name} {array.dtype} {array.shape};".encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def tags_of(lineage: Mapping[str, str], digest: str) -> dict[str, str]:

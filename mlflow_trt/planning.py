@@ -12,11 +12,12 @@ from typing import Any
 from mlflow import MlflowClient
 
 from mlflow_trt import trt
+from mlflow_trt.comparison import Tolerance
 from mlflow_trt.convert.limits import check_recipe
 from mlflow_trt.convert.onnx_model import read_onnx
 from mlflow_trt.convert.profiles import resolve_profiles
 from mlflow_trt.convert.recipe import Recipe
-from mlflow_trt.lineage import find_twin, recipe_digest
+from mlflow_trt.lineage import asked, find_twin, recipe_digest
 from mlflow_trt.packaging import check_names, check_target
 from mlflow_trt.signatures import example_shapes
 from mlflow_trt.sources.opened import opened_source
@@ -46,6 +47,8 @@ def plan_conversion(
     *,
     registered_model_name: str | None = None,
     path: Path | None = None,
+    calibration_data: Any = None,
+    verify: Tolerance | bool = True,
     model_config: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Plan:
@@ -64,7 +67,7 @@ def plan_conversion(
         profiles = resolve_profiles(model, recipe, example_shapes(source.input_example, model.inputs))
         twin = None
         if registered_model_name is not None and not force:
-            digest = recipe_digest(recipe, tensorrt, {"model_config": model_config})
+            digest = recipe_digest(recipe, tensorrt, asked(model_config, calibration_data, verify))
             twin = find_twin(MlflowClient(), registered_model_name, source.lineage, model.digest, digest)
         return Plan(
             source=source.lineage["source"],

@@ -15,11 +15,12 @@ from mlflow.utils.validation import _validate_model_alias_name
 
 from mlflow_trt import trt
 from mlflow_trt._logging import get_logger
+from mlflow_trt.comparison import Tolerance
 from mlflow_trt.convert.builder import Progress
 from mlflow_trt.convert.onnx_model import read_onnx
 from mlflow_trt.convert.recipe import BatchRequest, Recipe, ShapesRequest
 from mlflow_trt.flavor import log_model, save_model
-from mlflow_trt.lineage import carried_tags, find_twin, point_to, recipe_digest, tags_of
+from mlflow_trt.lineage import asked, carried_tags, find_twin, point_to, recipe_digest, tags_of
 from mlflow_trt.packaging import check_names
 from mlflow_trt.registration import set_alias, undo_logging, undone_on_failure
 from mlflow_trt.sources.opened import SourceModel, opened_source
@@ -37,6 +38,8 @@ def convert_model_version(
     shapes: ShapesRequest | None = None,
     recipe: Recipe | None = None,
     targets: Sequence[str] | str | None = None,
+    calibration_data: Any = None,
+    verify: Tolerance | bool = True,
     model_config: Mapping[str, Any] | None = None,
     tags: Mapping[str, Any] | None = None,
     alias: str | None = None,
@@ -53,7 +56,7 @@ def convert_model_version(
     Args:
         model_uri: `models:/name/version`, `models:/name@alias`, `runs:/...`, or any other URI of an MLflow model; the
             path of an ONNX file will do as well.
-        precision, batch, shapes, recipe, targets, model_config, progress: as for `log_model`.
+        precision, batch, shapes, recipe, targets, calibration_data, verify, model_config, progress: as for `log_model`.
         tags: more tags of the new version; they come before those of the source.
         alias: set on the version once everything else succeeded.
         force: make a new version, even where there is one of the same source and recipe.
@@ -70,7 +73,7 @@ def convert_model_version(
     if alias is not None:
         _validate_model_alias_name(alias)
     with opened_source(model_uri) as source:
-        digest = recipe_digest(request, trt.load(), {"model_config": model_config})
+        digest = recipe_digest(request, trt.load(), asked(model_config, calibration_data, verify))
         client = MlflowClient()
         with undone_on_failure() as undo:
             version = None
@@ -88,6 +91,8 @@ def convert_model_version(
                     source.path,
                     name=logged_name(registered_model_name),
                     recipe=request,
+                    calibration_data=calibration_data,
+                    verify=verify,
                     signature=source.signature,
                     input_example=source.input_example,
                     metadata=source.metadata,
@@ -112,6 +117,8 @@ def convert_to_folder(
     path: str | os.PathLike[str],
     recipe: Recipe,
     *,
+    calibration_data: Any = None,
+    verify: Tolerance | bool = True,
     model_config: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -121,6 +128,8 @@ def convert_to_folder(
             source.path,
             path,
             recipe=recipe,
+            calibration_data=calibration_data,
+            verify=verify,
             signature=source.signature,
             input_example=source.input_example,
             metadata=source.metadata,

@@ -173,3 +173,34 @@ def test_an_alias_is_set_last_and_only_where_all_went_well(client):
     assert not client.search_registered_models("name = 'h-trt'")
     mlflow_trt.convert_model_version("models:/h/1", "h-trt", batch=4, alias="champion")
     assert str(client.get_model_version_by_alias("h-trt", "champion").version) == "1"
+
+
+def test_other_calibration_data_or_tolerance_makes_another_version(client, tmp_path):
+    register("i")
+    np.savez(tmp_path / "data.npz", x=networks.rows(16))
+    data = {"x": networks.rows(16)}
+
+    def version(**options):
+        made = mlflow_trt.convert_model_version("models:/i/1", "i-trt", batch=(1, 4, 8), **options)
+        return int(made.version)
+
+    assert version(calibration_data=data) == version(calibration_data={"x": data["x"].copy()}) == 1
+    assert version(calibration_data={"x": networks.rows(17)}) == 2
+    assert version(calibration_data=tmp_path / "data.npz") == version(calibration_data=tmp_path / "data.npz") == 3
+    assert version() == 4
+    assert version(verify=mlflow_trt.Tolerance(relative_error=0.5)) == 5
+    assert version(verify=False) == 6
+    assert version(verify=True) == 4
+    assert version(calibration_data=iter([data])) == 7
+
+
+def test_what_the_accuracy_gate_refuses_gets_neither_version_nor_alias(client):
+    register("j")
+    before = registry_state(client)
+    strict = mlflow_trt.Tolerance(max_abs_error=0)
+    with pytest.raises(mlflow_trt.AccuracyError):
+        mlflow_trt.convert_model_version(
+            "models:/j/1", "j-trt", precision="fp16", batch=4, verify=strict, alias="champion",
+            calibration_data={"x": networks.rows(8)},
+        )  # fmt: skip
+    assert registry_state(client) == before

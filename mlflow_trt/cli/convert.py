@@ -91,6 +91,10 @@ def convert(
     strip_weights: options.StripWeights = False,
     weight_streaming: options.WeightStreaming = False,
     profiling_verbosity: options.ProfilingVerbosity = "",
+    calibration_data: Annotated[
+        Path | None,
+        typer.Option(help="An .npz or .npy file of real inputs: int8 and fp8 need it, all are compared on it."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Convert a model, from a file or from MLflow, into an MLflow model with a TensorRT engine."""
@@ -118,14 +122,17 @@ def _convert_one(given: dict[str, Any], source: str, recipe: Any) -> None:
     from mlflow_trt.registry import convert_model_version, convert_to_folder
 
     name, alias, force = given["register_as"], given["alias"] or None, given["force"]
+    data = given["calibration_data"]
     with results_on_stdout(given["as_json"]), tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
         if name:
-            version = convert_model_version(source, name, recipe=recipe, alias=alias, force=force)
+            version = convert_model_version(
+                source, name, recipe=recipe, calibration_data=data, alias=alias, force=force
+            )
             uri = f"models:/{version.name}/{version.version}"
             record = read_record(uri)
         else:
             uri = str(given["output"] or Path(workdir, "model"))
-            convert_to_folder(source, uri, recipe)
+            convert_to_folder(source, uri, recipe, calibration_data=data)
             record = read_folder(Path(uri)).record
         if given["save_engine"] is not None:
             save_engine(uri, given["save_engine"])
@@ -143,7 +150,14 @@ def _plan(given: dict[str, Any], source: str, recipe: Any) -> None:
 
     with results_on_stdout(given["as_json"]):
         name, path = given["register_as"] or None, given["output"]
-        plan = plan_conversion(source, recipe, registered_model_name=name, path=path, force=given["force"])
+        plan = plan_conversion(
+            source,
+            recipe,
+            registered_model_name=name,
+            path=path,
+            calibration_data=given["calibration_data"],
+            force=given["force"],
+        )
     if given["as_json"]:
         print_json(asdict(plan))
     else:
@@ -161,6 +175,7 @@ def _convert_all(given: dict[str, Any], _source: str, recipe: Any) -> None:
                 recipe,
                 name_pattern=given["register_as"] or "{name}-trt",
                 alias=given["alias"] or None,
+                calibration_data=given["calibration_data"],
                 force=given["force"],
                 dry_run=given["dry_run"],
                 on_outcome=outcomes.append,

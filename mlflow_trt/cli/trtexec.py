@@ -60,7 +60,7 @@ OPTIONS = (
     Option("--stronglyTyped", "dropped", "networks are always strongly typed", flag=True),
     Option("--explicitBatch", "dropped", "networks always have an explicit batch", flag=True),
     Option("--verbose", "dropped", "set the logger mlflow.mlflow_trt to DEBUG", flag=True),
-    Option("--calib", "refused", "TensorRT 11 removed calibration caches; int8 calibrates on sample inputs instead"),
+    Option("--calib", "refused", "TensorRT 11 removed calibration caches; --calibration-data takes inputs instead"),
     Option("--loadEngine", "refused", "a model folder holds the ONNX that an engine was made of; give --onnx"),
     Option("--batch", "refused", "TensorRT removed implicit batches; give --batch min:opt:max to mlflow-trt"),
     Option("--maxBatch", "refused", "TensorRT removed implicit batches; give --batch min:opt:max to mlflow-trt"),
