@@ -30,7 +30,7 @@ from mlflow_trt import (
     UnsupportedModelError,
     trt,
 )
-from mlflow_trt.convert import build_worker, builder
+from mlflow_trt.convert import build_worker, builder, limits
 from mlflow_trt.convert.build_worker import Job, _configure
 from mlflow_trt.convert.builder import build_engine
 from mlflow_trt.convert.conversion import convert
@@ -274,7 +274,7 @@ class TestFailures:
             build(networks.product(), tmp_path, **recipe)
 
     def test_a_timing_cache_is_left_alone_by_tensorrt_rtx(self, tmp_path, messages):
-        builder._say_once.cache_clear()
+        limits._say_once.cache_clear()
         for folder in ("a", "b"):
             (tmp_path / folder).mkdir()
             build(networks.product(), tmp_path / folder, timing_cache=str(tmp_path / "timing.cache"))

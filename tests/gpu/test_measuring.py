@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import mlflow
 import networks
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import mlflow_trt
 from mlflow_trt.add_engine import add_engine
 from mlflow_trt.artifact import read_folder
 from mlflow_trt.benchmark import benchmark
+from mlflow_trt.compare import compare_models
 from mlflow_trt.flavor import read_record
 from mlflow_trt.layers import page, read_layers
 from mlflow_trt.reporting import write_report
@@ -93,3 +95,13 @@ def test_an_engine_for_this_machine_is_added_and_taken(store, tmp_path):
     with mlflow_trt.load_model(f"models:/p-trt/{made.version}", on_mismatch="error") as session:
         assert session.run({"x": networks.rows(3)})["y"].shape == (3, 8)
     assert str(add_engine(f"models:/p-trt/{made.version}").version) == str(made.version)
+
+
+def test_compares_an_engine_with_its_source(store):
+    mlflow.onnx.log_model(networks.product(), name="p", registered_model_name="p", pip_requirements=["onnx"])
+    mlflow_trt.convert_model_version("models:/p/1", "p-trt", batch=(1, 4, 8))
+    data = {"x": networks.rows(8)}
+    result = compare_models("models:/p/1", "models:/p-trt/1", data=data, batches=(1, 8), seconds=0.1)
+    assert str(result.comparison.verdict) == "passed"
+    assert result.benchmark.problems == ()
+    assert {"TensorRT", "ONNX Runtime"} <= {row.runtime.partition(" C")[0] for row in result.benchmark.measurements}
