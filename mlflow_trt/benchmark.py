@@ -18,7 +18,7 @@ from mlflow.models import Model
 from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 
 from mlflow_trt._logging import get_logger
-from mlflow_trt.artifact import Record, read_folder
+from mlflow_trt.artifact import RECORD_FILE, Record, read_folder
 from mlflow_trt.convert.builder import BuildProgress, Progress
 from mlflow_trt.convert.onnx_model import read_onnx
 from mlflow_trt.errors import (
@@ -146,7 +146,7 @@ def opened(model_uri: str, *, device: int = 0, progress: Progress | None = None)
     """A model as it runs here: its engine on a GPU; without one its source on ONNX Runtime, and a word that says so."""
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
         local = Path(model_uri)
-        path = local if local.is_dir() else None
+        path = local if (local / RECORD_FILE).is_file() else None
         if path is None and (":/" not in model_uri or not _is_ours(model_uri)):
             with opened_source_of(model_uri) as runnable:
                 yield runnable

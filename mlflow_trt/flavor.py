@@ -202,15 +202,14 @@ def log_model(
         tempfile.TemporaryDirectory(prefix="mlflow-trt-") as staging,
         undone_on_failure() as undo,
     ):
-        logged = undo_logging(undo, registered_model_name)
+        logged = undo_logging(undo, registered_model_name, keep_model=model_id is not None)
         # Written before MLflow hears of it: what cannot be written leaves no half of a logged model.
         folder = Path(staging) / "model"
         written = write_model(conversion, verification, folder, options)
 
         def save(path: str, mlflow_model: Model, validate_serving_input: bool) -> None:
             del validate_serving_input  # Model.log reads it, and passes on all its keywords
-            if model_id is None:
-                logged(str(mlflow_model.model_id))
+            logged(str(mlflow_model.model_id))
             move_model(written, folder, Path(path), mlflow_model)
 
         facts = searchable_facts(conversion, verification)

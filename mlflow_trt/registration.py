@@ -50,8 +50,11 @@ def undone_on_failure() -> Iterator[Undo]:
         raise
 
 
-def undo_logging(undo: Undo, registered_model_name: str | None) -> Callable[[str], None]:
-    """Prepare to take back a logged model and what is registered of it; returns what to call with its id."""
+def undo_logging(undo: Undo, registered_model_name: str | None, *, keep_model: bool = False) -> Callable[[str], None]:
+    """Prepare to take back a logged model and what is registered of it; returns what to call with its id.
+
+    With `keep_model`, for a logged model that was there before, only what is registered is taken back.
+    """
     client = MlflowClient()
     is_new = registered_model_name is not None and not exists(client, registered_model_name)
     if registered_model_name is not None and is_new:
@@ -60,7 +63,8 @@ def undo_logging(undo: Undo, registered_model_name: str | None) -> Callable[[str
         )
 
     def logged(model_id: str) -> None:
-        undo.add(f"The logged model {model_id}", lambda: client.delete_logged_model(model_id))
+        if not keep_model:
+            undo.add(f"The logged model {model_id}", lambda: client.delete_logged_model(model_id))
         if registered_model_name is not None:
             undo.add(
                 f"The version of {registered_model_name} that was made of {model_id}",

@@ -51,6 +51,13 @@ def test_models_that_differ_fail(models, tmp_path):
     assert result.comparison.inputs == "8 rows of generated noise"
 
 
+def test_folders_of_either_kind(models, tmp_path):
+    mlflow.onnx.save_model(networks.product(), tmp_path / "onnx", pip_requirements=["onnx"])
+    mlflow_trt.save_model(networks.product(), tmp_path / "ours", batch=(1, 4, 8))
+    result = compare_models(str(tmp_path / "onnx"), str(tmp_path / "ours"), batches=(1,), seconds=0.02)
+    assert str(result.comparison.verdict) == "passed"
+
+
 def test_models_with_other_outputs_cannot_be_compared(models, tmp_path):
     network = networks.product()
     network.graph.output[0].name = network.graph.node[0].output[0] = "z"
