@@ -1,0 +1,266 @@
+"""Which operators build, and compute rightly, in which precision.
+
+    python tests/coverage_sweep.py                    # every case; on a machine with a GPU, engines are run too
+    python tests/coverage_sweep.py --sample 20        # every 20th case
+    python tests/coverage_sweep.py --json sweep.json  # keep the findings
+
+The cases are those of `onnx.backend.test` with float32 inputs, which come with expected outputs, and the real models of
+the tests. In 16 bits, each float input of a case passes through a product with 1, so that its operator is not left in
+float32 for lack of neighbours. Each goes the whole way: precision pass, engine, and where there is a GPU a session, whose
+outputs are compared with the expected ones within the default tolerance of the precision.
+
+Each worker is a process of its own that writes a line for every case, so that one which crashes TensorRT costs itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+for folder in ("", "examples", "tests"):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / folder))
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+REAL_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+OUTCOMES = ("correct", "built", "refused", "wrong", "not built", "not run", "crashed")
+"""Right on a GPU; built, where there is no GPU; refused by the accuracy gate, with the numbers; wrong although it was
+not refused; no engine; an engine that cannot be loaded or run; the end of the process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    case: str
+    precision: str
+    outcome: str
+    detail: str = ""
+    kept: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    name: str
+    model: object
+    recipe: dict
+    data: object
+    expected: dict | None
+    precisions: tuple[str, ...]
+
+
+def operator_cases() -> list[Case]:
+    from onnx.backend.test.loader import load_model_tests
+
+    cases = []
+    for test in load_model_tests(kind="node"):
+        case = _operator_case(test.name, test.model, test.data_sets)
+        if case is not None:
+            cases.append(case)
+    return cases
+
+
+def _operator_case(name, model, data_sets) -> Case | None:
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    names = [value.name for value in model.graph.input if value.name not in initializers]
+    if not data_sets:
+        return None
+    inputs, outputs = data_sets[0]
+    arrays = [*inputs, *outputs]
+    if len(inputs) != len(names) or not all(isinstance(array, np.ndarray) for array in arrays):
+        return None
+    if not any(array.dtype == np.float32 for array in inputs):
+        return None
+    feeds = dict(zip(names, inputs, strict=True))
+    expected = dict(zip([value.name for value in model.graph.output], outputs, strict=True))
+    return Case(name=name, model=model, recipe={}, data=[feeds], expected=expected, precisions=PRECISIONS)
+
+
+def real_cases() -> list[Case]:
+    from real_models import ON_THE_GPU, calibration_data
+
+    return [
+        Case(
+            name=model.name,
+            model=model.path(),
+            recipe=dict(model.recipe),
+            data=calibration_data(model),
+            expected=None,
+            precisions=REAL_PRECISIONS,
+        )
+        for model in ON_THE_GPU
+    ]
+
+
+def examine(case: Case, precision: str) -> Finding:
+    from mlflow_trt import BuildError, MlflowTrtError, Precision, Recipe, Tolerance
+    from mlflow_trt.convert.conversion import convert
+    from mlflow_trt.convert.onnx_model import read_onnx
+    from mlflow_trt.convert.samples import SampleData, SampleOrigin
+
+    def finding(outcome: str, detail: str = "", kept: int = 0) -> Finding:
+        return Finding(case=case.name, precision=precision, outcome=outcome, detail=detail[:300], kept=kept)
+
+    tolerance = Tolerance.default(Precision(precision))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            isolated = case.expected is not None and precision != "fp32"
+            source = read_onnx(_with_neighbours(case.model) if isolated else case.model, Path(folder))
+            recipe = Recipe(**case.recipe, precision=precision)
+            data = SampleData(arrays=case.data, origin=SampleOrigin.CALIBRATION_DATA)
+            conversion = convert(source, recipe, Path(folder), data=data, tolerance=tolerance)
+        except BuildError as error:
+            return finding("not built", error.message)
+        except MlflowTrtError as error:
+            return finding("not built", f"{type(error).__name__}: {error.message}")
+        kept = len(conversion.typed.report.kept)
+        comparison = conversion.typed.comparison
+        if comparison is not None and comparison.problems:
+            return finding("refused", "; ".join(comparison.problems), kept)
+        outcome, detail = _execute(case, conversion, tolerance)
+        return finding(outcome, detail, kept)
+
+
+def _with_neighbours(model):
+    """The model with a product before each float32 input, which computes nothing new."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    graph = changed.graph
+    initializers = {tensor.name for tensor in graph.initializer}
+    floats = {
+        value.name
+        for value in graph.input
+        if value.name not in initializers and value.type.tensor_type.elem_type == TensorProto.FLOAT
+    }
+    for node in graph.node:
+        for position, name in enumerate(node.input):
+            if name in floats:
+                node.input[position] = f"{name}_times_one"
+    products = [helper.make_node("Mul", [name, "the_one"], [f"{name}_times_one"]) for name in sorted(floats)]
+    nodes = [*products, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    graph.initializer.append(helper.make_tensor("the_one", TensorProto.FLOAT, [], [1.0]))
+    return changed
+
+
+def _execute(case: Case, conversion, tolerance) -> tuple[str, str]:
+    from mlflow_trt import MlflowTrtError, RuntimeUnavailableError, trt
+    from mlflow_trt.comparison import compare
+    from mlflow_trt.convert.typed_model import reference_outputs
+    from mlflow_trt.loading import LoadSettings, session_on
+    from mlflow_trt.runtime.device import open_device
+
+    try:
+        device = open_device(0)
+    except RuntimeUnavailableError:
+        return "built", ""
+    try:
+        session = session_on(
+            conversion.plan.read_bytes(),
+            tensorrt=trt.load(),
+            device=device,
+            settings=LoadSettings(),
+            inputs=conversion.typed.inputs,
+            outputs=conversion.typed.outputs,
+            batch_axis=conversion.profiles.batch_axis,
+        )
+        with session:
+            feeds = conversion.samples.feeds
+            actual = [session.run(one) for one in feeds]
+        expected = [case.expected] if case.expected is not None else reference_outputs(
+            conversion.source.path, [spec.name for spec in conversion.source.outputs], feeds
+        )  # fmt: skip
+        comparison = compare("engine", "case", zip(actual, expected, strict=True), tolerance)
+    except (MlflowTrtError, ValueError) as error:
+        return "not run", str(error)
+    return ("wrong", "; ".join(comparison.problems)) if comparison.problems else ("correct", "")
+
+
+def work(names: list[str], out: Path) -> None:
+    """Examine these cases; lines in `out` say which is begun and what was found."""
+    cases = {case.name: case for case in (*operator_cases(), *real_cases())}
+    with out.open("a") as lines:
+        for name in names:
+            lines.write(json.dumps({"begun": name}) + "\n")
+            lines.flush()
+            for precision in cases[name].precisions:
+                lines.write(json.dumps(asdict(examine(cases[name], precision))) + "\n")
+                lines.flush()
+
+
+def supervise(names: list[str], out: Path) -> list[Finding]:
+    """Run a worker until all its cases are done; one that ends it counts as crashed."""
+    findings: list[Finding] = []
+    left = list(names)
+    while left:
+        out.write_text("")
+        command = [sys.executable, __file__, "--work", str(out)]
+        subprocess.run(command, input=json.dumps(left), text=True, capture_output=True, check=False)
+        lines = [json.loads(line) for line in out.read_text().splitlines()]
+        begun = [line["begun"] for line in lines if "begun" in line]
+        findings += [Finding(**line) for line in lines if "begun" not in line]
+        done = left[: len(begun)]
+        left = left[len(begun) :]
+        if left or not begun:
+            last = done[-1] if done else left.pop(0)
+            seen = {finding.precision for finding in findings if finding.case == last}
+            findings += [
+                Finding(case=last, precision=precision, outcome="crashed")
+                for precision in PRECISIONS
+                if precision not in seen
+            ]
+    return findings
+
+
+def sweep(sample: int, workers: int) -> list[Finding]:
+    names = [case.name for case in operator_cases()][::sample] + [case.name for case in real_cases()]
+    shards = [names[start::workers] for start in range(workers)]
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        outs = [Path(folder) / f"{number}.jsonl" for number in range(workers)]
+        results = pool.map(supervise, [shard for shard in shards if shard], outs)
+        return [finding for findings in results for finding in findings]
+
+
+def print_table(findings: list[Finding]) -> None:
+    precisions = [name for name in REAL_PRECISIONS if any(finding.precision == name for finding in findings)]
+    print(f"| outcome | {' | '.join(precisions)} |\n| --- {'| --- ' * len(precisions)}|")
+    counts = Counter((finding.outcome, finding.precision) for finding in findings)
+    for outcome in OUTCOMES:
+        row = [counts[outcome, precision] for precision in precisions]
+        if any(row):
+            print(f"| {outcome} | {' | '.join(map(str, row))} |")
+    built = {finding.case for finding in findings if finding.precision == "fp32" and finding.outcome != "not built"}
+    print("\nBuilt in fp32, and not as well in another precision:")
+    for finding in sorted(findings, key=lambda finding: (finding.outcome, finding.precision, finding.case)):
+        if finding.case in built and finding.outcome not in ("correct", "built"):
+            print(f"- {finding.outcome} in {finding.precision}: {finding.case}: {finding.detail}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", type=int, default=1, help="take every Nth of the operator cases")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the findings here")
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        work(json.load(sys.stdin), arguments.work)
+        return
+    findings = sweep(arguments.sample, arguments.workers)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(finding) for finding in findings], indent=1))
+    print_table(findings)
+
+
+if __name__ == "__main__":
+    main()
