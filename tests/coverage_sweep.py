@@ -6,8 +6,8 @@
 
 The cases are those of `onnx.backend.test` with float32 inputs, which come with expected outputs, and the real models of
 the tests. In 16 bits, each float input of a case passes through a product with 1, so that its operator is not left in
-float32 for lack of neighbours. Each goes the whole way: precision pass, engine, and where there is a GPU a session, whose
-outputs are compared with the expected ones within the default tolerance of the precision.
+float32 for lack of neighbours. Each goes the whole way: precision pass, engine, and where there is a GPU a session,
+whose outputs are compared with the expected ones within the default tolerance of the precision.
 
 Each worker is a process of its own that writes a line for every case, so that one which crashes TensorRT costs itself.
 """
