@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test lint docs check-python clean
+.PHONY: quickstart test test-torch lint docs check-python clean
 
 quickstart: $(VENV)/.rtx
 	$(RUN) examples/quickstart.py
@@ -14,6 +14,12 @@ docs: $(VENV)/.dev
 
 test: $(VENV)/.dev
 	$(RUN) -m pytest
+
+# torch for the CPU: PyPI's own builds bring CUDA, so name an index of CPU builds where pip does not know one.
+TORCH_INDEX ?=
+test-torch: $(VENV)/.dev
+	$(RUN) -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[test-torch]'
+	$(RUN) -m pytest tests/test_sources.py
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

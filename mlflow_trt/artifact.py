@@ -12,6 +12,7 @@ The files of MLflow itself (MLmodel, requirements.txt, ...) are written by `flav
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -178,6 +179,18 @@ def write_folder(
     return record
 
 
+def add_engine_file(folder: Path, engine: EngineRecord, plan: Path, *, extends: str) -> Record:
+    """Add an engine to a copy of a model folder that was not logged yet; `extends` is the URI of what it copies."""
+    record = read_folder(folder).record
+    taken = {known.file for known in record.engines}
+    names = (f"engines/{_plan_name(engine, number)}" for number in itertools.count(1))
+    engine = replace(engine, file=next(name for name in names if name not in taken))
+    shutil.copyfile(plan, folder / engine.file)
+    record = replace(record, engines=(*record.engines, engine), lineage={**record.lineage, "extends": extends})
+    (folder / RECORD_FILE).write_bytes(_records.dump_json(record, indent=2) + b"\n")
+    return record
+
+
 def read_folder(path: Path) -> ModelFolder:
     """Read the record of a model folder.
 
@@ -295,5 +308,7 @@ def _write_typed(conversion: Conversion, folder: Path) -> StoredModel | None:
     )
 
 
-def _plan_name(engine: EngineRecord) -> str:
-    return f"{engine.distribution}-{engine.version}-{engine.target}.plan"
+def _plan_name(engine: EngineRecord, number: int = 1) -> str:
+    """Engines for several GPU models of one compute capability are numbered."""
+    suffix = f"-{number}" if number > 1 else ""
+    return f"{engine.distribution}-{engine.version}-{engine.target}{suffix}.plan"

@@ -39,6 +39,7 @@ from mlflow_trt.packaging import (
     write_model,
 )
 from mlflow_trt.progress import shown_progress
+from mlflow_trt.registration import undo_logging, undone_on_failure
 from mlflow_trt.runtime.device import open_device
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.sample_data import sample_data_of
@@ -199,13 +200,16 @@ def log_model(
     with (
         converted(onnx_model, asked, progress) as (conversion, verification),
         tempfile.TemporaryDirectory(prefix="mlflow-trt-") as staging,
+        undone_on_failure() as undo,
     ):
+        logged = undo_logging(undo, registered_model_name, keep_model=model_id is not None)
         # Written before MLflow hears of it: what cannot be written leaves no half of a logged model.
         folder = Path(staging) / "model"
         written = write_model(conversion, verification, folder, options)
 
         def save(path: str, mlflow_model: Model, validate_serving_input: bool) -> None:
             del validate_serving_input  # Model.log reads it, and passes on all its keywords
+            logged(str(mlflow_model.model_id))
             move_model(written, folder, Path(path), mlflow_model)
 
         facts = searchable_facts(conversion, verification)

@@ -32,7 +32,7 @@ def golden_of(conversion: Conversion, reference: Outputs) -> Golden | None:
     feeds = conversion.samples.feeds[0]
     axis = conversion.profiles.batch_axis
     if axis is not None and axis.splits:
-        row = sum(array[:1].nbytes for array in (*feeds.values(), *reference.values()))
+        row = sum(np.atleast_1d(array)[:1].nbytes for array in (*feeds.values(), *reference.values()))
         rows = min(_MOST_ROWS, _LARGEST // max(row, 1))
         feeds = {name: array[:rows] if name in axis.inputs else array for name, array in feeds.items()}
         reference = {name: array[:rows] for name, array in reference.items()}

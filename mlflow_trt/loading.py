@@ -27,7 +27,7 @@ from mlflow_trt.errors import (
 )
 from mlflow_trt.runtime.device import Device, open_device
 from mlflow_trt.runtime.session import Session
-from mlflow_trt.spec import BatchAxis, Distribution, HardwareCompatibility, TensorSpec
+from mlflow_trt.spec import BatchAxis, Distribution, HardwareCompatibility, TensorSpec, Weights
 
 _log = get_logger(__name__)
 
@@ -124,7 +124,7 @@ def _open_tensorrt(folder: ModelFolder, settings: LoadSettings, progress: Progre
     tensorrt = trt.load(_distribution_for(folder))
     device = open_device(settings.device)
 
-    def session(plan: bytes) -> Session:
+    def session(plan: bytes, weights: Weights = Weights.INCLUDED) -> Session:
         opened = session_on(
             plan,
             tensorrt=tensorrt,
@@ -133,6 +133,8 @@ def _open_tensorrt(folder: ModelFolder, settings: LoadSettings, progress: Progre
             inputs=record.inputs,
             outputs=record.outputs,
             batch_axis=record.batch_axis,
+            weights_from=folder.checked_model(record.typed) if weights is Weights.STRIPPED else None,
+            weight_streaming=record.recipe.weight_streaming,
         )
         if settings.self_test:
             self_test.check(opened, folder, _identity(plan, tensorrt, device, settings))
@@ -145,7 +147,7 @@ def _open_tensorrt(folder: ModelFolder, settings: LoadSettings, progress: Progre
             reason = "it was built version-compatible and so brings code for the CPU; allow_engine_host_code permits it"
         if reason is None:
             try:
-                return session(folder.read_plan(engine))
+                return session(folder.read_plan(engine), engine.weights)
             except EngineMismatchError as error:
                 reason = error.message
         reasons.append(f"{engine.file}: {reason}")
@@ -167,6 +169,8 @@ def session_on(
     inputs: tuple[TensorSpec, ...],
     outputs: tuple[TensorSpec, ...],
     batch_axis: BatchAxis | None,
+    weights_from: Path | None = None,
+    weight_streaming: bool = False,
 ) -> Session:
     """A session on a plan, which is trusted. Raises what TensorRTSession raises."""
     from mlflow_trt.runtime.tensorrt import TensorRTSession
@@ -180,6 +184,8 @@ def session_on(
         batch_axis=batch_axis,
         kernel_specialization=settings.kernel_specialization,
         allow_engine_host_code=settings.allow_engine_host_code,
+        weights_from=weights_from,
+        weight_streaming=weight_streaming,
     )
 
 
@@ -246,4 +252,6 @@ def _for_this_machine(recipe: Recipe, tensorrt: trt.TensorRT, device: Device) ->
         hardware_compatibility=HardwareCompatibility.NONE,
         version_compatible=False,
         timing_cache=None,
+        # The typed model is at hand anyway, and the cache is not shipped.
+        weights=Weights.INCLUDED,
     )

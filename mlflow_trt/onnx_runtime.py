@@ -15,6 +15,7 @@ from mlflow_trt.errors import ExecutionError, InputError, MissingDependencyError
 from mlflow_trt.trt import is_installed
 
 Array = npt.NDArray[np.generic]
+_CUDA = "CUDAExecutionProvider"
 
 
 def import_onnxruntime() -> Any:
@@ -33,20 +34,24 @@ def import_onnxruntime() -> Any:
 class CpuModel:
     """An ONNX file on ONNX Runtime's CPU provider, whatever other providers the installed ONNX Runtime has.
 
-    With `optimize=False` every node computes what it says, one after the other.
+    With `prefer_cuda` on its CUDA provider, where there is one that works; `device` says which it is. With
+    `optimize=False` every node computes what it says, one after the other.
     """
 
-    def __init__(self, path: Path, *, optimize: bool = True) -> None:
+    def __init__(self, path: Path, *, optimize: bool = True, prefer_cuda: bool = False) -> None:
         onnxruntime = import_onnxruntime()
         self.version: str = onnxruntime.__version__
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        cuda = [name for name in onnxruntime.get_available_providers() if prefer_cuda and name == _CUDA]
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=[*cuda, "CPUExecutionProvider"])
         except Exception as error:  # its exceptions share no base class
             raise ExecutionError(f"ONNX Runtime {self.version} cannot load {path.name}: {error}") from error
+        # Asked, since a provider that does not work is left out without an error.
+        self.device = "CUDA" if _CUDA in self._session.get_providers() else "CPU"
 
     def run(self, names: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs of these names. Raises InputError or ExecutionError."""

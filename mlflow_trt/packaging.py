@@ -129,7 +129,7 @@ def write_model(
         )
         model.add_flavor("onnx", onnx_version=onnx.__version__, data=MODEL_FILE, code=code)
         extra_files = _copy_extra_files(options.extra_files, str(folder))
-        model.add_flavor(FLAVOR_NAME, **_flavor_fields(record), code=code, **extra_files)
+        model.add_flavor(FLAVOR_NAME, **flavor_fields(record), code=code, **extra_files)
         _write_environment(folder, record, options)
         model.model_size_bytes = get_total_file_size(folder)
         model.save(str(folder / MLMODEL_FILE_NAME))
@@ -217,7 +217,8 @@ def _written_aside(path: Path) -> Iterator[Path]:
         raise
 
 
-def _flavor_fields(record: Record) -> dict[str, Any]:
+def flavor_fields(record: Record) -> dict[str, Any]:
+    """What the MLmodel file says of the record, for those who look there."""
     return {
         "format": record.format,
         "precision": str(record.recipe.precision),

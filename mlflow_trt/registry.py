@@ -1,39 +1,32 @@
-"""Models of flavor onnx that MLflow already has: fetch them, convert them, register the result."""
+"""Models that MLflow already has: convert them, and register the result."""
 
 from __future__ import annotations
 
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.models import Model, ModelSignature
-from mlflow.models.model import MLMODEL_FILE_NAME
-from mlflow.store.artifact.utils.models import get_model_name_and_version
-from mlflow.tracking.artifact_utils import _download_artifact_from_uri
+from mlflow.utils.validation import _validate_model_alias_name
 
+from mlflow_trt import trt
+from mlflow_trt._logging import get_logger
+from mlflow_trt.comparison import Tolerance
 from mlflow_trt.convert.builder import Progress
+from mlflow_trt.convert.onnx_model import read_onnx
 from mlflow_trt.convert.recipe import BatchRequest, Recipe, ShapesRequest
-from mlflow_trt.errors import ArtifactError
-from mlflow_trt.flavor import log_model
+from mlflow_trt.flavor import log_model, save_model
+from mlflow_trt.lineage import asked, carried_tags, find_twin, point_to, recipe_digest, tags_of
+from mlflow_trt.packaging import check_names
+from mlflow_trt.registration import set_alias, undo_logging, undone_on_failure
+from mlflow_trt.sources.opened import SourceModel, opened_source
 from mlflow_trt.spec import Precision
 
-SOURCE_TAG = "mlflow_trt.source"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceModel:
-    """An ONNX file, the signature of the MLflow model it is from, and where that came from, for the record."""
-
-    path: Path
-    signature: ModelSignature | None
-    lineage: Mapping[str, str]
+_log = get_logger(__name__)
 
 
 def convert_model_version(
@@ -45,75 +38,113 @@ def convert_model_version(
     shapes: ShapesRequest | None = None,
     recipe: Recipe | None = None,
     targets: Sequence[str] | str | None = None,
+    calibration_data: Any = None,
+    verify: Tolerance | bool = True,
     model_config: Mapping[str, Any] | None = None,
     tags: Mapping[str, Any] | None = None,
+    alias: str | None = None,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> ModelVersion:
-    """Convert a model of flavor onnx and register the result as a new version of `registered_model_name`.
+    """Convert a model and register the result as a new version of `registered_model_name`.
+
+    The new version gets the source's signature, input example, description, metadata and tags. Its tags
+    `mlflow_trt.source`, `.source_name`, `.source_version` and `.source_digest`, and its record, name the source, whose
+    own tag `mlflow_trt.converted_to` lists what was made of it. What was made before, of the same source by the same
+    recipe and TensorRT, is found and returned instead of made again.
 
     Args:
         model_uri: `models:/name/version`, `models:/name@alias`, `runs:/...`, or any other URI of an MLflow model; the
             path of an ONNX file will do as well.
-        precision, batch, shapes, recipe, targets, model_config, tags, progress: as for `log_model`.
+        precision, batch, shapes, recipe, targets, calibration_data, verify, model_config, progress: as for `log_model`.
+        tags: more tags of the new version; they come before those of the source.
+        alias: set on the version once everything else succeeded.
+        force: make a new version, even where there is one of the same source and recipe.
 
     Returns:
-        The new version. Its tag `mlflow_trt.source` and its record name the model it was made from.
+        The new version, or the one that was found.
 
     Raises:
-        ArtifactError: the model has no flavor onnx.
-        Everything that `log_model` raises; then nothing was logged or registered.
+        ArtifactError: the model is of no flavor that can be converted.
+        Everything that `log_model` raises. After any failure or interruption the registry is as it was before.
     """
+    request = Recipe.of(recipe, precision=precision, batch=batch, shapes=shapes, targets=targets)
+    check_names(registered_model_name, tags or {})
+    if alias is not None:
+        _validate_model_alias_name(alias)
     with opened_source(model_uri) as source:
-        info = log_model(
+        digest = recipe_digest(request, trt.load(), asked(model_config, calibration_data, verify))
+        client = MlflowClient()
+        with undone_on_failure() as undo:
+            version = None
+            if not force:
+                version = find_twin(client, registered_model_name, source.lineage, source_digest(source), digest)
+            if version is not None:
+                _log.info(
+                    "models:/%s/%s was made of the same source by the same recipe; force makes another version",
+                    version.name,
+                    version.version,
+                )
+            else:
+                logged = undo_logging(undo, registered_model_name)
+                info = log_model(
+                    source.path,
+                    name=logged_name(registered_model_name),
+                    recipe=request,
+                    calibration_data=calibration_data,
+                    verify=verify,
+                    signature=source.signature,
+                    input_example=source.input_example,
+                    metadata=source.metadata,
+                    model_config=model_config,
+                    registered_model_name=registered_model_name,
+                    tags={**carried_tags(source.tags), **tags_of(source.lineage, digest), **(tags or {})},
+                    lineage=source.lineage,
+                    progress=progress,
+                )
+                logged(str(info.model_id))
+                version = client.get_model_version(registered_model_name, str(info.registered_model_version))
+                if source.description:
+                    client.update_model_version(version.name, str(version.version), source.description)
+                point_to(undo, source.lineage, version)
+            if alias is not None:
+                set_alias(undo, registered_model_name, alias, str(version.version))
+    return client.get_model_version(registered_model_name, str(version.version))
+
+
+def convert_to_folder(
+    model_uri: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    recipe: Recipe,
+    *,
+    calibration_data: Any = None,
+    verify: Tolerance | bool = True,
+    model_config: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Convert a model and write the result to a new folder, with all that `convert_model_version` carries over."""
+    with opened_source(model_uri) as source:
+        save_model(
             source.path,
-            # What a registered model may be called, a logged one may not.
-            name=re.sub(r"[/:.%\"']", "-", registered_model_name),
-            precision=precision,
-            batch=batch,
-            shapes=shapes,
+            path,
             recipe=recipe,
-            targets=targets,
+            calibration_data=calibration_data,
+            verify=verify,
             signature=source.signature,
+            input_example=source.input_example,
+            metadata=source.metadata,
             model_config=model_config,
-            registered_model_name=registered_model_name,
-            tags={SOURCE_TAG: source.lineage["source"], **(tags or {})},
             lineage=source.lineage,
             progress=progress,
         )
-    return MlflowClient().get_model_version(registered_model_name, str(info.registered_model_version))
 
 
-@contextmanager
-def opened_source(source: str | os.PathLike[str]) -> Iterator[SourceModel]:
-    """An MLflow model of flavor onnx, downloaded for the length of the block, or an ONNX file.
+def logged_name(registered_model_name: str) -> str:
+    """What a registered model may be called, a logged one may not."""
+    return re.sub(r"[/:.%\"']", "-", registered_model_name)
 
-    Raises ArtifactError for an MLflow model that has no flavor onnx.
-    """
-    source = os.fspath(source)
-    if ":/" not in source and not Path(source, MLMODEL_FILE_NAME).is_file():
-        yield SourceModel(path=Path(source), signature=None, lineage={"source": Path(source).name})
-        return
+
+def source_digest(source: SourceModel) -> str:
+    """The sha256 that the record of what is made of this source is going to name."""
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
-        folder = Path(_download_artifact_from_uri(source, output_path=workdir))
-        model = Model.load(str(folder))
-        flavor = model.flavors.get("onnx")
-        if flavor is None:
-            raise ArtifactError(
-                f"{source} has the flavors {', '.join(model.flavors)}; expected one of flavor onnx. "
-                "Export the model to ONNX and log it with mlflow.onnx.log_model, or convert the ONNX file itself."
-            )
-        yield SourceModel(path=folder / flavor["data"], signature=model.signature, lineage=_lineage(source, model))
-
-
-def _lineage(source: str, model: Model) -> dict[str, str]:
-    lineage = {"source": source}
-    if source.startswith("models:/"):
-        found = get_model_name_and_version(MlflowClient(), source)
-        if len(found) == 2:  # else the URI names a logged model by its id
-            name, version = map(str, found)
-            # The version, not the alias that was given: that may point elsewhere tomorrow.
-            lineage |= {"source": f"models:/{name}/{version}", "name": name, "version": version}
-    for key, value in (("model_id", model.model_id), ("run_id", model.run_id)):
-        if value:
-            lineage[key] = value
-    return lineage
+        return read_onnx(source.path, Path(workdir)).digest

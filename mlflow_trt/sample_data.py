@@ -42,7 +42,7 @@ def sample_data_of(calibration_data: Any, input_example: Any, inputs: Sequence[T
 
 def _arrays(data: Any, inputs: Sequence[TensorSpec]) -> Any:
     if isinstance(data, (str, os.PathLike)):
-        return _read(Path(data))
+        return read_arrays(Path(data))
     if isinstance(data, Dataset):
         data = _content(data)
     if isinstance(data, pd.DataFrame):
@@ -62,7 +62,8 @@ def _content(dataset: Dataset) -> Any:
     )
 
 
-def _read(path: Path) -> Any:
+def read_arrays(path: Path) -> Any:
+    """The arrays of an `.npz` file by name, or that of an `.npy` file. Raises InputError for any other file."""
     try:
         content = np.load(path, allow_pickle=False)
         return {name: content[name] for name in content.files} if path.suffix == ".npz" else content

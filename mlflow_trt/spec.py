@@ -88,6 +88,31 @@ class HardwareCompatibility(str, enum.Enum):
         return self.value
 
 
+class Weights(str, enum.Enum):
+    """Which weights a plan holds, and whether they can be exchanged.
+
+    `STRIPPED` plans hold none that can be put back from the typed model, which is done each time one is loaded.
+    """
+
+    INCLUDED = "included"
+    REFITTABLE = "refittable"
+    STRIPPED = "stripped"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class ProfilingVerbosity(str, enum.Enum):
+    """How much an engine tells about its layers."""
+
+    NONE = "none"
+    LAYER_NAMES_ONLY = "layer_names_only"
+    DETAILED = "detailed"
+
+    def __str__(self) -> str:
+        return self.value
+
+
 class ComputeCapability(NamedTuple):
     """What a GPU can execute, for example 8.6; written `sm86`."""
 
@@ -189,6 +214,7 @@ class EngineRecord:
 
     `compute_capabilities` lists its targets, empty where TensorRT-RTX was left its default: one engine for Ampere and
     every later architecture that this release knows. `gpu` and `driver` are empty where it was built without a GPU.
+    `timing_cache` is the sha256 of the timing cache that it was built with, as it was afterwards.
     """
 
     file: str
@@ -202,6 +228,8 @@ class EngineRecord:
     gpu: str | None = None
     driver: str | None = None
     build_seconds: float = 0.0
+    weights: Weights = Weights.INCLUDED
+    timing_cache: str | None = None
 
     @property
     def is_ampere_plus(self) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from mlflow_trt import trt_api
 from mlflow_trt._logging import get_logger
-from mlflow_trt.spec import ComputeCapability, Distribution, HardwareCompatibility
+from mlflow_trt.spec import ComputeCapability, Distribution, HardwareCompatibility, ProfilingVerbosity
 
 DISTRIBUTION_VARIABLE = "MLFLOW_TRT_DISTRIBUTION"
 """The environment variable that chooses between `tensorrt` and `tensorrt_rtx` where both are installed."""
@@ -143,9 +143,31 @@ class TensorRT:
             runtime.engine_host_code_allowed = True
         return runtime
 
+    def refit(self, engine: trt_api.ICudaEngine, model: str) -> str | None:
+        """Put the weights of the ONNX file `model` into an engine that was built without; returns what went wrong."""
+        refitter = cast(trt_api.Refitter, self._module.Refitter(engine, self.log))
+        parser = cast(trt_api.OnnxParserRefitter, self._module.OnnxParserRefitter(refitter, self.log))
+        if not parser.refit_from_file(model):
+            errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+            return "; ".join(errors) or self.log.last_error()
+        missing = refitter.get_missing_weights()
+        if missing:
+            return f"{len(missing)} weights are not in the model, {missing[0]} among them"
+        return None if refitter.refit_cuda_engine() else self.log.last_error()
+
     def progress_monitor(self, report: Callable[[str, float], None]) -> trt_api.IProgressMonitor:
         """A monitor that calls `report(phase, fraction of the whole)`. Keep a reference while the build runs."""
         return _new_progress_monitor(self._module, report)
+
+    def profiler(self, report: Callable[[str, float], None]) -> trt_api.IProfiler:
+        """A profiler that calls `report(layer, milliseconds)`. Keep a reference while the context runs."""
+        return _new_profiler(self._module, report)
+
+    def layer_information(self, engine: trt_api.ICudaEngine, context: trt_api.IExecutionContext) -> str:
+        """What the engine inspector tells, as JSON."""
+        inspector = engine.create_engine_inspector()
+        inspector.execution_context = context
+        return inspector.get_engine_information(self._module.LayerInformationFormat.JSON)
 
     def output_allocator(
         self, reallocate: Callable[[str, int], int], notify_shape: Callable[[str, tuple[int, ...]], None]
@@ -159,9 +181,11 @@ class TensorRT:
     def builder_flag(self) -> trt_api.BuilderFlag:
         return cast(trt_api.BuilderFlag, self._module.BuilderFlag)
 
-    @property
-    def workspace(self) -> trt_api.Enumerator:
-        return cast(trt_api.MemoryPoolType, self._module.MemoryPoolType).WORKSPACE
+    def memory_pool(self, name: str) -> trt_api.Enumerator:
+        return cast(trt_api.Enumerator, getattr(self._module.MemoryPoolType, name.upper()))
+
+    def profiling_verbosity(self, verbosity: ProfilingVerbosity) -> trt_api.Enumerator:
+        return cast(trt_api.Enumerator, getattr(self._module.ProfilingVerbosity, verbosity.value.upper()))
 
     def hardware_compatibility(self, level: HardwareCompatibility) -> trt_api.Enumerator:
         return cast(trt_api.Enumerator, getattr(self._module.HardwareCompatibilityLevel, level.value.upper()))
@@ -310,6 +334,17 @@ def _new_progress_monitor(module: Any, report: Callable[[str, float], None]) -> 
             report(self._phases[-1].name, fraction)
 
     return cast(trt_api.IProgressMonitor, Monitor())
+
+
+def _new_profiler(module: Any, report: Callable[[str, float], None]) -> trt_api.IProfiler:
+    class Profiler(module.IProfiler):  # type: ignore[misc]  # as above
+        def __init__(self) -> None:
+            module.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            report(layer_name, ms)
+
+    return cast(trt_api.IProfiler, Profiler())
 
 
 def _new_output_allocator(

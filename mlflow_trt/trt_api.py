@@ -48,6 +48,7 @@ class IOptimizationProfile(Protocol):
 
 class ITimingCache(Protocol):
     def serialize(self) -> IHostMemory: ...
+    def combine(self, input_cache: ITimingCache, ignore_mismatch: bool) -> bool: ...
 
 
 class IBuilderConfig(Protocol):
@@ -55,6 +56,7 @@ class IBuilderConfig(Protocol):
     avg_timing_iterations: int
     hardware_compatibility_level: Enumerator
     progress_monitor: IProgressMonitor
+    profiling_verbosity: Enumerator
 
     def set_flag(self, flag: Enumerator) -> None: ...
     def clear_flag(self, flag: Enumerator) -> None: ...
@@ -105,7 +107,19 @@ class IProgressMonitor(Protocol):
 # ---- running -------------------------------------------------------------------------------------------------------
 
 
+class IProfiler(Protocol):
+    def report_layer_time(self, layer_name: str, ms: float) -> None: ...
+
+
+class EngineInspector(Protocol):
+    execution_context: IExecutionContext
+
+    def get_engine_information(self, format: Enumerator) -> str: ...
+
+
 class IExecutionContext(Protocol):
+    profiler: IProfiler
+
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool: ...
     def set_input_shape(self, name: str, shape: Sequence[int]) -> bool: ...
     def infer_shapes(self) -> list[str]: ...
@@ -115,6 +129,18 @@ class IExecutionContext(Protocol):
     def execute_async_v3(self, stream_handle: int) -> bool: ...
 
 
+class Refitter(Protocol):
+    def get_missing_weights(self) -> Sequence[str]: ...
+    def refit_cuda_engine(self) -> bool: ...
+
+
+class OnnxParserRefitter(Protocol):
+    num_errors: int
+
+    def refit_from_file(self, model_file: str) -> bool: ...
+    def get_error(self, index: int) -> ParserError: ...
+
+
 class RtxIRuntimeConfig(Protocol):
     dynamic_shapes_kernel_specialization_strategy: Enumerator
 
@@ -122,7 +148,9 @@ class RtxIRuntimeConfig(Protocol):
 class ICudaEngine(Protocol):
     num_io_tensors: int
     num_optimization_profiles: int
+    weight_streaming_budget_v2: int
 
+    def get_weight_streaming_automatic_budget(self) -> int: ...
     def get_tensor_name(self, index: int) -> str: ...
     def get_tensor_mode(self, name: str) -> Enumerator: ...
     def get_tensor_dtype(self, name: str) -> Enumerator: ...
@@ -130,6 +158,7 @@ class ICudaEngine(Protocol):
     def get_tensor_location(self, name: str) -> Enumerator: ...
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> Sequence[Sequence[int]]: ...
     def get_tensor_profile_values(self, profile_index: int, name: str) -> Sequence[Sequence[int]]: ...
+    def create_engine_inspector(self) -> EngineInspector: ...
     def create_execution_context(self, runtime_config: Any = None) -> IExecutionContext | None: ...
 
 
@@ -161,10 +190,23 @@ class Severity(Protocol):
 class BuilderFlag(Protocol):
     TF32: Enumerator
     VERSION_COMPATIBLE: Enumerator
+    DISABLE_TIMING_CACHE: Enumerator
+    SPARSE_WEIGHTS: Enumerator
+    REFIT: Enumerator
+    STRIP_PLAN: Enumerator
+    WEIGHT_STREAMING: Enumerator
 
 
 class MemoryPoolType(Protocol):
     WORKSPACE: Enumerator
+    TACTIC_DRAM: Enumerator
+    TACTIC_SHARED_MEMORY: Enumerator
+
+
+class ProfilingVerbosity(Protocol):
+    NONE: Enumerator
+    LAYER_NAMES_ONLY: Enumerator
+    DETAILED: Enumerator
 
 
 class NetworkDefinitionCreationFlag(Protocol):
@@ -175,6 +217,10 @@ class HardwareCompatibilityLevel(Protocol):
     NONE: Enumerator
     AMPERE_PLUS: Enumerator
     SAME_COMPUTE_CAPABILITY: Enumerator
+
+
+class LayerInformationFormat(Protocol):
+    JSON: Enumerator
 
 
 class TensorIOMode(Protocol):

@@ -18,7 +18,7 @@ from mlflow_trt.inputs import Feeds
 from mlflow_trt.loading import LoadSettings, session_on
 from mlflow_trt.runtime.device import open_device
 from mlflow_trt.runtime.session import Session
-from mlflow_trt.spec import Precision
+from mlflow_trt.spec import Precision, Weights
 
 _log = get_logger(__name__)
 
@@ -128,6 +128,8 @@ def _compare_engine(
         inputs=conversion.typed.inputs,
         outputs=conversion.typed.outputs,
         batch_axis=conversion.profiles.batch_axis,
+        weights_from=conversion.typed.path if conversion.engine.weights is Weights.STRIPPED else None,
+        weight_streaming=conversion.recipe.weight_streaming,
     ) as session:
         pairs = _run(session, conversion.samples.feeds, reference)
         return compare(session.description, str(conversion.samples), pairs, tolerance)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import fcntl
+import hashlib
 import os
 import signal
 import subprocess
@@ -27,13 +30,14 @@ from mlflow_trt import (
     UnsupportedModelError,
     trt,
 )
-from mlflow_trt.convert import build_worker, builder
+from mlflow_trt.convert import build_worker, builder, limits
 from mlflow_trt.convert.build_worker import Job, _configure
 from mlflow_trt.convert.builder import build_engine
 from mlflow_trt.convert.conversion import convert
 from mlflow_trt.convert.onnx_model import read_onnx, sha256_of
+from mlflow_trt.convert.timing_cache import TimingCacheFile
 from mlflow_trt.hardware import Hardware
-from mlflow_trt.spec import Distribution, HardwareCompatibility
+from mlflow_trt.spec import Distribution, HardwareCompatibility, ProfilingVerbosity
 
 
 def build(model, folder, progress=None, **recipe):
@@ -71,6 +75,12 @@ JOB = Job(
     optimization_level=None,
     avg_timing_iterations=None,
     timing_cache=None,
+    builder_cache=True,
+    memory_pools={},
+    sparsity=False,
+    weights="included",
+    weight_streaming=False,
+    profiling_verbosity="layer_names_only",
     tactic_sources=None,
     version_compatible=False,
     hardware_compatibility="none",
@@ -98,7 +108,13 @@ class TestOptions:
         config, default = configured(), trt.load().builder().create_builder_config()
         assert default.get_flag(flags.TF32)
         assert not config.get_flag(flags.TF32)
-        for name in ("builder_optimization_level", "avg_timing_iterations", "num_compute_capabilities"):
+        assert config.flags == default.flags & ~(1 << int(flags.TF32))
+        for name in (
+            "builder_optimization_level",
+            "profiling_verbosity",
+            "avg_timing_iterations",
+            "num_compute_capabilities",
+        ):
             assert getattr(config, name) == getattr(default, name)
         assert config.get_tactic_sources() == default.get_tactic_sources()
 
@@ -113,10 +129,21 @@ class TestOptions:
             version_compatible=True,
             hardware_compatibility="ampere_plus",
             targets=["sm86", "sm120"],
+            builder_cache=False,
+            memory_pools={"tactic_dram": 1 << 28},
+            sparsity=True,
+            weights="stripped",
+            weight_streaming=True,
+            profiling_verbosity="detailed",
         )
+        for flag in ("DISABLE_TIMING_CACHE", "SPARSE_WEIGHTS", "STRIP_PLAN", "WEIGHT_STREAMING"):
+            assert config.get_flag(getattr(tensorrt.builder_flag, flag)), flag
+        assert configured(weights="refittable").get_flag(tensorrt.builder_flag.REFIT)
+        assert config.get_memory_pool_limit(tensorrt.memory_pool("tactic_dram")) == 1 << 28
+        assert config.profiling_verbosity == tensorrt.profiling_verbosity(ProfilingVerbosity.DETAILED)
         assert config.get_flag(tensorrt.builder_flag.TF32)
         assert config.get_flag(tensorrt.builder_flag.VERSION_COMPATIBLE)
-        assert config.get_memory_pool_limit(tensorrt.workspace) == 1 << 26
+        assert config.get_memory_pool_limit(tensorrt.memory_pool("workspace")) == 1 << 26
         assert config.builder_optimization_level == 1
         assert config.avg_timing_iterations == 2
         assert config.get_tactic_sources() == tensorrt.tactic_sources(["JIT_CONVOLUTIONS"]) != 0
@@ -128,16 +155,39 @@ class TestOptions:
         recipe = Recipe(
             precision="tf32", workspace_bytes=7, optimization_level=1, avg_timing_iterations=2, timing_cache="t",
             tactic_sources=["JIT_CONVOLUTIONS"], version_compatible=True, hardware_compatibility="ampere_plus",
-            targets=["sm86"],
+            targets=["sm86"], builder_cache=True, memory_pools={"tactic_dram": 8}, sparsity=True, weights="stripped",
+            profiling_verbosity="none",
         )  # fmt: skip
         job = builder._job(tmp_path / "m", tmp_path / "p", recipe, [], Distribution.TENSORRT)
         assert job == replace(
             JOB, model=str(tmp_path / "m"), plan=str(tmp_path / "p"), distribution="tensorrt", tf32=True,
             workspace_bytes=7, optimization_level=1, avg_timing_iterations=2, timing_cache="t",
             tactic_sources=["JIT_CONVOLUTIONS"], version_compatible=True, hardware_compatibility="ampere_plus",
-            targets=["sm86"],
+            targets=["sm86"], memory_pools={"tactic_dram": 8}, sparsity=True, weights="stripped",
+            profiling_verbosity="none",
         )  # fmt: skip
         assert not builder._job(tmp_path, tmp_path, Recipe(), [], Distribution.TENSORRT).tf32
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"sparsity": True},
+            {"weight_streaming": True},
+            {"profiling_verbosity": "detailed"},
+            {"builder_cache": False},
+            {"memory_pools": {"tactic_dram": 1 << 30, "tactic_shared_memory": 1 << 16}},
+        ],
+        ids=lambda options: next(iter(options)),
+    )
+    def test_tensorrt_rtx_builds_with_each(self, options, tmp_path):
+        assert build(networks.product(), tmp_path, batch=(1, 4, 8), **options).engine.size > 0
+
+    @pytest.mark.parametrize("weights", ["stripped", "refittable"])
+    def test_without_a_gpu_tensorrt_rtx_cannot_leave_weights_out(self, weights, tmp_path, monkeypatch):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        with pytest.raises(RecipeError, match=f"builds {weights} engines only where there is a GPU") as caught:
+            build(networks.product(), tmp_path, batch=(1, 4, 8), weights=weights)
+        assert caught.value.option == "weights"
 
 
 def test_a_static_dimension_makes_another_engine(tmp_path):
@@ -224,8 +274,11 @@ class TestFailures:
             build(networks.product(), tmp_path, **recipe)
 
     def test_a_timing_cache_is_left_alone_by_tensorrt_rtx(self, tmp_path, messages):
-        build(networks.product(), tmp_path, timing_cache=str(tmp_path / "timing.cache"))
-        assert "TensorRT-RTX has no timing cache" in messages.text
+        limits._say_once.cache_clear()
+        for folder in ("a", "b"):
+            (tmp_path / folder).mkdir()
+            build(networks.product(), tmp_path / folder, timing_cache=str(tmp_path / "timing.cache"))
+        assert messages.text.count("TensorRT-RTX has no timing cache") == 1
         assert not (tmp_path / "timing.cache").exists()
 
     def test_a_process_that_dies_is_an_error(self, tmp_path, monkeypatch):
@@ -374,3 +427,31 @@ def test_the_engine_is_the_file_that_its_record_describes(tmp_path):
     assert record.file == "engine.plan"
     assert record.sha256 == sha256_of(plan)
     assert list(plan.parent.iterdir()) == [plan]
+
+
+@pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")
+class TestTimingCache:
+    """TensorRT-RTX ignores timing caches but has their API: enough to see that the file is shared soundly."""
+
+    def test_is_made_merged_and_named_by_its_digest(self, tmp_path):
+        tensorrt = trt.load()
+        file = TimingCacheFile(tmp_path / "new" / "t.cache")
+        for _ in range(2):
+            config = tensorrt.builder().create_builder_config()
+            file.attach(tensorrt, config)
+            digest = file.merge(tensorrt, config)
+            assert digest == hashlib.sha256((tmp_path / "new" / "t.cache").read_bytes()).hexdigest()
+        assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["t.cache", "t.cache.lock"]
+
+    def test_who_writes_waits_for_who_does(self, tmp_path):
+        tensorrt = trt.load()
+        config = tensorrt.builder().create_builder_config()
+        file = TimingCacheFile(tmp_path / "t.cache")
+        file.attach(tensorrt, config)
+        with (tmp_path / "t.cache.lock").open("w") as lock, concurrent.futures.ThreadPoolExecutor() as pool:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            merging = pool.submit(file.merge, tensorrt, config)
+            with pytest.raises(concurrent.futures.TimeoutError):
+                merging.result(timeout=0.5)
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            assert len(merging.result(timeout=30)) == 64

@@ -86,7 +86,7 @@ class TestConvert:
             (["{folder}/product.onnx", "--target", "sm70"], "cannot build for sm70"),
             (["{nested}", "--min-shapes", "input:1x512,state:2x1x128", "--opt-shapes", "input:1x512,state:2x1x128",
               "--max-shapes", "input:1x512,state:2x1x128"], "at If_0 (If): TensorRT cannot run nested If"),
-            (["models:/nothing/1"], "Error: Registered Model with name=nothing not found"),
+            (["models:/nothing/1"], "Error: Model Version (name=nothing, version=1) not found"),
         ],
     )  # fmt: skip
     def test_errors_are_a_line_or_two(self, arguments, message, onnx_file, tracking, store, tmp_path):

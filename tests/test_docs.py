@@ -63,10 +63,12 @@ def test_the_code_in_the_guide_runs(in_folder, capsys):
     mlflow.MlflowClient().set_registered_model_alias("text", "champion", "1")
     names = {"shapes": {"input_ids": ((-1, 4), (-1, 24), (-1, 48))}}
     code = blocks("docs/guide.md", "python")
-    assert len(code) == 5
+    assert len(code) == 6
     for block in code:
         exec(block, names)
     assert names["version"].tags["mlflow_trt.source"] == "models:/text/1"
+    assert [version.name for version in names["made_of_it"]] == ["text-trt"]
+    assert names["source"].name == "text"
     assert "ONNX Runtime" in capsys.readouterr().out
 
 

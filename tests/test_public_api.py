@@ -111,12 +111,40 @@ ALLOWED = {
     "signatures": BASE,
     "doctor": CONVERT | RUNTIME | {"cache"},
     "packaging": CONVERT | {"artifact", "loading", "report", "signatures", "verify"},
+    "registration": BASE,
+    "lineage": CONVERT | {"cache", "registration"},
+    "sources": CONVERT | {"sources"},
     "flavor": CONVERT
     | RUNTIME
-    | {"artifact", "loading", "metrics", "packaging", "progress", "sample_data", "signatures", "verify"},
+    | {"artifact", "loading", "metrics", "packaging", "progress", "registration", "sample_data", "signatures"}
+    | {"verify"},
     "pyfunc": BASE | RUNTIME | {"artifact", "loading", "progress"},
-    "registry": CONVERT | {"flavor"},
-    "cli": BASE | {"cli", "artifact", "doctor", "flavor", "registry"},
+    "registry": CONVERT | {"flavor", "lineage", "packaging", "registration", "sources"},
+    "planning": CONVERT | {"lineage", "packaging", "signatures", "sources"},
+    "convert_all": CONVERT | {"lineage", "planning", "registration", "registry"},
+    "add_engine": CONVERT
+    | {"artifact", "lineage", "loading", "packaging", "progress", "registration", "registry", "sources"},
+    "model_inputs": BASE,
+    "compare": CONVERT | {"benchmark", "comparison"},
+    "benchmark": CONVERT | RUNTIME | {"artifact", "loading", "packaging", "model_inputs", "sources"},
+    "layers": CONVERT | RUNTIME | {"benchmark"},
+    "plots": BASE | {"benchmark"},
+    "reporting": BASE | {"benchmark", "comparison", "layers", "plots"},
+    "export": BASE | {"artifact"},
+    "cli": BASE
+    | {
+        "add_engine",
+        "artifact",
+        "benchmark",
+        "cli",
+        "compare",
+        "comparison",
+        "convert",
+        "convert_all",
+        "doctor",
+        "export",
+    }
+    | {"flavor", "layers", "planning", "progress", "registry", "reporting", "sample_data"},
     "__main__": {"cli"},
 }
 MODULES = sorted(

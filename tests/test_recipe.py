@@ -57,6 +57,14 @@ def test_brings_values_into_one_form():
         ({"batch": np.array([1, 2])}, r"expected a number, or \(min, opt, max\)"),
         ({"workspace_bytes": 2**70}, "expected 1 or more"),
         ({"avg_timing_iterations": 2**40}, "avg_timing_iterations is"),
+        ({"weights": "none"}, "unknown weights 'none'; choose one of included, refittable, stripped"),
+        ({"profiling_verbosity": "loud"}, "unknown profiling_verbosity 'loud'"),
+        ({"memory_pools": {"dla_sram": 1}}, "unknown memory pool 'dla_sram'; there are tactic_dram"),
+        ({"memory_pools": {"tactic_dram": 0}}, "memory_pools is 0; expected 1 or more"),
+        ({"memory_pools": 5}, r"expected \{pool: bytes\}"),
+        ({"precision": "tf32", "allow_tf32": False}, "contradict each other; choose precision='fp32'"),
+        ({"timing_cache": "t", "builder_cache": False}, "timing_cache= needs the builder's cache"),
+        ({"weight_streaming": True, "weights": "stripped"}, "choose one of the two"),
     ],
 )
 def test_refuses_what_makes_no_sense(keywords, message):

@@ -11,7 +11,7 @@ from mlflow.models import infer_signature
 from real_models import MAGIKA
 
 import mlflow_trt
-from mlflow_trt import ArtifactError, RecipeError
+from mlflow_trt import RecipeError
 from mlflow_trt.flavor import read_record
 
 CPU = {"runtime": "onnxruntime"}
@@ -38,6 +38,9 @@ def test_converts_a_registered_version(uri, source, store):
 
     assert (version.name, str(version.version)) == ("product.trt", "1")
     assert version.tags["mlflow_trt.source"] == "models:/product/1"
+    assert version.tags["mlflow_trt.source_name"] == "product"
+    assert version.tags["mlflow_trt.source_version"] == "1"
+    assert version.tags["mlflow_trt.source_digest"] == read_record("models:/product.trt/1").source.digest
     assert version.tags["stage"] == "test"
     record = read_record("models:/product.trt/1")
     assert record.lineage == {
@@ -81,16 +84,6 @@ def test_a_failure_registers_nothing(source, store):
         mlflow_trt.convert_model_version("models:/product/9", "product-trt")
     assert [model.name for model in store.client.search_registered_models()] == ["product"]
     assert len(store.logged_models()) == before
-
-
-def test_other_flavors_are_named(store, tmp_path):
-    class Doubles(mlflow.pyfunc.PythonModel):
-        def predict(self, model_input: list[float]) -> list[float]:
-            return [2 * number for number in model_input]
-
-    mlflow.pyfunc.save_model(tmp_path / "doubles", python_model=Doubles(), pip_requirements=[])
-    with pytest.raises(ArtifactError, match="has the flavors python_function; expected one of flavor onnx"):
-        mlflow_trt.convert_model_version(str(tmp_path / "doubles"), "doubles-trt")
 
 
 def test_external_data_comes_along(store, tmp_path):

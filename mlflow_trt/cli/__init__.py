@@ -6,6 +6,9 @@ import sys
 
 import typer
 
+from mlflow_trt.cli.add_engine import add_engine
+from mlflow_trt.cli.benchmark import benchmark
+from mlflow_trt.cli.compare import compare
 from mlflow_trt.cli.convert import convert
 from mlflow_trt.cli.doctor import doctor
 from mlflow_trt.cli.inspect import inspect
@@ -18,7 +21,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(convert)
+app.command()(add_engine)
 app.command()(inspect)
+app.command()(benchmark)
+app.command()(compare)
 app.command()(doctor)
 
 

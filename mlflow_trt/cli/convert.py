@@ -2,59 +2,194 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mlflow_trt.cli.options import combine_shapes, parse_batch, results_on_stdout
-from mlflow_trt.cli.render import print_json, print_record
+from mlflow_trt.cli import recipe_options as options
+from mlflow_trt.cli.options import default_name, results_on_stdout
+from mlflow_trt.cli.render import print_json, print_outcomes, print_plan, print_record
+from mlflow_trt.cli.trtexec import translate
+
+
+def _take_over(context: typer.Context, line: str) -> str:
+    """Make a trtexec line the defaults of this command, which options that are given come before."""
+    if line:
+        translation = translate(line)
+        context.default_map = translation.parameters()
+        typer.echo(f"The same as: {translation.command}", err=True)
+        for remark in translation.remarks:
+            typer.echo(remark, err=True)
+    return line
 
 
 def convert(
+    context: typer.Context,
     source: Annotated[
         str,
         typer.Argument(
-            help="An ONNX file, or the MLflow URI of a model of flavor onnx: models:/name/version, "
-            "models:/name@alias, runs:/..."
+            help="An ONNX file, or the MLflow URI of a model: models:/name/version, models:/name@alias, runs:/..."
         ),
-    ],
-    register_as: Annotated[str, typer.Option(help="Register the result as a version of this model.")] = "",
+    ] = "",
+    onnx: Annotated[str, typer.Option(help="The ONNX file, instead of SOURCE.")] = "",
+    all_: Annotated[
+        str,
+        typer.Option(
+            "--all", help="Convert the newest version of every registered model that this filter of MLflow finds."
+        ),
+    ] = "",
+    from_trtexec: Annotated[
+        str,
+        typer.Option(
+            help="A command line of trtexec, whose options are taken over; what it becomes is printed.",
+            is_eager=True,
+            callback=_take_over,
+        ),
+    ] = "",
+    register_as: Annotated[
+        str,
+        typer.Option(
+            help="Register the result as a version of this model. With --all a pattern. Default: {name}-trt, where the "
+            "source is registered as {name} and no file or folder is to be written."
+        ),
+    ] = "",
+    alias: Annotated[str, typer.Option(help="Set this alias on the version, after everything else succeeded.")] = "",
     output: Annotated[Path | None, typer.Option(help="Write the result to this new folder instead.")] = None,
-    precision: Annotated[str, typer.Option(help="fp32 or tf32.")] = "fp32",
-    batch: Annotated[str, typer.Option(help="Rows along axis 0: 64, or min:opt:max like 1:8:64.")] = "",
-    min_shapes: Annotated[str, typer.Option(help="Smallest shapes, like x:1x3x224x224,y:1x16.")] = "",
-    opt_shapes: Annotated[str, typer.Option(help="Usual shapes.")] = "",
-    max_shapes: Annotated[str, typer.Option(help="Largest shapes.")] = "",
-    target: Annotated[
-        list[str] | None,
-        typer.Option(help="Compute capability to build for, like sm86. TensorRT-RTX only; may be repeated."),
+    save_engine: Annotated[Path | None, typer.Option(help="Write the engine to this file as well, or only.")] = None,
+    build_only: Annotated[
+        bool, typer.Option("--build-only", help="For lines of trtexec: this command always only builds.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Make a new version, even where there is one of this source and recipe.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")] = False,
+    precision: options.Precision = "",
+    fp16: options.Fp16 = False,
+    bf16: options.Bf16 = False,
+    int8: options.Int8 = False,
+    fp8: options.Fp8 = False,
+    best: options.Best = False,
+    no_tf32: options.NoTf32 = False,
+    batch: options.Batch = "",
+    min_shapes: options.MinShapes = None,
+    opt_shapes: options.OptShapes = None,
+    max_shapes: options.MaxShapes = None,
+    target: options.Target = None,
+    workspace: options.Workspace = None,
+    mem_pool_size: options.MemPoolSize = "",
+    avg_timing: options.AvgTiming = None,
+    builder_optimization_level: options.OptimizationLevel = None,
+    timing_cache_file: options.TimingCacheFile = "",
+    no_builder_cache: options.NoBuilderCache = False,
+    tactic_sources: options.TacticSources = "",
+    sparsity: options.Sparsity = "",
+    version_compatible: options.VersionCompatible = False,
+    hardware_compatibility_level: options.HardwareCompatibilityLevel = "",
+    refit: options.Refit = False,
+    strip_weights: options.StripWeights = False,
+    weight_streaming: options.WeightStreaming = False,
+    profiling_verbosity: options.ProfilingVerbosity = "",
+    calibration_data: Annotated[
+        Path | None,
+        typer.Option(help="An .npz or .npy file of real inputs: int8 and fp8 need it, all are compared on it."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Convert an ONNX model, from a file or from MLflow, into an MLflow model with a TensorRT engine."""
-    if bool(register_as) == (output is not None):
+    """Convert a model, from a file or from MLflow, into an MLflow model with a TensorRT engine."""
+    given: dict[str, Any] = dict(context.params)
+    if sum(map(bool, (source, onnx, all_))) != 1:
+        raise typer.BadParameter("give one source: SOURCE, --onnx FILE or --all FILTER")
+    if not (output or save_engine or all_):
+        given["register_as"] = register_as = register_as or default_name(source)
+    if bool(register_as) + (output is not None) > 1 or not (register_as or output or save_engine or all_ or dry_run):
         raise typer.BadParameter("give either --register-as NAME or --output DIR")
-    from mlflow_trt.artifact import read_folder, record_to_dict
-    from mlflow_trt.flavor import read_record, save_model
-    from mlflow_trt.registry import convert_model_version, opened_source
-
-    recipe: dict[str, Any] = {
-        "precision": precision,
-        "batch": parse_batch(batch) if batch else None,
-        "shapes": combine_shapes(min_shapes, opt_shapes, max_shapes) or None,
-        "targets": target or None,
-    }
+    if alias and not (register_as or all_):
+        raise typer.BadParameter("--alias needs --register-as NAME")
+    if all_ and (output or save_engine):
+        raise typer.BadParameter("--all registers what it makes: leave --output and --save-engine out")
     with results_on_stdout(as_json):
-        if output is None:
-            version = convert_model_version(source, register_as, **recipe)
+        recipe = options.recipe_from(given)
+    command = _convert_all if all_ else _plan if dry_run else _convert_one
+    command(given, source or onnx, recipe)
+
+
+def _convert_one(given: dict[str, Any], source: str, recipe: Any) -> None:
+    from mlflow_trt.artifact import read_folder, record_to_dict
+    from mlflow_trt.export import save_engine
+    from mlflow_trt.flavor import read_record
+    from mlflow_trt.registry import convert_model_version, convert_to_folder
+
+    name, alias, force = given["register_as"], given["alias"] or None, given["force"]
+    data = given["calibration_data"]
+    with results_on_stdout(given["as_json"]), tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+        if name:
+            version = convert_model_version(
+                source, name, recipe=recipe, calibration_data=data, alias=alias, force=force
+            )
             uri = f"models:/{version.name}/{version.version}"
+            record = read_record(uri)
         else:
-            with opened_source(source) as model:
-                save_model(model.path, output, signature=model.signature, lineage=model.lineage, **recipe)
-            uri = str(output)
-        record = read_record(uri) if output is None else read_folder(output).record
-    if as_json:
+            uri = str(given["output"] or Path(workdir, "model"))
+            convert_to_folder(source, uri, recipe, calibration_data=data)
+            record = read_folder(Path(uri)).record
+        if given["save_engine"] is not None:
+            save_engine(uri, given["save_engine"])
+            uri = uri if name or given["output"] else str(given["save_engine"])
+    if given["as_json"]:
         print_json({"uri": uri, **record_to_dict(record)})
     else:
         print_record(uri, record)
+
+
+def _plan(given: dict[str, Any], source: str, recipe: Any) -> None:
+    from dataclasses import asdict
+
+    from mlflow_trt.planning import plan_conversion
+
+    with results_on_stdout(given["as_json"]):
+        name, path = given["register_as"] or None, given["output"]
+        plan = plan_conversion(
+            source,
+            recipe,
+            registered_model_name=name,
+            path=path,
+            calibration_data=given["calibration_data"],
+            force=given["force"],
+        )
+    if given["as_json"]:
+        print_json(asdict(plan))
+    else:
+        print_plan(plan)
+
+
+def _convert_all(given: dict[str, Any], _source: str, recipe: Any) -> None:
+    from mlflow_trt.convert_all import Outcome, convert_all
+
+    outcomes: list[Outcome] = []
+    try:
+        with results_on_stdout(given["as_json"]):
+            convert_all(
+                given["all_"],
+                recipe,
+                name_pattern=given["register_as"] or "{name}-trt",
+                alias=given["alias"] or None,
+                calibration_data=given["calibration_data"],
+                force=given["force"],
+                dry_run=given["dry_run"],
+                on_outcome=outcomes.append,
+            )
+    except KeyboardInterrupt:  # what was converted before it stays
+        _render_outcomes(given, outcomes)
+        raise
+    _render_outcomes(given, outcomes)
+    if any(outcome.status == "failed" for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+def _render_outcomes(given: dict[str, Any], outcomes: list[Any]) -> None:
+    if given["as_json"]:
+        print_json([vars(outcome) for outcome in outcomes])
+    else:
+        print_outcomes(outcomes)

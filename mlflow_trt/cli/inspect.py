@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mlflow_trt.cli.options import results_on_stdout
-from mlflow_trt.cli.render import print_json, print_record
+from mlflow_trt.cli.render import print_json, print_layers, print_record
 
 
 def inspect(
     uri: Annotated[str, typer.Argument(help="An MLflow model URI such as models:/name/version, or a folder.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the whole record as JSON.")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Show the layers of the engine that runs here instead. Needs a GPU.")
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="With --layers: write them to this HTML page.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole record, or the layers, as JSON.")] = False,
 ) -> None:
-    """Show a model's recipe, profiles, engines and digests. Needs neither a GPU nor TensorRT."""
+    """Show a model's recipe, profiles, engines and digests, which needs neither a GPU nor TensorRT; or its layers."""
+    if layers or html is not None:
+        _layers(uri, html, as_json=as_json)
+        return
     from mlflow_trt.artifact import record_to_dict
     from mlflow_trt.flavor import read_record
 
@@ -24,3 +32,16 @@ def inspect(
         print_json({"uri": uri, **record_to_dict(record)})
     else:
         print_record(uri, record)
+
+
+def _layers(uri: str, html: Path | None, *, as_json: bool) -> None:
+    from mlflow_trt.layers import page, read_layers
+
+    with results_on_stdout(as_json):
+        report = read_layers(uri)
+        if html is not None:
+            html.write_text(page(report))
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print_layers(report)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import typer
+
+
+def default_name(source: str) -> str:
+    """What a version of a registered model is registered as where nothing else is said; empty for other sources."""
+    match = re.fullmatch(r"models:/([^/@]+)(/[^/@]+|@[^/]+)", source)
+    return f"{match[1]}-trt" if match else ""
 
 
 def parse_batch(text: str) -> tuple[int, int, int]:
@@ -20,6 +27,17 @@ def parse_batch(text: str) -> tuple[int, int, int]:
     if len(numbers) != 3:
         raise typer.BadParameter(f"{text!r}: expected a number like 64, or min:opt:max like 1:8:64")
     return (numbers[0], numbers[1], numbers[2])
+
+
+def parse_numbers(text: str, option: str) -> list[int]:
+    """`1,8,32`."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise typer.BadParameter(f"{option}: {text!r}: expected numbers of 1 or more, like 1,8,32")
+    return numbers
 
 
 def parse_shapes(text: str, option: str) -> dict[str, tuple[int, ...]]:
@@ -49,6 +67,16 @@ def combine_shapes(low: str, usual: str, high: str) -> dict[str, Triple]:
             raise typer.BadParameter(f"{option} does not name the input {name!r}, which another of the three does")
     smallest, middle, largest = parsed.values()
     return {name: (smallest[name], middle[name], largest[name]) for name in smallest}
+
+
+def combine_profiles(low: Sequence[str], usual: Sequence[str], high: Sequence[str]) -> list[dict[str, Triple]]:
+    """The shape options, each given once for every profile."""
+    if not len(low) == len(usual) == len(high):
+        raise typer.BadParameter(
+            f"--min-shapes is given {len(low)} times, --opt-shapes {len(usual)} and --max-shapes {len(high)}: "
+            "give all three for each profile"
+        )
+    return [combine_shapes(*profile) for profile in zip(low, usual, high, strict=True)]
 
 
 @contextmanager

@@ -13,8 +13,14 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from mlflow_trt.artifact import Record
+    from mlflow_trt.benchmark import Benchmark
+    from mlflow_trt.compare import SideBySide
+    from mlflow_trt.convert.recipe import Recipe
+    from mlflow_trt.convert_all import Outcome
     from mlflow_trt.doctor import Diagnosis
-    from mlflow_trt.spec import BatchAxis
+    from mlflow_trt.layers import LayerReport
+    from mlflow_trt.planning import Plan
+    from mlflow_trt.spec import BatchAxis, ShapeProfile, TensorSpec
 
 
 def print_json(value: object) -> None:
@@ -42,50 +48,24 @@ def print_rows(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]
 
 
 def print_record(uri: str, record: Record) -> None:
-    recipe = record.recipe
     print_facts(
         uri,
         {
-            "precision": recipe.precision,
-            "batch axis": _batch_text(record.batch_axis),
-            "targets": ", ".join(recipe.targets),
-            "workspace": f"{recipe.workspace_bytes / 2**20:.0f} MiB" if recipe.workspace_bytes else None,
-            "optimization level": recipe.optimization_level,
-            "timing iterations": recipe.avg_timing_iterations,
-            "tactic sources": ", ".join(recipe.tactic_sources or ()),
-            "version compatible": "yes" if recipe.version_compatible else None,
+            **_recipe_facts(record.recipe, record.batch_axis),
             "source model": f"{record.source.file}, sha256 {record.source.digest}",
             "typed model": "equals the source model"
             if record.typed == record.source
             else f"{record.typed.file}, sha256 {record.typed.digest}",
             "made from": record.lineage.get("source"),
+            "exported by": record.lineage.get("exporter"),
+            "left out": record.lineage.get("left_out"),
+            "engines of": record.lineage.get("extends"),
             "made by": f"mlflow-trt {record.mlflow_trt_version}, format {record.format}",
             "remarks": "\n".join(record.remarks),
         },
     )
-    tensors = [("input", spec) for spec in record.inputs] + [("output", spec) for spec in record.outputs]
-    print_rows(
-        "\ntensors",
-        ("", "name", "dtype", "shape"),
-        [
-            (
-                role,
-                spec.name,
-                spec.dtype,
-                " x ".join("?" if dim is None else str(dim) for dim in spec.shape) or "scalar",
-            )
-            for role, spec in tensors
-        ],
-    )
-    print_rows(
-        "\noptimization profiles",
-        ("", "input", "min", "opt", "max"),
-        [
-            (number, name, *str(limits).split(":"))
-            for number, profile in enumerate(record.profiles)
-            for name, limits in profile.ranges.items()
-        ],
-    )
+    print_tensors(record.inputs, record.outputs)
+    print_profiles(record.profiles)
     print_rows(
         "\nengines",
         ("file", "built by", "for", "on", "MB", "seconds", "sha256"),
@@ -102,6 +82,133 @@ def print_record(uri: str, record: Record) -> None:
             for engine in record.engines
         ],
     )
+
+
+def print_plan(plan: Plan) -> None:
+    print_facts(
+        f"What would be done with {plan.source}",
+        {
+            "result": plan.destination,
+            "exists already": plan.existing and f"{plan.existing}, made of the same source by the same recipe",
+            **_recipe_facts(plan.recipe, plan.batch_axis),
+            "built by": plan.tensorrt,
+            "source model": f"sha256 {plan.source_digest}",
+            "remarks": "\n".join(plan.remarks),
+        },
+    )
+    print_tensors(plan.inputs, plan.outputs)
+    print_profiles(plan.profiles)
+
+
+def print_outcomes(outcomes: Sequence[Outcome]) -> None:
+    rows = [(outcome.source, outcome.status, outcome.detail, f"{outcome.seconds:.1f}") for outcome in outcomes]
+    print_rows("conversions", ("source", "", "result", "seconds"), rows or [("no model matches", "", "", "")])
+
+
+def _recipe_facts(recipe: Recipe, batch_axis: BatchAxis | None) -> dict[str, Any]:
+    """What was asked for; options at their defaults have no value, and so are not shown."""
+    return {
+        "precision": recipe.precision,
+        "strict float32": None if recipe.allow_tf32 else "yes",
+        "batch axis": _batch_text(batch_axis),
+        "targets": ", ".join(recipe.targets),
+        "workspace": f"{recipe.workspace_bytes / 2**20:.0f} MiB" if recipe.workspace_bytes else None,
+        "memory pools": ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in recipe.memory_pools.items()),
+        "optimization level": recipe.optimization_level,
+        "timing iterations": recipe.avg_timing_iterations,
+        "timing cache": recipe.timing_cache or (None if recipe.builder_cache else "off"),
+        "tactic sources": None if recipe.tactic_sources is None else ", ".join(recipe.tactic_sources) or "none",
+        "sparsity": "yes" if recipe.sparsity else None,
+        "weights": None if recipe.weights.value == "included" else recipe.weights,
+        "weight streaming": "yes" if recipe.weight_streaming else None,
+        "profiling verbosity": recipe.profiling_verbosity,
+        "version compatible": "yes" if recipe.version_compatible else None,
+    }
+
+
+def print_tensors(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+    tensors = [("input", spec) for spec in inputs] + [("output", spec) for spec in outputs]
+    print_rows(
+        "\ntensors",
+        ("", "name", "dtype", "shape"),
+        [
+            (
+                role,
+                spec.name,
+                spec.dtype,
+                " x ".join("?" if dim is None else str(dim) for dim in spec.shape) or "scalar",
+            )
+            for role, spec in tensors
+        ],
+    )
+
+
+def print_profiles(profiles: Sequence[ShapeProfile]) -> None:
+    print_rows(
+        "\noptimization profiles",
+        ("", "input", "min", "opt", "max"),
+        [
+            (number, name, *str(limits).split(":"))
+            for number, profile in enumerate(profiles)
+            for name, limits in profile.ranges.items()
+        ],
+    )
+
+
+def print_benchmark(uri: str, benchmark: Benchmark, run_id: str | None = None) -> None:
+    print_measurements(uri, benchmark)
+    if run_id is not None:
+        typer.echo(f"\nlogged to run {run_id}")
+
+
+def print_side_by_side(result: SideBySide, run_id: str | None = None) -> None:
+    comparison = result.comparison
+    headings = ("output", "relative error", "largest error", "mean error", "cosine", "same best class")
+    rows = [
+        (
+            output.name,
+            f"{output.relative_error:.2e}",
+            f"{output.max_abs_error:.2e}",
+            f"{output.mean_abs_error:.2e}",
+            f"{output.cosine_similarity:.6f}",
+            "" if output.top_class_agreement is None else f"{output.top_class_agreement:.1%}",
+        )
+        for output in comparison.outputs
+    ]
+    print_rows(f"{result.subject} against {result.reference}, on {comparison.inputs}", headings, rows)
+    typer.echo(f"{comparison.verdict}{''.join(f'; {problem}' for problem in comparison.problems)}\n")
+    print_benchmark("latency and throughput", result.benchmark, run_id)
+
+
+def print_measurements(title: str, benchmark: Benchmark) -> None:
+    several = len({row.model for row in benchmark.measurements}) > 1
+    headings = ("model", "runtime", "", "batch", "mean ms", "p50", "p90", "p99", "rows/s")
+    rows = []
+    for row in benchmark.measurements:
+        times = (row.latency.mean, row.latency.p50, row.latency.p90, row.latency.p99)
+        numbers = [f"{time:.3f}" for time in times]
+        rows.append((row.model, row.runtime, row.part, row.batch, *numbers, f"{row.throughput:,.0f}"))
+    shown = slice(0 if several else 1, None)
+    print_rows(title, headings[shown], [row[shown] for row in rows])
+    for description in benchmark.runtimes:
+        typer.echo(f"measured on {description}")
+    for problem in benchmark.problems:
+        typer.echo(f"not measured: {problem}")
+
+
+def print_layers(report: LayerReport) -> None:
+    rows = [
+        (
+            number,
+            layer.name,
+            layer.kind,
+            ", ".join(map(str, layer.outputs)),
+            "" if layer.milliseconds is None else f"{layer.milliseconds:.4f}",
+        )
+        for number, layer in enumerate(report.layers)
+    ]
+    title = f"{report.model} on {report.description}, timed with {report.rows} rows"
+    print_rows(title, ("", "layer", "type", "outputs", "ms"), rows)
 
 
 def _batch_text(axis: BatchAxis | None) -> str:

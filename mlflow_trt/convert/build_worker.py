@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_trt import trt_api
+from mlflow_trt.convert.build_failure import BuildFailure
+from mlflow_trt.convert.timing_cache import TimingCacheFile, write_whole
 from mlflow_trt.hardware import probe
-from mlflow_trt.spec import ComputeCapability, Distribution, HardwareCompatibility
+from mlflow_trt.spec import ComputeCapability, Distribution, HardwareCompatibility, ProfilingVerbosity, Weights
 from mlflow_trt.trt import TensorRT, import_distribution
 
 _REPORT_SECONDS = 0.1
@@ -38,18 +40,16 @@ class Job:
     optimization_level: int | None
     avg_timing_iterations: int | None
     timing_cache: str | None
+    builder_cache: bool
+    memory_pools: dict[str, int]
+    sparsity: bool
+    weights: str
+    weight_streaming: bool
+    profiling_verbosity: str
     tactic_sources: list[str] | None
     version_compatible: bool
     hardware_compatibility: str
     targets: list[str]
-
-
-class BuildFailure(Exception):  # noqa: N818  # not an error of this process but the report of one
-    """Ends the job: `event` says why, in the form that `builder` reads."""
-
-    def __init__(self, kind: str, message: str, **details: Any) -> None:
-        super().__init__(message)
-        self.event = {"event": "failed", "kind": kind, "message": message, **details}
 
 
 def main(reports_descriptor: int) -> None:
@@ -92,7 +92,9 @@ def build(tensorrt: TensorRT, job: Job, report: Any) -> dict[str, Any]:
     config = builder.create_builder_config()
     _configure(tensorrt, config, job)
     _add_profiles(tensorrt, builder, network, config, job.profiles)
-    timing_cache = _attach_timing_cache(tensorrt, config, job)
+    caching = None if job.timing_cache is None or tensorrt.is_rtx else TimingCacheFile(Path(job.timing_cache))
+    if caching is not None:
+        caching.attach(tensorrt, config)
     monitor = tensorrt.progress_monitor(_throttled(report))
     config.progress_monitor = monitor
     started = time.perf_counter()
@@ -100,14 +102,14 @@ def build(tensorrt: TensorRT, job: Job, report: Any) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     if plan is None:
         raise BuildFailure("build", "TensorRT built no engine", log=tensorrt.log.errors())
-    _write(Path(job.plan), plan)
-    if timing_cache is not None:
-        _write(Path(timing_cache), config.get_timing_cache().serialize())
+    write_whole(Path(job.plan), plan)
+    digest = None if caching is None else caching.merge(tensorrt, config)
     gpu = hardware.gpus[0] if hardware.gpus else None
     return {
         "event": "built",
         "version": tensorrt.version,
         "seconds": seconds,
+        "timing_cache": digest,
         "compute_capabilities": job.targets if tensorrt.is_rtx else [str(gpu.compute_capability)] if gpu else [],
         "gpu": gpu.name if gpu else None,
         "driver": hardware.driver,
@@ -122,15 +124,12 @@ def _parser_failure(tensorrt: TensorRT, parser: trt_api.OnnxParser) -> BuildFail
 
 
 def _configure(tensorrt: TensorRT, config: trt_api.IBuilderConfig, job: Job) -> None:
-    flags = tensorrt.builder_flag
-    if job.tf32:
-        config.set_flag(flags.TF32)
-    else:
-        config.clear_flag(flags.TF32)
-    if job.version_compatible:
-        config.set_flag(flags.VERSION_COMPATIBLE)
+    _set_flags(tensorrt.builder_flag, config, job)
     if job.workspace_bytes is not None:
-        config.set_memory_pool_limit(tensorrt.workspace, job.workspace_bytes)
+        config.set_memory_pool_limit(tensorrt.memory_pool("workspace"), job.workspace_bytes)
+    for name, size in job.memory_pools.items():
+        config.set_memory_pool_limit(tensorrt.memory_pool(name), size)
+    config.profiling_verbosity = tensorrt.profiling_verbosity(ProfilingVerbosity(job.profiling_verbosity))
     if job.optimization_level is not None:
         config.builder_optimization_level = job.optimization_level
     if job.avg_timing_iterations is not None:
@@ -144,6 +143,23 @@ def _configure(tensorrt: TensorRT, config: trt_api.IBuilderConfig, job: Job) -> 
         targets = [ComputeCapability.parse(target) for target in job.targets]
         if not tensorrt.set_targets(config, targets):
             raise BuildFailure("option", f"TensorRT-RTX refused a target: {tensorrt.log.last_error()}")
+
+
+def _set_flags(flags: trt_api.BuilderFlag, config: trt_api.IBuilderConfig, job: Job) -> None:
+    wanted = {
+        flags.TF32: job.tf32,
+        flags.VERSION_COMPATIBLE: job.version_compatible,
+        flags.DISABLE_TIMING_CACHE: not job.builder_cache,
+        flags.SPARSE_WEIGHTS: job.sparsity,
+        flags.REFIT: job.weights == Weights.REFITTABLE.value,
+        flags.STRIP_PLAN: job.weights == Weights.STRIPPED.value,
+        flags.WEIGHT_STREAMING: job.weight_streaming,
+    }
+    for flag, is_wanted in wanted.items():
+        if is_wanted:
+            config.set_flag(flag)
+        else:
+            config.clear_flag(flag)
 
 
 def _add_profiles(
@@ -192,18 +208,6 @@ def _fix_constant_dimensions(inputs: dict[str, trt_api.ITensor], profiles: list[
         ]
 
 
-def _attach_timing_cache(tensorrt: TensorRT, config: trt_api.IBuilderConfig, job: Job) -> str | None:
-    if job.timing_cache is None or tensorrt.is_rtx:
-        return None
-    path = Path(job.timing_cache)
-    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
-    if not config.set_timing_cache(cache, ignore_mismatch=False):
-        raise BuildFailure(
-            "option", f"the timing cache {path} does not fit this GPU and TensorRT: {tensorrt.log.last_error()}"
-        )
-    return job.timing_cache
-
-
 def _throttled(report: Any) -> Any:
     last = 0.0
 
@@ -215,12 +219,3 @@ def _throttled(report: Any) -> Any:
             report({"event": "progress", "phase": phase, "fraction": round(fraction, 4)})
 
     return progress
-
-
-def _write(path: Path, memory: Any) -> None:
-    """Write aside, then replace: whoever reads the path sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(memoryview(memory))
-    partial.replace(path)

@@ -91,6 +91,8 @@ def build_engine(
         gpu=outcome["gpu"],
         driver=outcome["driver"],
         build_seconds=round(outcome["seconds"], 3),
+        weights=recipe.weights,
+        timing_cache=outcome["timing_cache"],
     )
 
 
@@ -100,12 +102,18 @@ def _job(model: Path, plan: Path, recipe: Recipe, profiles: Sequence[ShapeProfil
         model=str(model.absolute()),
         plan=str(plan.absolute()),
         distribution=distribution.value,
-        tf32=recipe.precision is not Precision.FP32,
+        tf32=recipe.precision is not Precision.FP32 and recipe.allow_tf32,
         profiles=[{name: asdict(limits) for name, limits in profile.ranges.items()} for profile in profiles],
         workspace_bytes=recipe.workspace_bytes,
         optimization_level=recipe.optimization_level,
         avg_timing_iterations=recipe.avg_timing_iterations,
         timing_cache=recipe.timing_cache,
+        builder_cache=recipe.builder_cache,
+        memory_pools=dict(recipe.memory_pools),
+        sparsity=recipe.sparsity,
+        weights=recipe.weights.value,
+        weight_streaming=recipe.weight_streaming,
+        profiling_verbosity=recipe.profiling_verbosity.value,
         tactic_sources=None if recipe.tactic_sources is None else list(recipe.tactic_sources),
         version_compatible=recipe.version_compatible,
         hardware_compatibility=recipe.hardware_compatibility.value,

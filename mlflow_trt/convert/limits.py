@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from mlflow_trt import trt
+import functools
+
+from mlflow_trt import hardware, trt
 from mlflow_trt._logging import get_logger
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import RecipeError
-from mlflow_trt.spec import ComputeCapability, HardwareCompatibility, Precision
+from mlflow_trt.spec import ComputeCapability, HardwareCompatibility, Precision, Weights
 
 _log = get_logger(__name__)
 _FIRST_WITH_FP8 = ComputeCapability(8, 9)
@@ -53,8 +55,20 @@ def _check_rtx(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
             "rebuilt where another release loads it",
             option="version_compatible",
         )
+    if recipe.weights is not Weights.INCLUDED and (problem := hardware.probe().problem) is not None:
+        raise RecipeError(
+            f"TensorRT-RTX builds {recipe.weights} engines only where there is a GPU ({problem}); "
+            "leave weights= out, or convert on a GPU machine",
+            option="weights",
+        )
     if recipe.timing_cache is not None:
-        _log.info("TensorRT-RTX has no timing cache: %s is left alone", recipe.timing_cache)
+        _say_once("TensorRT-RTX has no timing cache: the file is left alone")
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    """What holds for every build of this process is said with the first."""
+    _log.info("%s", message)
 
 
 def _check_fp8(tensorrt: trt.TensorRT, recipe: Recipe) -> None:

@@ -5,14 +5,24 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from mlflow_trt.errors import RecipeError
-from mlflow_trt.spec import CalibrationMethod, ComputeCapability, HardwareCompatibility, Precision
+from mlflow_trt.spec import (
+    CalibrationMethod,
+    ComputeCapability,
+    HardwareCompatibility,
+    Precision,
+    ProfilingVerbosity,
+    Weights,
+)
 
 TACTIC_SOURCES = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 """The tactic sources that TensorRT 10.12 to 11 and TensorRT-RTX all have."""
+
+MEMORY_POOLS = ("tactic_dram", "tactic_shared_memory")
+"""The memory pools of TensorRT, besides the workspace, that are not for a DLA."""
 
 _LARGEST = 2**31 - 1  # what TensorRT counts dimensions and iterations with
 
@@ -22,7 +32,7 @@ ShapeRequest = Mapping[str, ShapeTriple]
 
 ShapesRequest = ShapeRequest | Sequence[ShapeRequest]
 BatchRequest = int | tuple[int, int, int] | Sequence[int]
-_Choice = TypeVar("_Choice", Precision, HardwareCompatibility, CalibrationMethod)
+_Choice = TypeVar("_Choice", Precision, HardwareCompatibility, CalibrationMethod, Weights, ProfilingVerbosity)
 
 
 class BatchRange(NamedTuple):
@@ -55,7 +65,18 @@ class Recipe:
             the whole GPU.
         optimization_level: 0 (build fast) to 5 (search longest); None leaves TensorRT's default, 3.
         avg_timing_iterations: how often TensorRT times each candidate kernel; None leaves its default, 1.
-        timing_cache: path of a timing cache that speeds up later builds; created where missing. TensorRT-RTX has none.
+        timing_cache: path of a timing cache that speeds up later builds; created where missing, and shared: what
+            several builds learn at the same time is merged. TensorRT-RTX has none.
+        builder_cache: whether TensorRT remembers timings while it builds; False is trtexec's `--noBuilderCache`.
+        memory_pools: upper limits in bytes of `tactic_dram` and `tactic_shared_memory`.
+        allow_tf32: whether layers that compute in float32 may round as TF32 does. `fp32` never lets them; with other
+            precisions False keeps strict what is left in float32. TensorRT-RTX ignores it.
+        sparsity: use the kernels for weights of which two of four are zero, where the weights are like that. Nothing is
+            set to zero for it.
+        weights: `included`; `refittable`, for tools that exchange them; or `stripped`: the plan holds none of those
+            that can be put back from the stored model, which is done each time the engine is loaded.
+        weight_streaming: let weights that do not fit on the GPU stay in host memory.
+        profiling_verbosity: `layer_names_only`, `detailed` for `mlflow-trt inspect --layers`, or `none`.
         tactic_sources: which of `EDGE_MASK_CONVOLUTIONS` and `JIT_CONVOLUTIONS` to draw kernels from; None for the
             default.
         version_compatible: let later minor releases of the same TensorRT major version load the engine. Not for
@@ -78,6 +99,13 @@ class Recipe:
     optimization_level: int | None = None
     avg_timing_iterations: int | None = None
     timing_cache: str | None = None
+    builder_cache: bool = True
+    memory_pools: Mapping[str, int] = field(default_factory=dict)
+    allow_tf32: bool = True
+    sparsity: bool = False
+    weights: Weights = Weights.INCLUDED
+    weight_streaming: bool = False
+    profiling_verbosity: ProfilingVerbosity = ProfilingVerbosity.LAYER_NAMES_ONLY
     tactic_sources: tuple[str, ...] | None = None
     version_compatible: bool = False
     hardware_compatibility: HardwareCompatibility = HardwareCompatibility.NONE
@@ -97,6 +125,13 @@ class Recipe:
             optimization_level: int | None = ...,
             avg_timing_iterations: int | None = ...,
             timing_cache: str | os.PathLike[str] | None = ...,
+            builder_cache: bool = ...,
+            memory_pools: Mapping[str, int] = ...,
+            allow_tf32: bool = ...,
+            sparsity: bool = ...,
+            weights: Weights | str = ...,
+            weight_streaming: bool = ...,
+            profiling_verbosity: ProfilingVerbosity | str = ...,
             tactic_sources: Sequence[str] | None = ...,
             version_compatible: bool = ...,
             hardware_compatibility: HardwareCompatibility | str = ...,
@@ -119,10 +154,34 @@ class Recipe:
             "optimization_level": _number("optimization_level", self.optimization_level, 0, 5),
             "avg_timing_iterations": _number("avg_timing_iterations", self.avg_timing_iterations, 1, _LARGEST),
             "timing_cache": None if self.timing_cache is None else os.fspath(self.timing_cache),
+            "builder_cache": bool(self.builder_cache),
+            "memory_pools": _memory_pools(self.memory_pools),
+            "allow_tf32": bool(self.allow_tf32),
+            "sparsity": bool(self.sparsity),
+            "weights": _choice(Weights, self.weights, "weights"),
+            "weight_streaming": bool(self.weight_streaming),
+            "profiling_verbosity": _choice(ProfilingVerbosity, self.profiling_verbosity, "profiling_verbosity"),
             "version_compatible": bool(self.version_compatible),
         }
         for name, value in normal.items():
             object.__setattr__(self, name, value)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.precision is Precision.TF32 and not self.allow_tf32:
+            raise RecipeError(
+                "precision='tf32' and allow_tf32=False contradict each other; choose precision='fp32'",
+                option="allow_tf32",
+            )
+        if self.timing_cache is not None and not self.builder_cache:
+            raise RecipeError(
+                "timing_cache= needs the builder's cache; leave builder_cache=False out", option="builder_cache"
+            )
+        if self.weight_streaming and self.weights is not Weights.INCLUDED:
+            raise RecipeError(
+                f"weight_streaming=True is for weights='included', not for {self.weights}: choose one of the two",
+                option="weight_streaming",
+            )
 
     @classmethod
     def of(
@@ -227,6 +286,19 @@ def _targets(value: Any) -> tuple[str, ...]:
     except ValueError as error:
         raise RecipeError(f"targets: {error}", option="targets") from None
     return tuple(str(target) for target in sorted(targets))
+
+
+def _memory_pools(value: Any) -> dict[str, int]:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"memory_pools is {value!r}; expected {{pool: bytes}}", option="memory_pools")
+    unknown = [name for name in value if name not in MEMORY_POOLS]
+    if unknown:
+        raise RecipeError(
+            f"unknown memory pool {unknown[0]!r}; there are {', '.join(MEMORY_POOLS)}, and workspace_bytes= for the "
+            "workspace. The pools of a DLA are not supported",
+            option="memory_pools",
+        )
+    return {name: _number("memory_pools", size, 1, None) or 0 for name, size in value.items()}
 
 
 def _number(option: str, value: Any, low: int, high: int | None) -> int | None:

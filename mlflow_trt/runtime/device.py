@@ -95,6 +95,9 @@ class Device:
     def stream(self) -> Stream:
         return Stream(self._driver.Stream(), self._driver)
 
+    def event(self) -> Event:
+        return Event(self._driver.Event())
+
     def device_buffer(self) -> DeviceBuffer:
         return DeviceBuffer(self._driver)
 
@@ -121,11 +124,28 @@ class Stream:
         if nbytes:
             self._driver.memcpy_dtoh_async(target.view(nbytes), source.address, self._stream)
 
+    def record(self, event: Any) -> None:
+        event.record(self._stream)
+
     def synchronize(self) -> None:
         self._stream.synchronize()
 
     def close(self) -> None:
         self._stream = None
+
+
+class Event:
+    """A moment on a stream."""
+
+    def __init__(self, event: Any) -> None:
+        self._event = event
+
+    def record(self, stream: Stream) -> None:
+        stream.record(self._event)
+
+    def milliseconds_since(self, earlier: Event) -> float:
+        """Time on the GPU between two moments that have both passed."""
+        return float(self._event.time_since(earlier._event))
 
 
 class DeviceBuffer:

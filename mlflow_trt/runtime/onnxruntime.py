@@ -1,4 +1,4 @@
-"""Session on ONNX Runtime's CPU provider: the reference, and the explicit alternative where there is no GPU."""
+"""Session on ONNX Runtime: the reference on the CPU, the explicit alternative to a GPU, and what to compare with."""
 
 from __future__ import annotations
 
@@ -16,11 +16,21 @@ from mlflow_trt.spec import TensorSpec
 
 
 class OnnxRuntimeSession(Session):
-    """Runs an ONNX file on the CPU."""
+    """Runs an ONNX file on the CPU.
+
+    With `prefer_cuda` it runs on the GPU where ONNX Runtime's CUDA provider is installed and works; `device` says.
+    """
 
     runtime: ClassVar[str] = "onnxruntime"
 
-    def __init__(self, model: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+    def __init__(
+        self,
+        model: Path,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        *,
+        prefer_cuda: bool = False,
+    ) -> None:
         super().__init__()
         self.inputs = inputs
         self.outputs = outputs
@@ -30,12 +40,13 @@ class OnnxRuntimeSession(Session):
                     f"ONNX Runtime cannot exchange bfloat16 arrays with Python, which {spec.name!r} needs; "
                     "use runtime='tensorrt', or export the model with float32 inputs and outputs"
                 )
-        self._model: CpuModel | None = CpuModel(model)
+        self._model: CpuModel | None = CpuModel(model, prefer_cuda=prefer_cuda)
         self._version = self._model.version
+        self.device = self._model.device
 
     @property
     def description(self) -> str:
-        return f"ONNX Runtime {self._version} on the CPU"
+        return f"ONNX Runtime {self._version} on {'CUDA' if self.device == 'CUDA' else 'the CPU'}"
 
     def _run(self, feeds: Feeds) -> dict[str, npt.NDArray[np.generic]]:
         model = self._model

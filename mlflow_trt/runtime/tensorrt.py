@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import re
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from pathlib import Path
+from typing import ClassVar, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +23,7 @@ from mlflow_trt import trt_api
 from mlflow_trt._logging import get_logger
 from mlflow_trt.dtypes import numpy_dtype
 from mlflow_trt.errors import EngineMismatchError, ExecutionError, InputShapeError, OutOfMemoryError, SessionClosedError
-from mlflow_trt.inputs import Feeds
+from mlflow_trt.inputs import Feeds, prepare_feeds
 from mlflow_trt.runtime.batching import run_in_pieces
 from mlflow_trt.runtime.device import Device, DeviceBuffer, PinnedBuffer, Stream
 from mlflow_trt.runtime.profiles import choose_profile
@@ -46,6 +48,8 @@ class TensorRTSession(Session):
         kernel_specialization: TensorRT-RTX only. `eager` compiles the kernels for a new shape before the first
             result, which then equals all later ones; `lazy` answers with generic kernels first.
         allow_engine_host_code: let the plan bring code that runs on the CPU.
+        weights_from: the ONNX file with the weights of a plan that was stripped of them.
+        weight_streaming: the plan was built for it: as many weights stay in host memory as TensorRT thinks best.
 
     Raises:
         EngineMismatchError: TensorRT says that this machine cannot run the plan.
@@ -65,13 +69,21 @@ class TensorRTSession(Session):
         batch_axis: BatchAxis | None = None,
         kernel_specialization: str = "eager",
         allow_engine_host_code: bool = False,
+        weights_from: Path | None = None,
+        weight_streaming: bool = False,
     ) -> None:
         super().__init__()
         self._tensorrt = tensorrt
         self._device = device
         self._batch_axis = batch_axis
         resources = _Resources(
-            plan, tensorrt, device, kernel_specialization, allow_engine_host_code=allow_engine_host_code
+            plan,
+            tensorrt,
+            device,
+            kernel_specialization,
+            allow_engine_host_code=allow_engine_host_code,
+            weights_from=weights_from,
+            weight_streaming=weight_streaming,
         )
         # Runs at close(), at the latest before the interpreter ends: TensorRT and pycuda must still be alive.
         self._finalizer = weakref.finalize(self, resources.release)
@@ -94,6 +106,36 @@ class TensorRTSession(Session):
             execute = functools.partial(self._execute, choice.profile)
             return run_in_pieces(feeds, self._batch_axis, smallest, largest, execute)
 
+    def time_phases(self, inputs: Mapping[str, npt.ArrayLike], runs: int) -> list[Phases]:
+        """Milliseconds on the GPU for each of so many runs, after one that does not count.
+
+        Raises InputShapeError where the engine takes this batch only in pieces, and what `run` raises.
+        """
+        self._check_open()
+        feeds = prepare_feeds(inputs, self.inputs)
+        with self._resources.lock, self._device.current():
+            return self._resources.time_phases(self._whole(feeds), feeds, runs)
+
+    def time_layers(self, inputs: Mapping[str, npt.ArrayLike], runs: int) -> dict[str, float]:
+        """Mean milliseconds of each layer over so many runs, which TensorRT slows down to measure them."""
+        self._check_open()
+        feeds = prepare_feeds(inputs, self.inputs)
+        with self._resources.lock, self._device.current():
+            return self._resources.time_layers(self._whole(feeds), feeds, runs)
+
+    def layer_information(self) -> str:
+        """What TensorRT's engine inspector tells about the layers, as JSON."""
+        self._check_open()
+        with self._resources.lock, self._device.current():
+            return self._resources.layer_information()
+
+    def _whole(self, feeds: Feeds) -> int:
+        """The profile that runs these inputs as they are."""
+        choice = choose_profile(self.profiles, feeds, self._batch_axis)
+        if choice.rows is not None:
+            raise InputShapeError(f"the engine runs this batch in pieces of {choice.rows[0]} to {choice.rows[1]} rows")
+        return choice.profile
+
     def _execute(self, profile: int, feeds: Feeds) -> Outputs:
         outputs = self._resources.execute(profile, feeds)
         for line in self._tensorrt.log.errors():
@@ -102,6 +144,14 @@ class TensorRTSession(Session):
 
     def _release(self) -> None:
         self._finalizer()
+
+
+class Phases(NamedTuple):
+    """Milliseconds on the GPU: copying the inputs there, running the engine, copying the outputs back."""
+
+    copy_in: float
+    engine: float
+    copy_out: float
 
 
 def depends_on_data(shape: tuple[int, ...]) -> bool:
@@ -120,11 +170,13 @@ class _Resources:
         kernel_specialization: str,
         *,
         allow_engine_host_code: bool,
+        weights_from: Path | None,
+        weight_streaming: bool,
     ) -> None:
         self.lock = threading.Lock()
         self._tensorrt = tensorrt
         self._device = device
-        self._profile = 0
+        self._specialization = kernel_specialization
         self._host: dict[str, PinnedBuffer] = {}
         self._memory: dict[str, DeviceBuffer] = {}
         self._allocator: object = None
@@ -149,11 +201,16 @@ class _Resources:
                     device.gpu,
                     doubt,
                 )
-            context = tensorrt.execution_context(engine, kernel_specialization)
-            if context is None:
-                raise self._failure("make an execution context")
+            if weights_from is not None:
+                problem = tensorrt.refit(engine, str(weights_from))
+                if problem is not None:
+                    raise ExecutionError(
+                        f"{tensorrt} could not put the weights of {weights_from.name} into its engine: {problem}"
+                    )
+            if weight_streaming:
+                engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
             self._engine: trt_api.ICudaEngine | None = engine
-            self._context: trt_api.IExecutionContext | None = context
+            self._context: trt_api.IExecutionContext | None = self._new_context()
             self._stream = device.stream()
             names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
             self._dtypes = {name: tensorrt.dtype(engine, name) for name in names}
@@ -186,6 +243,60 @@ class _Resources:
             with contextlib.suppress(Exception):
                 self._stream.synchronize()
             raise
+
+    def time_phases(self, profile: int, feeds: Feeds, runs: int) -> list[Phases]:
+        outputs = self.execute(profile, feeds)
+        context, stream = cast("trt_api.IExecutionContext", self._context), self._stream
+        copied = [name for name in (*self._inputs, *self._outputs) if name not in self._on_host]
+        events = [self._device.event() for _ in range(4)]
+        times = []
+        for _ in range(runs):
+            events[0].record(stream)
+            for name in (name for name in copied if name in self._inputs):
+                stream.upload(self._host[name], self._memory[name], feeds[name].nbytes)
+            events[1].record(stream)
+            if not context.execute_async_v3(stream.handle):
+                raise self._failure("run the engine")
+            events[2].record(stream)
+            for name in (name for name in copied if name in self._outputs):
+                stream.download(self._memory[name], self._host[name], outputs[name].nbytes)
+            events[3].record(stream)
+            stream.synchronize()
+            times.append(Phases(*(later.milliseconds_since(e) for e, later in itertools.pairwise(events))))
+        return times
+
+    def time_layers(self, profile: int, feeds: Feeds, runs: int) -> dict[str, float]:
+        self.execute(profile, feeds)
+        context = cast("trt_api.IExecutionContext", self._context)
+        totals: dict[str, float] = {}
+
+        def report(name: str, milliseconds: float) -> None:
+            totals[name] = totals.get(name, 0.0) + milliseconds
+
+        profiler = self._tensorrt.profiler(report)
+        context.profiler = profiler
+        try:
+            for _ in range(runs):
+                if not context.execute_async_v3(self._stream.handle):
+                    raise self._failure("run the engine")
+                self._stream.synchronize()
+        finally:
+            # The context keeps no reference of its own, and cannot be told to stop: it is replaced.
+            self._context = None
+            self._context = self._new_context()
+        return {name: total / runs for name, total in totals.items()}
+
+    def layer_information(self) -> str:
+        return self._tensorrt.layer_information(
+            cast("trt_api.ICudaEngine", self._engine), cast("trt_api.IExecutionContext", self._context)
+        )
+
+    def _new_context(self) -> trt_api.IExecutionContext:
+        self._profile = 0
+        context = self._tensorrt.execution_context(cast("trt_api.ICudaEngine", self._engine), self._specialization)
+        if context is None:
+            raise self._failure("make an execution context")
+        return context
 
     def _execute(self, context: trt_api.IExecutionContext, stream: Stream, profile: int, feeds: Feeds) -> Outputs:
         if profile != self._profile:

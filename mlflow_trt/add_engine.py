@@ -1,0 +1,193 @@
+"""One more engine for a model that has some: for this machine, or for other GPUs. Makes a new version of it."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.models import Model
+from mlflow.models.model import MLMODEL_FILE_NAME
+from mlflow.tracking.artifact_utils import _download_artifact_from_uri
+from mlflow.utils.file_utils import get_total_file_size
+from mlflow.utils.validation import _validate_model_alias_name
+
+from mlflow_trt import hardware, trt
+from mlflow_trt._logging import get_logger
+from mlflow_trt.artifact import ModelFolder, Record, add_engine_file, read_folder, why_not
+from mlflow_trt.convert.builder import Progress, build_engine
+from mlflow_trt.convert.recipe import Recipe
+from mlflow_trt.errors import EngineMismatchError, RecipeError, RuntimeUnavailableError
+from mlflow_trt.lineage import CONVERTED_TAG, EXTENDS_TAG, point_to
+from mlflow_trt.loading import LoadSettings, open_session
+from mlflow_trt.packaging import FLAVOR_NAME, check_names, flavor_fields, move_model
+from mlflow_trt.progress import shown_progress
+from mlflow_trt.registration import set_alias, undo_logging, undone_on_failure
+from mlflow_trt.registry import logged_name
+from mlflow_trt.sources.opened import registered_version
+from mlflow_trt.spec import EngineRecord, Gpu, HardwareCompatibility
+
+_log = get_logger(__name__)
+
+
+def add_engine(
+    model_uri: str,
+    *,
+    targets: Sequence[str] | str = (),
+    registered_model_name: str | None = None,
+    alias: str | None = None,
+    progress: Progress | None = None,
+) -> ModelVersion:
+    """Build an engine from a model's typed model, by its recipe, and register a new version that holds it as well.
+
+    Args:
+        model_uri: a registered version of this flavor: `models:/name/version` or `models:/name@alias`.
+        targets: compute capabilities to build for, with TensorRT-RTX; without them, the GPU of this machine.
+        registered_model_name: register the new version under this name instead of the model's own.
+        alias: set on the new version, after everything else succeeded.
+        progress: called while the engine is built; None shows it on standard error.
+
+    Returns:
+        The new version, or the one that was given where it has such an engine already.
+
+    Raises:
+        ArtifactError: it is no model of this flavor. RecipeError: there is neither a GPU nor a target.
+        SelfTestError: the new engine answers wrongly on this machine.
+        Everything that a build raises. After any failure or interruption the registry is as it was before.
+    """
+    version = registered_version(model_uri)
+    if version is None:
+        raise RecipeError(f"{model_uri} is no registered version; expected models:/name/version or models:/name@alias")
+    name = registered_model_name or version.name
+    check_names(name, {})
+    if alias is not None:
+        _validate_model_alias_name(alias)
+    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir, undone_on_failure() as undo:
+        uri = f"models:/{version.name}/{version.version}"
+        folder = read_folder(Path(_download_artifact_from_uri(uri, output_path=workdir)))
+        tensorrt = trt.load()
+        recipe, gpu = _recipe_here(folder.record.recipe, tensorrt, targets)
+        there = _engine_that_serves(folder.record, tensorrt, recipe, gpu)
+        if there is not None:
+            _log.info("%s has an engine for this already: %s", uri, there)
+            return version
+        engine = _built(folder, tensorrt, recipe, Path(workdir), progress)
+        # Written by MLflow when it downloads, about the version that was downloaded.
+        (folder.path / "registered_model_meta").unlink(missing_ok=True)
+        extended = add_engine_file(folder.path, engine, Path(workdir) / "engine.plan", extends=uri)
+        if gpu is not None:
+            _try(folder.path)
+        tags = {key: value for key, value in version.tags.items() if not key.startswith("mlflow.")}
+        tags = {**tags, "mlflow_trt.target": ", ".join(e.target for e in extended.engines), EXTENDS_TAG: uri}
+        tags.pop(CONVERTED_TAG, None)
+        logged = undo_logging(undo, name)
+        made = _logged(folder.path, extended, name, tags, logged)
+        client = MlflowClient()
+        if version.description:
+            client.update_model_version(name, made, version.description)
+        lineage = {"source": uri, "name": version.name, "version": str(version.version)}
+        point_to(undo, lineage, client.get_model_version(name, made))
+        if alias is not None:
+            set_alias(undo, name, alias, made)
+        return client.get_model_version(name, made)
+
+
+def _recipe_here(recipe: Recipe, tensorrt: trt.TensorRT, targets: Sequence[str] | str) -> tuple[Recipe, Gpu | None]:
+    """The recipe for the targets, or for the GPU of this machine, which is then returned too."""
+    here = replace(recipe, targets=(targets,) if isinstance(targets, str) else tuple(targets), timing_cache=None)
+    if tensorrt.is_rtx:
+        here = replace(here, hardware_compatibility=HardwareCompatibility.NONE, version_compatible=False)
+    if here.targets:
+        return here, None
+    found = hardware.probe()
+    if not found.gpus:
+        raise RecipeError(
+            f"there is no GPU here to build an engine for ({found.problem}); run this on the GPU machine, or name GPUs "
+            "with targets=, such as sm120, for which TensorRT-RTX builds anywhere",
+            option="targets",
+        )
+    target = str(found.gpus[0].compute_capability)
+    return (replace(here, targets=(target,)) if target in tensorrt.compute_capabilities() else here), found.gpus[0]
+
+
+def _engine_that_serves(record: Record, tensorrt: trt.TensorRT, recipe: Recipe, gpu: Gpu | None) -> EngineRecord | None:
+    for engine in record.engines:
+        if gpu is not None:
+            if why_not(engine, tensorrt.distribution, tensorrt.version, gpu) is None:
+                return engine
+        elif (engine.distribution, engine.version) == (tensorrt.distribution, tensorrt.version) and set(
+            recipe.targets
+        ) <= set(engine.compute_capabilities):
+            return engine
+    return None
+
+
+def _built(
+    folder: ModelFolder, tensorrt: trt.TensorRT, recipe: Recipe, workdir: Path, progress: Progress | None
+) -> EngineRecord:
+    record = folder.record
+    with shown_progress("Building another TensorRT engine") as shown:
+        return build_engine(
+            folder.checked_model(record.typed),
+            workdir / "engine.plan",
+            recipe,
+            record.profiles,
+            distribution=tensorrt.distribution,
+            progress=progress or shown,
+        )
+
+
+def _try(path: Path) -> None:
+    """Run the golden sample on the new engine, where this machine has what that needs. Raises SelfTestError."""
+    try:
+        open_session(read_folder(path), LoadSettings(on_mismatch="error")).close()
+    except (RuntimeUnavailableError, EngineMismatchError) as error:
+        _log.warning("The new engine was not tested here: %s", error.message)
+
+
+def _logged(folder: Path, record: Record, name: str, tags: Mapping[str, str], logged: Any) -> str:
+    """Log the folder as a model and register it; returns the version."""
+    written = Model.load(str(folder))
+    written.flavors[FLAVOR_NAME] |= flavor_fields(record)
+    _widen_requirements(folder, record)
+    written.model_size_bytes = get_total_file_size(folder)
+
+    def save(path: str, mlflow_model: Model, validate_serving_input: bool) -> None:
+        del validate_serving_input  # Model.log reads it, and passes on all its keywords
+        logged(str(mlflow_model.model_id))
+        (folder / MLMODEL_FILE_NAME).unlink()
+        move_model(written, folder, Path(path), mlflow_model)
+
+    info = Model.log(
+        artifact_path=None,
+        name=logged_name(name),
+        flavor=SimpleNamespace(__name__=FLAVOR_NAME, save_model=save),
+        registered_model_name=name,
+        tags=dict(tags),
+        params={key: value for key, value in tags.items() if key.startswith("mlflow_trt.")},
+        validate_serving_input=False,
+    )
+    made = str(info.registered_model_version)
+    client = MlflowClient()
+    for key in set(tags) - set(client.get_model_version(name, made).tags):
+        client.set_model_version_tag(name, made, key, tags[key])
+    return made
+
+
+def _widen_requirements(folder: Path, record: Record) -> None:
+    """Engines of several releases want any of them: two pins of one package could not be installed."""
+    for distribution in {engine.distribution for engine in record.engines}:
+        releases = {engine.version for engine in record.engines if engine.distribution is distribution}
+        ordered = sorted(releases, key=lambda release: tuple(map(int, release.split("."))))
+        if len(ordered) < 2:
+            continue
+        pin = re.compile(rf"(?<![\w-]){distribution.requirement}==[\d.]+")
+        for file in (folder / "requirements.txt", folder / "conda.yaml"):
+            text = file.read_text()
+            file.write_text(pin.sub(f"{distribution.requirement}>={ordered[0]},<={ordered[-1]}", text))

@@ -1,0 +1,37 @@
+"""mlflow-trt add-engine"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mlflow_trt.cli.options import results_on_stdout
+from mlflow_trt.cli.render import print_json, print_record
+
+
+def add_engine(
+    uri: Annotated[str, typer.Argument(help="A registered version: models:/name/version or models:/name@alias.")],
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Compute capability to build for, like sm120, with TensorRT-RTX. Default: the GPU of this machine."
+        ),
+    ] = None,
+    register_as: Annotated[str, typer.Option(help="Register it under this name instead of the model's own.")] = "",
+    alias: Annotated[str, typer.Option(help="Set this alias on the version, after everything else succeeded.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Make a new version of a model that has an engine for this machine, or other GPUs, too."""
+    from mlflow_trt.add_engine import add_engine as add
+    from mlflow_trt.artifact import record_to_dict
+    from mlflow_trt.flavor import read_record
+
+    with results_on_stdout(as_json):
+        version = add(uri, targets=target or (), registered_model_name=register_as or None, alias=alias or None)
+        made = f"models:/{version.name}/{version.version}"
+        record = read_record(made)
+    if as_json:
+        print_json({"uri": made, **record_to_dict(record)})
+    else:
+        print_record(made, record)

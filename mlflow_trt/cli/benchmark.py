@@ -1,0 +1,55 @@
+"""mlflow-trt benchmark"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlflow_trt.cli.options import parse_numbers, results_on_stdout
+from mlflow_trt.cli.render import print_benchmark, print_json
+
+
+def benchmark(
+    uri: Annotated[str, typer.Argument(help="An MLflow model URI such as models:/name/version, or a folder.")],
+    batch: Annotated[str, typer.Option(help="Batch sizes, like 1,8,32,128.")] = "1,8,32",
+    data: Annotated[
+        Path | None, typer.Option(help="An .npz or .npy file of inputs; else the model's example, or noise.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="How long each row of the table is measured.")] = 2.0,
+    no_source: Annotated[
+        bool, typer.Option("--no-source", help="Do not measure the source model on ONNX Runtime.")
+    ] = False,
+    device: Annotated[int, typer.Option(help="CUDA device ordinal.")] = 0,
+    layers: Annotated[bool, typer.Option("--layers", help="Time each layer too, for the report. Needs a GPU.")] = False,
+    log: Annotated[bool, typer.Option("--log", help="Log metrics and pictures to a run of MLflow.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write the numbers and pictures to this folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Measure latency and throughput: the engine alone, the copies, the whole predict, and ONNX Runtime."""
+    from mlflow_trt import benchmark as benchmarks
+    from mlflow_trt.layers import read_layers
+    from mlflow_trt.progress import shown_progress
+    from mlflow_trt.reporting import log_report, write_report
+    from mlflow_trt.sample_data import read_arrays
+
+    with results_on_stdout(as_json), shown_progress(f"Measuring {uri}") as progress:
+        feeds = None if data is None else read_arrays(data)
+        result = benchmarks.benchmark(
+            uri,
+            parse_numbers(batch, "--batch"),
+            data=feeds,
+            seconds=seconds,
+            against_source=not no_source,
+            device=device,
+            progress=progress,
+        )
+        found = read_layers(uri, data=feeds, device=device) if layers else None
+        run_id = log_report(result, uri, found) if log else None
+        if report is not None:
+            write_report(result, uri, report, found)
+    if as_json:
+        print_json({"uri": uri, "run_id": run_id, **result.to_dict()})
+    else:
+        print_benchmark(uri, result, run_id)

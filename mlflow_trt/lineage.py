@@ -1,0 +1,137 @@
+"""Where a version came from, what was made of it, and whether that was done before.
+
+A version that was made carries `mlflow_trt.source` (the URI of the version that it was made from), `.source_name`,
+`.source_version`, `.source_digest` and `.recipe_digest`. The source version carries `mlflow_trt.converted_to`, which
+lists the URIs of what was made of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+
+from mlflow_trt import cache, hardware, trt
+from mlflow_trt.comparison import Tolerance
+from mlflow_trt.convert.onnx_model import sha256_of
+from mlflow_trt.convert.recipe import Recipe
+from mlflow_trt.registration import Undo, exists, restore_tag, versions_of
+
+PREFIX = "mlflow_trt."
+SOURCE_TAG = f"{PREFIX}source"
+SOURCE_NAME_TAG = f"{PREFIX}source_name"
+SOURCE_VERSION_TAG = f"{PREFIX}source_version"
+SOURCE_DIGEST_TAG = f"{PREFIX}source_digest"
+RECIPE_DIGEST_TAG = f"{PREFIX}recipe_digest"
+CONVERTED_TAG = f"{PREFIX}converted_to"
+"""On a source version: the URIs of what was made of it, oldest first, each with a comma behind it."""
+
+EXTENDS_TAG = f"{PREFIX}extends"
+"""On a version with one more engine: the URI of the version that it has all the others from."""
+
+_NOT_IN_DIGEST = frozenset({"timing_cache"})  # how fast an engine is built, not what it is
+
+
+def recipe_digest(recipe: Recipe, tensorrt: trt.TensorRT, rest: Mapping[str, Any]) -> str:
+    """The sha256 of what makes two conversions of one source twins: recipe, TensorRT, and the `rest` that was asked.
+
+    Options at their defaults are left out, so that a release with more options still finds what older ones made.
+    """
+    defaults = Recipe()
+    asked = {
+        name: value
+        for name, value in asdict(recipe).items()
+        if name not in _NOT_IN_DIGEST and value != getattr(defaults, name)
+    }
+    gpus = () if tensorrt.is_rtx else hardware.probe().gpus
+    return cache.key_of(
+        {
+            "recipe": asked,
+            "tensorrt": str(tensorrt),
+            "gpu": gpus[0].name if gpus else None,
+            **{name: value for name, value in rest.items() if value is not None},
+        }
+    )
+
+
+def asked(model_config: Any, calibration_data: Any, verify: Tolerance | bool) -> dict[str, Any]:
+    """What besides the recipe makes a conversion another one, for `recipe_digest`; defaults are None."""
+    return {
+        "model_config": model_config,
+        "calibration_data": _data_digest(calibration_data),
+        "verify": asdict(verify) if isinstance(verify, Tolerance) else None if verify else False,
+    }
+
+
+def _data_digest(data: Any) -> str | None:
+    """The digest of sample inputs. What can be read only once, such as an iterator, is never the same again."""
+    if data is None:
+        return None
+    if isinstance(data, (str, os.PathLike)):
+        return sha256_of(Path(data)) if Path(data).is_file() else str(data)
+    if hasattr(data, "digest"):
+        return str(data.digest)  # an MLflow dataset
+    if isinstance(data, np.ndarray):
+        data = {"": data}
+    if not isinstance(data, (Mapping, pd.DataFrame)):
+        return uuid.uuid4().hex
+    digest = hashlib.sha256()
+    for name, values in data.items():
+        array = np.asarray(values)
+        if array.dtype == object:
+            array = np.stack([np.asarray(cell) for cell in array])
+        digest.update(f"{name} {array.dtype} {array.shape};".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def tags_of(lineage: Mapping[str, str], digest: str) -> dict[str, str]:
+    """The tags of a version that was made from the source that `lineage` describes, by the recipe of that digest."""
+    keys = {SOURCE_TAG: "source", SOURCE_NAME_TAG: "name", SOURCE_VERSION_TAG: "version"}
+    found = {tag: lineage[key] for tag, key in keys.items() if key in lineage}
+    return {**found, RECIPE_DIGEST_TAG: digest}
+
+
+def carried_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """The tags that a user gave to a source version, without those of MLflow and of this package."""
+    return {key: value for key, value in tags.items() if not key.startswith(("mlflow.", PREFIX))}
+
+
+def find_twin(
+    client: MlflowClient, registered_model_name: str, lineage: Mapping[str, str], source_digest: str, digest: str
+) -> ModelVersion | None:
+    """The newest version that was made of the same source by the same recipe."""
+    if not exists(client, registered_model_name):
+        return None
+    condition = f"tags.`{RECIPE_DIGEST_TAG}` = '{digest}'"
+    for version in versions_of(client, registered_model_name, condition):
+        tags = version.tags
+        same_version = (tags.get(SOURCE_NAME_TAG), tags.get(SOURCE_VERSION_TAG)) == (
+            lineage.get("name"),
+            lineage.get("version"),
+        )
+        if same_version and tags.get(SOURCE_DIGEST_TAG) == source_digest and version.status == "READY":
+            return version
+    return None
+
+
+def point_to(undo: Undo, lineage: Mapping[str, str], made: ModelVersion) -> None:
+    """Tag the source version, where the source is a registered one, with the URI of what was made of it."""
+    if "version" not in lineage:
+        return
+    client = MlflowClient()
+    source = client.get_model_version(lineage["name"], lineage["version"])
+    before = source.tags.get(CONVERTED_TAG, "")
+    uri = f"models:/{made.name}/{made.version}"
+    if f"{uri}," in before.split(" "):
+        return
+    undo.add(f"The tag {CONVERTED_TAG} of {lineage['source']}", lambda: restore_tag(client, source, CONVERTED_TAG))
+    client.set_model_version_tag(source.name, str(source.version), CONVERTED_TAG, f"{before} {uri},".strip())

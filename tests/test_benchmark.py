@@ -1,0 +1,174 @@
+"""What can be measured without a GPU, and how numbers become tables, metrics and pictures."""
+
+from __future__ import annotations
+
+import json
+
+import mlflow
+import networks
+import numpy as np
+import pytest
+from PIL import Image
+from test_cli import run
+
+import mlflow_trt
+from mlflow_trt import RecipeError
+from mlflow_trt.artifact import read_folder
+from mlflow_trt.benchmark import Benchmark, Measurement, benchmark
+from mlflow_trt.model_inputs import sample
+from mlflow_trt.plots import draw_benchmark, draw_layers
+from mlflow_trt.reporting import log_report
+from mlflow_trt.runtime.timing import Latency, measure
+
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    mlflow_trt.save_model(networks.product(), tmp_path / "model", batch=(1, 4, 8))
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def test_latency_is_of_the_runs_themselves():
+    latency = Latency.of(list(range(1, 101)))
+    assert (latency.runs, latency.mean, latency.p50) == (100, 50.5, 50.5)
+    assert latency.p90 == pytest.approx(90.1)
+    assert latency.p99 == pytest.approx(99.01)
+
+
+def test_measures_after_a_warm_up():
+    calls = []
+    latency = measure(lambda: calls.append(None), 0.01)
+    assert len(calls) > latency.runs >= 10
+
+
+def test_without_a_gpu_onnx_runtime_is_measured(folder, no_gpu, messages):
+    steps = []
+    result = benchmark(str(folder), [1, 4], seconds=0.05, progress=steps.append)
+    assert [(row.runtime, row.part, row.batch) for row in result.measurements] == [
+        ("ONNX Runtime CPU", "predict", 1),
+        ("ONNX Runtime CPU", "predict", 4),
+    ]
+    (problem,) = result.problems
+    assert "does not run on TensorRT here: TensorRT needs an NVIDIA GPU" in problem
+    assert problem in messages.text
+    assert [step.phase for step in steps] == ["ONNX Runtime CPU, batch 1", "ONNX Runtime CPU, batch 4"]
+    row = result.measurements[1]
+    assert row.throughput == pytest.approx(4 / row.latency.mean * 1e3)
+
+
+def test_a_model_without_a_batch_axis_has_one_size(tmp_path, no_gpu):
+    mlflow_trt.save_model(networks.product(batch=3), tmp_path / "model")
+    result = benchmark(str(tmp_path / "model"), [1, 8, 32], seconds=0.02)
+    assert [row.batch for row in result.measurements] == [3]
+
+
+def test_a_size_that_is_refused_is_a_problem_and_the_others_go_on(tmp_path, no_gpu):
+    mlflow_trt.save_model(networks.transformer(), tmp_path / "model", batch=(1, 2, 4),
+                          shapes={"input_ids": ((-1, 4), (-1, 8), (-1, 16))})  # fmt: skip
+    data = {"input_ids": np.zeros((1, 8), np.int64), "attention_mask": np.zeros((1, 9), np.int64)}
+    result = benchmark(str(tmp_path / "model"), [1], data=data, seconds=0.02)
+    assert not result.measurements
+    assert "batch 1:" in result.problems[1]
+    assert [row.batch for row in benchmark(str(tmp_path / "model"), [1, 2], seconds=0.02).measurements] == [1, 2]
+
+
+@pytest.mark.parametrize(("batches", "seconds"), [([], 1), ([0], 1), ([1], 0)])
+def test_what_makes_no_sense(batches, seconds, folder):
+    with pytest.raises(RecipeError, match="expected"):
+        benchmark(str(folder), batches, seconds=seconds)
+
+
+class TestInputs:
+    def test_are_made_up(self, folder):
+        record = read_folder(folder).record
+        feeds = sample(5, record.inputs, record.profiles, record.batch_axis)
+        assert feeds["x"].shape == (5, 16)
+        assert feeds["x"].dtype == np.float32
+        assert feeds["x"].std() > 0.5
+
+    def test_are_repeated_or_cut(self, folder):
+        record = read_folder(folder).record
+        given = {"x": networks.rows(3)}
+        feeds = sample(7, record.inputs, record.profiles, record.batch_axis, given)
+        assert np.array_equal(feeds["x"], given["x"][[0, 1, 2, 0, 1, 2, 0]])
+        assert np.array_equal(sample(2, record.inputs, (), record.batch_axis, given)["x"], given["x"][:2])
+
+    def test_shape_tensors_get_their_usual_values(self, tmp_path):
+        shapes = {"x": ((2, 16), (4, 16), (8, 16)), "shape": ((2, 1), (16, 4), (64, 16))}
+        mlflow_trt.save_model(networks.reshaped(), tmp_path / "model", shapes=shapes)
+        record = read_folder(tmp_path / "model").record
+        feeds = sample(4, record.inputs, record.profiles, record.batch_axis)
+        assert feeds["shape"].tolist() == [16, 4]
+
+    def test_scalars_stay_scalars(self, tmp_path):
+        mlflow_trt.save_model(networks.every_dtype(), tmp_path / "model", batch=4)
+        record = read_folder(tmp_path / "model").record
+        feeds = sample(4, record.inputs, record.profiles, record.batch_axis)
+        assert feeds["scale"].shape == ()
+        assert feeds["i32"].dtype == np.int32
+        assert not feeds["u8"].any()
+
+    def test_an_array_is_that_of_the_only_input(self, folder):
+        record = read_folder(folder).record
+        given = networks.rows(2)
+        assert np.array_equal(sample(2, record.inputs, (), record.batch_axis, given)["x"], given)
+
+
+def made_up() -> Benchmark:
+    rows = []
+    for part, base in (("engine alone", 0.8), ("copies", 0.1), ("predict", 1.2)):
+        for batch in (1, 8, 32, 128):
+            ms = base + 0.05 * batch
+            latency = Latency(runs=100, mean=ms, p50=ms, p90=1.1 * ms, p99=1.4 * ms)
+            rows.append(Measurement(model="m", runtime="TensorRT", part=part, batch=batch, latency=latency))
+    return Benchmark(measurements=tuple(rows))
+
+
+class TestReports:
+    def test_metrics_have_the_batch_size_as_their_step(self, store):
+        run_id = log_report(made_up(), "models:/m/1")
+        history = store.client.get_metric_history(run_id, "tensorrt/engine_alone/p99_ms")
+        assert {metric.step: metric.value for metric in history}[8] == pytest.approx(1.4 * 1.2)
+        assert len(history) == 4
+        assert {"tensorrt/copies/mean_ms", "tensorrt/predict/rows_per_second"} <= set(
+            store.client.get_run(run_id).data.metrics
+        )
+        artifacts = {item.path for item in store.client.list_artifacts(run_id)}
+        assert artifacts == {"benchmark.json", "latency.png", "throughput.png"}
+
+    def test_pictures_are_of_a_size_that_reports_want(self, tmp_path):
+        for path in (
+            *draw_benchmark(made_up(), "models:/m/1", tmp_path),
+            *draw_layers({f"layer {n}": 1 / (n + 1) for n in range(40)}, "models:/m/1", tmp_path),
+        ):
+            with Image.open(path) as image:
+                assert image.size[0] > 1000
+                assert len(image.convert("L").resize((64, 64)).getcolors()) > 5, "it is empty"
+        assert draw_benchmark(Benchmark(measurements=()), "nothing", tmp_path) == []
+
+
+class TestCommand:
+    def test_a_table_and_what_was_not_measured(self, folder):
+        code, output, _ = run("benchmark", folder, "--batch", "1,4", "--seconds", "0.05", **NO_GPU)
+        assert code == 0
+        assert "ONNX Runtime CPU" in output
+        assert "not measured:" in output
+
+    def test_json_a_run_and_a_folder(self, folder, store, tmp_path):
+        tracking = {"MLFLOW_TRACKING_URI": store.uri, "MLFLOW_EXPERIMENT_ID": store.experiment_id}
+        code, output, errors = run(
+            "benchmark", folder, "--batch", "1,4", "--seconds", "0.05", "--log", "--report", tmp_path / "report",
+            "--json", **NO_GPU, **tracking,
+        )  # fmt: skip
+        assert code == 0, errors
+        result = json.loads(output)
+        assert [row["batch"] for row in result["measurements"]] == [1, 4]
+        metrics = mlflow.get_run(result["run_id"]).data.metrics
+        assert metrics["onnx_runtime_cpu/predict/p50_ms"] > 0
+        assert (tmp_path / "report" / "throughput.png").exists()

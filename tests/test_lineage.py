@@ -1,0 +1,206 @@
+"""Versions know what they were made from and what was made of them; a failure leaves the registry as it was."""
+
+from __future__ import annotations
+
+import mlflow
+import networks
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from mlflow.models import infer_signature
+from tracking_server import tracking_server
+
+import mlflow_trt
+from mlflow_trt import RecipeError, registry
+from mlflow_trt.flavor import read_record
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, empty_database):
+    with tracking_server(tmp_path_factory.mktemp("server"), empty_database) as address:
+        yield address
+
+
+@pytest.fixture
+def client(server, request):
+    """A client of the server. Each test registers models under names of its own."""
+    mlflow.set_tracking_uri(server)
+    mlflow.set_experiment(request.node.name)
+    return MlflowClient()
+
+
+def register(name, width=16, **more):
+    mlflow.onnx.log_model(
+        networks.product(width=width), name=name, registered_model_name=name, pip_requirements=["onnx"], **more
+    )
+
+
+def registry_state(client):
+    """Everything that a conversion could leave behind in the registry and among the logged models."""
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return (
+        {
+            (version.name, str(version.version), version.description, tuple(sorted(version.tags.items())))
+            for version in client.search_model_versions()
+        },
+        {(model.name, tuple(sorted(model.aliases.items()))) for model in client.search_registered_models()},
+        {model.model_id for model in client.search_logged_models(experiments)},
+    )
+
+
+def test_it_is_found_in_both_directions(client):
+    register("a")
+    made = mlflow_trt.convert_model_version("models:/a/1", "a-trt", batch=(1, 4, 8))
+    other = mlflow_trt.convert_model_version("models:/a/1", "a-trt", batch=16)
+
+    found = client.search_model_versions("tags.`mlflow_trt.source` = 'models:/a/1'")
+    assert {version.version for version in found} == {made.version, other.version}
+    found = client.search_model_versions(
+        "tags.`mlflow_trt.source_name` = 'a' and tags.`mlflow_trt.source_version` = '1'"
+    )
+    assert len(found) == 2
+    (source,) = client.search_model_versions("tags.`mlflow_trt.converted_to` LIKE '%models:/a-trt/2,%'")
+    assert (source.name, str(source.version)) == ("a", "1")
+    assert source.tags["mlflow_trt.converted_to"] == "models:/a-trt/1, models:/a-trt/2,"
+    record = read_record("models:/a-trt/1")
+    assert (record.lineage["name"], record.lineage["version"]) == ("a", "1")
+    assert made.tags["mlflow_trt.source_digest"] == record.source.digest
+
+
+def test_what_belongs_to_the_source_is_carried_over(client):
+    x = networks.rows(2)
+    signature = infer_signature({"x": x}, {"y": networks.rows(2, 8)})
+    register("b", signature=signature, input_example={"x": x}, metadata={"owner": "vision"})
+    client.update_model_version("b", "1", "What people need to know.")
+    client.set_model_version_tag("b", "1", "stage", "candidate")
+    client.set_model_version_tag("b", "1", "team", "a")
+
+    made = mlflow_trt.convert_model_version("models:/b/1", "b-trt", batch=(1, 4, 8), tags={"team": "b"})
+
+    assert made.description == "What people need to know."
+    assert (made.tags["stage"], made.tags["team"]) == ("candidate", "b")
+    model = mlflow.models.Model.load("models:/b-trt/1")
+    assert model.signature == signature
+    assert model.metadata == {"owner": "vision"}
+    assert np.array_equal(mlflow.pyfunc.load_model("models:/b-trt/1", model_config={"runtime": "onnxruntime"})
+                          .input_example["x"], x)  # fmt: skip
+    # Neither what MLflow nor what this package wrote about the source.
+    assert not [tag for tag in made.tags if tag.startswith("mlflow.") or tag == "mlflow_trt.converted_to"]
+
+
+def test_the_same_again_is_found(client, messages, monkeypatch):
+    register("c")
+    first = mlflow_trt.convert_model_version("models:/c/1", "c-trt", batch=(1, 4, 8))
+    with monkeypatch.context() as patched:
+        patched.setattr(registry, "log_model", None)
+        again = mlflow_trt.convert_model_version("models:/c/1", "c-trt", batch=(1, 4, 8), alias="best")
+    assert again.version == first.version
+    assert "models:/c-trt/1 was made of the same source by the same recipe" in messages.text
+    assert str(client.get_model_version_by_alias("c-trt", "best").version) == "1"
+
+    assert str(mlflow_trt.convert_model_version("models:/c/1", "c-trt", batch=(1, 4, 9)).version) == "2"
+    settings = {"runtime": "auto"}
+    assert str(mlflow_trt.convert_model_version("models:/c/1", "c-trt", batch=(1, 4, 8), model_config=settings)
+               .version) == "3"  # fmt: skip
+    assert str(mlflow_trt.convert_model_version("models:/c/1", "c-trt", batch=(1, 4, 8), force=True).version) == "4"
+    register("c", width=17)
+    assert str(mlflow_trt.convert_model_version("models:/c/2", "c-trt", batch=(1, 4, 8)).version) == "5"
+
+
+def test_of_two_sources_with_the_same_bytes_each_gets_its_own(client):
+    register("d")
+    register("d")
+    mlflow_trt.convert_model_version("models:/d/1", "d-trt", batch=4)
+    made = mlflow_trt.convert_model_version("models:/d/2", "d-trt", batch=4)
+    assert (str(made.version), made.tags["mlflow_trt.source_version"]) == ("2", "2")
+
+
+def test_a_file_is_found_again_too(client, tmp_path):
+    (tmp_path / "one.onnx").write_bytes(networks.product().SerializeToString())
+    (tmp_path / "two.onnx").write_bytes(networks.product().SerializeToString())
+    first = mlflow_trt.convert_model_version(tmp_path / "one.onnx", "e-trt", batch=4)
+    assert mlflow_trt.convert_model_version(tmp_path / "two.onnx", "e-trt", batch=4).version == first.version
+
+
+def failing(error):
+    def fail(*arguments, **keywords):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the server went away"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        "mlflow.tracking.client.MlflowClient.log_model_artifacts",
+        "mlflow.tracking._model_registry.fluent._register_model",
+        "mlflow_trt.flavor._tag_version",
+        "mlflow.MlflowClient.update_model_version",
+        "mlflow_trt.registry.point_to",
+        "mlflow.MlflowClient.set_registered_model_alias",
+    ],
+)
+def test_whatever_fails_the_registry_is_as_it_was(step, error, client, monkeypatch):
+    if not client.search_registered_models("name = 'f'"):
+        register("f")
+        client.update_model_version("f", "1", "described")
+    before = registry_state(client)
+    with monkeypatch.context() as patched:
+        patched.setattr(step, failing(error))
+        with pytest.raises(type(error)):
+            mlflow_trt.convert_model_version("models:/f/1", "f-trt", batch=4, alias="champion")
+    assert registry_state(client) == before
+
+
+def test_versions_that_were_there_stay(client, monkeypatch):
+    register("g")
+    mlflow_trt.convert_model_version("models:/g/1", "g-trt", batch=4, alias="champion")
+    before = registry_state(client)
+    with monkeypatch.context() as patched:
+        patched.setattr(registry, "set_alias", failing(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            mlflow_trt.convert_model_version("models:/g/1", "g-trt", batch=8, alias="champion")
+    assert registry_state(client) == before
+
+
+def test_an_alias_is_set_last_and_only_where_all_went_well(client):
+    register("h")
+    with pytest.raises(RecipeError):
+        mlflow_trt.convert_model_version("models:/h/1", "h-trt", batch=(8, 4, 2), alias="champion")
+    with pytest.raises(mlflow.MlflowException, match="alias"):
+        mlflow_trt.convert_model_version("models:/h/1", "h-trt", alias="not/allowed")
+    assert not client.search_registered_models("name = 'h-trt'")
+    mlflow_trt.convert_model_version("models:/h/1", "h-trt", batch=4, alias="champion")
+    assert str(client.get_model_version_by_alias("h-trt", "champion").version) == "1"
+
+
+def test_other_calibration_data_or_tolerance_makes_another_version(client, tmp_path):
+    register("i")
+    np.savez(tmp_path / "data.npz", x=networks.rows(16))
+    data = {"x": networks.rows(16)}
+
+    def version(**options):
+        made = mlflow_trt.convert_model_version("models:/i/1", "i-trt", batch=(1, 4, 8), **options)
+        return int(made.version)
+
+    assert version(calibration_data=data) == version(calibration_data={"x": data["x"].copy()}) == 1
+    assert version(calibration_data={"x": networks.rows(17)}) == 2
+    assert version(calibration_data=tmp_path / "data.npz") == version(calibration_data=tmp_path / "data.npz") == 3
+    assert version() == 4
+    assert version(verify=mlflow_trt.Tolerance(relative_error=0.5)) == 5
+    assert version(verify=False) == 6
+    assert version(verify=True) == 4
+    assert version(calibration_data=iter([data])) == 7
+
+
+def test_what_the_accuracy_gate_refuses_gets_neither_version_nor_alias(client):
+    register("j")
+    before = registry_state(client)
+    strict = mlflow_trt.Tolerance(max_abs_error=0)
+    with pytest.raises(mlflow_trt.AccuracyError):
+        mlflow_trt.convert_model_version(
+            "models:/j/1", "j-trt", precision="fp16", batch=4, verify=strict, alias="champion",
+            calibration_data={"x": networks.rows(8)},
+        )  # fmt: skip
+    assert registry_state(client) == before
