@@ -98,18 +98,10 @@ def _compared(reference: Runnable, subject: Runnable, data: Any, tolerance: Tole
             subject.name,
             f"{size} rows of {origin}",
             [(subject.session.run(feeds), expected)],
-            tolerance or _usual(precision),
+            tolerance or Tolerance.default(precision),
         )
     except ValueError as error:
         raise InputShapeError(f"{subject.name} and {reference.name} cannot be compared: {error}") from error
-
-
-def _usual(precision: Precision) -> Tolerance:
-    """That of `best` is decided by what it chose, which is at least as coarse as int8."""
-    try:
-        return Tolerance.default(precision)
-    except KeyError:
-        return Tolerance.default(Precision.INT8)
 
 
 def _report(progress: Callable[[BuildProgress], None] | None, phase: str, fraction: float) -> None:

@@ -35,7 +35,7 @@ class Verdict(str, enum.Enum):
 class Tolerance:
     """What a model may be off from its source model, each output by itself. None leaves a measure out.
 
-    Whatever is tolerated: an output that is NaN or infinite where the reference is finite fails.
+    Whatever is tolerated: an output fails that is NaN or infinite where the reference is finite, or of another shape.
 
     Args:
         relative_error: upper limit of the norm of the difference over the norm of the reference.
@@ -67,6 +67,8 @@ class Tolerance:
     @classmethod
     def default(cls, precision: Precision) -> Tolerance:
         """What is usual for a precision. That of fp32 has room for TF32, which is what TensorRT-RTX computes in."""
+        if precision not in _DEFAULTS:
+            return cls()  # `best` has none of its own
         relative_error, agreement = _DEFAULTS[precision]
         return cls(relative_error=relative_error, top_class_agreement=agreement)
 
@@ -86,9 +88,10 @@ class OutputComparison:
     """One output against the reference, over all samples together.
 
     `relative_error` is the norm of the difference over the norm of the reference. `nans` and `infinities` count values
-    that are so where the reference is finite. `classes` is how many classes it scores, where it looks as if it did;
-    `top_class_agreement` is then the share of rows with the same best class, `clear_agreement` that of the rows whose
-    best class is beyond doubt (see Tolerance). `varies` tells whether the reference varies enough to prove anything.
+    that are so where the reference is finite, `other_shapes` the samples for which the shapes differ. `classes` is how
+    many classes it scores, where it looks as if it did; `top_class_agreement` is then the share of rows with the same
+    best class, `clear_agreement` that of the rows whose best class is beyond doubt (see Tolerance). `varies` tells
+    whether the reference varies enough to prove anything.
     """
 
     name: str
@@ -99,6 +102,7 @@ class OutputComparison:
     cosine_similarity: float
     nans: int = 0
     infinities: int = 0
+    other_shapes: int = 0
     varies: bool = True
     classes: int | None = None
     top_class_agreement: float | None = None
@@ -106,7 +110,7 @@ class OutputComparison:
 
     def severity(self, tolerance: Tolerance) -> float:
         """The measured share of what is tolerated, of the worst measure: above 1 is too much."""
-        if self.nans or self.infinities:
+        if self.nans or self.infinities or self.other_shapes:
             return math.inf
         shares = [
             _share(self.relative_error, tolerance.relative_error),
@@ -119,6 +123,8 @@ class OutputComparison:
     def problems(self, tolerance: Tolerance) -> tuple[str, ...]:
         """What is beyond `tolerance`, in words."""
         found = []
+        if self.other_shapes:
+            found.append(f"its shape is another than that of the reference for {self.other_shapes} of the samples")
         if self.nans or self.infinities:
             found.append(f"{self.nans} NaN and {self.infinities} infinite values where the reference is finite")
         limits = (
@@ -180,16 +186,13 @@ class Comparison:
 
 
 def compare(subject: str, inputs: str, pairs: Iterable[tuple[Outputs, Outputs]], tolerance: Tolerance) -> Comparison:
-    """Compare pairs of (outputs, reference), one for each sample; all have the reference's names and shapes.
-
-    Raises ValueError where names or shapes differ: that is no matter of tolerance.
-    """
+    """Compare pairs of (outputs, reference), one for each sample. Raises ValueError where their names differ."""
     totals: dict[str, _Totals] = {}
     for actual, reference in pairs:
         if actual.keys() != reference.keys():
             raise ValueError(f"the outputs are {', '.join(actual)}; expected {', '.join(reference)}")
         for name, expected in reference.items():
-            totals.setdefault(name, _Totals()).add(name, actual[name], expected, tolerance)
+            totals.setdefault(name, _Totals()).add(actual[name], expected, tolerance)
     return Comparison(
         subject=subject,
         inputs=inputs,
@@ -212,15 +215,16 @@ class _Totals:
     """Sums over samples, so that a long series of them need not be kept."""
 
     def __init__(self) -> None:
-        self.values = self.nans = self.infinities = 0
+        self.values = self.nans = self.infinities = self.other_shapes = 0
         self.largest = self.magnitude = 0.0
         self.difference = self.squares = self.reference_squares = self.actual_squares = self.product = self.sum = 0.0
         self.rows = self.agreeing = self.clear = self.clear_agreeing = 0
         self.classes: int | None = None
 
-    def add(self, name: str, actual: Array, reference: Array, tolerance: Tolerance) -> None:
-        if actual.shape != reference.shape:
-            raise ValueError(f"output {name!r} has the shape {actual.shape}; expected {reference.shape}")
+    def add(self, actual: Array, reference: Array, tolerance: Tolerance) -> None:
+        if actual.shape != reference.shape:  # a size that depends on the data, such as the number of boxes found
+            self.other_shapes += 1
+            return
         is_float = np.dtype(reference.dtype).kind == "f"
         got, wanted = actual.astype(np.float64), reference.astype(np.float64)
         finite = np.isfinite(wanted)
@@ -272,6 +276,7 @@ class _Totals:
             cosine_similarity=self.product / norms if norms else float(error == 0),
             nans=self.nans,
             infinities=self.infinities,
+            other_shapes=self.other_shapes,
             varies=self.values == 1 or math.sqrt(max(variance, 0)) > _VARIES * self.magnitude > 0,
             classes=self.classes,
             top_class_agreement=self.agreeing / self.rows if self.rows else None,

@@ -12,6 +12,7 @@ from helpers import read
 from onnx import TensorProto, helper
 from real_models import CLS, DET_DYNAMIC, MAGIKA, REC, SILERO, TRANSFORMER, calibration_data
 
+import mlflow_trt
 from mlflow_trt import Precision, Recipe, RecipeError, Tolerance
 from mlflow_trt.comparison import Verdict, compare
 from mlflow_trt.convert.conversion import Conversion, convert
@@ -226,6 +227,12 @@ def test_fp8_is_refused_for_targets_that_cannot_execute_it(tmp_path):
         with pytest.raises(RecipeError, match=words) as caught:
             convert(source, Recipe(precision="fp8", targets=targets), tmp_path, data=data)
         assert "'sm89'" in str(caught.value)
+
+
+def test_best_is_refused_until_it_can_be_measured(tmp_path):
+    with pytest.raises(RecipeError, match="precision 'best' would measure the others"):
+        mlflow_trt.save_model(networks.product(), tmp_path / "m", precision="best")
+    assert not (tmp_path / "m").exists()
 
 
 def test_what_a_tensorrt_cannot_build_stays_in_float32(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers import reference
 from real_models import MAGIKA
+from test_cli import run
 
 import mlflow_trt
 from mlflow_trt import (
@@ -183,3 +184,38 @@ def test_records_of_the_first_version_still_load(product_folder):
     folder = read_folder(product_folder)
     with mlflow_trt.load_model(str(product_folder), runtime="onnxruntime") as session:
         self_test.check(session, folder, {})  # there is nothing to test
+
+
+@pytest.fixture
+def fp16_folder(tmp_path):
+    mlflow_trt.save_model(networks.product(), tmp_path / "m", precision="fp16", calibration_data=DATA)
+    return tmp_path / "m"
+
+
+@pytest.mark.parametrize("data", [None, "inputs.npz"])
+def test_the_command_verifies_what_was_logged(fp16_folder, tmp_path, data):
+    np.savez(tmp_path / "inputs.npz", x=networks.rows(50, seed=5))
+    arguments = ["--data", tmp_path / data] if data else []
+    code, output, errors = run("verify", fp16_folder, *arguments, "--json")
+    assert code == 0, errors
+    found = json.loads(output)
+    assert found["verdict"] == "passed"
+    assert found["inputs"] == ("50 rows of calibration data" if data else "8 rows of the golden sample")
+    assert 0 < found["outputs"][0]["relative_error"] < 1e-3
+
+
+def test_the_command_fails_where_the_model_does(fp16_folder):
+    code, output, _ = run("verify", fp16_folder, "--relative-error", "1e-6")
+    assert code == 1
+    assert "at most 1e-06 is tolerated" in output
+
+
+def test_inspect_shows_what_was_measured_and_what_stayed(tmp_path):
+    mlflow_trt.save_model(networks.transformer(), tmp_path / "m", calibration_data=networks.sentences(8, 24),
+                          recipe=mlflow_trt.Recipe(precision="fp16", keep_float32="Softmax", batch=(2, 4, 8),
+                                                   shapes={"input_ids": ((-1, 4), (-1, 24), (-1, 48))}))  # fmt: skip
+    code, output, errors = run("inspect", tmp_path / "m")
+    assert code == 0, errors
+    assert "keep_float32" in output
+    assert "accuracy, against the source model" in output
+    assert "passed" in output

@@ -12,6 +12,7 @@ from mlflow_trt.cli.compare import compare
 from mlflow_trt.cli.convert import convert
 from mlflow_trt.cli.doctor import doctor
 from mlflow_trt.cli.inspect import inspect
+from mlflow_trt.cli.verify import verify
 
 app = typer.Typer(
     name="mlflow-trt",
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command()(convert)
 app.command()(add_engine)
 app.command()(inspect)
+app.command()(verify)
 app.command()(benchmark)
 app.command()(compare)
 app.command()(doctor)

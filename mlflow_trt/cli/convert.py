@@ -72,6 +72,8 @@ def convert(
     fp8: options.Fp8 = False,
     best: options.Best = False,
     no_tf32: options.NoTf32 = False,
+    keep_float32: options.KeepFloat32 = None,
+    calibration_method: options.CalibrationMethod = "",
     batch: options.Batch = "",
     min_shapes: options.MinShapes = None,
     opt_shapes: options.OptShapes = None,
@@ -95,6 +97,9 @@ def convert(
         Path | None,
         typer.Option(help="An .npz or .npy file of real inputs: int8 and fp8 need it, all are compared on it."),
     ] = None,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not compare with the source model, and store no golden sample.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Convert a model, from a file or from MLflow, into an MLflow model with a TensorRT engine."""
@@ -122,17 +127,17 @@ def _convert_one(given: dict[str, Any], source: str, recipe: Any) -> None:
     from mlflow_trt.registry import convert_model_version, convert_to_folder
 
     name, alias, force = given["register_as"], given["alias"] or None, given["force"]
-    data = given["calibration_data"]
+    data, verify = given["calibration_data"], not given["no_verify"]
     with results_on_stdout(given["as_json"]), tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
         if name:
             version = convert_model_version(
-                source, name, recipe=recipe, calibration_data=data, alias=alias, force=force
+                source, name, recipe=recipe, calibration_data=data, verify=verify, alias=alias, force=force
             )
             uri = f"models:/{version.name}/{version.version}"
             record = read_record(uri)
         else:
             uri = str(given["output"] or Path(workdir, "model"))
-            convert_to_folder(source, uri, recipe, calibration_data=data)
+            convert_to_folder(source, uri, recipe, calibration_data=data, verify=verify)
             record = read_folder(Path(uri)).record
         if given["save_engine"] is not None:
             save_engine(uri, given["save_engine"])
@@ -156,6 +161,7 @@ def _plan(given: dict[str, Any], source: str, recipe: Any) -> None:
             registered_model_name=name,
             path=path,
             calibration_data=given["calibration_data"],
+            verify=not given["no_verify"],
             force=given["force"],
         )
     if given["as_json"]:
@@ -176,6 +182,7 @@ def _convert_all(given: dict[str, Any], _source: str, recipe: Any) -> None:
                 name_pattern=given["register_as"] or "{name}-trt",
                 alias=given["alias"] or None,
                 calibration_data=given["calibration_data"],
+                verify=not given["no_verify"],
                 force=given["force"],
                 dry_run=given["dry_run"],
                 on_outcome=outcomes.append,

@@ -24,7 +24,7 @@ Fp16 = Annotated[bool, typer.Option("--fp16", help="The same as --precision fp16
 Bf16 = Annotated[bool, typer.Option("--bf16", help="The same as --precision bf16.")]
 Int8 = Annotated[bool, typer.Option("--int8", help="The same as --precision int8.")]
 Fp8 = Annotated[bool, typer.Option("--fp8", help="The same as --precision fp8.")]
-Best = Annotated[bool, typer.Option("--best", help="The same as --precision best.")]
+Best = Annotated[bool, typer.Option("--best", help="Refused: convert with each precision, and measure with compare.")]
 NoTf32 = Annotated[
     bool, typer.Option("--no-tf32", help="Keep layers that compute in float32 from rounding as TF32 does.")
 ]
@@ -68,6 +68,13 @@ StripWeights = Annotated[
 WeightStreaming = Annotated[
     bool, typer.Option("--weight-streaming", help="Let weights that do not fit on the GPU stay in host memory.")
 ]
+KeepFloat32 = Annotated[
+    list[str] | None,
+    typer.Option("--keep-float32", help="A node or an operator that stays in float32; may be repeated."),
+]
+CalibrationMethod = Annotated[
+    str, typer.Option(help="How int8 and fp8 derive ranges: minmax, entropy or percentile. Default: minmax.")
+]
 ProfilingVerbosity = Annotated[
     str, typer.Option(help="none, layer_names_only, or detailed for `inspect --layers`. Default: layer_names_only.")
 ]
@@ -82,6 +89,8 @@ def recipe_from(given: Mapping[str, Any]) -> Recipe:
         workspace = _positive(given["workspace"], "--workspace")
     return Recipe(
         precision=_precision(given),
+        keep_float32=given["keep_float32"] or (),
+        calibration_method=given["calibration_method"] or "minmax",
         allow_tf32=not given["no_tf32"],
         batch=parse_batch(given["batch"]) if given["batch"] else None,
         shapes=combine_profiles(given["min_shapes"] or (), given["opt_shapes"] or (), given["max_shapes"] or ()),
@@ -106,10 +115,7 @@ def _precision(given: Mapping[str, Any]) -> str:
     named = [given["precision"]] if given["precision"] else []
     named += [name for name in PRECISIONS if given[name] and name not in named]
     if len(named) > 1:
-        raise typer.BadParameter(
-            f"{' and '.join(named)}: a graph has one precision since TensorRT 11; "
-            "choose one, or --best, which tries several"
-        )
+        raise typer.BadParameter(f"{' and '.join(named)}: a graph has one precision since TensorRT 11; choose one")
     if not named or named == ["tf32"]:
         return "fp32" if given["no_tf32"] else "".join(named) or "fp32"
     return str(named[0])

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from mlflow_trt.artifact import Record
     from mlflow_trt.benchmark import Benchmark
     from mlflow_trt.compare import SideBySide
+    from mlflow_trt.comparison import Comparison
     from mlflow_trt.convert.recipe import Recipe
     from mlflow_trt.convert_all import Outcome
     from mlflow_trt.doctor import Diagnosis
     from mlflow_trt.layers import LayerReport
     from mlflow_trt.planning import Plan
-    from mlflow_trt.spec import BatchAxis, ShapeProfile, TensorSpec
+    from mlflow_trt.spec import BatchAxis, PrecisionReport, ShapeProfile, TensorSpec
 
 
 def print_json(value: object) -> None:
@@ -66,6 +67,10 @@ def print_record(uri: str, record: Record) -> None:
     )
     print_tensors(record.inputs, record.outputs)
     print_profiles(record.profiles)
+    if record.comparisons:
+        print_accuracy(record.comparisons)
+    if record.precision_report.kept:
+        _print_kept(record.precision_report)
     print_rows(
         "\nengines",
         ("file", "built by", "for", "on", "MB", "seconds", "sha256"),
@@ -81,6 +86,35 @@ def print_record(uri: str, record: Record) -> None:
             )
             for engine in record.engines
         ],
+    )
+
+
+def print_accuracy(comparisons: Sequence[Comparison]) -> None:
+    print_rows(
+        "\naccuracy, against the source model on ONNX Runtime",
+        ("what", "verdict", "output", "relative error", "largest error", "same best class", "on"),
+        [
+            (
+                comparison.subject,
+                comparison.verdict,
+                output.name,
+                f"{output.relative_error:.2e}",
+                f"{output.max_abs_error:.2e}",
+                "" if output.top_class_agreement is None else f"{output.top_class_agreement:.1%}",
+                comparison.inputs,
+            )
+            for comparison in comparisons
+            for output in comparison.outputs
+        ],
+    )
+
+
+def _print_kept(report: PrecisionReport) -> None:
+    counts = ", ".join(f"{count} in {name}" for name, count in report.node_types.items())
+    print_rows(
+        f"\nnodes: {counts}; these stay in float32",
+        ("node", "operator", "reason"),
+        [(node.name, node.operator, node.reason) for node in report.kept],
     )
 
 

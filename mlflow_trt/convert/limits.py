@@ -16,6 +16,12 @@ _FIRST_WITH_FP8 = ComputeCapability(8, 9)
 
 def check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
     """Raise RecipeError for an option that this TensorRT does not have, or a target that cannot do what is asked."""
+    if recipe.precision is Precision.BEST:
+        raise RecipeError(
+            "precision 'best' would measure the others against each other, which this version does not do; convert "
+            "with fp16, bf16, int8 or fp8 each, and measure the results with `mlflow-trt compare`",
+            option="precision",
+        )
     if tensorrt.is_rtx:
         _check_rtx(tensorrt, recipe)
     elif recipe.targets:

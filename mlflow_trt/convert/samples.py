@@ -27,6 +27,7 @@ class SampleOrigin(str, enum.Enum):
     CALIBRATION_DATA = "calibration data"
     INPUT_EXAMPLE = "the input example"
     GENERATED = "generated noise"
+    GOLDEN = "the golden sample"
 
     def __str__(self) -> str:
         return self.value

@@ -13,6 +13,7 @@ from real_models import MAGIKA, TRANSFORMER
 from test_cli import run
 
 import mlflow_trt
+from mlflow_trt import BuildError
 from mlflow_trt.add_engine import add_engine
 from mlflow_trt.artifact import read_folder
 from mlflow_trt.benchmark import benchmark
@@ -73,7 +74,12 @@ def test_the_numbers_are_right_wherever_the_weights_come_from(options, tmp_path)
     plain = tmp_path / "plain"
     mlflow_trt.save_model(MAGIKA.path(), plain, **MAGIKA.recipe)
     recipe = mlflow_trt.Recipe(**MAGIKA.recipe, **options)
-    mlflow_trt.save_model(MAGIKA.path(), tmp_path / "model", recipe=recipe)
+    try:
+        mlflow_trt.save_model(MAGIKA.path(), tmp_path / "model", recipe=recipe)
+    except BuildError as error:
+        if "CUDAMod" not in " ".join(error.log):
+            raise
+        pytest.skip("TensorRT-RTX compiles such engines for the GPU at once, and this GPU is no target of it")
     engine = read_folder(tmp_path / "model").record.engines[0]
     assert str(engine.weights) == options.get("weights", "included")
     if options.get("weights") == "stripped":

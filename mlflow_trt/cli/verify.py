@@ -1,0 +1,37 @@
+"""mlflow-trt verify"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlflow_trt.cli.options import results_on_stdout
+from mlflow_trt.cli.render import print_accuracy, print_json
+
+
+def verify(
+    uri: Annotated[str, typer.Argument(help="An MLflow model URI such as models:/name/version, or a folder.")],
+    data: Annotated[Path | None, typer.Option(help="An .npz or .npy file of inputs; else the golden sample.")] = None,
+    relative_error: Annotated[
+        float | None, typer.Option(help="What is tolerated. Default: what the model was logged with.")
+    ] = None,
+    device: Annotated[int, typer.Option(help="CUDA device ordinal.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Compare a model's engine, or without a GPU its typed model, with its source model. Exits with 1 if it fails."""
+    from dataclasses import asdict
+
+    from mlflow_trt.comparison import Verdict
+    from mlflow_trt.verify_model import verify_model
+
+    with results_on_stdout(as_json):
+        comparison = verify_model(uri, data, relative_error=relative_error, device=device)
+    if as_json:
+        print_json({"uri": uri, "verdict": comparison.verdict, "problems": comparison.problems, **asdict(comparison)})
+    else:
+        print_accuracy([comparison])
+        typer.echo("\n".join(comparison.problems), nl=bool(comparison.problems))
+    if comparison.verdict is not Verdict.PASSED:
+        raise typer.Exit(1)
