@@ -75,7 +75,7 @@ def verify_conversion(
     verification = Verification(
         tolerance=tolerance, comparisons=tuple(comparisons), golden=golden, remarks=tuple(remarks)
     )
-    _judge(verification, demanded=demanded)
+    _judge(verification, demanded=demanded, is_evidence=conversion.samples.is_evidence)
     return verification
 
 
@@ -150,13 +150,17 @@ def _about_tf32(conversion: Conversion, engine: Comparison) -> list[str]:
     return [remark]
 
 
-def _judge(verification: Verification, *, demanded: bool) -> None:
+def _judge(verification: Verification, *, demanded: bool, is_evidence: bool) -> None:
+    advice = (
+        "Choose another precision, keep nodes in float32 with keep_float32, or allow more with verify=Tolerance(...)."
+    )
+    if not is_evidence:
+        advice = f"Pass calibration_data= with real inputs, which noise may be unlike. {advice}"
     for comparison in verification.comparisons:
         if comparison.verdict is Verdict.FAILED:
             raise AccuracyError(
                 f"{comparison.subject} is too far from the source model on {comparison.inputs}: "
-                f"{'; '.join(comparison.problems)}. Nothing was logged. Choose another precision, keep nodes in "
-                "float32 with keep_float32, or allow more with verify=Tolerance(...).",
+                f"{'; '.join(comparison.problems)}. Nothing was logged. {advice}",
                 comparison=comparison,
             )
         if comparison.verdict is Verdict.INCONCLUSIVE:

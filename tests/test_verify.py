@@ -79,6 +79,14 @@ def test_a_gate_that_is_too_tight_leaves_nothing_and_shows_the_numbers(store):
     assert store.is_untouched()
 
 
+def test_noise_that_a_model_fails_on_is_said_to_be_noise(tmp_path):
+    with pytest.raises(AccuracyError, match="Pass calibration_data= with real inputs"):
+        mlflow_trt.save_model(
+            networks.product(), tmp_path / "m", precision="fp16", verify=Tolerance(relative_error=1e-7)
+        )
+    assert not (tmp_path / "m").exists()
+
+
 def test_nodes_go_back_to_float32_until_the_gate_is_passed(tmp_path):
     model = networks.transformer()
     data = networks.sentences(16, 24)
