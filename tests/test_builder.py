@@ -363,7 +363,8 @@ def runs(process: Path) -> bool:
 def building(folder):
     """A process in the middle of building rec, and the entry in /proc of the build process that it started."""
     program = textwrap.dedent(f"""
-        import sys
+        import signal, sys
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which the tests' own background may ignore
         sys.path[:0] = {sys.path!r}
         from pathlib import Path
         from helpers import read
