@@ -97,7 +97,8 @@ class Sensitivity:
         self._evidence = evidence
         self._format = target
         self._constants = model.constants()
-        self._limit = target.largest / (_HEADROOM if evidence.samples.is_evidence else _HEADROOM_OF_NOISE)
+        self._headroom = _HEADROOM if evidence.samples.is_evidence else _HEADROOM_OF_NOISE
+        self._limit = target.largest / self._headroom
         self._blurred = {name for name, array in evidence.positions.items() if not target.distinguishes(array)}
 
     def reason(self, node: NodeProto) -> str | None:
@@ -130,7 +131,8 @@ class Sensitivity:
         if tensor in self._constants:
             yield from self._constant_reasons(tensor)
         elif self._seen(tensor) > self._limit:
-            yield f"{tensor} reached {self._seen(tensor):.4g}, and {name} ends at {ends:.4g}"
+            room = f"{self._headroom} times what was seen must fit"
+            yield f"{tensor} reached {self._seen(tensor):.4g}, and {name} ends at {ends:.4g}; {room}"
         if tensor in self._blurred:
             yield f"{tensor} is computed from positions or sizes, of which {name} makes different ones equal"
 
