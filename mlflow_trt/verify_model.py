@@ -30,7 +30,7 @@ def verify_model(
 ) -> Comparison:
     """Compare a logged model with its source model on ONNX Runtime.
 
-    What is compared is the engine that runs on this machine. Without a GPU it is the typed model, on ONNX Runtime, which
+    What is compared is the engine that runs on this machine. Without a GPU it is the typed model on ONNX Runtime, which
     runs neighbouring float16 nodes in float32, so that overflow does not show as it does at log time.
 
     Args:
