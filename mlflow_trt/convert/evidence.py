@@ -39,7 +39,7 @@ def gather_evidence(model: FlatModel, samples: Samples, workdir: Path) -> Eviden
 
     Raises MissingDependencyError without ONNX Runtime, ExecutionError where it cannot run the model.
     """
-    largest = {name: _magnitude(array) for name, array in model.constants().items()}
+    largest = {name: _magnitude(array) for name, array in model.constants.items()}
     floats = {spec for feeds in samples.feeds for spec in feeds if feeds[spec].dtype == np.float32}
     for name in floats:
         largest[name] = max(_magnitude(feeds[name]) for feeds in samples.feeds)

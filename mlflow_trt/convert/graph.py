@@ -7,6 +7,7 @@ https://github.com/onnx/onnx/blob/main/docs/Operators.md.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,8 +53,9 @@ class FlatModel:
     def is_float32(self, tensor: str) -> bool:
         return self.types.get(tensor) == TensorProto.FLOAT
 
-    def constants(self) -> dict[str, npt.NDArray[np.generic]]:
-        """The initializers that are float32, by name."""
+    @functools.cached_property
+    def constants(self) -> Mapping[str, npt.NDArray[np.generic]]:
+        """The initializers that are float32, by name; read once, since every typed graph asks for them."""
         return {
             tensor.name: numpy_helper.to_array(tensor)
             for tensor in self.proto.graph.initializer
@@ -214,7 +216,7 @@ _INTEGERS = frozenset({TensorProto.INT32, TensorProto.INT64, TensorProto.UINT8, 
 def positions_of(model: FlatModel) -> tuple[str, ...]:
     """The float32 tensors that were computed from integers alone: positions, lengths, masks, indices."""
     constants = {tensor.name for tensor in model.proto.graph.initializer}
-    tables = {name for name, array in model.constants().items() if array.size > SETTING}
+    tables = {name for name, array in model.constants.items() if array.size > SETTING}
     counted = {name for name, kind in model.types.items() if kind in _INTEGERS and name not in constants}
     found: dict[str, None] = {}
     for node in model.proto.graph.node:

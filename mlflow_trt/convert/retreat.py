@@ -61,17 +61,15 @@ def _released(
     ordered = sorted(groups, key=lambda operator: -len(groups[operator]))
     reason = f"TensorRT builds no engine with it in {resisting.report.precision}"
     out = kept | {name: reason for names in groups.values() for name in names}
-    best = maker.make(out)
-    build(best)
+    build(maker.make(out))
     for operator in ordered[:_GROUPS_TRIED]:
         fewer = {name: why for name, why in out.items() if name not in groups[operator]}
-        tried = maker.make(fewer)
         try:
-            build(tried)
+            build(maker.make(fewer))
         except BuildError as error:
             _log.info("TensorRT resists %s in %s: %s", operator, resisting.report.precision, error.message)
         else:
-            best, out = tried, fewer
+            out = fewer
     # What was tried last may have failed, and the files of the typed model and the plan are those of the last try.
     best = maker.make(out)
     return best, build(best)

@@ -41,7 +41,7 @@ class TypedModel:
 
     `inputs` and `outputs` are the source model's, but for dimension names that were told apart. `external_files` lie
     beside `path` and are part of the model. `comparison` is that with the source model, where there was one, and
-    `changed` are the nodes that run in the precision that was asked for.
+    `reference` what the source model computed for it. `changed` are the nodes that run in the precision asked for.
     """
 
     path: Path
@@ -51,6 +51,7 @@ class TypedModel:
     outputs: tuple[TensorSpec, ...]
     report: PrecisionReport
     comparison: Comparison | None = None
+    reference: tuple[Outputs, ...] = ()
     changed: frozenset[str] = frozenset()
 
 
@@ -100,7 +101,7 @@ def maker_for(
     return _Retyped(source, told_apart, recipe, workdir, precision_pass, samples, tolerance, excluded)
 
 
-def reference_outputs(path: Path, names: Iterable[str], feeds: Iterable[Feeds]) -> list[Outputs]:
+def reference_outputs(path: Path, names: Iterable[str], feeds: Iterable[Feeds]) -> tuple[Outputs, ...]:
     """What the source model computes on ONNX Runtime, for as many feeds as there is room for, and at least one."""
     runner, listed = CpuModel(path), list(names)
     outputs: list[Outputs] = []
@@ -110,7 +111,7 @@ def reference_outputs(path: Path, names: Iterable[str], feeds: Iterable[Feeds]) 
         size += sum(array.nbytes for array in outputs[-1].values())
         if size > _REFERENCE_BYTES:
             break
-    return outputs
+    return tuple(outputs)
 
 
 class _Unchanged:
@@ -189,7 +190,12 @@ class _Retyped:
         save(graph.proto, path)
         onnx.checker.check_model(str(path))
         external = tuple(sorted(file.name for file in path.parent.iterdir() if file != path))
-        return replace(_written(path, external, report), comparison=comparison, changed=graph.changed)
+        return replace(
+            _written(path, external, report),
+            comparison=comparison,
+            reference=self._reference,
+            changed=graph.changed,
+        )
 
     def _judge(self, graph: TypedGraph) -> Comparison:
         return self._judge_on(graph, len(self._reference))

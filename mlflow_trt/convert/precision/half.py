@@ -103,7 +103,7 @@ class _Retyping:
         self._emulated = emulated
         self._target = target
         self._reasons = reasons
-        self._constants = model.constants()
+        self._constants = model.constants
         self._nodes: list[NodeProto] = []
         self._initializers: list[TensorProto] = []
         self._halves: dict[str, str] = {}

@@ -74,7 +74,7 @@ class QuantizingPass:
         return self.target.minimum_opset
 
     def on(self, model: FlatModel, evidence: Evidence) -> Callable[[Mapping[str, str]], TypedGraph]:
-        constants = model.constants()
+        constants = model.constants
         candidates = [node for node in model.proto.graph.node if node.op_type in QUANTIZABLE and not node.domain]
         cutoffs = {**evidence.largest, **evidence.cutoffs}
         inherent = {

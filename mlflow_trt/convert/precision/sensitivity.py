@@ -96,7 +96,7 @@ class Sensitivity:
         self._model = model
         self._evidence = evidence
         self._format = target
-        self._constants = model.constants()
+        self._constants = model.constants
         self._headroom = _HEADROOM if evidence.samples.is_evidence else _HEADROOM_OF_NOISE
         self._limit = target.largest / self._headroom
         self._blurred = {name for name, array in evidence.positions.items() if not target.distinguishes(array)}
