@@ -13,7 +13,7 @@ docs: $(VENV)/.dev
 	$(RUN) docs/generate_cli_page.py
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest
+	DO_NOT_TRACK=true $(RUN) -m pytest
 
 # torch for the CPU: PyPI's own builds bring CUDA, so name an index of CPU builds where pip does not know one.
 TORCH_INDEX ?=
