@@ -100,6 +100,20 @@ class Device:
     def pop(self) -> None:
         self._driver.Context.pop()
 
+    def synchronize(self) -> None:
+        """Wait for everything that was sent to this GPU by this process. The device is current."""
+        self._driver.Context.synchronize()
+
+    def fetch(
+        self, buffer: DeviceBuffer, shape: tuple[int, ...], dtype: np.dtype[np.generic]
+    ) -> npt.NDArray[np.generic]:
+        """A copy of the beginning of a buffer, as an array of that shape."""
+        array = np.empty(shape, dtype)
+        if array.nbytes:
+            with self.current():
+                self._driver.memcpy_dtoh(array.reshape(-1).view(np.uint8), buffer.address)
+        return array
+
     def stream(self) -> Stream:
         return Stream(self._driver.Stream(), self._driver)
 
@@ -156,6 +170,11 @@ class Stream:
     def download(self, source: DeviceBuffer, target: PinnedBuffer, nbytes: int) -> None:
         if nbytes:
             self._driver.memcpy_dtoh_async(target.view(nbytes), source.address, self._stream)
+
+    def copy(self, source: int, target: int, nbytes: int) -> None:
+        """Copy from one address on the GPU to another."""
+        if nbytes:
+            self._driver.memcpy_dtod_async(target, source, nbytes, self._stream)
 
     def record(self, event: Any) -> None:
         event.record(self._stream)
