@@ -21,6 +21,7 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 
 from mlflow_trt._logging import get_logger
 from mlflow_trt.artifact import RECORD_FILE, Record, read_folder
+from mlflow_trt.best import check_best, convert_best
 from mlflow_trt.comparison import Tolerance
 from mlflow_trt.convert.builder import Progress
 from mlflow_trt.convert.conversion import Conversion, convert
@@ -43,6 +44,7 @@ from mlflow_trt.registration import undo_logging, undone_on_failure
 from mlflow_trt.runtime.device import open_device
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.sample_data import sample_data_of
+from mlflow_trt.selection import Selection
 from mlflow_trt.signatures import example_shapes
 from mlflow_trt.spec import Precision
 from mlflow_trt.verify import Verification, metrics_of, verify_conversion
@@ -82,7 +84,8 @@ def save_model(
         onnx_model: the path of an ONNX file, with its external data beside it, or an onnx.ModelProto, which is not
             changed. Models above 2 GB need a path.
         path: the folder to write; it must not exist, or be empty. It is written whole or not at all.
-        precision: `fp32` (default), `tf32`, `fp16`, `bf16`, `int8` or `fp8`.
+        precision: `fp32` (default), `tf32`, `fp16`, `bf16`, `int8`, `fp8`; or `best`, the fastest of these that is
+            accurate enough, measured on the GPU of this machine.
         batch: rows along axis 0: a number for a static batch, (min, opt, max) for a range, None to take it from the
             model. Other sizes are split and padded where every output carries the batch axis.
         shapes: {input: (min, opt, max)} shapes of inputs with other axes that vary; a list makes several optimization
@@ -111,6 +114,7 @@ def save_model(
         InputError: the calibration data does not fit the model.
         AccuracyError: the converted model is too far from the source model.
         MissingDependencyError: no TensorRT is installed, or no ONNX Runtime where the precision needs it.
+        RuntimeUnavailableError: `best` was asked for, and there is no GPU to measure on.
     """
     check_target(Path(path))
     request = Recipe.of(recipe, precision=precision, batch=batch, shapes=shapes, targets=targets)
@@ -127,8 +131,8 @@ def save_model(
         lineage=lineage or {},
     )
     asked = _Asked(request, calibration_data, input_example, verify, options.settings)
-    with converted(onnx_model, asked, progress) as (conversion, verification):
-        write_model(conversion, verification, Path(path), options, mlflow_model)
+    with converted(onnx_model, asked, progress) as made:
+        write_model(made.conversion, made.verification, Path(path), options, mlflow_model, made.selection)
 
 
 def log_model(
@@ -198,21 +202,21 @@ def log_model(
         validate_serving_input = input_example is not None and _can_run_here(options.settings)
     asked = _Asked(request, calibration_data, input_example, verify, options.settings)
     with (
-        converted(onnx_model, asked, progress) as (conversion, verification),
+        converted(onnx_model, asked, progress) as made,
         tempfile.TemporaryDirectory(prefix="mlflow-trt-") as staging,
         undone_on_failure() as undo,
     ):
         logged = undo_logging(undo, registered_model_name, keep_model=model_id is not None)
         # Written before MLflow hears of it: what cannot be written leaves no half of a logged model.
         folder = Path(staging) / "model"
-        written = write_model(conversion, verification, folder, options)
+        written = write_model(made.conversion, made.verification, folder, options, selection=made.selection)
 
         def save(path: str, mlflow_model: Model, validate_serving_input: bool) -> None:
             del validate_serving_input  # Model.log reads it, and passes on all its keywords
             logged(str(mlflow_model.model_id))
             move_model(written, folder, Path(path), mlflow_model)
 
-        facts = searchable_facts(conversion, verification)
+        facts = searchable_facts(*made)
         tags = {**facts, **(tags or {})}
         info: ModelInfo = Model.log(
             artifact_path=None,
@@ -229,8 +233,8 @@ def log_model(
         )
         if registered_model_name is not None:
             _tag_version(registered_model_name, str(info.registered_model_version), tags)
-        if verification is not None:
-            log_metrics(metrics_of(verification.comparisons), info)
+        metrics = {} if made.verification is None else metrics_of(made.verification.comparisons)
+        log_metrics({**metrics, **(made.selection.metrics() if made.selection is not None else {})}, info)
         return info
 
 
@@ -305,32 +309,56 @@ class _Asked(NamedTuple):
     settings: LoadSettings
 
 
+class _Made(NamedTuple):
+    """What came of it; `selection` tells how the precision was chosen, where `best` was asked for."""
+
+    conversion: Conversion
+    verification: Verification | None
+    selection: Selection | None = None
+
+
 @contextmanager
-def converted(
-    onnx_model: OnnxSource, asked: _Asked, progress: Progress | None
-) -> Iterator[tuple[Conversion, Verification | None]]:
+def converted(onnx_model: OnnxSource, asked: _Asked, progress: Progress | None) -> Iterator[_Made]:
     """Convert and verify in a temporary folder, which is removed when the block ends, however it ends."""
     if not isinstance(asked.verify, (bool, Tolerance)):
         raise RecipeError(f"verify is {asked.verify!r}; expected True, False or a Tolerance", option="verify")
     demanded = isinstance(asked.verify, Tolerance)
     tolerance = asked.verify if isinstance(asked.verify, Tolerance) else Tolerance.default(asked.recipe.precision)
+    bench = check_best(asked.recipe, asked.settings, asked.verify) if asked.recipe.precision is Precision.BEST else None
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
         source = read_onnx(onnx_model, Path(workdir))
+        data = sample_data_of(asked.calibration_data, asked.input_example, source.inputs)
+        shapes = example_shapes(asked.input_example, source.inputs)
+        if bench is not None:
+            with _progress(f"Trying the precisions of {_name_of(source)}", progress) as shown:
+                best = convert_best(
+                    source,
+                    asked.recipe,
+                    Path(workdir),
+                    bench,
+                    asked.settings,
+                    data=data,
+                    tolerance=tolerance if demanded else None,
+                    example_shapes=shapes,
+                    progress=shown,
+                )
+            yield _Made(best.conversion, best.verification, best.selection)
+            return
         with _progress(f"Building a TensorRT engine of {_name_of(source)}", progress) as shown:
             conversion = convert(
                 source,
                 asked.recipe,
                 Path(workdir),
-                data=sample_data_of(asked.calibration_data, asked.input_example, source.inputs),
+                data=data,
                 tolerance=tolerance if asked.verify else None,
-                example_shapes=example_shapes(asked.input_example, source.inputs),
+                example_shapes=shapes,
                 progress=shown,
             )
         _log.info("Built %s, %.1f MB, in %.1f s", *_summary(conversion))
         if not asked.verify:
-            yield conversion, None
+            yield _Made(conversion, None)
             return
-        yield conversion, verify_conversion(conversion, tolerance, asked.settings, demanded=demanded)
+        yield _Made(conversion, verify_conversion(conversion, tolerance, asked.settings, demanded=demanded))
 
 
 def _tag_version(name: str, version: str, tags: Mapping[str, Any]) -> None:

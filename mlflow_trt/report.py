@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from mlflow_trt.artifact import Record
 from mlflow_trt.comparison import Comparison
+from mlflow_trt.selection import Selection
 
 REPORT_FILE = "precision_report.md"
 
@@ -30,6 +31,8 @@ def _lines(record: Record) -> Iterator[str]:
         yield f"- ranges seen on {report.calibration.samples} (sha256 {report.calibration.sha256}){method}"
     for remark in record.remarks:
         yield f"- {remark}"
+    if record.selection is not None:
+        yield from _selection(record.selection)
     for comparison in record.comparisons:
         yield from _comparison(comparison)
     if report.kept:
@@ -44,6 +47,14 @@ def _lines(record: Record) -> Iterator[str]:
             ("tensor", "largest magnitude"),
             [(name, f"{value:.6g}") for name, value in report.largest.items()],
         )
+
+
+def _selection(selection: Selection) -> Iterator[str]:
+    title = f"Candidates for {selection.asked}: {selection.winner} won"
+    yield from _table(title, selection.headings, selection.rows())
+    shapes = ", ".join(f"{name} {'x'.join(map(str, shape)) or 'scalar'}" for name, shape in selection.shapes.items())
+    yield ""
+    yield f"Latency is that of the engine alone on {selection.measured_on}, with {shapes}."
 
 
 def _comparison(comparison: Comparison) -> Iterator[str]:

@@ -29,7 +29,7 @@ class Precision(str, enum.Enum):
     `FP32` is strict: the builder's TF32 flag is cleared. `TF32` sets it, which lets matrix products and convolutions
     round their float32 operands to 10 bits of mantissa. TensorRT-RTX ignores that flag and always behaves like `TF32`.
     `FP16` and `BF16` compute in 16 bits what bears it. `INT8` and `FP8` quantize the operands of matrix products and
-    convolutions. `BEST`, the fastest of these that is accurate enough, is reserved: conversions refuse it.
+    convolutions. `BEST` stands for the fastest of these that is accurate enough, and is never that of an engine.
     """
 
     FP32 = "fp32"

@@ -12,7 +12,6 @@ from helpers import read
 from onnx import TensorProto, helper
 from real_models import CLS, DET_DYNAMIC, MAGIKA, REC, SILERO, TRANSFORMER, calibration_data
 
-import mlflow_trt
 from mlflow_trt import Precision, Recipe, RecipeError, Tolerance
 from mlflow_trt.comparison import Verdict, compare
 from mlflow_trt.convert.conversion import Conversion, convert
@@ -229,10 +228,9 @@ def test_fp8_is_refused_for_targets_that_cannot_execute_it(tmp_path):
         assert "'sm89'" in str(caught.value)
 
 
-def test_best_is_refused_until_it_can_be_measured(tmp_path):
-    with pytest.raises(RecipeError, match="precision 'best' would measure the others"):
-        mlflow_trt.save_model(networks.product(), tmp_path / "m", precision="best")
-    assert not (tmp_path / "m").exists()
+def test_an_engine_has_one_precision(tmp_path):
+    with pytest.raises(RecipeError, match="an engine has one precision; 'best' is for save_model"):
+        convert(read(networks.product(), tmp_path), Recipe(precision="best"), tmp_path)
 
 
 def test_what_a_tensorrt_cannot_build_stays_in_float32(tmp_path):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlflow_trt.doctor import Diagnosis
     from mlflow_trt.layers import LayerReport
     from mlflow_trt.planning import Plan
+    from mlflow_trt.selection import Selection
     from mlflow_trt.spec import BatchAxis, PrecisionReport, ShapeProfile, TensorSpec
 
 
@@ -53,6 +54,7 @@ def print_record(uri: str, record: Record) -> None:
         uri,
         {
             **_recipe_facts(record.recipe, record.batch_axis),
+            **_selection_facts(record.selection),
             "source model": f"{record.source.file}, sha256 {record.source.digest}",
             "typed model": "equals the source model"
             if record.typed == record.source
@@ -67,6 +69,8 @@ def print_record(uri: str, record: Record) -> None:
     )
     print_tensors(record.inputs, record.outputs)
     print_profiles(record.profiles)
+    if record.selection is not None:
+        print_candidates(record.selection)
     if record.comparisons:
         print_accuracy(record.comparisons)
     if record.precision_report.kept:
@@ -87,6 +91,14 @@ def print_record(uri: str, record: Record) -> None:
             for engine in record.engines
         ],
     )
+
+
+def _selection_facts(selection: Selection | None) -> dict[str, str]:
+    return {} if selection is None else {"asked for": f"{selection.asked}; {selection.winner} is {selection.reason}"}
+
+
+def print_candidates(selection: Selection) -> None:
+    print_rows(f"\ncandidates, measured on {selection.measured_on}", selection.headings, selection.rows())
 
 
 def print_accuracy(comparisons: Sequence[Comparison]) -> None:

@@ -11,15 +11,15 @@ from mlflow_trt.errors import RecipeError
 from mlflow_trt.spec import ComputeCapability, HardwareCompatibility, Precision, Weights
 
 _log = get_logger(__name__)
-_FIRST_WITH_FP8 = ComputeCapability(8, 9)
+FIRST_WITH_FP8 = ComputeCapability(8, 9)
 
 
 def check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
     """Raise RecipeError for an option that this TensorRT does not have, or a target that cannot do what is asked."""
     if recipe.precision is Precision.BEST:
         raise RecipeError(
-            "precision 'best' would measure the others against each other, which this version does not do; convert "
-            "with fp16, bf16, int8 or fp8 each, and measure the results with `mlflow-trt compare`",
+            "an engine has one precision; 'best' is for save_model, log_model, convert_model_version and "
+            "`mlflow-trt convert`, which choose it by measuring",
             option="precision",
         )
     if tensorrt.is_rtx:
@@ -80,11 +80,11 @@ def _say_once(message: str) -> None:
 def _check_fp8(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
     if not tensorrt.is_rtx:
         return  # the engine is for this machine's GPU, which TensorRT asks itself
-    able = [name for name in tensorrt.compute_capabilities() if ComputeCapability.parse(name) >= _FIRST_WITH_FP8]
+    able = [name for name in tensorrt.compute_capabilities() if ComputeCapability.parse(name) >= FIRST_WITH_FP8]
     unable = [name for name in recipe.targets if name not in able]
     if unable or not recipe.targets:
         what = ", ".join(unable) if unable else "the default target, which is every GPU from sm80 on,"
         raise RecipeError(
-            f"{what} cannot execute fp8, which came with {_FIRST_WITH_FP8}; name GPUs that can: targets={able}",
+            f"{what} cannot execute fp8, which came with {FIRST_WITH_FP8}; name GPUs that can: targets={able}",
             option="targets",
         )
