@@ -114,6 +114,27 @@ def bfloat16_product() -> onnx.ModelProto:
     )
 
 
+def rarely_alive() -> onnx.ModelProto:
+    """y = x @ w + relu(x @ w - 100) @ v, of which the second part is 0 for all but large x."""
+    random = np.random.default_rng(3)
+    return model(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["seen"], name="seen_product"),
+            helper.make_node("Sub", ["seen", "far"], ["below"], name="shift"),
+            helper.make_node("Relu", ["below"], ["dead"], name="relu"),
+            helper.make_node("MatMul", ["dead", "v"], ["rare"], name="dead_product"),
+            helper.make_node("Add", ["rare", "seen"], ["y"], name="sum"),
+        ],
+        [value("x", FLOAT, ["batch", 16])],
+        [value("y", FLOAT, ["batch", 8])],
+        [
+            constant("w", random.standard_normal((16, 8)).astype(np.float32)),
+            constant("v", random.standard_normal((8, 8)).astype(np.float32)),
+            constant("far", np.float32(100)),
+        ],
+    )
+
+
 def external(path, folder="") -> onnx.ModelProto:
     """Save `product` with its weights in an external file beside it, and return it as it was before."""
     kept = product()

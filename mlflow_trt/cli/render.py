@@ -73,7 +73,7 @@ def print_record(uri: str, record: Record) -> None:
         print_candidates(record.selection)
     if record.comparisons:
         print_accuracy(record.comparisons)
-    if record.precision_report.kept:
+    if record.precision_report.kept or record.precision_report.weight_only:
         _print_kept(record.precision_report)
     print_rows(
         "\nengines",
@@ -123,11 +123,13 @@ def print_accuracy(comparisons: Sequence[Comparison]) -> None:
 
 def _print_kept(report: PrecisionReport) -> None:
     counts = ", ".join(f"{count} in {name}" for name, count in report.node_types.items())
-    print_rows(
-        f"\nnodes: {counts}; these stay in float32",
-        ("node", "operator", "reason"),
-        [(node.name, node.operator, node.reason) for node in report.kept],
-    )
+    for what, nodes in (("stay in float32", report.kept), ("have quantized weights only", report.weight_only)):
+        if nodes:
+            print_rows(
+                f"\nnodes: {counts}; these {what}",
+                ("node", "operator", "reason"),
+                [(node.name, node.operator, node.reason) for node in nodes],
+            )
 
 
 def print_plan(plan: Plan) -> None:

@@ -34,8 +34,8 @@ def check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
         _check_fp8(tensorrt, recipe)
 
 
-def operators_to_exclude(tensorrt: trt.TensorRT, precision: Precision) -> dict[str, str]:
-    """Operators that this TensorRT cannot run in a precision, with the reason."""
+def weight_only_operators(tensorrt: trt.TensorRT, precision: Precision) -> dict[str, str]:
+    """Operators of which this TensorRT can have no more than the weights in a precision, with the reason."""
     if precision is Precision.INT8 and tensorrt.is_rtx and tensorrt.version_info < (1, 7):
         reason = f"{tensorrt} builds no convolutions in int8; TensorRT-RTX 1.7 does"
         return {"Conv": reason, "ConvTranspose": reason}
