@@ -92,6 +92,7 @@ BASE = {
     "spec",
     "trt",
     "trt_api",
+    "trt_callbacks",
 }
 CONVERT = BASE | {"convert"}
 RUNTIME = BASE | {"runtime"}
@@ -103,7 +104,8 @@ ALLOWED = {
     "golden": CONVERT,
     "artifact": CONVERT | {"golden"},
     "self_test": BASE | {"artifact", "cache", "runtime"},
-    "loading": CONVERT | RUNTIME | {"artifact", "cache", "self_test"},
+    "kernel_file": BASE | {"cache"},
+    "loading": CONVERT | RUNTIME | {"artifact", "cache", "kernel_file", "self_test"},
     "verify": CONVERT | RUNTIME | {"artifact", "golden", "loading"},
     "measuring": CONVERT | RUNTIME | {"loading", "verify"},
     "best": CONVERT | {"loading", "measuring", "verify"},

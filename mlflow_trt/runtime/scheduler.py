@@ -1,0 +1,244 @@
+"""From a call to runs: which profile, which batch sizes, alone or together with others, one slot or several at once."""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic
+
+import numpy as np
+
+from mlflow_trt._logging import get_logger
+from mlflow_trt.errors import InputShapeError, OutOfMemoryError
+from mlflow_trt.inputs import Array, Feeds
+from mlflow_trt.runtime.batching import (
+    AnySize,
+    FewSizes,
+    Outputs,
+    OutputWithoutRowsError,
+    Piece,
+    Rows,
+    Sizes,
+    batch_size,
+    check_rows,
+    pieces,
+    take,
+)
+from mlflow_trt.runtime.copying import copy_rows
+from mlflow_trt.runtime.microbatch import MicroBatcher, Request
+from mlflow_trt.runtime.profiles import choose_profile
+from mlflow_trt.runtime.slots import AnySlot, Slots
+from mlflow_trt.spec import BatchAxis, ShapeProfile
+
+MOST_SLOTS = 2
+"""One that the GPU works on and one that is filled meanwhile; a third gained nothing in measurements."""
+
+_SMALL_BYTES = 4096
+_log = get_logger(__name__)
+
+
+class Scheduler(Generic[AnySlot]):
+    """Runs feeds, which are checked already, in slots.
+
+    Args:
+        make_slot: makes one more slot; called when it is needed.
+        profiles: what the engine accepts. Empty: anything, as ONNX Runtime does.
+        axis: the batch axis, if the model has one.
+        largest: the largest batch to run at once where there are no profiles; None for no limit, and then calls are
+            not put together either.
+        max_batch_delay: seconds for which a batch of several callers stays open at most; 0 runs each call by itself.
+    """
+
+    def __init__(
+        self,
+        make_slot: Callable[[], AnySlot],
+        *,
+        profiles: Sequence[ShapeProfile],
+        axis: BatchAxis | None,
+        largest: int | None = None,
+        max_batch_delay: float = 0.0,
+    ) -> None:
+        self.slots: Slots[AnySlot] = Slots(make_slot, MOST_SLOTS)
+        self._profiles = tuple(profiles)
+        self._axis = axis if axis is not None and axis.splits else None
+        self._declared_axis = axis
+        self._sizes = [self._sizes_of(profile) for profile in self._profiles]
+        if not self._profiles:
+            self._sizes = [AnySize(largest) if largest and self._axis else None]
+        self._batcher = MicroBatcher(self.slots, self._run_alone, self._count, max_batch_delay)
+        self._batches = max_batch_delay > 0
+        self._without_rows: OutputWithoutRowsError | None = None
+        self._runs: collections.Counter[int] = collections.Counter()
+        self._counting = threading.Lock()
+
+    @property
+    def runs(self) -> dict[int, int]:
+        """How often each batch size was run so far; 0 stands for runs without a batch axis."""
+        with self._counting:
+            return dict(sorted(self._runs.items()))
+
+    def run(self, feeds: Feeds) -> Outputs:
+        """New arrays. Raises InputShapeError where no profile accepts the feeds, and what the runtime raises."""
+        profile, fits = self._choose(feeds)
+        if fits and not self._has_rows(feeds, profile):
+            return self._run_whole(feeds, profile)
+        if self._without_rows is not None:
+            raise self._without_rows
+        try:
+            return self._run_rows(feeds, profile)
+        except OutputWithoutRowsError as error:
+            self._without_rows = error
+            if not fits:
+                raise
+            return self._run_whole(feeds, profile)
+
+    def sizes(self, profile: int) -> Sequence[int]:
+        """The batch sizes that a profile is run in, the smallest first; none where its batches are not cut."""
+        found = self._sizes[profile]
+        return found.all if isinstance(found, FewSizes) and self._axis else ()
+
+    def close(self) -> None:
+        """Refuse new calls, and wait for those that run."""
+        self.slots.close()
+
+    def _sizes_of(self, profile: ShapeProfile) -> Sizes | None:
+        limits = profile.ranges.get(self._axis.inputs[0]) if self._axis else None
+        return FewSizes(limits.min[0], limits.opt[0], limits.max[0]) if limits else None
+
+    def _choose(self, feeds: Feeds) -> tuple[int, bool]:
+        """A profile, and whether it takes the feeds as they are."""
+        if not self._profiles:
+            return 0, True
+        choice = choose_profile(self._profiles, feeds, self._declared_axis)
+        return choice.profile, choice.rows is None
+
+    def _has_rows(self, feeds: Feeds, profile: int) -> bool:
+        """Whether the feeds can be put together with others, padded and cut."""
+        if self._axis is None or self._sizes[profile] is None or self._without_rows is not None:
+            return False
+        first, *others = self._axis.inputs
+        return all(len(feeds[name]) == len(feeds[first]) for name in others)
+
+    def _run_rows(self, feeds: Feeds, profile: int) -> Outputs:
+        axis, sizes = self._axis, self._sizes[profile]
+        assert axis is not None  # noqa: S101  # for the type checker
+        assert sizes is not None  # noqa: S101  # for the type checker
+        rows = batch_size(feeds, axis)
+        if self._batches and rows and len(sizes.cut(rows)) == 1:
+            key = self._key(feeds, profile)
+            if key is not None:
+                return self._batcher.run(Request(feeds, rows, axis=axis, profile=profile, sizes=sizes, key=key))
+        return self._run_in_pieces(feeds, rows, profile)
+
+    def _key(self, feeds: Feeds, profile: int) -> Hashable | None:
+        """What requests must have in common to run together; None where that would be too much to compare."""
+        batched = self._axis.inputs if self._axis else ()
+        key: list[Hashable] = [profile]
+        for name, array in feeds.items():
+            if name in batched:
+                key.append(array.shape[1:])
+            elif array.nbytes <= _SMALL_BYTES:
+                key.append((array.shape, array.tobytes()))
+            else:
+                return None
+        return tuple(key)
+
+    def _run_alone(self, request: Request) -> Outputs:
+        return self._run_in_pieces(request.feeds, request.rows, request.profile)
+
+    def _run_whole(self, feeds: Feeds, profile: int) -> Outputs:
+        with self.slots.lent() as slot:
+            slot.load(Rows([feeds], None, 0), profile)
+            slot.launch()
+            outputs = {name: output.copy() for name, output in slot.finish().items()}
+        self._count(0)
+        return outputs
+
+    def _run_in_pieces(self, feeds: Feeds, rows: int, profile: int) -> Outputs:
+        """Run a batch of any size; where the GPU has no room for a piece, in smaller ones from there on."""
+        results = _Results(rows)
+        while True:
+            sizes = self._sizes[profile]
+            assert sizes is not None  # noqa: S101  # for the type checker
+            try:
+                self._pipeline(feeds, profile, sizes, results)
+            except OutOfMemoryError as error:
+                smaller = sizes.smaller()
+                if smaller is None:
+                    raise
+                _log.warning("Running at most %d rows at once from now on: %s", smaller.largest, error.message)
+                self._sizes[profile] = smaller
+            else:
+                return results.arrays
+
+    def _pipeline(self, feeds: Feeds, profile: int, sizes: Sizes, results: _Results) -> None:
+        """Fill one slot while another one runs."""
+        axis, first = self._axis, results.done
+        assert axis is not None  # noqa: S101  # for the type checker
+        running: collections.deque[tuple[AnySlot, Piece]] = collections.deque()
+
+        def finish_oldest() -> None:
+            slot, piece = running[0]
+            results.add(piece, slot.finish())
+            running.popleft()
+            self.slots.release(slot)
+            self._count(piece.size)
+
+        try:
+            for piece in pieces(results.rows - first, sizes):
+                slot = self.slots.acquire_now()
+                while slot is None:
+                    # Never wait for a slot while holding one: two such callers would wait for each other.
+                    if running:
+                        finish_oldest()
+                        slot = self.slots.acquire_now()
+                    else:
+                        slot = self.slots.acquire()
+                start, stop = first + piece.start, first + piece.stop
+                running.append((slot, Piece(start, stop, piece.size)))
+                slot.load(Rows([take(feeds, axis, start, stop)], axis, piece.size), profile)
+                slot.launch()
+            while running:
+                finish_oldest()
+        except BaseException:
+            for slot, _ in running:
+                slot.abandon()
+            raise
+        finally:
+            for slot, _ in running:
+                self.slots.release(slot)
+
+    def _count(self, size: int) -> None:
+        with self._counting:
+            self._runs[size] += 1
+
+
+class _Results:
+    """The outputs of a batch, put together from those of its pieces as they come."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.done = 0
+        self.arrays: Outputs = {}
+
+    def add(self, piece: Piece, outputs: Outputs) -> None:
+        """Take the rows that are no padding. Raises InputShapeError for an output without rows."""
+        check_rows(outputs, piece.size)
+        for name, output in outputs.items():
+            if name not in self.arrays:
+                self.arrays[name] = np.empty((self.rows, *output.shape[1:]), output.dtype)
+            self._put(name, piece, output)
+        self.done = piece.stop
+
+    def _put(self, name: str, piece: Piece, output: Array) -> None:
+        target = self.arrays[name]
+        if output.shape[1:] != target.shape[1:]:
+            raise InputShapeError(
+                f"output {name!r} has rows of shape {output.shape[1:]} after rows of {target.shape[1:]}: its size "
+                "depends on the data, so only batches that the engine takes whole can be run"
+            )
+        if piece.stop > piece.start:
+            rows = piece.stop - piece.start
+            for _ in copy_rows([(output[:rows], 0, rows)], target[piece.start : piece.stop]):
+                pass
