@@ -9,7 +9,7 @@ import contextvars
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol
 
 import numpy as np
 
@@ -21,9 +21,6 @@ from mlflow_trt.loading import LoadSettings
 from mlflow_trt.runtime.device import open_device
 from mlflow_trt.spec import Gpu, Shape
 from mlflow_trt.verify import engine_session, why_not_here
-
-if TYPE_CHECKING:
-    from mlflow_trt.runtime.tensorrt import TensorRTSession
 
 _ROUND_MILLISECONDS = 150.0
 _LEAST_RUNS, _MOST_RUNS = 5, 500
@@ -75,7 +72,7 @@ class GpuBench:
         reason = why_not_here(conversion, self._settings)
         if reason is not None:
             raise EngineMismatchError(f"the engine does not run here: {reason}", reasons=(reason,))
-        with cast("TensorRTSession", engine_session(conversion, self._settings)) as session:
+        with engine_session(conversion, self._settings) as session:
 
             def one(runs: int) -> float:
                 return statistics.median(phase.engine for phase in session.time_phases(feeds, runs))

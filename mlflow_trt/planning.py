@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow_trt import trt
 from mlflow_trt.best import check_best
 from mlflow_trt.comparison import Tolerance
-from mlflow_trt.convert.limits import check_recipe
+from mlflow_trt.convert.limits import check_nodes, check_recipe
 from mlflow_trt.convert.onnx_model import read_onnx
 from mlflow_trt.convert.profiles import resolve_profiles
 from mlflow_trt.convert.recipe import Recipe
@@ -70,6 +70,7 @@ def plan_conversion(
         check_recipe(tensorrt, recipe)
     with opened_source(model_uri) as source, tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
         model = read_onnx(source.path, Path(workdir))
+        check_nodes(model.proto)
         profiles = resolve_profiles(model, recipe, example_shapes(source.input_example, model.inputs))
         twin = None
         if registered_model_name is not None and not force:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mlflow_trt import trt
 from mlflow_trt._logging import get_logger
@@ -19,6 +20,9 @@ from mlflow_trt.loading import LoadSettings, session_on
 from mlflow_trt.runtime.device import open_device
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.spec import Precision, Weights
+
+if TYPE_CHECKING:
+    from mlflow_trt.runtime.tensorrt import TensorRTSession
 
 _log = get_logger(__name__)
 
@@ -136,7 +140,7 @@ def why_not_here(conversion: Conversion, settings: LoadSettings) -> str | None:
     return why_not(conversion.engine, tensorrt.distribution, tensorrt.version, device.gpu)
 
 
-def engine_session(conversion: Conversion, settings: LoadSettings) -> Session:
+def engine_session(conversion: Conversion, settings: LoadSettings) -> TensorRTSession:
     """A session on the engine of a conversion, which this machine can run. Raises what TensorRTSession raises."""
     tensorrt = trt.load(conversion.engine.distribution)
     device = open_device(settings.device)

@@ -30,6 +30,18 @@ def product(batch: int | str | None = "batch", width: int = 16) -> onnx.ModelPro
     )
 
 
+def mean(count: int) -> onnx.ModelProto:
+    """The mean of x times 1, x times 2, and so on: products, so that there is something else to compute in 16 bits."""
+    names = [f"p{number}" for number in range(count)]
+    products = [helper.make_node("Mul", ["x", f"c{number}"], [name], name=name) for number, name in enumerate(names)]
+    return model(
+        [*products, helper.make_node("Mean", names, ["y"], name="mean")],
+        [value("x", FLOAT, ["batch", 16])],
+        [value("y", FLOAT, ["batch", 16])],
+        [constant(f"c{number}", np.float32(number + 1)) for number in range(count)],
+    )
+
+
 def rows(count: int, width: int = 16, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((count, width)).astype(np.float32)
 

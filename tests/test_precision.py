@@ -108,6 +108,16 @@ def test_what_float16_cannot_hold_stays_in_float32(model, factor, reason, tmp_pa
     assert typed.comparison.outputs[0].infinities == 0
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_means_stay_in_float32(count, precision, tmp_path):
+    """TensorRT's parser would multiply their sums with a float32 constant that it reads as 16 bits."""
+    typed = typed_model(networks.mean(count), tmp_path, precision, {"x": networks.rows(16)})
+    assert "parser misreads a constant of Mean" in reasons(typed)["mean"]
+    assert typed.report.changed_nodes == count
+    assert 0 < typed.comparison.relative_error < 1e-2
+
+
 def test_bfloat16_has_the_range_of_float32(tmp_path):
     typed = typed_model(elementwise("Mul", constant=1000), tmp_path, "bf16", {"x": networks.rows(16) * 100})
     assert not typed.report.kept

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import functools
 
+from onnx import ModelProto
+
 from mlflow_trt import hardware, trt
 from mlflow_trt._logging import get_logger
+from mlflow_trt.convert.onnx_model import subgraphs_of
 from mlflow_trt.convert.recipe import Recipe
-from mlflow_trt.errors import RecipeError
+from mlflow_trt.errors import RecipeError, UnsupportedModelError
 from mlflow_trt.spec import ComputeCapability, HardwareCompatibility, Precision, Weights
 
 _log = get_logger(__name__)
 FIRST_WITH_FP8 = ComputeCapability(8, 9)
+
+_NONPAD_KV_SEQLEN = 6
+"""The position of this input of Attention, since opset 24. TensorRT-RTX 1.6.1 and 1.7.1 parse it into nothing."""
 
 
 def check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
@@ -32,6 +38,23 @@ def check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
         )
     if recipe.precision is Precision.FP8:
         _check_fp8(tensorrt, recipe)
+
+
+def check_nodes(model: ModelProto) -> None:
+    """Raise UnsupportedModelError for nodes that TensorRT's parser takes, and does not compute as they say."""
+    bodies = [model.graph, *subgraphs_of(model.graph.node), *model.functions]
+    ignored = [
+        f"{node.name or 'unnamed'} ({node.op_type})"
+        for body in bodies
+        for node in body.node
+        if node.op_type == "Attention" and not node.domain and any(node.input[_NONPAD_KV_SEQLEN:])
+    ]
+    if ignored:
+        raise UnsupportedModelError(
+            f"TensorRT's parser ignores nonpad_kv_seqlen, the lengths of the rows, at {', '.join(ignored)}, and the "
+            "engine would attend to the padding; export the model with attn_mask instead",
+            nodes=ignored,
+        )
 
 
 def weight_only_operators(tensorrt: trt.TensorRT, precision: Precision) -> dict[str, str]:

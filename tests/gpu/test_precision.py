@@ -47,6 +47,18 @@ def test_engines_stay_within_the_tolerance(model, precision, tmp_path, report):
         assert "that of TF32, not of strict float32" in " ".join(record.remarks)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_means_are_right(count, precision, tmp_path):
+    data = {"x": networks.rows(64)}
+    mlflow_trt.save_model(networks.mean(count), tmp_path / "m", precision=precision, calibration_data=data)
+    with (
+        mlflow_trt.load_model(str(tmp_path / "m")) as engine,
+        mlflow_trt.load_model(str(tmp_path / "m"), runtime="onnxruntime") as source,
+    ):
+        assert relative_error(engine.run(data), source.run(data)) < (0.01 if precision == "bf16" else 1e-3)
+
+
 def test_weights_alone_in_int8(tmp_path, report):
     """On TensorRT-RTX before 1.7 of convolutions, on every TensorRT of what cannot be calibrated."""
     mlflow_trt.save_model(networks.rarely_alive(), tmp_path / "m", precision="int8", batch=(1, 16, 64),
