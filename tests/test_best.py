@@ -195,8 +195,16 @@ def test_a_comparison_that_proves_nothing_is_enough_for_float32_only(bench, tmp_
     assert record.recipe.precision is Precision.FP32
     assert fates(record)["fp16"] is Fate.FAILED_GATE
     assert "nothing proves that the fp16 model, emulated on ONNX Runtime, is right" in reasons(record)["fp16"]
-    assert fates(record)["int8"] is Fate.LEFT_OUT
-    assert "nothing of this model runs in int8" in reasons(record)["int8"]
+
+
+def test_what_would_be_float32_again_is_left_out(bench, tmp_path):
+    recipe = Recipe(precision="best", keep_float32="MatMul")
+    mlflow_trt.save_model(networks.product(), tmp_path / "m", recipe=recipe, calibration_data=DATA)
+    record = read_folder(tmp_path / "m").record
+    assert record.recipe.precision is Precision.FP32
+    for precision in ("fp16", "bf16", "int8"):
+        assert fates(record)[precision] is Fate.LEFT_OUT
+        assert reasons(record)[precision] == f"nothing of this model runs in {precision}"
 
 
 def test_targets_that_execute_fp8_have_it_tried(bench, tmp_path):
