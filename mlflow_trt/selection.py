@@ -45,9 +45,9 @@ class Fate(str, enum.Enum):
 class Candidate:
     """One precision. Errors are relative, against the source model, and None where nothing was compared.
 
-    `typed_error` is that of the typed model on ONNX Runtime, `engine_error` that of the engine. `milliseconds` has, for
-    each round, the median time of a run of the engine alone; it is empty where nothing could be measured. `reason` says
-    why it won or lost.
+    `typed_error` is that of the typed model on ONNX Runtime, 0 where this is the source model's own graph;
+    `engine_error` is that of the engine. `milliseconds` has, for each round, the median time of a run of the engine
+    alone; it is empty where nothing could be measured. `reason` says why it won or lost.
     """
 
     precision: Precision
@@ -82,7 +82,7 @@ class Selection:
 
     @property
     def headings(self) -> tuple[str, ...]:
-        return ("precision", "", "latency, ms", "relative error", "why")
+        return ("precision", "", "latency, ms", "relative error", "engine, MB", "why")
 
     def rows(self) -> list[tuple[str, ...]]:
         """A table of the candidates, as text."""
@@ -106,6 +106,7 @@ def table_row(candidate: Candidate) -> tuple[str, ...]:
         str(candidate.fate),
         "" if latency is None else f"{latency:.4g}",
         "" if error is None else f"{error:.2e}",
+        "" if candidate.engine_bytes is None else f"{candidate.engine_bytes / 1e6:.3g}",
         candidate.reason,
     )
 
@@ -129,7 +130,7 @@ def choose(candidates: Sequence[Candidate]) -> tuple[tuple[Candidate, ...], Cand
                 f"as fast as {winner.precision} within the noise, and no more accurate: {_errors(candidate, winner)}"
             )
         elif candidate in passed:
-            fate, reason = Fate.SLOWER, f"slower than {fastest.precision}: {_times(candidate, fastest)}"
+            fate, reason = Fate.SLOWER, _times(candidate, fastest)
         judged.append(replace(candidate, fate=fate, reason=reason))
     return tuple(judged), next(candidate for candidate in judged if candidate.fate is Fate.WON)
 

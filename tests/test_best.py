@@ -12,6 +12,8 @@ import mlflow
 import networks
 import numpy as np
 import pytest
+from compare import relative_error
+from real_models import MAGIKA, TRANSFORMER, calibration_data
 from test_cli import run
 from typer.testing import CliRunner
 
@@ -36,6 +38,7 @@ from mlflow_trt.convert.samples import SampleData, SampleOrigin
 from mlflow_trt.hardware import probe
 from mlflow_trt.measuring import measured_on, usual_feeds
 from mlflow_trt.planning import plan_conversion
+from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
 from mlflow_trt.selection import Fate
 from mlflow_trt.spec import ComputeCapability, Gpu
 
@@ -121,6 +124,25 @@ def test_errors_are_those_of_the_real_typed_models(bench, tmp_path):
     assert errors["fp32"] == 0  # on ONNX Runtime it is the source model itself
     assert 1e-5 < errors["fp16"] < 1e-3 < errors["bf16"] < errors["int8"] < 0.05
     assert errors["fp8"] is None
+
+
+@pytest.mark.parametrize("model", [MAGIKA, TRANSFORMER], ids=lambda model: model.name)
+def test_real_models(model, bench, tmp_path):
+    mlflow_trt.save_model(
+        model.path(), tmp_path / "m", **model.recipe, precision="best", calibration_data=calibration_data(model)
+    )
+    record = read_folder(tmp_path / "m").record
+    errors = {str(c.precision): c.relative_error for c in record.selection.candidates if c.milliseconds}
+    assert set(errors) == {"fp32", "fp16", "bf16", "int8"}
+    assert 0 < errors["fp16"] < errors["bf16"] < 0.05
+    assert 0 < errors["int8"] < 0.1
+    assert record.recipe.precision is Precision.INT8
+    feeds = model.feeds(8)
+    with (
+        mlflow_trt.load_model(str(tmp_path / "m"), runtime="onnxruntime") as source,
+        OnnxRuntimeSession(tmp_path / "m" / record.typed.file, record.inputs, record.outputs) as typed,
+    ):
+        assert 0 < relative_error(typed.run(feeds), source.run(feeds)) < 0.1
 
 
 def test_rounds_are_interleaved_at_the_usual_shapes_with_all_engines_loaded(bench, tmp_path):

@@ -70,7 +70,7 @@ def test_a_second_measurement_chooses_alike(tmp_path):
     first, second = ({c.precision: c for c in selection.candidates} for selection in chosen)
     a, b = chosen[0].winner, chosen[1].winner
     if a is not b:
-        slack = 1.1
+        slack = 1.3
         assert first[b].latency < slack * first[a].latency
         assert second[a].latency < slack * second[b].latency
 
