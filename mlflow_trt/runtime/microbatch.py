@@ -8,6 +8,7 @@ batch in another slot. A caller that is alone never waits for anybody.
 from __future__ import annotations
 
 import collections
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -64,7 +65,7 @@ class MicroBatcher(Generic[AnySlot]):
         self._queue: collections.deque[Request] = collections.deque()
         self._leader: Request | None = None
         self._running = 0
-        self._last_seconds = 0.0
+        self._last_seconds = math.inf  # not known yet
 
     def run(self, request: Request) -> Outputs:
         """The outputs for the request's rows. Raises what running it alone raises."""
