@@ -11,7 +11,7 @@ from real_models import MAGIKA
 from mlflow_trt import InputShapeError
 from mlflow_trt.runtime.batching import START_COST, AnySize, FewSizes, Piece, Rows, pieces
 from mlflow_trt.runtime.copying import LEAST_BYTES, THREADS, copy_rows
-from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
+from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession, make_tray
 from mlflow_trt.runtime.scheduler import Scheduler
 from mlflow_trt.spec import BatchAxis, InputRange, ShapeProfile
 
@@ -159,7 +159,7 @@ class WholeSlot:
 
 def test_an_output_without_rows_is_found_and_whole_batches_go_on():
     profile = ShapeProfile(ranges={"x": InputRange(min=(2, 1), opt=(4, 1), max=(8, 1))})
-    scheduler = Scheduler(WholeSlot, profiles=[profile], axis=AXIS)
+    scheduler = Scheduler(WholeSlot, make_tray, profiles=[profile], axis=AXIS)
     with pytest.raises(InputShapeError, match=r"output 'y' has the shape \(1,\) for 8 rows of input"):
         scheduler.run({"x": np.ones((9, 1))})
     assert scheduler.run({"x": np.ones((5, 1))})["y"].tolist() == [5]

@@ -13,7 +13,7 @@ import pytest
 from helpers import read, reference
 
 from mlflow_trt import ExecutionError, InputError, OutOfMemoryError, SessionClosedError
-from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
+from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession, make_tray
 from mlflow_trt.runtime.scheduler import MOST_SLOTS, Scheduler
 from mlflow_trt.runtime.slots import Slots
 from mlflow_trt.spec import BatchAxis, InputRange, ShapeProfile
@@ -42,11 +42,19 @@ class DoublingSlot:
         self.gate = gate
 
     def load(self, rows, profile):
-        if rows.size > self.gate.most_rows:
-            raise OutOfMemoryError("no room")
+        self.check(rows.size)
         self.x = np.empty(rows.shapes["x"], rows.parts[0]["x"].dtype)
         for part, start, stop in rows.copies("x"):
             self.x[start:stop] = part
+
+    def load_tray(self, tray, rows, size, feeds, profile):
+        self.check(size)
+        tray.pad(rows, size)
+        self.x = tray.arrays["x"][:size].copy()
+
+    def check(self, size):
+        if size > self.gate.most_rows:
+            raise OutOfMemoryError("no room")
 
     def launch(self):
         self.gate.started.release()
@@ -72,7 +80,7 @@ def gate():
 
 @pytest.fixture
 def scheduler(gate):
-    scheduler = Scheduler(lambda: DoublingSlot(gate), profiles=[PROFILE], axis=AXIS, max_batch_delay=5.0)
+    scheduler = Scheduler(lambda: DoublingSlot(gate), make_tray, profiles=[PROFILE], axis=AXIS, max_batch_delay=5.0)
     yield scheduler
     gate.open.set()
     scheduler.close()
@@ -97,13 +105,18 @@ def wait_until(condition):
 
 
 def send(pool, scheduler, values):
-    """One call for each value, in this order: the queue is looked at to be sure."""
+    """One call for each value, in this order: the calls that run are counted to be sure."""
     futures = []
     for value in values:
-        before = len(scheduler._batcher._queue)
+        before = seated(scheduler)
         futures.append(pool.submit(scheduler.run, rows(value)))
-        wait_until(lambda before=before: len(scheduler._batcher._queue) > before)
+        wait_until(lambda before=before: seated(scheduler) != before)
     return futures
+
+
+def seated(scheduler):
+    """The rows of the batches that are being filled."""
+    return [batch.rows for batch in scheduler._batcher._open.values()]
 
 
 def occupied(pool, scheduler, gate):
@@ -141,7 +154,7 @@ def test_a_call_that_is_alone_does_not_wait(scheduler):
 
 
 def test_the_delay_ends(pool, gate):
-    scheduler = Scheduler(lambda: DoublingSlot(gate), profiles=[PROFILE], axis=AXIS, max_batch_delay=0.01)
+    scheduler = Scheduler(lambda: DoublingSlot(gate), make_tray, profiles=[PROFILE], axis=AXIS, max_batch_delay=0.01)
     occupied(pool, scheduler, gate)
     pool.submit(scheduler.run, rows(1.0))
     assert gate.started.acquire(timeout=5)  # while the first still runs
@@ -151,13 +164,13 @@ def test_the_delay_ends(pool, gate):
 
 def test_shapes_that_differ_are_kept_apart(pool, gate):
     wide = ShapeProfile(ranges={"x": InputRange(min=(1, 1), opt=(4, 2), max=(16, 8))})
-    scheduler = Scheduler(lambda: DoublingSlot(gate), profiles=[wide], axis=AXIS, max_batch_delay=5.0)
+    scheduler = Scheduler(lambda: DoublingSlot(gate), make_tray, profiles=[wide], axis=AXIS, max_batch_delay=5.0)
     gate.open.clear()
     pool.submit(scheduler.run, rows(100.0))
     assert gate.started.acquire(timeout=10)
     batches = [np.full((1, 1 + n % 3), n, np.float32) for n in range(9)]
     futures = [pool.submit(scheduler.run, {"x": batch}) for batch in batches]
-    wait_until(lambda: len(scheduler._batcher._queue) == 9)
+    wait_until(lambda: sum(seated(scheduler)) == 9)
     gate.open.set()
     for batch, future in zip(batches, futures, strict=True):
         assert np.array_equal(future.result()["y"], batch * 2)

@@ -41,6 +41,9 @@ class Sizes(Protocol):
     def cut(self, rows: int) -> Sequence[int]:
         """Sizes whose sum is at least `rows`, of which only the last is padded; one where there are no rows."""
 
+    def hold(self, rows: int) -> int:
+        """The smallest size that holds `rows`, which are at most `largest`."""
+
     def smaller(self) -> Sizes | None:
         """The same without the largest, for a GPU that has no room for it; None where there is no smaller one."""
 
@@ -54,6 +57,9 @@ class AnySize:
     def cut(self, rows: int) -> Sequence[int]:
         whole, rest = divmod(rows, self.largest)
         return (self.largest,) * whole + ((rest,) if rest or not whole else ())
+
+    def hold(self, rows: int) -> int:
+        return rows
 
     def smaller(self) -> AnySize | None:
         return AnySize(self.largest // 2) if self.largest > 1 else None
@@ -71,6 +77,9 @@ class FewSizes:
     def cut(self, rows: int) -> Sequence[int]:
         whole, rest = divmod(rows, self.largest)
         return (self.largest,) * whole + (_cover(rest, self.all) if rest or not whole else ())
+
+    def hold(self, rows: int) -> int:
+        return next(size for size in self.all if size >= rows)
 
     def smaller(self) -> FewSizes | None:
         if len(self.all) == 1:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -61,7 +61,14 @@ def _import_pycuda() -> Any:
 
 
 class Device:
-    """One GPU and its primary context in this process. Get it from `open_device`."""
+    """One GPU and its primary context in this process. Get it from `open_device`.
+
+    Attributes:
+        allocating: held while memory is allocated or freed. CUDA refuses that to all threads while one of them
+            captures a graph, and makes the capture fail: whoever may capture holds it too.
+    """
+
+    allocating: ClassVar[threading.RLock] = threading.RLock()
 
     def __init__(self, gpu: Gpu, hardware: Hardware, driver: Any) -> None:
         self.gpu = gpu
@@ -168,15 +175,17 @@ class DeviceBuffer:
     def reserve(self, nbytes: int) -> int:
         """Make room for `nbytes`, whose contents are undefined, and return the address. Never zero."""
         if self._memory is None or nbytes > self.nbytes:
-            self.free()
-            self._memory = self._driver.mem_alloc(max(nbytes, 1))
+            with Device.allocating:
+                self.free()
+                self._memory = self._driver.mem_alloc(max(nbytes, 1))
             self.nbytes = nbytes
             self.address = int(self._memory)
         return self.address
 
     def free(self) -> None:
         if self._memory is not None:
-            self._memory.free()
+            with Device.allocating:
+                self._memory.free()
             self._memory = None
             self.nbytes = 0
 
@@ -192,8 +201,9 @@ class PinnedBuffer:
     def reserve(self, nbytes: int) -> int:
         """Make room for `nbytes`, whose contents are undefined, and return the host address. Never zero."""
         if self._memory is None or nbytes > self._memory.nbytes:
-            self.free()
-            self._memory = self._driver.pagelocked_empty(max(nbytes, 1), np.uint8)
+            with Device.allocating:
+                self.free()
+                self._memory = self._driver.pagelocked_empty(max(nbytes, 1), np.uint8)
             self.address = int(self._memory.ctypes.data)
         return self.address
 
@@ -208,5 +218,6 @@ class PinnedBuffer:
 
     def free(self) -> None:
         if self._memory is not None:
-            self._memory.base.free()
+            with Device.allocating:
+                self._memory.base.free()
             self._memory = None

@@ -9,6 +9,7 @@ work-with-runtime-cache.html for what TensorRT-RTX adds.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 from collections.abc import Callable, Hashable
@@ -22,6 +23,7 @@ from mlflow_trt.runtime.device import Device, Event, Stream
 from mlflow_trt.spec import InputRange, ShapeProfile, TensorSpec
 from mlflow_trt.trt import TensorRT
 
+FIRST_RUNS = 3
 _log = get_logger(__name__)
 
 
@@ -39,6 +41,7 @@ class Context:
     """An execution context with shapes, and what follows from them.
 
     `outputs` are None where their shape depends on data. `addresses` are those of all tensors; empty: none are bound.
+    `runs` are those since shapes or addresses changed.
     """
 
     def __init__(self, raw: trt_api.IExecutionContext) -> None:
@@ -48,6 +51,7 @@ class Context:
         self.outputs: dict[str, tuple[int, ...] | None] = {}
         self.scratch_bytes = 0
         self.scratch_address = 0
+        self.runs = 0
 
 
 class Engine:
@@ -111,7 +115,8 @@ class Engine:
 
     def new_context(self, *, cuda_graphs: bool = True) -> Context:
         """A context without scratch memory, which `execute` gives it."""
-        context = self._contexts.new(cuda_graphs=cuda_graphs and self.uses_cuda_graphs)
+        with self.device.allocating:
+            context = self._contexts.new(cuda_graphs=cuda_graphs and self.uses_cuda_graphs)
         if context is None:
             raise self.failure("make an execution context")
         return Context(context)
@@ -127,10 +132,14 @@ class Engine:
             if address != context.scratch_address:
                 context.raw.set_device_memory(address, self._scratch.nbytes)
                 context.scratch_address = address
+                context.runs = 0
             self._last = (stream, done)
             try:
-                if not context.raw.execute_async_v3(stream.handle):
-                    raise self.failure("run the engine")
+                # The first runs of a context may compile, allocate, and capture its graph.
+                with self.device.allocating if context.runs < FIRST_RUNS else contextlib.nullcontext():
+                    if not context.raw.execute_async_v3(stream.handle):
+                        raise self.failure("run the engine")
+                context.runs += 1
             finally:
                 done.record(stream)
 

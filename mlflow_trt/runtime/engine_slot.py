@@ -6,7 +6,7 @@ import collections
 import contextlib
 import itertools
 from collections.abc import Hashable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -14,10 +14,12 @@ from mlflow_trt import trt_api
 from mlflow_trt._logging import get_logger
 from mlflow_trt.dtypes import numpy_dtype
 from mlflow_trt.errors import ExecutionError, InputShapeError
+from mlflow_trt.inputs import Feeds
 from mlflow_trt.runtime.batching import Outputs, Rows, Shapes
 from mlflow_trt.runtime.copying import copy_rows
-from mlflow_trt.runtime.device import DeviceBuffer, PinnedBuffer
+from mlflow_trt.runtime.device import Device, DeviceBuffer, PinnedBuffer
 from mlflow_trt.runtime.engine import Context, Engine
+from mlflow_trt.runtime.slots import Tray
 
 MOST_CONTEXTS = 16
 """Each keeps its shapes, its bindings and its CUDA graph, so that a shape that comes again costs nothing but a launch.
@@ -38,6 +40,28 @@ class Phases(NamedTuple):
 def depends_on_data(shape: tuple[int, ...]) -> bool:
     """Whether TensorRT can tell an output's shape only by computing it."""
     return -1 in shape
+
+
+class PinnedTray(Tray):
+    """A tray that the GPU copies from at full speed."""
+
+    def __init__(self, device: Device, feeds: Feeds, rows: int) -> None:
+        self._device = device
+        self.buffers: dict[str, PinnedBuffer] = {}
+        arrays = {}
+        with device.current():
+            for name, array in feeds.items():
+                shape = (rows, *array.shape[1:])
+                self.buffers[name] = buffer = device.pinned_buffer()
+                buffer.reserve(rows * array[:1].nbytes)
+                arrays[name] = buffer.array(shape, array.dtype)
+        super().__init__(arrays, rows)
+
+    def close(self) -> None:
+        super().close()
+        with self._device.current():
+            for buffer in self.buffers.values():
+                buffer.free()
 
 
 class EngineSlot:
@@ -71,6 +95,20 @@ class EngineSlot:
         with self._device.current():
             for name in self._engine.inputs:
                 self._load(name, rows)
+
+    def load_tray(self, tray: Tray, rows: int, size: int, feeds: Feeds, profile: int) -> None:
+        self._profile = profile
+        self._shapes = {
+            name: (size, *array.shape[1:]) if name in tray.arrays else array.shape for name, array in feeds.items()
+        }
+        tray.pad(rows, size)
+        with self._device.current():
+            for name in self._engine.inputs:
+                if name in tray.arrays and name in self._memory:
+                    self._upload(name, cast("PinnedTray", tray).buffers[name])
+                else:
+                    part = tray.arrays[name][:size] if name in tray.arrays else feeds[name]
+                    self._load(name, Rows([{name: part}], None, 0))
 
     def launch(self) -> None:
         with self._device.current():
@@ -128,7 +166,8 @@ class EngineSlot:
         bound = self._bound
         assert bound is not None  # noqa: S101  # launch came before
         with self._device.current():
-            self._upload()
+            for name in self._shapes:
+                self._upload(name)
             self._execute(bound)
             for name, shape in bound.outputs.items():
                 self._download(name, self._allocated[name] if shape is None else shape)
@@ -145,7 +184,8 @@ class EngineSlot:
             events = [self._device.event() for _ in range(4)]
             for _ in range(runs):
                 events[0].record(self._stream)
-                self._upload()
+                for name in self._shapes:
+                    self._upload(name)
                 events[1].record(self._stream)
                 self._execute(bound)
                 events[2].record(self._stream)
@@ -208,10 +248,12 @@ class EngineSlot:
             np.copyto(target, rows.parts[0][name])
         self._stream.upload(host, memory, sent, nbytes)
 
-    def _upload(self) -> None:
-        for name, shape in self._shapes.items():
-            if name in self._memory:
-                self._stream.upload(self._host[name], self._memory[name], 0, self._nbytes(name, shape))
+    def _upload(self, name: str, source: PinnedBuffer | None = None) -> None:
+        """Send an input, unless TensorRT reads it on the host, from pinned memory: its own, or another."""
+        if name in self._memory:
+            nbytes = self._nbytes(name, self._shapes[name])
+            self._memory[name].reserve(nbytes)
+            self._stream.upload(source or self._host[name], self._memory[name], 0, nbytes)
 
     # ---- contexts
 
@@ -246,6 +288,7 @@ class EngineSlot:
     def _set_shapes(self, bound: Context) -> None:
         context, engine = bound.raw, self._engine
         bound.addresses = ()
+        bound.runs = 0
         if self._profile != bound.profile:
             if not context.set_optimization_profile_async(self._profile, self._stream.handle):
                 raise engine.failure(f"switch to optimization profile {self._profile}")
@@ -295,7 +338,16 @@ class EngineSlot:
         try:
             self._engine.execute(bound, self._stream, self._done)
         except ExecutionError as error:
-            raise self._allocation_error or error from None
+            if self._allocation_error is not None:
+                raise self._allocation_error from None
+            if "capture" not in error.message:
+                raise
+            # Another library of this process allocated memory meanwhile, which CUDA forbids and we cannot prevent.
+            _log.warning("A CUDA graph could not be captured, and its shapes run without: %s", error.message)
+            bound.raw = self._engine.new_context(cuda_graphs=False).raw
+            bound.profile, bound.scratch_address = 0, 0
+            self._set_shapes(bound)
+            self._engine.execute(bound, self._stream, self._done)
 
     def _reallocate(self, name: str, nbytes: int) -> int:
         try:

@@ -15,6 +15,7 @@ from mlflow_trt.runtime.batching import Outputs, Rows
 from mlflow_trt.runtime.copying import copy_rows
 from mlflow_trt.runtime.scheduler import Scheduler
 from mlflow_trt.runtime.session import Session
+from mlflow_trt.runtime.slots import Tray
 from mlflow_trt.spec import BatchAxis, TensorSpec
 
 
@@ -54,6 +55,7 @@ class OnnxRuntimeSession(Session):
         super().__init__(
             Scheduler(
                 lambda: OnnxRuntimeSlot(loaded, names),
+                make_tray,
                 profiles=(),
                 axis=batch_axis,
                 largest=largest_batch,
@@ -64,6 +66,11 @@ class OnnxRuntimeSession(Session):
     @property
     def description(self) -> str:
         return f"ONNX Runtime {self._version} on {'CUDA' if self.device == 'CUDA' else 'the CPU'}"
+
+
+def make_tray(feeds: Feeds, rows: int) -> Tray:
+    """Plain arrays."""
+    return Tray({name: np.empty((rows, *array.shape[1:]), array.dtype) for name, array in feeds.items()}, rows)
 
 
 class OnnxRuntimeSlot:
@@ -89,6 +96,10 @@ class OnnxRuntimeSlot:
             for _ in copy_rows(rows.copies(name), array):
                 pass
             self._feeds[name] = array
+
+    def load_tray(self, tray: Tray, rows: int, size: int, feeds: Feeds, _profile: int) -> None:
+        tray.pad(rows, size)
+        self._feeds = {name: tray.arrays[name][:size] if name in tray.arrays else feeds[name] for name in feeds}
 
     def launch(self) -> None:
         """ONNX Runtime has nothing to start ahead of time."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Generic
+from typing import Generic, NamedTuple
 
 import numpy as np
 
@@ -28,13 +28,15 @@ from mlflow_trt.runtime.batching import (
 from mlflow_trt.runtime.copying import copy_rows
 from mlflow_trt.runtime.microbatch import MicroBatcher, Request
 from mlflow_trt.runtime.profiles import choose_profile
-from mlflow_trt.runtime.slots import AnySlot, Slots
+from mlflow_trt.runtime.slots import AnySlot, Slots, Tray
 from mlflow_trt.spec import BatchAxis, ShapeProfile
 
 MOST_SLOTS = 2
 """One that the GPU works on and one that is filled meanwhile; a third gained nothing in measurements."""
 
-_SMALL_BYTES = 4096
+_MOST_SHARED_BYTES = 4096
+_LARGE_BYTES = 2 << 20
+_MOST_PLANS = 1024
 _log = get_logger(__name__)
 
 
@@ -43,6 +45,7 @@ class Scheduler(Generic[AnySlot]):
 
     Args:
         make_slot: makes one more slot; called when it is needed.
+        make_tray: makes memory for so many rows of these inputs, which `Slot.load_tray` understands.
         profiles: what the engine accepts. Empty: anything, as ONNX Runtime does.
         axis: the batch axis, if the model has one.
         largest: the largest batch to run at once where there are no profiles; None for no limit, and then calls are
@@ -53,6 +56,7 @@ class Scheduler(Generic[AnySlot]):
     def __init__(
         self,
         make_slot: Callable[[], AnySlot],
+        make_tray: Callable[[Feeds, int], Tray],
         *,
         profiles: Sequence[ShapeProfile],
         axis: BatchAxis | None,
@@ -66,10 +70,14 @@ class Scheduler(Generic[AnySlot]):
         self._sizes = [self._sizes_of(profile) for profile in self._profiles]
         if not self._profiles:
             self._sizes = [AnySize(largest) if largest and self._axis else None]
-        self._batcher = MicroBatcher(self.slots, self._run_alone, self._count, max_batch_delay)
+        batched = self._axis.inputs if self._axis else ()
+        self._batcher = MicroBatcher(self.slots, make_tray, batched, self._run_alone, self._count, max_batch_delay)
         self._batches = max_batch_delay > 0
+        self._plans: dict[Hashable, _Plan] = {}
+        self._values_matter = any(limits.is_values for profile in profiles for limits in profile.ranges.values())
         self._without_rows: OutputWithoutRowsError | None = None
         self._runs: collections.Counter[int] = collections.Counter()
+        self._calls = 0
         self._counting = threading.Lock()
 
     @property
@@ -80,18 +88,23 @@ class Scheduler(Generic[AnySlot]):
 
     def run(self, feeds: Feeds) -> Outputs:
         """New arrays. Raises InputShapeError where no profile accepts the feeds, and what the runtime raises."""
-        profile, fits = self._choose(feeds)
-        if fits and not self._has_rows(feeds, profile):
-            return self._run_whole(feeds, profile)
-        if self._without_rows is not None:
-            raise self._without_rows
+        plan = self._plan(feeds)
+        if plan.sizes is None:
+            return self._run_whole(feeds, plan.profile)
+        with self._counting:
+            self._calls += 1
+            alone = self._calls == 1
         try:
-            return self._run_rows(feeds, profile)
+            return self._run_rows(feeds, plan, alone=alone)
         except OutputWithoutRowsError as error:
             self._without_rows = error
-            if not fits:
+            self._plans.clear()
+            if not plan.fits:
                 raise
-            return self._run_whole(feeds, profile)
+            return self._run_whole(feeds, plan.profile)
+        finally:
+            with self._counting:
+                self._calls -= 1
 
     def sizes(self, profile: int) -> Sequence[int]:
         """The batch sizes that a profile is run in, the smallest first; none where its batches are not cut."""
@@ -101,48 +114,57 @@ class Scheduler(Generic[AnySlot]):
     def close(self) -> None:
         """Refuse new calls, and wait for those that run."""
         self.slots.close()
+        self._batcher.close()
 
     def _sizes_of(self, profile: ShapeProfile) -> Sizes | None:
         limits = profile.ranges.get(self._axis.inputs[0]) if self._axis else None
         return FewSizes(limits.min[0], limits.opt[0], limits.max[0]) if limits else None
 
-    def _choose(self, feeds: Feeds) -> tuple[int, bool]:
-        """A profile, and whether it takes the feeds as they are."""
-        if not self._profiles:
-            return 0, True
-        choice = choose_profile(self._profiles, feeds, self._declared_axis)
-        return choice.profile, choice.rows is None
+    def _plan(self, feeds: Feeds) -> _Plan:
+        """What to do with feeds of these shapes; kept, since it is the same for nearly every call."""
+        shapes = tuple([array.shape for array in feeds.values()])
+        plan = self._plans.get(shapes)
+        if plan is None:
+            plan = self._new_plan(feeds)
+            if not self._values_matter:
+                if len(self._plans) >= _MOST_PLANS:
+                    self._plans.clear()
+                self._plans[shapes] = plan
+        return plan
 
-    def _has_rows(self, feeds: Feeds, profile: int) -> bool:
-        """Whether the feeds can be put together with others, padded and cut."""
-        if self._axis is None or self._sizes[profile] is None or self._without_rows is not None:
-            return False
-        first, *others = self._axis.inputs
-        return all(len(feeds[name]) == len(feeds[first]) for name in others)
-
-    def _run_rows(self, feeds: Feeds, profile: int) -> Outputs:
+    def _new_plan(self, feeds: Feeds) -> _Plan:
+        profile, fits = 0, True
+        if self._profiles:
+            choice = choose_profile(self._profiles, feeds, self._declared_axis)
+            profile, fits = choice.profile, choice.rows is None
         axis, sizes = self._axis, self._sizes[profile]
-        assert axis is not None  # noqa: S101  # for the type checker
-        assert sizes is not None  # noqa: S101  # for the type checker
+        if self._without_rows is not None and not fits:
+            raise self._without_rows
+        if axis is None or sizes is None or self._without_rows is not None:
+            return _Plan(profile, fits)
+        first, *others = axis.inputs
+        if fits and any(len(feeds[name]) != len(feeds[first]) for name in others):
+            return _Plan(profile, fits)
         rows = batch_size(feeds, axis)
-        if self._batches and rows and len(sizes.cut(rows)) == 1:
-            key = self._key(feeds, profile)
-            if key is not None:
-                return self._batcher.run(Request(feeds, rows, axis=axis, profile=profile, sizes=sizes, key=key))
-        return self._run_in_pieces(feeds, rows, profile)
+        shared = tuple(name for name in feeds if name not in axis.inputs)
+        together = (
+            self._batches
+            and rows > 0
+            and len(sizes.cut(rows)) == 1
+            and sum(feeds[name].nbytes for name in shared) <= _MOST_SHARED_BYTES
+        )
+        key = (profile, *(feeds[name].shape[name in axis.inputs :] for name in feeds)) if together else None
+        large = sum(array.nbytes for array in feeds.values()) > _LARGE_BYTES
+        return _Plan(profile, fits, rows, sizes, key, shared, large)
 
-    def _key(self, feeds: Feeds, profile: int) -> Hashable | None:
-        """What requests must have in common to run together; None where that would be too much to compare."""
-        batched = self._axis.inputs if self._axis else ()
-        key: list[Hashable] = [profile]
-        for name, array in feeds.items():
-            if name in batched:
-                key.append(array.shape[1:])
-            elif array.nbytes <= _SMALL_BYTES:
-                key.append((array.shape, array.tobytes()))
-            else:
-                return None
-        return tuple(key)
+    def _run_rows(self, feeds: Feeds, plan: _Plan, *, alone: bool) -> Outputs:
+        # A large batch with nobody to share the GPU with is better copied and uploaded at the same time.
+        if plan.key is None or plan.sizes is None or (alone and plan.large):
+            return self._run_in_pieces(feeds, plan.rows, plan.profile)
+        key: Hashable = plan.key
+        if plan.shared:
+            key = (key, *(feeds[name].tobytes() for name in plan.shared))
+        return self._batcher.run(Request(feeds, plan.rows, profile=plan.profile, sizes=plan.sizes, key=key))
 
     def _run_alone(self, request: Request) -> Outputs:
         return self._run_in_pieces(request.feeds, request.rows, request.profile)
@@ -169,6 +191,7 @@ class Scheduler(Generic[AnySlot]):
                     raise
                 _log.warning("Running at most %d rows at once from now on: %s", smaller.largest, error.message)
                 self._sizes[profile] = smaller
+                self._plans.clear()
             else:
                 return results.arrays
 
@@ -212,6 +235,22 @@ class Scheduler(Generic[AnySlot]):
     def _count(self, size: int) -> None:
         with self._counting:
             self._runs[size] += 1
+
+
+class _Plan(NamedTuple):
+    """What to do with feeds of some shapes.
+
+    Without `sizes` they run as they are, alone. With a `key`, together with others of the same key and the same values
+    of the `shared` inputs, which have no rows.
+    """
+
+    profile: int
+    fits: bool
+    rows: int = 0
+    sizes: Sizes | None = None
+    key: Hashable = None
+    shared: tuple[str, ...] = ()
+    large: bool = False
 
 
 class _Results:

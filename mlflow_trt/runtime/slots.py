@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Generic, NoReturn, Protocol, TypeVar
 
 from mlflow_trt.errors import SessionClosedError
+from mlflow_trt.inputs import Feeds
 from mlflow_trt.runtime.batching import Outputs, Rows
+
+
+class Tray:
+    """Memory from which a slot takes its inputs: arrays of so many rows, which several callers fill."""
+
+    def __init__(self, arrays: Feeds, rows: int) -> None:
+        self.arrays = arrays
+        self.rows = rows
+        self.key: Hashable = None
+
+    def pad(self, rows: int, size: int) -> None:
+        """Repeat the last of `rows` until there are `size`."""
+        if size > rows:
+            for array in self.arrays.values():
+                array[rows:size] = array[rows - 1]
+
+    def close(self) -> None:
+        """Free the memory."""
+        self.arrays = {}
 
 
 class Slot(Protocol):
@@ -17,6 +37,9 @@ class Slot(Protocol):
 
     def load(self, rows: Rows, profile: int) -> None:
         """Copy the inputs to where the runtime reads them. Nothing else runs in this slot."""
+
+    def load_tray(self, tray: Tray, rows: int, size: int, feeds: Feeds, profile: int) -> None:
+        """Take `rows` from a tray, run as `size`, and from `feeds` the inputs that have no rows."""
 
     def launch(self) -> None:
         """Start the run; where the runtime can, without waiting for its end."""

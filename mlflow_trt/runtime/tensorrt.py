@@ -18,7 +18,7 @@ from mlflow_trt.inputs import prepare_feeds
 from mlflow_trt.runtime.batching import Rows
 from mlflow_trt.runtime.device import Device
 from mlflow_trt.runtime.engine import Engine, KernelStore
-from mlflow_trt.runtime.engine_slot import EngineSlot, Phases
+from mlflow_trt.runtime.engine_slot import EngineSlot, Phases, PinnedTray
 from mlflow_trt.runtime.profiles import choose_profile
 from mlflow_trt.runtime.scheduler import MOST_SLOTS, Scheduler
 from mlflow_trt.runtime.session import Session
@@ -87,6 +87,7 @@ class TensorRTSession(Session):
             )
         scheduler: Scheduler[EngineSlot] = Scheduler(
             lambda: EngineSlot(engine),
+            lambda feeds, rows: PinnedTray(device, feeds, rows),
             profiles=engine.profiles,
             axis=batch_axis,
             max_batch_delay=max_batch_delay_ms / 1e3,
