@@ -35,6 +35,7 @@ from mlflow_trt.cli import app
 from mlflow_trt.convert.conversion import convert
 from mlflow_trt.convert.onnx_model import read_onnx
 from mlflow_trt.convert.samples import SampleData, SampleOrigin
+from mlflow_trt.convert_all import convert_all
 from mlflow_trt.hardware import probe
 from mlflow_trt.measuring import measured_on, usual_feeds
 from mlflow_trt.planning import plan_conversion
@@ -344,6 +345,16 @@ def test_a_version_is_found_again_and_gets_engines_of_the_winners_precision(benc
     assert [engine.target for engine in record.engines] == ["sm80plus", "sm120"]
 
 
+def test_all_models_that_a_filter_finds(bench, store):
+    for name in ("a", "b"):
+        mlflow.onnx.log_model(networks.product(), name=name, registered_model_name=name, pip_requirements=["onnx"])
+    outcomes = convert_all("name LIKE '%'", Recipe(precision="best", batch=(1, 4, 8)), calibration_data=DATA)
+    assert [(outcome.status, outcome.detail) for outcome in outcomes] == [
+        ("converted", "models:/a-trt/1"), ("converted", "models:/b-trt/1"),
+    ]  # fmt: skip
+    assert store.client.get_model_version("b-trt", "1").tags["mlflow_trt.precision"] == "int8"
+
+
 @pytest.mark.parametrize("line", [["--best"], ["--precision", "best"], ["--from-trtexec", "trtexec --best"]])
 def test_the_command(line, bench, tmp_path):
     model, data, output = tmp_path / "model.onnx", tmp_path / "data.npz", tmp_path / "m"
@@ -383,6 +394,8 @@ class TestWithoutAGpu:
             mlflow_trt.convert_model_version("models:/missing/1", "m", precision="best")
         with pytest.raises(RuntimeUnavailableError, match=said):
             plan_conversion("models:/missing/1", Recipe(precision="best"))
+        with pytest.raises(RuntimeUnavailableError, match=said):
+            convert_all("name LIKE '%'", Recipe(precision="best"))
         assert not (tmp_path / "m").exists()
         assert store.is_untouched()
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import networks
 import pytest
 from helpers import read
-from onnx import helper
+from onnx import TensorProto, helper
 from real_models import MAGIKA, REC
 
 from mlflow_trt import (
@@ -243,6 +243,20 @@ class TestFailures:
         assert caught.value.nodes == ("decode (Attention)",)
         del model.graph.node[0].input[3:]
         limits.check_nodes(model)
+
+    def test_means_that_a_model_brings_in_16_bits_are_named(self, tmp_path):
+        model = networks.model(
+            [
+                helper.make_node("Cast", ["x"], ["half"], to=TensorProto.FLOAT16),
+                helper.make_node("Mean", ["half", "half"], ["mean"], name="middle"),
+                helper.make_node("Cast", ["mean"], ["y"], to=networks.FLOAT),
+            ],
+            [networks.value("x", networks.FLOAT, ["batch", 4])],
+            [networks.value("y", networks.FLOAT, ["batch", 4])],
+        )
+        with pytest.raises(UnsupportedModelError, match=r"misreads a constant of means .* middle \(Mean\)"):
+            build(model, tmp_path)
+        assert build(networks.mean(2), tmp_path).engine.size > 0
 
     def test_what_the_libraries_print_is_in_the_error_and_not_on_the_terminal(self, tmp_path, capfd):
         with pytest.raises(UnsupportedModelError, match="INT16"):

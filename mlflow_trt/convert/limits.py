@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto, shape_inference
 
 from mlflow_trt import hardware, trt
 from mlflow_trt._logging import get_logger
@@ -55,6 +55,26 @@ def check_nodes(model: ModelProto) -> None:
             "engine would attend to the padding; export the model with attn_mask instead",
             nodes=ignored,
         )
+    misread = _means_in_16_bits(model)
+    if misread:
+        raise UnsupportedModelError(
+            f"TensorRT's parser misreads a constant of means in 16 bits, and the engine would answer wrongly, at "
+            f"{', '.join(misread)}; export the model in float32 and choose precision='fp16' or 'bf16', which keep "
+            "them in float32",
+            nodes=misread,
+        )
+
+
+def _means_in_16_bits(model: ModelProto) -> list[str]:
+    """The means that a model brings in 16 bits: those that a precision pass would keep in float32."""
+    means = [node for node in model.graph.node if node.op_type == "Mean" and not node.domain]
+    if not means:
+        return []
+    graph = shape_inference.infer_shapes(model).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output, *graph.value_info)}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    narrow = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    return [f"{node.name or 'unnamed'} (Mean)" for node in means if types.get(node.input[0]) in narrow]
 
 
 def weight_only_operators(tensorrt: trt.TensorRT, precision: Precision) -> dict[str, str]:

@@ -203,7 +203,8 @@ class MicroBatcher(Generic[AnySlot]):
 
 class _Trays:
     """Trays that wait for their next batch. They hold the largest size where that is cheap; else they grow with the
-    number of callers, since a lone one needs a single row."""
+    number of callers, since a lone one needs a single row.
+    """
 
     def __init__(self, make: Callable[[Feeds, int], Tray]) -> None:
         self._make = make
