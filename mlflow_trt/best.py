@@ -14,39 +14,35 @@ from pathlib import Path
 
 from mlflow_trt import trt
 from mlflow_trt._logging import get_logger
-from mlflow_trt.comparison import Comparison, Tolerance, Verdict
+from mlflow_trt.comparison import Tolerance, Verdict
 from mlflow_trt.convert.builder import BuildProgress, Progress
-from mlflow_trt.convert.conversion import Conversion, convert
+from mlflow_trt.convert.conversion import Conversion
 from mlflow_trt.convert.limits import FIRST_WITH_FP8
 from mlflow_trt.convert.onnx_model import OnnxModel
 from mlflow_trt.convert.precision.quantized import is_quantized
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.convert.samples import SampleData
-from mlflow_trt.convert.typed_model import reference_outputs
 from mlflow_trt.errors import (
     AccuracyError,
     BuildError,
     EngineMismatchError,
     ExecutionError,
-    InputError,
     MissingDependencyError,
     MlflowTrtError,
     RecipeError,
     RuntimeUnavailableError,
-    UnsupportedModelError,
 )
 from mlflow_trt.loading import LoadSettings
 from mlflow_trt.measuring import Bench, Round, open_bench, usual_feeds
 from mlflow_trt.onnx_runtime import import_onnxruntime
-from mlflow_trt.selection import CANDIDATES, Candidate, Fate, Selection, choose, table_row
+from mlflow_trt.selection import CANDIDATES, Fate, Selection, choose, table_row
 from mlflow_trt.spec import ComputeCapability, Gpu, Precision, Shape
-from mlflow_trt.verify import Verification, judge, measure_conversion
+from mlflow_trt.trial import QUANTIZED, Attempt, Trial, lost, tried
+from mlflow_trt.verify import Verification, judge
 
 _log = get_logger(__name__)
 
 ROUNDS = 9
-_FLOAT32 = (Precision.FP32, Precision.TF32)
-_QUANTIZED = (Precision.INT8, Precision.FP8)
 _DEFAULT_TARGETS_FROM = ComputeCapability(8, 0)
 
 
@@ -113,14 +109,14 @@ def convert_best(
         data = replace(data, arrays=list(data.arrays))  # every candidate reads it
     plan = _planned(source, recipe, bench.gpu)
     steps = len([reason for reason in plan.values() if reason is None]) + 1
-    trials: list[_Trial] = []
+    trials: list[Trial] = []
     for precision, reason in plan.items():
         if reason is not None:
-            trials.append(_lost(precision, Fate.LEFT_OUT, reason))
+            trials.append(lost(precision, Fate.LEFT_OUT, reason))
             continue
         folder = workdir / str(precision)
         folder.mkdir()
-        attempt = _Attempt(
+        attempt = Attempt(
             source=source,
             recipe=replace(recipe, precision=precision),
             folder=folder,
@@ -130,45 +126,10 @@ def convert_best(
             example_shapes=example_shapes,
             progress=_part(progress, len([trial for trial in trials if trial.was_tried]), steps, f"{precision}: "),
         )
-        trials.append(_tried(attempt))
+        trials.append(tried(attempt))
         _log.info("best: %s", ", ".join(filter(None, table_row(trials[-1].candidate))))
     shapes = _measure(trials, bench, _part(progress, steps - 1, steps, ""))
     return _chosen(trials, bench, shapes, demanded=tolerance is not None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Attempt:
-    """What it takes to try one precision."""
-
-    source: OnnxModel
-    recipe: Recipe
-    folder: Path
-    settings: LoadSettings
-    data: SampleData | None
-    tolerance: Tolerance | None
-    example_shapes: Mapping[str, Shape] | None
-    progress: Progress | None
-
-
-@dataclass(kw_only=True)
-class _Trial:
-    """What became of one precision: what was made, as far as it came, and the error that ended it."""
-
-    candidate: Candidate
-    conversion: Conversion | None = None
-    verification: Verification | None = None
-    error: MlflowTrtError | None = None
-
-    @property
-    def was_tried(self) -> bool:
-        return self.candidate.fate is not Fate.LEFT_OUT
-
-    def loses(self, fate: Fate, reason: str, error: MlflowTrtError) -> None:
-        """What failed the gate, and cannot be run either, failed the gate."""
-        if self.candidate.fate is Fate.PASSED:
-            self.candidate = replace(self.candidate, fate=fate, reason=reason)
-            self.error = error
-        self.candidate = replace(self.candidate, milliseconds=())
 
 
 def _check_targets(recipe: Recipe, gpu: Gpu) -> None:
@@ -200,96 +161,11 @@ def _planned(source: OnnxModel, recipe: Recipe, gpu: Gpu) -> dict[Precision, str
     if not tensorrt.is_rtx and gpu.compute_capability < FIRST_WITH_FP8:
         reasons[Precision.FP8] = f"{gpu} cannot execute fp8, which came with {FIRST_WITH_FP8}"
     if is_quantized(source.proto):
-        reasons |= dict.fromkeys(_QUANTIZED, "the model brings its own QuantizeLinear nodes, and fp32 keeps them")
+        reasons |= dict.fromkeys(QUANTIZED, "the model brings its own QuantizeLinear nodes, and fp32 keeps them")
     return {precision: reasons.get(precision) for precision in CANDIDATES}
 
 
-def _tried(attempt: _Attempt) -> _Trial:
-    precision, demanded = attempt.recipe.precision, attempt.tolerance is not None
-    tolerance = attempt.tolerance or Tolerance.default(precision)
-    conversion = _converted(attempt, tolerance)
-    if isinstance(conversion, _Trial):
-        return conversion
-    if precision is Precision.FP32:
-        _check_reference(conversion)
-    elif precision is not Precision.TF32 and not conversion.typed.changed:
-        return _lost(precision, Fate.LEFT_OUT, f"nothing of this model runs in {precision}")
-    try:
-        verification = measure_conversion(conversion, tolerance, attempt.settings, demanded=demanded)
-    except (ExecutionError, EngineMismatchError) as error:
-        return _lost(precision, Fate.NOT_RUN, error.message, error)
-    return _judged(conversion, verification, demanded=demanded)
-
-
-def _converted(attempt: _Attempt, tolerance: Tolerance) -> Conversion | _Trial:
-    """The conversion; or the trial, where it has ended with it."""
-    precision = attempt.recipe.precision
-    try:
-        return convert(
-            attempt.source,
-            attempt.recipe,
-            attempt.folder,
-            data=attempt.data,
-            tolerance=tolerance,
-            example_shapes=attempt.example_shapes,
-            progress=attempt.progress,
-        )
-    except RecipeError as error:
-        # Too little calibration data, or a target that cannot execute it; else the recipe itself is wrong.
-        if precision not in _QUANTIZED or error.option not in ("calibration_data", "targets"):
-            raise
-        return _lost(precision, Fate.LEFT_OUT, error.message)
-    except BuildError as error:
-        if precision is Precision.FP32 and isinstance(error, UnsupportedModelError):
-            raise  # no other precision makes nodes known to TensorRT
-        return _lost(precision, Fate.NOT_BUILT, error.message, error)
-    except ExecutionError as error:
-        return _lost(precision, Fate.NOT_RUN, error.message, error)
-
-
-def _check_reference(conversion: Conversion) -> None:
-    """Raise AccuracyError where the source model cannot be run, so that nothing can be compared with it."""
-    names = [spec.name for spec in conversion.source.outputs]
-    try:
-        reference_outputs(conversion.source.path, names, conversion.samples.feeds[:1])
-    except (ExecutionError, InputError) as error:
-        raise AccuracyError(
-            "precision 'best' compares engines with the source model on ONNX Runtime, which cannot run it: "
-            f"{error.message} Nothing was logged. Name a precision instead."
-        ) from error
-
-
-def _judged(conversion: Conversion, verification: Verification, *, demanded: bool) -> _Trial:
-    precision = conversion.recipe.precision
-    typed = conversion.typed.comparison
-    engine = next((comparison for comparison in verification.comparisons if comparison is not typed), None)
-    reason = next(filter(None, (_objection(c, precision, demanded) for c in verification.comparisons)), "")
-    # What is the source model's own graph is not compared with it.
-    typed_error = 0.0 if typed is None else typed.relative_error
-    candidate = Candidate(
-        precision=precision,
-        fate=Fate.FAILED_GATE if reason else Fate.PASSED,
-        reason=reason,
-        typed_error=typed_error,
-        engine_error=None if engine is None else engine.relative_error,
-        engine_bytes=conversion.engine.size,
-    )
-    return _Trial(candidate=candidate, conversion=conversion, verification=verification)
-
-
-def _objection(comparison: Comparison, precision: Precision, demanded: bool) -> str | None:
-    if comparison.verdict is Verdict.FAILED:
-        return f"{comparison.subject} is too far off: {'; '.join(comparison.problems)}"
-    if comparison.verdict is Verdict.INCONCLUSIVE and (demanded or precision not in _FLOAT32):
-        return f"nothing proves that {comparison.subject} is right: the reference hardly varies on {comparison.inputs}"
-    return None
-
-
-def _lost(precision: Precision, fate: Fate, reason: str, error: MlflowTrtError | None = None) -> _Trial:
-    return _Trial(candidate=Candidate(precision=precision, fate=fate, reason=reason), error=error)
-
-
-def _measure(trials: Sequence[_Trial], bench: Bench, progress: Progress) -> Mapping[str, Shape]:
+def _measure(trials: Sequence[Trial], bench: Bench, progress: Progress) -> Mapping[str, Shape]:
     """Time every engine, round after round, each time beginning with another; returns the shapes of the inputs.
 
     All are loaded at the same time: loading takes longer than a round, and what happens to the machine between two
@@ -300,7 +176,7 @@ def _measure(trials: Sequence[_Trial], bench: Bench, progress: Progress) -> Mapp
         return {}
     shapes: dict[str, Shape] = {}
     with contextlib.ExitStack() as stack:
-        rounds: list[tuple[_Trial, Round]] = []
+        rounds: list[tuple[Trial, Round]] = []
         for trial in runnable:
             assert trial.conversion is not None  # noqa: S101  # filtered above
             feeds = usual_feeds(trial.conversion)
@@ -323,7 +199,7 @@ def _measure(trials: Sequence[_Trial], bench: Bench, progress: Progress) -> Mapp
     return shapes
 
 
-def _chosen(trials: Sequence[_Trial], bench: Bench, shapes: Mapping[str, Shape], *, demanded: bool) -> Best:
+def _chosen(trials: Sequence[Trial], bench: Bench, shapes: Mapping[str, Shape], *, demanded: bool) -> Best:
     chosen = choose([trial.candidate for trial in trials])
     if chosen is None:
         raise _nothing_passed(trials)
@@ -342,7 +218,7 @@ def _chosen(trials: Sequence[_Trial], bench: Bench, shapes: Mapping[str, Shape],
     return Best(conversion=trial.conversion, verification=trial.verification, selection=selection)
 
 
-def _nothing_passed(trials: Sequence[_Trial]) -> MlflowTrtError:
+def _nothing_passed(trials: Sequence[Trial]) -> MlflowTrtError:
     """The error for candidates of which none passed: about the accuracy, if that is what any of them failed by."""
     listing = "; ".join(f"{t.candidate.precision}: {t.candidate.fate}: {t.candidate.reason}" for t in trials)
     text = f"precision 'best' found no engine that passes. {listing}. Nothing was logged."

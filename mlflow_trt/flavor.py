@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
-import onnx
 from mlflow import MlflowClient, pyfunc
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import ModelInfo
@@ -21,14 +19,12 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 
 from mlflow_trt._logging import get_logger
 from mlflow_trt.artifact import RECORD_FILE, Record, read_folder
-from mlflow_trt.best import check_best, convert_best
 from mlflow_trt.comparison import Tolerance
 from mlflow_trt.convert.builder import Progress
-from mlflow_trt.convert.conversion import Conversion, convert
-from mlflow_trt.convert.onnx_model import OnnxModel, read_onnx
 from mlflow_trt.convert.recipe import BatchRequest, Recipe, ShapesRequest
-from mlflow_trt.errors import ArtifactError, MlflowTrtError, RecipeError
+from mlflow_trt.errors import ArtifactError, MlflowTrtError
 from mlflow_trt.loading import LoadSettings, open_session
+from mlflow_trt.making import Asked, OnnxSource, converted, told_progress
 from mlflow_trt.metrics import log_metrics
 from mlflow_trt.packaging import (
     FLAVOR_NAME,
@@ -39,19 +35,13 @@ from mlflow_trt.packaging import (
     searchable_facts,
     write_model,
 )
-from mlflow_trt.progress import shown_progress
 from mlflow_trt.registration import undo_logging, undone_on_failure
 from mlflow_trt.runtime.device import open_device
 from mlflow_trt.runtime.session import Session
-from mlflow_trt.sample_data import sample_data_of
-from mlflow_trt.selection import Selection
-from mlflow_trt.signatures import example_shapes
 from mlflow_trt.spec import Precision
-from mlflow_trt.verify import Verification, metrics_of, verify_conversion
+from mlflow_trt.verify import metrics_of
 
 _log = get_logger(__name__)
-
-OnnxSource = str | os.PathLike[str] | onnx.ModelProto
 
 
 def save_model(
@@ -130,7 +120,7 @@ def save_model(
         extra_files=extra_files,
         lineage=lineage or {},
     )
-    asked = _Asked(request, calibration_data, input_example, verify, options.settings)
+    asked = Asked(request, calibration_data, input_example, verify, options.settings)
     with converted(onnx_model, asked, progress) as made:
         write_model(made.conversion, made.verification, Path(path), options, mlflow_model, made.selection)
 
@@ -200,7 +190,7 @@ def log_model(
     check_names(registered_model_name, tags or {})
     if validate_serving_input is None:
         validate_serving_input = input_example is not None and _can_run_here(options.settings)
-    asked = _Asked(request, calibration_data, input_example, verify, options.settings)
+    asked = Asked(request, calibration_data, input_example, verify, options.settings)
     with (
         converted(onnx_model, asked, progress) as made,
         tempfile.TemporaryDirectory(prefix="mlflow-trt-") as staging,
@@ -274,7 +264,7 @@ def load_model(
     }
     logged = Model.load(str(folder.path)).flavors[pyfunc.FLAVOR_NAME].get(pyfunc.MODEL_CONFIG) or {}
     settings = LoadSettings.of(logged | {name: value for name, value in given.items() if value is not None})
-    with _progress("Building a TensorRT engine for this machine", progress) as shown:
+    with told_progress("Building a TensorRT engine for this machine", progress) as shown:
         return open_session(folder, settings, shown)
 
 
@@ -299,68 +289,6 @@ def read_record(model_uri: str) -> Record:
         return read_folder(Path(workdir)).record
 
 
-class _Asked(NamedTuple):
-    """What decides about the engine and its verification."""
-
-    recipe: Recipe
-    calibration_data: Any
-    input_example: Any
-    verify: Tolerance | bool
-    settings: LoadSettings
-
-
-class _Made(NamedTuple):
-    """What came of it; `selection` tells how the precision was chosen, where `best` was asked for."""
-
-    conversion: Conversion
-    verification: Verification | None
-    selection: Selection | None = None
-
-
-@contextmanager
-def converted(onnx_model: OnnxSource, asked: _Asked, progress: Progress | None) -> Iterator[_Made]:
-    """Convert and verify in a temporary folder, which is removed when the block ends, however it ends."""
-    if not isinstance(asked.verify, (bool, Tolerance)):
-        raise RecipeError(f"verify is {asked.verify!r}; expected True, False or a Tolerance", option="verify")
-    demanded = isinstance(asked.verify, Tolerance)
-    tolerance = asked.verify if isinstance(asked.verify, Tolerance) else Tolerance.default(asked.recipe.precision)
-    bench = check_best(asked.recipe, asked.settings, asked.verify) if asked.recipe.precision is Precision.BEST else None
-    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
-        source = read_onnx(onnx_model, Path(workdir))
-        data = sample_data_of(asked.calibration_data, asked.input_example, source.inputs)
-        shapes = example_shapes(asked.input_example, source.inputs)
-        if bench is not None:
-            with _progress(f"Trying the precisions of {_name_of(source)}", progress) as shown:
-                best = convert_best(
-                    source,
-                    asked.recipe,
-                    Path(workdir),
-                    bench,
-                    asked.settings,
-                    data=data,
-                    tolerance=tolerance if demanded else None,
-                    example_shapes=shapes,
-                    progress=shown,
-                )
-            yield _Made(best.conversion, best.verification, best.selection)
-            return
-        with _progress(f"Building a TensorRT engine of {_name_of(source)}", progress) as shown:
-            conversion = convert(
-                source,
-                asked.recipe,
-                Path(workdir),
-                data=data,
-                tolerance=tolerance if asked.verify else None,
-                example_shapes=shapes,
-                progress=shown,
-            )
-        _log.info("Built %s, %.1f MB, in %.1f s", *_summary(conversion))
-        if not asked.verify:
-            yield _Made(conversion, None)
-            return
-        yield _Made(conversion, verify_conversion(conversion, tolerance, asked.settings, demanded=demanded))
-
-
 def _tag_version(name: str, version: str, tags: Mapping[str, Any]) -> None:
     """Give a model version the tags of its logged model, as recent releases of MLflow do by themselves."""
     client = MlflowClient()
@@ -378,20 +306,3 @@ def _can_run_here(settings: LoadSettings) -> bool:
     except MlflowTrtError:
         return False
     return True
-
-
-@contextmanager
-def _progress(what: str, given: Progress | None) -> Iterator[Progress]:
-    if given is not None:
-        yield given
-    else:
-        with shown_progress(what) as shown:
-            yield shown
-
-
-def _name_of(source: OnnxModel) -> str:
-    return source.proto.graph.name or source.path.name
-
-
-def _summary(conversion: Conversion) -> tuple[object, float, float]:
-    return conversion.engine, conversion.engine.size / 1e6, conversion.engine.build_seconds

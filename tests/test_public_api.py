@@ -108,7 +108,9 @@ ALLOWED = {
     "loading": CONVERT | RUNTIME | {"artifact", "cache", "kernel_file", "self_test"},
     "verify": CONVERT | RUNTIME | {"artifact", "golden", "loading"},
     "measuring": CONVERT | RUNTIME | {"loading", "verify"},
-    "best": CONVERT | {"loading", "measuring", "verify"},
+    "trial": CONVERT | {"loading", "verify"},
+    "best": CONVERT | {"loading", "measuring", "trial", "verify"},
+    "making": CONVERT | {"best", "loading", "progress", "sample_data", "signatures", "verify"},
     "metrics": BASE,
     "verify_model": CONVERT | RUNTIME | {"artifact", "loading", "sample_data", "verify"},
     "report": BASE | {"artifact"},
@@ -120,10 +122,7 @@ ALLOWED = {
     "registration": BASE,
     "lineage": CONVERT | {"cache", "registration"},
     "sources": CONVERT | {"sources"},
-    "flavor": CONVERT
-    | RUNTIME
-    | {"artifact", "best", "loading", "metrics", "packaging", "progress", "registration", "sample_data"}
-    | {"signatures", "verify"},
+    "flavor": CONVERT | RUNTIME | {"artifact", "loading", "making", "metrics", "packaging", "registration", "verify"},
     "pyfunc": BASE | RUNTIME | {"artifact", "loading", "progress"},
     "registry": CONVERT | {"best", "flavor", "lineage", "loading", "packaging", "registration", "sources"},
     "planning": CONVERT | {"best", "lineage", "loading", "packaging", "signatures", "sources"},
