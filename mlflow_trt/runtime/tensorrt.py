@@ -152,6 +152,8 @@ class TensorRTSession(Session):
                         slot.load(Rows([feeds], None, 0), number)
                         slot.launch()
                         slot.finish()
+                    if sizes and size == sizes.largest:
+                        self._scheduler.prepare(feeds, number)
 
     def _usual(self, spec: TensorSpec, profile: ShapeProfile, rows: int | None) -> npt.NDArray[np.generic]:
         """An input that the profile takes: zeros, and for a shape tensor the usual values."""
