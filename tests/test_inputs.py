@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlflow_trt import InputDtypeError, InputError, InputShapeError
-from mlflow_trt.inputs import prepare_feeds
+from mlflow_trt.inputs import InputCheck, prepare_feeds
 from mlflow_trt.spec import TensorSpec
 
 IMAGE = TensorSpec(name="image", dtype="float32", shape=("batch", 2))
@@ -97,3 +97,24 @@ def test_names_and_shapes(inputs, error, message):
 def test_ragged_lists_are_named():
     with pytest.raises(InputShapeError, match="input 'x' is no regular array"):
         prepared([[1.0, 2.0], [1.0]])
+
+
+def test_what_needed_nothing_before_passes_as_it_is_and_nothing_else_does():
+    spec = TensorSpec(name="x", dtype="float32", shape=("batch", 3))
+    check = InputCheck([spec])
+    array = np.ones((2, 3), np.float32)
+    for _ in range(3):
+        assert check.prepare({"x": array})["x"] is array
+    assert check.prepare({"x": np.ones((2, 3), np.float64)})["x"].dtype == np.float32
+    turned = np.ones((3, 2), np.float32).T
+    assert check.prepare({"x": turned})["x"].flags.c_contiguous
+    assert check.prepare({"x": [[1, 2, 3]]})["x"].tolist() == [[1, 2, 3]]
+    for bad in ({"x": np.ones((2, 4), np.float32)}, {"y": array}, {"x": array, "y": array}, {}):
+        for _ in range(2):
+            with pytest.raises(InputError):
+                check.prepare(bad)
+    values = InputCheck([TensorSpec(name="n", dtype="int32", shape=())])
+    assert values.prepare({"n": np.array(3, np.int64)})["n"].dtype == np.int32
+    for _ in range(2):
+        with pytest.raises(InputError, match="cannot be represented"):
+            values.prepare({"n": np.array(1 << 40)})

@@ -40,8 +40,6 @@ class OnnxRuntimeSession(Session):
         largest_batch: int | None = None,
         max_batch_delay_ms: float = 0.0,
     ) -> None:
-        self.inputs = inputs
-        self.outputs = outputs
         for spec in (*inputs, *outputs):
             if spec.dtype == "bfloat16":
                 raise RuntimeUnavailableError(
@@ -60,7 +58,9 @@ class OnnxRuntimeSession(Session):
                 axis=batch_axis,
                 largest=largest_batch,
                 max_batch_delay=max_batch_delay_ms / 1e3,
-            )
+            ),
+            inputs,
+            outputs,
         )
 
     @property

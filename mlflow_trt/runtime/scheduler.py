@@ -110,6 +110,12 @@ class Scheduler(Generic[AnySlot]):
         """The batch sizes that a profile is run in; None where its batches are not cut."""
         return self._sizes[profile] if self._axis is not None else None
 
+    def prepare(self, feeds: Feeds, profile: int) -> None:
+        """Make the memory that calls of several threads are put together in, for rows like those of `feeds`."""
+        sizes = self.sizes_of(profile)
+        if self._batches and sizes is not None:
+            self._batcher.prepare(feeds, sizes, MOST_SLOTS)
+
     def close(self) -> None:
         """Refuse new calls, and wait for those that run."""
         self.slots.close()
@@ -191,24 +197,9 @@ class Scheduler(Generic[AnySlot]):
                 _log.warning("Running at most %d rows at once from now on: %s", smaller.largest, error.message)
                 self._sizes[profile] = smaller
                 self._plans.clear()
-                self._trim()
+                self.slots.trim()
             else:
                 return results.arrays
-
-    def _trim(self) -> None:
-        """Let the slots that nobody uses free what the batch that was too large left behind."""
-        idle: list[AnySlot] = []
-        while len(idle) < MOST_SLOTS and (slot := self.slots.acquire_now()) is not None:
-            idle.append(slot)
-        for slot in idle:
-            slot.trim()
-            self.slots.release(slot)
-
-    def prepare(self, feeds: Feeds, profile: int) -> None:
-        """Make the memory that calls of several threads are put together in, for rows like those of `feeds`."""
-        sizes = self.sizes_of(profile)
-        if self._batches and sizes is not None:
-            self._batcher.prepare(feeds, sizes, MOST_SLOTS)
 
     def _pipeline(self, feeds: Feeds, profile: int, sizes: Sizes, results: _Results) -> None:
         """Fill one slot while another one runs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from typing_extensions import Self
 
 from mlflow_trt.errors import RuntimeUnavailableError, SessionClosedError
-from mlflow_trt.inputs import prepare_feeds
+from mlflow_trt.inputs import InputCheck
 from mlflow_trt.runtime.scheduler import Scheduler
 from mlflow_trt.spec import TensorSpec
 
@@ -34,7 +34,10 @@ class Session(abc.ABC):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
-    def __init__(self, scheduler: Scheduler[Any]) -> None:
+    def __init__(self, scheduler: Scheduler[Any], inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
+        self._input_check = InputCheck(self.inputs)
         self.fallback_reason: str | None = None
         self._scheduler = scheduler
         self._closed = False
@@ -48,7 +51,7 @@ class Session(abc.ABC):
             SessionClosedError: after `close()`.
         """
         self._check_open()
-        return self._scheduler.run(prepare_feeds(inputs, self.inputs))
+        return self._scheduler.run(self._input_check.prepare(inputs))
 
     def run_on_device(self, inputs: Mapping[str, Any]) -> dict[str, DeviceArray]:  # noqa: ARG002  # for those that can
         """Run the model on arrays that are on the session's GPU; the outputs stay there, one new array for each.

@@ -98,6 +98,14 @@ class Slots(Generic[AnySlot]):
             self._made += 1
         return self._new()
 
+    def trim(self) -> None:
+        """Let the slots that nobody uses free what they need not keep."""
+        with self._lock:
+            idle, self._free = self._free, []
+        for slot in idle:
+            slot.trim()
+            self.release(slot)
+
     def release(self, slot: AnySlot) -> None:
         with self._lock:
             # The one used last comes first: its memory and its execution contexts are the ones that exist.

@@ -96,13 +96,13 @@ class TensorRTSession(Session):
             axis=batch_axis,
             max_batch_delay=max_batch_delay_ms / 1e3,
         )
-        super().__init__(scheduler)
+        super().__init__(
+            scheduler, [engine.described(spec) for spec in inputs], [engine.described(spec) for spec in outputs]
+        )
         # Runs at close(), at the latest before the interpreter ends: TensorRT and pycuda must still be alive.
         self._finalizer = weakref.finalize(self, _close, scheduler, engine)
         self._slots = scheduler.slots
         self._batch_axis = batch_axis
-        self.inputs = tuple(engine.described(spec) for spec in inputs)
-        self.outputs = tuple(engine.described(spec) for spec in outputs)
         self.profiles = engine.profiles
 
     @property
