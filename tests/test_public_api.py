@@ -36,6 +36,9 @@ NAMES = {
     "RecipeError",
     "RuntimeUnavailableError",
     "SelfTestError",
+    "ServerError",
+    "ServerTimeoutError",
+    "ServerUnavailableError",
     "Session",
     "SessionClosedError",
     "Tolerance",
@@ -68,6 +71,7 @@ def test_every_error_is_public():
         ("import mlflow_trt", {"mlflow", "onnx", "numpy", "pandas"}),
         # The process that builds engines starts with every build.
         ("import mlflow_trt.convert.build_worker", {"mlflow", "onnx", "numpy", "pandas", "pydantic"}),
+        ("import mlflow_trt.client", {"mlflow", "onnx", "pandas", "pyarrow", "pydantic"}),
         ("import mlflow_trt.flavor, mlflow_trt.pyfunc, mlflow_trt.registry", set()),
     ],
 )
@@ -91,6 +95,7 @@ BASE = {
     "spec",
     "trt",
     "trt_api",
+    "wire",
 }
 CONVERT = BASE | {"convert"}
 RUNTIME = BASE | {"runtime"}
@@ -132,6 +137,7 @@ ALLOWED = {
     "plots": BASE | {"benchmark"},
     "reporting": BASE | {"benchmark", "comparison", "layers", "plots"},
     "export": BASE | {"artifact"},
+    "client": BASE,
     "cli": BASE
     | {
         "add_engine",
