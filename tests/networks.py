@@ -77,6 +77,21 @@ def scaled_by_a_scalar() -> onnx.ModelProto:
     )
 
 
+def square() -> onnx.ModelProto:
+    """Needs the square of the number of rows in memory: a million rows, which are 4 MB, want 4 TB."""
+    return model(
+        [
+            helper.make_node("Unsqueeze", ["x", "one"], ["column"]),
+            helper.make_node("Unsqueeze", ["x", "zero"], ["row"]),
+            helper.make_node("MatMul", ["column", "row"], ["products"]),
+            helper.make_node("ReduceMax", ["products"], ["y"], axes=[1], keepdims=0),
+        ],
+        [value("x", FLOAT, ["n"])],
+        [value("y", FLOAT, ["n"])],
+        [constant("one", np.array([1])), constant("zero", np.array([0]))],
+    )
+
+
 def pixels() -> onnx.ModelProto:
     """An image of uint8 goes in, the mean of each channel comes out."""
     return model(
