@@ -102,6 +102,7 @@ def ask(address: str, request: Request, clients: int, seconds: float) -> list[An
     def client() -> None:
         connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=_TIMEOUT)
         _ask(connection, request)
+        connection.close()  # servers close what idles, and others may take a while to get warm
         warm.wait()
         go.wait()
         deadline = time.monotonic() + seconds

@@ -137,6 +137,8 @@ ALLOWED = {
     "plots": BASE | {"benchmark"},
     "reporting": BASE | {"benchmark", "comparison", "layers", "plots"},
     "export": BASE | {"artifact"},
+    "triton_config": BASE | {"artifact"},
+    "triton": BASE | {"artifact", "export", "packaging", "triton_config"},
     "client": BASE,
     "cli": BASE
     | {
@@ -152,7 +154,7 @@ ALLOWED = {
         "doctor",
         "export",
     }
-    | {"flavor", "layers", "planning", "progress", "registry", "reporting", "sample_data"},
+    | {"flavor", "layers", "planning", "progress", "registry", "reporting", "sample_data", "triton"},
     "__main__": {"cli"},
 }
 MODULES = sorted(
