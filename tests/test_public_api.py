@@ -139,6 +139,7 @@ ALLOWED = {
     "export": BASE | {"artifact"},
     "triton_config": BASE | {"artifact"},
     "triton": BASE | {"artifact", "export", "packaging", "triton_config"},
+    "dockerfile": BASE | {"export", "loading", "packaging"},
     "client": BASE,
     "cli": BASE
     | {
@@ -151,6 +152,7 @@ ALLOWED = {
         "comparison",
         "convert",
         "convert_all",
+        "dockerfile",
         "doctor",
         "export",
     }
