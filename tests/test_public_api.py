@@ -140,6 +140,8 @@ ALLOWED = {
     "triton_config": BASE | {"artifact"},
     "triton": BASE | {"artifact", "export", "packaging", "triton_config"},
     "dockerfile": BASE | {"export", "loading", "packaging"},
+    "spark_rows": BASE | RUNTIME,
+    "spark": BASE | RUNTIME | {"flavor", "loading", "spark_rows"},
     "client": BASE,
     "cli": BASE
     | {
