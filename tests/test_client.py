@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import threading
 import time
@@ -10,8 +11,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import ml_dtypes
+import mlflow
 import networks
 import numpy as np
+import pandas as pd
 import pytest
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
@@ -88,10 +91,6 @@ class TestWire:
 
     @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int8", "uint8", "int32", "int64", "bool"])
     def test_tables_keep_numbers_and_dtypes(self, dtype):
-        import io
-
-        import pandas as pd
-
         array = (np.random.default_rng(0).standard_normal((5, 2, 3)) * 50).astype(dtype)
         request = wire.parquet_request({"x": array, "bytes": [b"a\0", b"", b"c", b"d", b"e"], "n": np.arange(5)})
         frame = pd.read_parquet(io.BytesIO(request.content))
@@ -324,6 +323,14 @@ class TestAgainstMlflow:
                 client.predict({"image": feeds["image"], "count": feeds["count"]})
             with pytest.raises(InputError, match="The model wants"):
                 client.predict({**feeds, "image": feeds["image"][:, :, :2]})
+
+    def test_images_of_uint8_without_a_server(self, tmp_path):
+        """What the server does with the request: pandas reads it, and MLflow compares it with the signature."""
+        mlflow_trt.save_model(networks.pixels(), tmp_path / "model", batch=(1, 4, 8), verify=False)
+        model = mlflow.pyfunc.load_model(str(tmp_path / "model"), model_config=CPU)
+        images = np.random.default_rng(4).integers(0, 256, (5, 8, 6, 3), np.uint8)
+        frame = pd.read_parquet(io.BytesIO(wire.parquet_request({"image": images}).content))
+        assert np.allclose(model.predict(frame)["means"], images.mean((1, 2)), rtol=1e-6)
 
     def test_inputs_without_rows_in_common(self, folders, module_store):
         x = networks.rows(3, 5)
