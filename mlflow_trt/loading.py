@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlflow_trt import cache, self_test, trt
 from mlflow_trt._logging import get_logger
@@ -25,9 +25,13 @@ from mlflow_trt.errors import (
     RecipeError,
     RuntimeUnavailableError,
 )
+from mlflow_trt.kernel_file import KernelFile
 from mlflow_trt.runtime.device import Device, open_device
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.spec import BatchAxis, Distribution, HardwareCompatibility, TensorSpec, Weights
+
+if TYPE_CHECKING:
+    from mlflow_trt.runtime.tensorrt import TensorRTSession
 
 _log = get_logger(__name__)
 
@@ -45,6 +49,11 @@ class LoadSettings:
         device: CUDA device ordinal.
         kernel_specialization: TensorRT-RTX only. `eager` gives the same result from the first call of a new shape on;
             `lazy` answers sooner.
+        cuda_graphs: launch shapes that come again as CUDA graphs: `auto` where the distribution can (TensorRT-RTX),
+            `on` there or an error, `off` nowhere.
+        max_batch_delay_ms: calls that arrive while a batch runs are put together into the next one, which stays open
+            for so many milliseconds at most; 0 runs each call by itself. A call that is alone never waits.
+        warm_up: run every batch size once while loading, so that no later call compiles kernels or makes contexts.
         allow_engine_host_code: let engines bring code that runs on the CPU, as those do that were built with
             `version_compatible`. Only for engines from a source you trust like your own programs.
         self_test: run the model's golden sample before an engine is first used with a GPU, driver and TensorRT, and
@@ -57,6 +66,9 @@ class LoadSettings:
     on_mismatch: str = "rebuild"
     device: int = 0
     kernel_specialization: str = "eager"
+    cuda_graphs: str = "auto"
+    max_batch_delay_ms: float = 2.0
+    warm_up: bool = False
     allow_engine_host_code: bool = False
     self_test: bool = True
     answers: str = "lists"
@@ -66,17 +78,23 @@ class LoadSettings:
             "runtime": ("tensorrt", "auto", "onnxruntime"),
             "on_mismatch": ("rebuild", "error"),
             "kernel_specialization": ("eager", "lazy"),
+            "cuda_graphs": ("auto", "on", "off"),
             "answers": ("lists", "base64"),
         }
         for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
                 raise RecipeError(f"{name} is {value!r}; choose one of {', '.join(known)}", option=name)
-        for name in ("allow_engine_host_code", "self_test"):
+        for name in ("allow_engine_host_code", "self_test", "warm_up"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; expected true or false", option=name)
         if not isinstance(self.device, int) or isinstance(self.device, bool) or self.device < 0:
             raise RecipeError(f"device is {self.device!r}; expected a CUDA device ordinal, 0 or more", option="device")
+        delay = self.max_batch_delay_ms
+        if isinstance(delay, bool) or not isinstance(delay, (int, float)) or not 0 <= delay < float("inf"):
+            raise RecipeError(
+                f"max_batch_delay_ms is {delay!r}; expected milliseconds, 0 or more", option="max_batch_delay_ms"
+            )
 
     @classmethod
     def of(cls, values: Mapping[str, Any] | None) -> LoadSettings:
@@ -104,23 +122,32 @@ def open_session(folder: ModelFolder, settings: LoadSettings, progress: Progress
         SelfTestError: the engine answers wrongly.
     """
     if settings.runtime == "onnxruntime":
-        return _open_onnxruntime(folder)
+        return _open_onnxruntime(folder, settings)
     try:
         return _open_tensorrt(folder, settings, progress)
     except (RuntimeUnavailableError, EngineMismatchError, BuildError, ExecutionError) as error:
         if settings.runtime != "auto":
             raise
         _log.warning("Running on ONNX Runtime, on the CPU, since TensorRT cannot run here: %s", error.message)
-        session = _open_onnxruntime(folder)
+        session = _open_onnxruntime(folder, settings)
         session.fallback_reason = error.message
         return session
 
 
-def _open_onnxruntime(folder: ModelFolder) -> Session:
+def _open_onnxruntime(folder: ModelFolder, settings: LoadSettings) -> Session:
     from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
 
     record = folder.record
-    return OnnxRuntimeSession(folder.checked_model(record.source), record.inputs, record.outputs)
+    axis = record.batch_axis
+    limits = [profile.ranges[axis.inputs[0]].max[0] for profile in record.profiles] if axis else []
+    return OnnxRuntimeSession(
+        folder.checked_model(record.source),
+        record.inputs,
+        record.outputs,
+        batch_axis=axis,
+        largest_batch=max(limits, default=None),
+        max_batch_delay_ms=settings.max_batch_delay_ms,
+    )
 
 
 def _open_tensorrt(folder: ModelFolder, settings: LoadSettings, progress: Progress | None) -> Session:
@@ -140,8 +167,14 @@ def _open_tensorrt(folder: ModelFolder, settings: LoadSettings, progress: Progre
             weights_from=folder.checked_model(record.typed) if weights is Weights.STRIPPED else None,
             weight_streaming=record.recipe.weight_streaming,
         )
-        if settings.self_test:
-            self_test.check(opened, folder, _identity(plan, tensorrt, device, settings))
+        try:
+            if settings.self_test:
+                self_test.check(opened, folder, _identity(plan, tensorrt, device, settings))
+            if settings.warm_up:
+                opened.warm_up()
+        except BaseException:
+            opened.close()
+            raise
         return opened
 
     reasons = []
@@ -175,10 +208,21 @@ def session_on(
     batch_axis: BatchAxis | None,
     weights_from: Path | None = None,
     weight_streaming: bool = False,
-) -> Session:
+) -> TensorRTSession:
     """A session on a plan, which is trusted. Raises what TensorRTSession raises."""
     from mlflow_trt.runtime.tensorrt import TensorRTSession
 
+    if settings.cuda_graphs == "on" and not tensorrt.is_rtx:
+        raise RuntimeUnavailableError(
+            f"cuda_graphs='on': only TensorRT-RTX captures CUDA graphs by itself; for {tensorrt} the application would "
+            "have to, and pycuda has no API for it. Use 'auto'."
+        )
+    identity = {
+        "engine": hashlib.sha256(plan).hexdigest(),
+        "tensorrt": str(tensorrt),
+        "gpu": str(device.gpu),
+        "driver": device.hardware.driver,
+    }
     return TensorRTSession(
         plan,
         tensorrt=tensorrt,
@@ -187,9 +231,12 @@ def session_on(
         outputs=outputs,
         batch_axis=batch_axis,
         kernel_specialization=settings.kernel_specialization,
+        cuda_graphs=settings.cuda_graphs != "off",
+        max_batch_delay_ms=settings.max_batch_delay_ms,
         allow_engine_host_code=settings.allow_engine_host_code,
         weights_from=weights_from,
         weight_streaming=weight_streaming,
+        kernel_store=KernelFile(cache.key_of(identity)),
     )
 
 
@@ -201,6 +248,7 @@ def _identity(plan: bytes, tensorrt: trt.TensorRT, device: Device, settings: Loa
         "gpu": device.gpu.uuid,
         "driver": device.hardware.driver,
         "kernel_specialization": settings.kernel_specialization,
+        "cuda_graphs": settings.cuda_graphs,
     }
 
 

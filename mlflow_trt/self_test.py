@@ -18,7 +18,7 @@ _log = get_logger(__name__)
 def check(session: Session, folder: ModelFolder, identity: dict[str, object]) -> None:
     """Run the golden sample and compare, unless that was done before for the same `identity`.
 
-    Raises SelfTestError where the outputs are beyond the recorded tolerance; the session is closed then.
+    Raises SelfTestError where the outputs are beyond the recorded tolerance.
     """
     stored = folder.record.golden
     if stored is None:
@@ -26,15 +26,10 @@ def check(session: Session, folder: ModelFolder, identity: dict[str, object]) ->
     key = cache.key_of({**identity, "golden": stored.sha256, "tolerance": stored.tolerance})
     if cache.has_passed(key):
         return
-    try:
-        golden = folder.read_golden(stored)
-        pairs = [(session.run(golden.feeds), golden.outputs)]
-    except BaseException:
-        session.close()
-        raise
+    golden = folder.read_golden(stored)
+    pairs = [(session.run(golden.feeds), golden.outputs)]
     comparison = compare(session.description, "the golden sample", pairs, stored.tolerance)
     if comparison.problems:
-        session.close()
         raise SelfTestError(
             f"{session.description} answers wrongly: {'; '.join(comparison.problems)}, on the golden sample of the "
             "model. The engine is not used. Build one on this machine, use another TensorRT or kernel_specialization, "

@@ -17,7 +17,7 @@ import mlflow
 import pandas as pd
 
 from mlflow_trt.errors import MissingDependencyError, RecipeError, UnsupportedModelError
-from mlflow_trt.flavor import load_model, read_record
+from mlflow_trt.flavor import read_record
 from mlflow_trt.loading import LoadSettings
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.spark_rows import Rows, columns_of_outputs
@@ -77,7 +77,7 @@ def predict_udf(
         UnsupportedModelError: rows of the model's batch are not independent, or Spark lacks the type of an output.
         RecipeError: unknown load settings; when the function is called, columns that do not fit the inputs.
 
-        In the tasks: InputError, which names the partition and the row, and what `load_model` raises.
+        In the tasks: InputError, which names the partition and the row, and what loading raises.
     """
     record = read_record(model_uri)
     settings = LoadSettings.of(model_config).to_dict()
@@ -161,8 +161,9 @@ def _session(model: _Model, device: int | None) -> Session:
     if session is None:
         mlflow.set_tracking_uri(model.tracking_uri)
         mlflow.set_registry_uri(model.registry_uri)
-        settings = dict(model.settings)
+        settings: dict[str, Any] = dict(model.settings)
         if device is not None:
             settings["device"] = device
-        session = _sessions[model, device] = load_model(model.uri, **settings)
+        loaded = mlflow.pyfunc.load_model(model.uri, model_config=settings)
+        session = _sessions[model, device] = loaded.get_raw_model()
     return session

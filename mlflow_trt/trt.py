@@ -5,16 +5,14 @@ The only module that imports `tensorrt` or `tensorrt_rtx`, and the only one that
 
 from __future__ import annotations
 
-import collections
 import functools
 import importlib
 import importlib.util
 import os
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from mlflow_trt import trt_api
+from mlflow_trt import trt_api, trt_callbacks
 from mlflow_trt._logging import get_logger
 from mlflow_trt.spec import ComputeCapability, Distribution, HardwareCompatibility, ProfilingVerbosity
 
@@ -107,7 +105,7 @@ class TensorRT:
         self.distribution = distribution
         self.version: str = module.__version__
         self._module = module
-        self.log = _new_logger(module)
+        self.log = trt_callbacks.new_logger(module)
         # Some ONNX operators of the tensorrt distribution are plugins; TensorRT-RTX has none.
         if not self.is_rtx and not module.init_libnvinfer_plugins(self.log, ""):
             raise RuntimeError(f"its plugins cannot be loaded: {self.log.last_error()}")
@@ -157,11 +155,11 @@ class TensorRT:
 
     def progress_monitor(self, report: Callable[[str, float], None]) -> trt_api.IProgressMonitor:
         """A monitor that calls `report(phase, fraction of the whole)`. Keep a reference while the build runs."""
-        return _new_progress_monitor(self._module, report)
+        return trt_callbacks.new_progress_monitor(self._module, report)
 
     def profiler(self, report: Callable[[str, float], None]) -> trt_api.IProfiler:
         """A profiler that calls `report(layer, milliseconds)`. Keep a reference while the context runs."""
-        return _new_profiler(self._module, report)
+        return trt_callbacks.new_profiler(self._module, report)
 
     def layer_information(self, engine: trt_api.ICudaEngine, context: trt_api.IExecutionContext) -> str:
         """What the engine inspector tells, as JSON."""
@@ -173,7 +171,7 @@ class TensorRT:
         self, reallocate: Callable[[str, int], int], notify_shape: Callable[[str, tuple[int, ...]], None]
     ) -> object:
         """An allocator for outputs whose size only the execution knows: `reallocate(name, nbytes)` gives an address."""
-        return _new_output_allocator(self._module, reallocate, notify_shape)
+        return trt_callbacks.new_output_allocator(self._module, reallocate, notify_shape)
 
     # ---- enumerations
 
@@ -237,129 +235,84 @@ class TensorRT:
         known = self._module.EngineInvalidityDiagnostics.__members__
         return ", ".join(name for name, value in known.items() if diagnostics & int(value)) or "INVALID"
 
-    def execution_context(
-        self, engine: trt_api.ICudaEngine, kernel_specialization: str
-    ) -> trt_api.IExecutionContext | None:
-        """A new execution context; `kernel_specialization` is `eager` or `lazy`, which only TensorRT-RTX heeds."""
-        if not self.is_rtx:
-            return engine.create_execution_context()
-        config = cast(trt_api.RtxICudaEngine, engine).create_runtime_config()
-        strategies = self._module.DynamicShapesKernelSpecializationStrategy
-        config.dynamic_shapes_kernel_specialization_strategy = getattr(strategies, kernel_specialization.upper())
-        return engine.create_execution_context(config)
+    def contexts(self, engine: trt_api.ICudaEngine, kernel_specialization: str, kernels: Sequence[bytes]) -> Contexts:
+        """What makes the engine's execution contexts.
+
+        Args:
+            engine: the engine.
+            kernel_specialization: `eager` or `lazy`. Only TensorRT-RTX heeds this and the next.
+            kernels: what `Contexts.kernels` gave in earlier processes; what does not fit this machine is passed over.
+        """
+        return Contexts(self._module, engine, kernel_specialization, kernels, is_rtx=self.is_rtx)
 
 
-class _Log:
-    """Keeps the last error lines that TensorRT wrote, and passes everything on to Python's logging at DEBUG.
+class Contexts:
+    """Makes execution contexts that bring no scratch memory of their own: `set_device_memory` gives it to them.
 
-    TensorRT has one logger for the whole process, and sessions run in many threads: each line is kept with its thread.
+    Those of TensorRT-RTX share the kernels that they compile.
     """
 
-    def __init__(self) -> None:
-        self._errors: collections.deque[tuple[int, str]] = collections.deque(maxlen=100)
-        self._lock = threading.Lock()
+    def __init__(
+        self,
+        module: Any,
+        engine: trt_api.ICudaEngine,
+        kernel_specialization: str,
+        kernels: Sequence[bytes],
+        *,
+        is_rtx: bool,
+    ) -> None:
+        self._module = module
+        self._engine: trt_api.ICudaEngine | None = engine
+        self._is_rtx = is_rtx
+        self._configs: dict[bool, trt_api.RtxIRuntimeConfig] = {}
+        self._cache: trt_api.RtxIRuntimeCache | None = None
+        if is_rtx:
+            for cuda_graphs in (False, True):
+                self._configs[cuda_graphs] = self._config(kernel_specialization, cuda_graphs=cuda_graphs)
+            self._cache = self._configs[False].create_runtime_cache()
+            for blob in kernels:
+                self._cache.deserialize(blob)
+            for config in self._configs.values():
+                config.set_runtime_cache(self._cache)
 
-    def keep(self, message: str) -> None:
-        with self._lock:
-            self._errors.append((threading.get_ident(), message.strip()))
+    def new(self, *, cuda_graphs: bool) -> trt_api.IExecutionContext | None:
+        """A context; one of TensorRT-RTX captures a CUDA graph for the shapes it runs, if asked."""
+        engine = cast(trt_api.ICudaEngine, self._engine)
+        if self._is_rtx:
+            return engine.create_execution_context(self._configs[cuda_graphs])
+        return engine.create_execution_context(self._module.ExecutionContextAllocationStrategy.USER_MANAGED)
 
-    def errors(self) -> list[str]:
-        """The error lines of the calling thread, and of TensorRT's own threads, since the last call; oldest first."""
-        others = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
-        with self._lock:
-            mine = [line for thread, line in self._errors if thread not in others]
-            kept = [(thread, line) for thread, line in self._errors if thread in others]
-            self._errors.clear()
-            self._errors.extend(kept)
-        return mine
+    def kernels(self, others: Sequence[bytes] = ()) -> bytes | None:
+        """The kernels compiled so far, and those of `others`, for later processes on a machine like this.
 
-    def last_error(self) -> str:
-        """The newest of these lines, or a word that there is none."""
-        lines = self.errors()
-        return lines[-1] if lines else "TensorRT's log says nothing more"
+        None for TensorRT, which has compiled everything when it builds the engine.
+        """
+        if self._cache is None:
+            return None
+        own = _bytes(self._cache.serialize())
+        if not others:
+            return own
+        together = self._configs[False].create_runtime_cache()
+        for blob in (*others, own):
+            together.deserialize(blob)
+        return _bytes(together.serialize())
 
+    def close(self) -> None:
+        """Let go of the engine."""
+        self._configs.clear()
+        self._cache = None
+        self._engine = None
 
-def _new_logger(module: Any) -> Any:
-    severity = cast(trt_api.Severity, module.ILogger.Severity)
-
-    class Logger(_Log, module.ILogger):  # type: ignore[misc]  # the base class comes from the imported distribution
-        def __init__(self) -> None:
-            module.ILogger.__init__(self)
-            _Log.__init__(self)
-
-        def log(self, level: trt_api.Enumerator, message: str) -> None:
-            # Errors are quoted by whoever finds that a call failed; here they would only be said twice.
-            if level in (severity.INTERNAL_ERROR, severity.ERROR):
-                self.keep(message)
-            if level != severity.VERBOSE:
-                _log.debug("%s", message.strip())
-
-    return Logger()
-
-
-def _new_progress_monitor(module: Any, report: Callable[[str, float], None]) -> trt_api.IProgressMonitor:
-    class Phase:
-        def __init__(self, name: str, steps: int) -> None:
-            self.name = name
-            self.steps = max(steps, 1)
-            self.done = 0
-
-    class Monitor(module.IProgressMonitor):  # type: ignore[misc]  # as above
-        def __init__(self) -> None:
-            module.IProgressMonitor.__init__(self)
-            self._phases: list[Phase] = []
-            self._lock = threading.Lock()
-
-        def phase_start(self, phase_name: str, _parent_phase: str | None, num_steps: int) -> None:
-            with self._lock:
-                self._phases.append(Phase(phase_name, num_steps))
-                self._report()
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            with self._lock:
-                for phase in self._phases:
-                    if phase.name == phase_name:
-                        phase.done = min(step + 1, phase.steps)
-                self._report()
-            return True
-
-        def phase_finish(self, phase_name: str) -> None:
-            with self._lock:
-                self._phases = [phase for phase in self._phases if phase.name != phase_name]
-
-        def _report(self) -> None:
-            fraction = 0.0
-            for phase in reversed(self._phases):
-                fraction = min((phase.done + fraction) / phase.steps, 1.0)
-            report(self._phases[-1].name, fraction)
-
-    return cast(trt_api.IProgressMonitor, Monitor())
+    def _config(self, kernel_specialization: str, *, cuda_graphs: bool) -> trt_api.RtxIRuntimeConfig:
+        config = cast(trt_api.RtxICudaEngine, self._engine).create_runtime_config()
+        specializations = self._module.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = getattr(specializations, kernel_specialization.upper())
+        graphs = self._module.CudaGraphStrategy
+        config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if cuda_graphs else graphs.DISABLED
+        allocation = self._module.ExecutionContextAllocationStrategy.USER_MANAGED
+        config.set_execution_context_allocation_strategy(allocation)
+        return config
 
 
-def _new_profiler(module: Any, report: Callable[[str, float], None]) -> trt_api.IProfiler:
-    class Profiler(module.IProfiler):  # type: ignore[misc]  # as above
-        def __init__(self) -> None:
-            module.IProfiler.__init__(self)
-
-        def report_layer_time(self, layer_name: str, ms: float) -> None:
-            report(layer_name, ms)
-
-    return cast(trt_api.IProfiler, Profiler())
-
-
-def _new_output_allocator(
-    module: Any, reallocate: Callable[[str, int], int], notify: Callable[[str, tuple[int, ...]], None]
-) -> object:
-    class OutputAllocator(module.IOutputAllocator):  # type: ignore[misc]  # as above
-        def __init__(self) -> None:
-            module.IOutputAllocator.__init__(self)
-
-        def reallocate_output_async(
-            self, tensor_name: str, _memory: int, size: int, _alignment: int, _stream: int
-        ) -> int:
-            return reallocate(tensor_name, size)
-
-        def notify_shape(self, tensor_name: str, shape: Sequence[int]) -> None:
-            notify(tensor_name, tuple(shape))
-
-    return OutputAllocator()
+def _bytes(memory: trt_api.IHostMemory) -> bytes:
+    return bytes(memoryview(cast(Any, memory)))

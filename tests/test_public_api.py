@@ -95,6 +95,7 @@ BASE = {
     "spec",
     "trt",
     "trt_api",
+    "trt_callbacks",
     "wire",
 }
 CONVERT = BASE | {"convert"}
@@ -107,7 +108,8 @@ ALLOWED = {
     "golden": CONVERT,
     "artifact": CONVERT | {"golden"},
     "self_test": BASE | {"artifact", "cache", "runtime"},
-    "loading": CONVERT | RUNTIME | {"artifact", "cache", "self_test"},
+    "kernel_file": BASE | {"cache"},
+    "loading": CONVERT | RUNTIME | {"artifact", "cache", "kernel_file", "self_test"},
     "verify": CONVERT | RUNTIME | {"artifact", "golden", "loading"},
     "metrics": BASE,
     "verify_model": CONVERT | RUNTIME | {"artifact", "loading", "sample_data", "verify"},

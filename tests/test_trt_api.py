@@ -19,7 +19,7 @@ from typing import Any
 import platformdirs
 import pytest
 
-from mlflow_trt import trt, trt_api
+from mlflow_trt import trt, trt_api, trt_callbacks
 
 # distribution on PyPI, module, shared libraries that its extension asks for
 TENSORRT_10 = ("tensorrt_bindings", ("libnvinfer.so.10", "libnvinfer_plugin.so.10", "libnvonnxparser.so.10"))
@@ -111,13 +111,14 @@ def protocols(*, rtx: bool) -> dict[str, set[str]]:
 
 
 def module_names(*, rtx: bool) -> set[str]:
-    """The classes that trt.py takes from the module."""
+    """The classes that trt.py and trt_callbacks.py take from the module."""
     only_rtx = {"ComputeCapability", "EngineValidity", "EngineInvalidityDiagnostics",
-                "DynamicShapesKernelSpecializationStrategy"}  # fmt: skip
+                "DynamicShapesKernelSpecializationStrategy", "CudaGraphStrategy"}  # fmt: skip
     found = set()
-    for node in ast.walk(ast.parse(Path(trt.__file__).read_text())):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("module", "self._module"):
-            found.add(node.attr)
+    for file in (trt.__file__, trt_callbacks.__file__):
+        for node in ast.walk(ast.parse(Path(file).read_text())):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("module", "self._module"):
+                found.add(node.attr)
     return found if rtx else found - only_rtx
 
 

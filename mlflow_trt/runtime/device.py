@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -61,7 +61,14 @@ def _import_pycuda() -> Any:
 
 
 class Device:
-    """One GPU and its primary context in this process. Get it from `open_device`."""
+    """One GPU and its primary context in this process. Get it from `open_device`.
+
+    Attributes:
+        allocating: held while memory is allocated or freed. CUDA refuses that to all threads while one of them
+            captures a graph, and makes the capture fail: whoever may capture holds it too.
+    """
+
+    allocating: ClassVar[threading.RLock] = threading.RLock()
 
     def __init__(self, gpu: Gpu, hardware: Hardware, driver: Any) -> None:
         self.gpu = gpu
@@ -116,9 +123,10 @@ class Stream:
     def handle(self) -> int:
         return int(self._stream.handle)
 
-    def upload(self, source: PinnedBuffer, target: DeviceBuffer, nbytes: int) -> None:
-        if nbytes:
-            self._driver.memcpy_htod_async(target.address, source.view(nbytes), self._stream)
+    def upload(self, source: PinnedBuffer, target: DeviceBuffer, start: int, stop: int) -> None:
+        """Copy these bytes of one to the same place in the other."""
+        if stop > start:
+            self._driver.memcpy_htod_async(target.address + start, source.view(stop)[start:], self._stream)
 
     def download(self, source: DeviceBuffer, target: PinnedBuffer, nbytes: int) -> None:
         if nbytes:
@@ -126,6 +134,10 @@ class Stream:
 
     def record(self, event: Any) -> None:
         event.record(self._stream)
+
+    def wait_for(self, event: Event) -> None:
+        """Let what follows on this stream start after the event; the calling thread goes on."""
+        self._stream.wait_for_event(event.raw)
 
     def synchronize(self) -> None:
         self._stream.synchronize()
@@ -138,56 +150,62 @@ class Event:
     """A moment on a stream."""
 
     def __init__(self, event: Any) -> None:
-        self._event = event
+        self.raw = event
 
     def record(self, stream: Stream) -> None:
-        stream.record(self._event)
+        stream.record(self.raw)
+
+    def synchronize(self) -> None:
+        self.raw.synchronize()
 
     def milliseconds_since(self, earlier: Event) -> float:
         """Time on the GPU between two moments that have both passed."""
-        return float(self._event.time_since(earlier._event))
+        return float(self.raw.time_since(earlier.raw))
 
 
 class DeviceBuffer:
     """Memory on the GPU that grows when more is needed and is kept for the next call."""
 
     def __init__(self, driver: Any) -> None:
+        self.address = 0
         self._driver = driver
         self._memory: Any = None
-        self._nbytes = 0
+        self.nbytes = 0
 
     def reserve(self, nbytes: int) -> int:
         """Make room for `nbytes`, whose contents are undefined, and return the address. Never zero."""
-        if self._memory is None or nbytes > self._nbytes:
-            self.free()
-            self._memory = self._driver.mem_alloc(max(nbytes, 1))
-            self._nbytes = nbytes
+        if self._memory is None or nbytes > self.nbytes:
+            with Device.allocating:
+                self.free()
+                self._memory = self._driver.mem_alloc(max(nbytes, 1))
+            self.nbytes = nbytes
+            self.address = int(self._memory)
         return self.address
-
-    @property
-    def address(self) -> int:
-        return int(self._memory)
 
     def free(self) -> None:
         if self._memory is not None:
-            self._memory.free()
+            with Device.allocating:
+                self._memory.free()
             self._memory = None
-            self._nbytes = 0
+            self.nbytes = 0
 
 
 class PinnedBuffer:
     """Page-locked host memory, which the GPU copies from and to at full speed; grows like DeviceBuffer."""
 
     def __init__(self, driver: Any) -> None:
+        self.address = 0
         self._driver = driver
         self._memory: Any = None
 
     def reserve(self, nbytes: int) -> int:
         """Make room for `nbytes`, whose contents are undefined, and return the host address. Never zero."""
         if self._memory is None or nbytes > self._memory.nbytes:
-            self.free()
-            self._memory = self._driver.pagelocked_empty(max(nbytes, 1), np.uint8)
-        return int(self._memory.ctypes.data)
+            with Device.allocating:
+                self.free()
+                self._memory = self._driver.pagelocked_empty(max(nbytes, 1), np.uint8)
+            self.address = int(self._memory.ctypes.data)
+        return self.address
 
     def view(self, nbytes: int) -> npt.NDArray[np.uint8]:
         view: npt.NDArray[np.uint8] = self._memory[:nbytes]
@@ -200,5 +218,6 @@ class PinnedBuffer:
 
     def free(self) -> None:
         if self._memory is not None:
-            self._memory.base.free()
+            with Device.allocating:
+                self._memory.base.free()
             self._memory = None

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
-from mlflow_trt.errors import RuntimeUnavailableError, SessionClosedError
+from mlflow_trt.errors import RuntimeUnavailableError
 from mlflow_trt.inputs import Feeds
 from mlflow_trt.onnx_runtime import CpuModel
+from mlflow_trt.runtime.batching import Outputs, Rows
+from mlflow_trt.runtime.copying import copy_rows
+from mlflow_trt.runtime.scheduler import Scheduler
 from mlflow_trt.runtime.session import Session
-from mlflow_trt.spec import TensorSpec
+from mlflow_trt.runtime.slots import Tray
+from mlflow_trt.spec import BatchAxis, TensorSpec
 
 
 class OnnxRuntimeSession(Session):
     """Runs an ONNX file on the CPU.
 
     With `prefer_cuda` it runs on the GPU where ONNX Runtime's CUDA provider is installed and works; `device` says.
+    With `batch_axis` and `largest_batch` larger batches are cut, and calls at the same time run together, like on a
+    GPU.
     """
 
     runtime: ClassVar[str] = "onnxruntime"
@@ -30,8 +36,10 @@ class OnnxRuntimeSession(Session):
         outputs: tuple[TensorSpec, ...],
         *,
         prefer_cuda: bool = False,
+        batch_axis: BatchAxis | None = None,
+        largest_batch: int | None = None,
+        max_batch_delay_ms: float = 0.0,
     ) -> None:
-        super().__init__()
         self.inputs = inputs
         self.outputs = outputs
         for spec in (*inputs, *outputs):
@@ -40,19 +48,67 @@ class OnnxRuntimeSession(Session):
                     f"ONNX Runtime cannot exchange bfloat16 arrays with Python, which {spec.name!r} needs; "
                     "use runtime='tensorrt', or export the model with float32 inputs and outputs"
                 )
-        self._model: CpuModel | None = CpuModel(model, prefer_cuda=prefer_cuda)
-        self._version = self._model.version
-        self.device = self._model.device
+        loaded = CpuModel(model, prefer_cuda=prefer_cuda)
+        self._version = loaded.version
+        self.device = loaded.device
+        names = [spec.name for spec in outputs]
+        super().__init__(
+            Scheduler(
+                lambda: OnnxRuntimeSlot(loaded, names),
+                make_tray,
+                profiles=(),
+                axis=batch_axis,
+                largest=largest_batch,
+                max_batch_delay=max_batch_delay_ms / 1e3,
+            )
+        )
 
     @property
     def description(self) -> str:
         return f"ONNX Runtime {self._version} on {'CUDA' if self.device == 'CUDA' else 'the CPU'}"
 
-    def _run(self, feeds: Feeds) -> dict[str, npt.NDArray[np.generic]]:
-        model = self._model
-        if model is None:  # closed by another thread since run() looked
-            raise SessionClosedError
-        return model.run([spec.name for spec in self.outputs], feeds)
 
-    def _release(self) -> None:
-        self._model = None
+def make_tray(feeds: Feeds, rows: int) -> Tray:
+    """Plain arrays."""
+    return Tray({name: np.empty((rows, *array.shape[1:]), array.dtype) for name, array in feeds.items()}, rows)
+
+
+class OnnxRuntimeSlot:
+    """Arrays, and the model that is run on them."""
+
+    def __init__(self, model: CpuModel, outputs: Sequence[str]) -> None:
+        self._model = model
+        self._outputs = outputs
+        self._feeds: Feeds = {}
+
+    def load(self, rows: Rows, _profile: int) -> None:
+        shapes = rows.shapes
+        if all(array.shape == shapes[name] for name, array in rows.parts[0].items()):
+            self._feeds = rows.parts[0]  # one batch as it is
+            return
+        self._feeds = {}
+        for name, shape in shapes.items():
+            first = rows.parts[0][name]
+            if not rows.is_batched(name):
+                self._feeds[name] = first
+                continue
+            array = np.empty(shape, first.dtype)
+            for _ in copy_rows(rows.copies(name), array):
+                pass
+            self._feeds[name] = array
+
+    def load_tray(self, tray: Tray, rows: int, size: int, feeds: Feeds, _profile: int) -> None:
+        tray.pad(rows, size)
+        self._feeds = {name: tray.arrays[name][:size] if name in tray.arrays else feeds[name] for name in feeds}
+
+    def launch(self) -> None:
+        """ONNX Runtime has nothing to start ahead of time."""
+
+    def finish(self) -> Outputs:
+        return self._model.run(self._outputs, self._feeds)
+
+    def abandon(self) -> None:
+        self._feeds = {}
+
+    def close(self) -> None:
+        self._feeds = {}

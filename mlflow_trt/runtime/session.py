@@ -5,14 +5,15 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from types import TracebackType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import Self
 
 from mlflow_trt.errors import SessionClosedError
-from mlflow_trt.inputs import Feeds, prepare_feeds
+from mlflow_trt.inputs import prepare_feeds
+from mlflow_trt.runtime.scheduler import Scheduler
 from mlflow_trt.spec import TensorSpec
 
 
@@ -30,8 +31,9 @@ class Session(abc.ABC):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
-    def __init__(self) -> None:
+    def __init__(self, scheduler: Scheduler[Any]) -> None:
         self.fallback_reason: str | None = None
+        self._scheduler = scheduler
         self._closed = False
 
     def run(self, inputs: Mapping[str, npt.ArrayLike]) -> dict[str, npt.NDArray[np.generic]]:
@@ -43,10 +45,21 @@ class Session(abc.ABC):
             SessionClosedError: after `close()`.
         """
         self._check_open()
-        return self._run(prepare_feeds(inputs, self.inputs))
+        return self._scheduler.run(prepare_feeds(inputs, self.inputs))
+
+    @property
+    def runs(self) -> dict[int, int]:
+        """How often each batch size was run so far: what padding, cutting and putting calls together came to.
+
+        0 stands for runs of a model whose batch is not cut.
+        """
+        return self._scheduler.runs
+
+    def warm_up(self) -> None:  # noqa: B027  # a runtime that compiles nothing has nothing to do
+        """Do ahead of time what the first calls of each batch size would have to do."""
 
     def close(self) -> None:
-        """Free everything this session holds. May be called more than once."""
+        """Free everything this session holds, after the calls that run. May be called more than once."""
         if not self._closed:
             self._closed = True
             self._release()
@@ -56,11 +69,8 @@ class Session(abc.ABC):
     def description(self) -> str:
         """What executes the model, for people: the runtime, its version and the device."""
 
-    @abc.abstractmethod
-    def _run(self, feeds: Feeds) -> dict[str, npt.NDArray[np.generic]]: ...
-
-    @abc.abstractmethod
-    def _release(self) -> None: ...
+    def _release(self) -> None:
+        self._scheduler.close()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -26,7 +26,7 @@ from mlflow_trt import (
     trt,
 )
 from mlflow_trt.convert.conversion import convert
-from mlflow_trt.runtime import tensorrt
+from mlflow_trt.runtime import engine_slot
 from mlflow_trt.runtime.device import open_device
 from mlflow_trt.runtime.tensorrt import TensorRTSession
 
@@ -40,7 +40,7 @@ def opened(tmp_path):
     """Convert a network and open a session on it and one on ONNX Runtime."""
     with contextlib.ExitStack() as stack:
 
-        def open_both(model, *, on_cpu=True, kernel_specialization="eager", **recipe):
+        def open_both(model, *, on_cpu=True, settings=None, **recipe):
             folder = tmp_path / str(len(list(tmp_path.iterdir())))
             folder.mkdir()
             conversion = convert(read(model, folder), Recipe(**recipe), folder)
@@ -51,7 +51,7 @@ def opened(tmp_path):
                 inputs=conversion.source.inputs,
                 outputs=conversion.source.outputs,
                 batch_axis=conversion.profiles.batch_axis,
-                kernel_specialization=kernel_specialization,
+                **(settings or {}),
             )
             stack.enter_context(session)
             return session, stack.enter_context(reference(conversion.source)) if on_cpu else None
@@ -143,7 +143,7 @@ class TestTensors:
         """TensorRT-RTX has no operator whose output size depends on data, but its allocator works for any output."""
         session, _ = opened(networks.product(), batch=(1, 4, 8))
         plain = {rows: session.run({"x": networks.rows(rows)})["y"] for rows in (4, 8, 11)}
-        monkeypatch.setattr(tensorrt, "depends_on_data", lambda shape: True)
+        monkeypatch.setattr(engine_slot, "depends_on_data", lambda shape: True)
         for rows, expected in plain.items():
             assert np.array_equal(session.run({"x": networks.rows(rows)})["y"], expected)
 

@@ -1,0 +1,328 @@
+"""How close the runtime comes to what the GPU allows: `python -m benchmarks.runtime`.
+
+Each row is measured beside its limit, in this process and in turns, so that both see the same machine. The limits:
+
+- bulk: the engine alone at its best batch size, its inputs on the GPU;
+- one caller, one row: copying it to the GPU, executing as a CUDA graph, copying the result back;
+- batches: the slowest of host copy, transfer and execution, plus the host copy and transfer of the first piece;
+- threads: the engine alone at the batch sizes that formed;
+- load, in fresh processes: reading plan and kernels, deserializing, making a context, and the first execution;
+- memory, likewise: engine, one execution context as TensorRT makes it by itself, and buffers for its largest batch.
+
+Needs a GPU. `--json FILE` and `--pictures FOLDER` write what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+
+import mlflow_trt
+from benchmarks.alternatives import alternatives
+from benchmarks.fresh import fresh
+from benchmarks.models import BenchmarkModel, Feeds, models
+from mlflow_trt.hardware import probe
+from mlflow_trt.runtime.batching import Rows, pieces
+from mlflow_trt.runtime.copying import copy_rows
+from mlflow_trt.runtime.tensorrt import TensorRTSession
+
+BATCHES = (8, 32, 128)
+THREADS = (1, 8, 16, 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table. `goal` bounds measured / limit: from above for times and sizes, from below for rates."""
+
+    model: str
+    case: str
+    unit: str
+    limit: float
+    measured: float
+    spread: float
+    goal: float | None = None
+    higher_is_better: bool = False
+    note: str = ""
+
+    @property
+    def ratio(self) -> float:
+        return self.measured / self.limit
+
+    @property
+    def met(self) -> bool | None:
+        if self.goal is None:
+            return None
+        return self.ratio >= self.goal if self.higher_is_better else self.ratio <= self.goal
+
+    def cells(self) -> tuple[str, ...]:
+        sign = "≥" if self.higher_is_better else "≤"
+        goal = "" if self.goal is None else f"{sign} {self.goal:g} {'met' if self.met else 'NOT MET'}"
+        return (self.model, self.case, f"{self.limit:.4g} {self.unit}", f"{self.measured:.4g} ± {self.spread:.0%}",
+                f"{self.ratio:.2f}", goal, self.note)  # fmt: skip
+
+
+HEADINGS = ("model", "case", "limit", "measured", "ratio", "goal", "note")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the tables and write the files that are asked for."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.runtime", description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="resnet50,rec,magika", help="which, separated by commas")
+    parser.add_argument("--cases", default="bulk,one,batches,threads,load,alternatives", help="which, likewise")
+    parser.add_argument("--repeats", type=int, default=5, help="of each measurement; the median counts")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each repeat of a short measurement")
+    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument("--pictures", type=Path, help="draw pictures into this folder (needs matplotlib)")
+    options = parser.parse_args(arguments)
+    hardware = probe()
+    if hardware.problem is not None:
+        print(f"The runtime's speed is that of a GPU, and there is none: {hardware.problem}", file=sys.stderr)
+        return 2
+    rows: list[Row] = []
+    others: list[dict[str, Any]] = []
+    about = {}
+    with tempfile.TemporaryDirectory(prefix="mlflow-trt-benchmark-") as workdir:
+        for name in options.models.split(","):
+            model = models()[name]
+            folder = Path(workdir) / name
+            mlflow_trt.save_model(model.source(), folder, verify=False, **model.recipe)
+            loaded = mlflow.pyfunc.load_model(str(folder), model_config={"warm_up": True})
+            with loaded.get_raw_model() as session:
+                about = {"runtime": session.description, "driver": hardware.driver, "numpy": np.__version__}
+                bench = Bench(model, loaded, session, options.repeats, options.seconds)
+                for case in options.cases.split(","):
+                    if case in ("bulk", "one", "batches", "threads"):
+                        rows += getattr(bench, case)()
+            if "load" in options.cases:
+                rows += load_rows(model, folder, options.repeats)
+            if "alternatives" in options.cases and name == "resnet50":
+                others += alternatives(folder, model, options.seconds)
+    print("; ".join(f"{key} {value}" for key, value in about.items()))
+    print_table(HEADINGS, [row.cells() for row in rows])
+    if others:
+        print_table(("what", *(f"batch {size}" for size in (1, *BATCHES))), [cells_of(other) for other in others])
+    result = {"about": about, "rows": [asdict(row) | {"ratio": row.ratio} for row in rows], "alternatives": others}
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2))
+    if options.pictures:
+        from benchmarks.pictures import draw
+
+        draw(result, options.pictures)
+    return 0
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table in Markdown, aligned."""
+    widths = [max(len(line[column]) for line in (headings, *rows)) for column in range(len(headings))]
+    for line in (headings, ["-" * width for width in widths], *rows):
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+
+
+def cells_of(other: dict[str, Any]) -> tuple[str, ...]:
+    return (other["what"], *(f"{ms:.3g} ms" if ms else "-" for ms in other["milliseconds"].values()))
+
+
+class Bench:
+    """The cases of one model that is loaded and warm."""
+
+    def __init__(self, model: BenchmarkModel, loaded: Any, session: TensorRTSession, repeats: int, seconds: float):
+        self.model = model
+        self.loaded = loaded
+        self.session = session
+        self.repeats = repeats
+        self.seconds = seconds
+        self.sizes = session._scheduler.sizes(0)
+        self.engine = {size: self.engine_milliseconds(size) for size in self.sizes}
+
+    def bulk(self) -> list[Row]:
+        """All rows in one call, against the engine alone at its best batch size."""
+        feeds = self.model.feeds(self.model.bulk)
+        best = min(self.engine, key=lambda size: self.engine[size] / size)
+        times, limits = self.in_turns(
+            lambda: seconds(lambda: self.loaded.predict(feeds)),
+            lambda: self.engine_milliseconds(best) / 1e3 / best * self.model.bulk,
+        )
+        rate, limit = self.model.bulk / np.array(times), self.model.bulk / np.median(limits)
+        return [self.row(f"bulk, {self.model.bulk} rows", "rows/s", limit, rate, 0.95, f"engine at batch {best}",
+                         higher_is_better=True)]  # fmt: skip
+
+    def one(self) -> list[Row]:
+        """One row, one caller."""
+        feeds = self.model.feeds(self.sizes[0])
+        times, limits = self.in_turns(
+            lambda: self.median_of(lambda: self.loaded.predict(feeds)), lambda: self.replay_seconds(feeds)
+        )
+        sessions = np.median([self.median_of(lambda: self.session.run(feeds)) for _ in range(self.repeats)])
+        note = f"of it {(np.median(times) - sessions) * 1e3:.3f} ms mlflow.pyfunc"
+        return [self.row(f"{self.sizes[0]} row, one caller", "ms", 1e3 * np.median(limits), 1e3 * np.array(times), 1.15,
+                         note)]  # fmt: skip
+
+    def batches(self) -> list[Row]:
+        """Batches, one caller."""
+        found = []
+        for rows in (size for size in BATCHES if size <= self.sizes[-1]):
+            feeds = self.model.feeds(rows)
+            times, limits = self.in_turns(
+                lambda feeds=feeds: self.median_of(lambda: self.loaded.predict(feeds)),
+                lambda feeds=feeds, rows=rows: self.pipeline_seconds(feeds, rows),
+            )
+            note = ", ".join(f"{name} {value:.2f}" for name, value in self.stages(feeds, rows).items()) + " ms"
+            found.append(self.row(f"batch {rows}, one caller", "ms", 1e3 * np.median(limits), 1e3 * np.array(times),
+                                  1.25, note))  # fmt: skip
+        return found
+
+    def threads(self) -> list[Row]:
+        """One row a call from several threads, against the engine alone at the batch sizes that formed."""
+        found = []
+        for count in THREADS:
+            feeds = self.model.feeds(self.sizes[0])
+            rates, limits, latencies = [], [], []
+            for _ in range(self.repeats):
+                before = self.session.runs
+                calls, took = call_from_threads(partial(self.loaded.predict, feeds), count, 2 * self.seconds)
+                after = self.session.runs
+                formed = {size: runs - before.get(size, 0) for size, runs in after.items()}
+                rates.append(len(calls) * self.sizes[0] / took)
+                busy = sum(runs * self.engine[size] for size, runs in formed.items()) / 1e3
+                limits.append(len(calls) * self.sizes[0] / busy)
+                latencies += calls
+            p50, p99 = 1e3 * np.percentile(latencies, [50, 99])
+            mean = np.sum([size * runs for size, runs in formed.items()]) / sum(formed.values())
+            note = f"p50 {p50:.2f}, p99 {p99:.2f} ms, batches of {mean:.1f} on average"
+            found.append(self.row(f"{count} threads, {self.sizes[0]} row each", "rows/s", float(np.median(limits)),
+                                  np.array(rates), None, note, higher_is_better=True))  # fmt: skip
+        return found
+
+    # ---- parts
+
+    def engine_milliseconds(self, rows: int) -> float:
+        feeds = self.model.feeds(rows)
+        return float(np.median([phase.engine for phase in self.session.time_phases(feeds, 30)]))
+
+    def replay_seconds(self, feeds: Feeds) -> float:
+        with self.session._loaded(feeds) as slot:
+            slot.launch()
+            slot.finish()
+            return self.median_of(slot.replay)
+
+    def stages(self, feeds: Feeds, rows: int) -> dict[str, float]:
+        """Milliseconds of each stage for the whole batch, in the pieces that it is run in."""
+        found = {"host copy": 0.0, "transfer": 0.0, "engine": 0.0}
+        sizes = self.session._scheduler._sizes[0]
+        for piece in pieces(rows, sizes):
+            part = {name: array[piece.start : piece.stop] for name, array in feeds.items()}
+            found["host copy"] += 1e3 * self.median_of(lambda part=part, piece=piece: host_copy(part, piece.size))
+            phases = self.session.time_phases(self.model.feeds(piece.size), 30)
+            found["transfer"] += float(np.median([phase.copy_in for phase in phases]))
+            found["engine"] += float(np.median([phase.engine for phase in phases]))
+        return found
+
+    def pipeline_seconds(self, feeds: Feeds, rows: int) -> float:
+        stages = self.stages(feeds, rows)
+        first = next(iter(pieces(rows, self.session._scheduler._sizes[0])))
+        filling = (stages["host copy"] + stages["transfer"]) * first.size / rows
+        return (max(stages.values()) + filling) / 1e3
+
+    def median_of(self, call: Callable[[], object]) -> float:
+        times = []
+        end = time.perf_counter() + self.seconds
+        while len(times) < 5 or time.perf_counter() < end:
+            times.append(seconds(call))
+        return float(np.median(times[len(times) // 10 :]))
+
+    def in_turns(self, measure: Callable[[], float], limit: Callable[[], float]) -> tuple[list[float], list[float]]:
+        pairs = [(measure(), limit()) for _ in range(self.repeats)]
+        return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+    def row(self, case: str, unit: str, limit: float, values: Any, goal: float | None, note: str, *,
+            higher_is_better: bool = False) -> Row:  # fmt: skip
+        median = float(np.median(values))
+        spread = float((np.max(values) - np.min(values)) / 2 / median)
+        return Row(model=self.model.name, case=case, unit=unit, limit=float(limit), measured=median, spread=spread,
+                   goal=goal, higher_is_better=higher_is_better, note=note)  # fmt: skip
+
+
+_pinned: dict[str, Any] = {}
+
+
+def host_copy(feeds: Feeds, size: int) -> None:
+    """Copy into pinned memory, by as many threads as the runtime uses."""
+    import pycuda.driver as cuda
+
+    from mlflow_trt.runtime.device import open_device
+    from mlflow_trt.spec import BatchAxis
+
+    rows = Rows([feeds], BatchAxis(inputs=tuple(feeds), splits=True, declared=True), size)
+    for name, shape in rows.shapes.items():
+        nbytes = int(np.prod(shape)) * feeds[name].itemsize
+        if len(_pinned.get(name, ())) < nbytes:
+            with open_device(0).current():
+                _pinned[name] = cuda.pagelocked_empty(nbytes, np.uint8)
+        target = _pinned[name][:nbytes].view(feeds[name].dtype).reshape(shape)
+        for _ in copy_rows(rows.copies(name), target):
+            pass
+
+
+def seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def call_from_threads(call: Callable[[], object], count: int, lasting: float) -> tuple[list[float], float]:
+    """Call again and again from so many threads; the seconds of each call, and of all together."""
+    times: list[list[float]] = [[] for _ in range(count)]
+    barrier = threading.Barrier(count + 1)
+    end = [0.0]
+
+    def work(own: list[float]) -> None:
+        barrier.wait()
+        while time.perf_counter() < end[0]:
+            own.append(seconds(call))
+
+    threads = [threading.Thread(target=work, args=(own,)) for own in times]
+    for thread in threads:
+        thread.start()
+    started = time.perf_counter()
+    end[0] = started + lasting
+    barrier.wait()
+    for thread in threads:
+        thread.join()
+    return [time for own in times for time in own], time.perf_counter() - started
+
+
+def load_rows(model: BenchmarkModel, folder: Path, repeats: int) -> list[Row]:
+    """Loading and memory, in fresh processes."""
+    runs = [fresh(folder, model.name) for _ in range(max(1, repeats // 2))]
+
+    def row(case: str, unit: str, measured: str, limit: str, goal: float, note: str = "") -> Row:
+        values = np.array([run[measured] for run in runs])
+        median = float(np.median(values))
+        return Row(model=model.name, case=case, unit=unit, limit=float(np.median([run[limit] for run in runs])),
+                   measured=median, spread=float((values.max() - values.min()) / 2 / median), goal=goal,
+                   note=note)  # fmt: skip
+
+    parts = ", ".join(f"{name} {np.median([run[name] for run in runs]):.2f}" for name in
+                      ("bare_read", "bare_deserialize", "bare_context", "bare_first"))  # fmt: skip
+    return [
+        row("load to first answer, kernels stored", "s", "warm_load", "bare", 1.5, parts),
+        row("the same against no stored kernels", "s", "warm_load", "cold_load", 0.1),
+        row("GPU memory after one call", "MB", "memory", "bare_memory", 1.2),
+        row("GPU memory after 200 more calls", "MB", "memory_later", "memory", 1.0),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

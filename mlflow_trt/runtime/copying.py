@@ -1,0 +1,77 @@
+"""Copies between arrays in host memory by several threads: one thread is far slower than the bus to the GPU."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from mlflow_trt.inputs import Array
+
+THREADS = min(8, os.cpu_count() or 1)
+LEAST_BYTES = 1 << 20
+"""What is worth a thread's while: waking one takes about as long as copying a few hundred kilobytes."""
+
+Copy = tuple[Array, Array]
+"""Where from and where to; a source of one row fills every row of its target."""
+
+_lock = threading.Lock()
+_pool: ThreadPoolExecutor | None = None
+
+
+def copy_rows(parts: Iterable[tuple[Array, int, int]], target: Array) -> Iterator[int]:
+    """Fill the rows of `target` from parts: arrays, and the rows that each goes to, from and to, without gaps.
+
+    A part of a single row fills all of its rows. Yields how many rows have arrived, all of them when it ends.
+    """
+    jobs = list(_shared_out(parts, target))
+    if len(jobs) == 1:
+        rows, copies = jobs[0]
+        _copy(copies)
+        yield rows
+        return
+    running: list[tuple[int, Future[None]]] = [(rows, _threads().submit(_copy, copies)) for rows, copies in jobs]
+    try:
+        for rows, job in running:
+            job.result()
+            yield rows
+    finally:
+        # Whoever stops listening gets back memory that nobody writes to any more.
+        for _, job in running:
+            job.exception()
+
+
+def _shared_out(parts: Iterable[tuple[Array, int, int]], target: Array) -> Iterator[tuple[int, list[Copy]]]:
+    """Copies of about equal size, one group for each thread, and the row at which each group ends."""
+    row_bytes = max(1, target.nbytes // max(1, len(target)))
+    share = max(1, round(max(LEAST_BYTES, target.nbytes / THREADS) / row_bytes))
+    copies: list[Copy] = []
+    room, end = share, 0
+    for source, start, stop in parts:
+        end = start
+        while end < stop:
+            count = min(stop - end, room)
+            block = source if len(source) == 1 else source[end - start : end - start + count]
+            copies.append((block, target[end : end + count]))
+            end, room = end + count, room - count
+            if room == 0:
+                yield end, copies
+                copies, room = [], share
+    if copies or end == 0:
+        yield end, copies
+
+
+def _copy(copies: list[Copy]) -> None:
+    for source, target in copies:
+        np.copyto(target, source)
+
+
+def _threads() -> ThreadPoolExecutor:
+    global _pool  # noqa: PLW0603  # one for the process, made when first needed: threads do not survive a fork
+    with _lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(THREADS, thread_name_prefix="mlflow-trt-copy")
+        return _pool

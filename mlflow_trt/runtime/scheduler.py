@@ -1,0 +1,283 @@
+"""From a call to runs: which profile, which batch sizes, alone or together with others, one slot or several at once."""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, NamedTuple
+
+import numpy as np
+
+from mlflow_trt._logging import get_logger
+from mlflow_trt.errors import InputShapeError, OutOfMemoryError
+from mlflow_trt.inputs import Array, Feeds
+from mlflow_trt.runtime.batching import (
+    AnySize,
+    FewSizes,
+    Outputs,
+    OutputWithoutRowsError,
+    Piece,
+    Rows,
+    Sizes,
+    batch_size,
+    check_rows,
+    pieces,
+    take,
+)
+from mlflow_trt.runtime.copying import copy_rows
+from mlflow_trt.runtime.microbatch import MicroBatcher, Request
+from mlflow_trt.runtime.profiles import choose_profile
+from mlflow_trt.runtime.slots import AnySlot, Slots, Tray
+from mlflow_trt.spec import BatchAxis, ShapeProfile
+
+MOST_SLOTS = 2
+"""One that the GPU works on and one that is filled meanwhile; a third gained nothing in measurements."""
+
+_MOST_SHARED_BYTES = 4096
+_LARGE_BYTES = 2 << 20
+_MOST_PLANS = 1024
+_log = get_logger(__name__)
+
+
+class Scheduler(Generic[AnySlot]):
+    """Runs feeds, which are checked already, in slots.
+
+    Args:
+        make_slot: makes one more slot; called when it is needed.
+        make_tray: makes memory for so many rows of these inputs, which `Slot.load_tray` understands.
+        profiles: what the engine accepts. Empty: anything, as ONNX Runtime does.
+        axis: the batch axis, if the model has one.
+        largest: the largest batch to run at once where there are no profiles; None for no limit, and then calls are
+            not put together either.
+        max_batch_delay: seconds for which a batch of several callers stays open at most; 0 runs each call by itself.
+    """
+
+    def __init__(
+        self,
+        make_slot: Callable[[], AnySlot],
+        make_tray: Callable[[Feeds, int], Tray],
+        *,
+        profiles: Sequence[ShapeProfile],
+        axis: BatchAxis | None,
+        largest: int | None = None,
+        max_batch_delay: float = 0.0,
+    ) -> None:
+        self.slots: Slots[AnySlot] = Slots(make_slot, MOST_SLOTS)
+        self._profiles = tuple(profiles)
+        self._axis = axis if axis is not None and axis.splits else None
+        self._declared_axis = axis
+        self._sizes = [self._sizes_of(profile) for profile in self._profiles]
+        if not self._profiles:
+            self._sizes = [AnySize(largest) if largest and self._axis else None]
+        batched = self._axis.inputs if self._axis else ()
+        self._batcher = MicroBatcher(self.slots, make_tray, batched, self._run_alone, self._count, max_batch_delay)
+        self._batches = max_batch_delay > 0
+        self._plans: dict[Hashable, _Plan] = {}
+        self._values_matter = any(limits.is_values for profile in profiles for limits in profile.ranges.values())
+        self._without_rows: OutputWithoutRowsError | None = None
+        self._runs: collections.Counter[int] = collections.Counter()
+        self._calls = 0
+        self._counting = threading.Lock()
+
+    @property
+    def runs(self) -> dict[int, int]:
+        """How often each batch size was run so far; 0 stands for runs without a batch axis."""
+        with self._counting:
+            return dict(sorted(self._runs.items()))
+
+    def run(self, feeds: Feeds) -> Outputs:
+        """New arrays. Raises InputShapeError where no profile accepts the feeds, and what the runtime raises."""
+        plan = self._plan(feeds)
+        if plan.sizes is None:
+            return self._run_whole(feeds, plan.profile)
+        with self._counting:
+            self._calls += 1
+            alone = self._calls == 1
+        try:
+            return self._run_rows(feeds, plan, alone=alone)
+        except OutputWithoutRowsError as error:
+            self._without_rows = error
+            self._plans.clear()
+            if not plan.fits:
+                raise
+            return self._run_whole(feeds, plan.profile)
+        finally:
+            with self._counting:
+                self._calls -= 1
+
+    def sizes(self, profile: int) -> Sequence[int]:
+        """The batch sizes that a profile is run in, the smallest first; none where its batches are not cut."""
+        found = self._sizes[profile]
+        return found.all if isinstance(found, FewSizes) and self._axis else ()
+
+    def close(self) -> None:
+        """Refuse new calls, and wait for those that run."""
+        self.slots.close()
+        self._batcher.close()
+
+    def _sizes_of(self, profile: ShapeProfile) -> Sizes | None:
+        limits = profile.ranges.get(self._axis.inputs[0]) if self._axis else None
+        return FewSizes(limits.min[0], limits.opt[0], limits.max[0]) if limits else None
+
+    def _plan(self, feeds: Feeds) -> _Plan:
+        """What to do with feeds of these shapes; kept, since it is the same for nearly every call."""
+        shapes = tuple([array.shape for array in feeds.values()])
+        plan = self._plans.get(shapes)
+        if plan is None:
+            plan = self._new_plan(feeds)
+            if not self._values_matter:
+                if len(self._plans) >= _MOST_PLANS:
+                    self._plans.clear()
+                self._plans[shapes] = plan
+        return plan
+
+    def _new_plan(self, feeds: Feeds) -> _Plan:
+        profile, fits = 0, True
+        if self._profiles:
+            choice = choose_profile(self._profiles, feeds, self._declared_axis)
+            profile, fits = choice.profile, choice.rows is None
+        axis, sizes = self._axis, self._sizes[profile]
+        if self._without_rows is not None and not fits:
+            raise self._without_rows
+        if axis is None or sizes is None or self._without_rows is not None:
+            return _Plan(profile, fits)
+        first, *others = axis.inputs
+        if fits and any(len(feeds[name]) != len(feeds[first]) for name in others):
+            return _Plan(profile, fits)
+        rows = batch_size(feeds, axis)
+        shared = tuple(name for name in feeds if name not in axis.inputs)
+        together = (
+            self._batches
+            and rows > 0
+            and len(sizes.cut(rows)) == 1
+            and sum(feeds[name].nbytes for name in shared) <= _MOST_SHARED_BYTES
+        )
+        key = (profile, *(feeds[name].shape[name in axis.inputs :] for name in feeds)) if together else None
+        large = sum(array.nbytes for array in feeds.values()) > _LARGE_BYTES
+        return _Plan(profile, fits, rows, sizes, key, shared, large)
+
+    def _run_rows(self, feeds: Feeds, plan: _Plan, *, alone: bool) -> Outputs:
+        # A large batch with nobody to share the GPU with is better copied and uploaded at the same time.
+        if plan.key is None or plan.sizes is None or (alone and plan.large):
+            return self._run_in_pieces(feeds, plan.rows, plan.profile)
+        key: Hashable = plan.key
+        if plan.shared:
+            key = (key, *(feeds[name].tobytes() for name in plan.shared))
+        return self._batcher.run(Request(feeds, plan.rows, profile=plan.profile, sizes=plan.sizes, key=key))
+
+    def _run_alone(self, request: Request) -> Outputs:
+        return self._run_in_pieces(request.feeds, request.rows, request.profile)
+
+    def _run_whole(self, feeds: Feeds, profile: int) -> Outputs:
+        with self.slots.lent() as slot:
+            slot.load(Rows([feeds], None, 0), profile)
+            slot.launch()
+            outputs = {name: output.copy() for name, output in slot.finish().items()}
+        self._count(0)
+        return outputs
+
+    def _run_in_pieces(self, feeds: Feeds, rows: int, profile: int) -> Outputs:
+        """Run a batch of any size; where the GPU has no room for a piece, in smaller ones from there on."""
+        results = _Results(rows)
+        while True:
+            sizes = self._sizes[profile]
+            assert sizes is not None  # noqa: S101  # for the type checker
+            try:
+                self._pipeline(feeds, profile, sizes, results)
+            except OutOfMemoryError as error:
+                smaller = sizes.smaller()
+                if smaller is None:
+                    raise
+                _log.warning("Running at most %d rows at once from now on: %s", smaller.largest, error.message)
+                self._sizes[profile] = smaller
+                self._plans.clear()
+            else:
+                return results.arrays
+
+    def _pipeline(self, feeds: Feeds, profile: int, sizes: Sizes, results: _Results) -> None:
+        """Fill one slot while another one runs."""
+        axis, first = self._axis, results.done
+        assert axis is not None  # noqa: S101  # for the type checker
+        running: collections.deque[tuple[AnySlot, Piece]] = collections.deque()
+
+        def finish_oldest() -> None:
+            slot, piece = running[0]
+            results.add(piece, slot.finish())
+            running.popleft()
+            self.slots.release(slot)
+            self._count(piece.size)
+
+        try:
+            for piece in pieces(results.rows - first, sizes):
+                slot = self.slots.acquire_now()
+                while slot is None:
+                    # Never wait for a slot while holding one: two such callers would wait for each other.
+                    if running:
+                        finish_oldest()
+                        slot = self.slots.acquire_now()
+                    else:
+                        slot = self.slots.acquire()
+                start, stop = first + piece.start, first + piece.stop
+                running.append((slot, Piece(start, stop, piece.size)))
+                slot.load(Rows([take(feeds, axis, start, stop)], axis, piece.size), profile)
+                slot.launch()
+            while running:
+                finish_oldest()
+        except BaseException:
+            for slot, _ in running:
+                slot.abandon()
+            raise
+        finally:
+            for slot, _ in running:
+                self.slots.release(slot)
+
+    def _count(self, size: int) -> None:
+        with self._counting:
+            self._runs[size] += 1
+
+
+class _Plan(NamedTuple):
+    """What to do with feeds of some shapes.
+
+    Without `sizes` they run as they are, alone. With a `key`, together with others of the same key and the same values
+    of the `shared` inputs, which have no rows.
+    """
+
+    profile: int
+    fits: bool
+    rows: int = 0
+    sizes: Sizes | None = None
+    key: Hashable = None
+    shared: tuple[str, ...] = ()
+    large: bool = False
+
+
+class _Results:
+    """The outputs of a batch, put together from those of its pieces as they come."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.done = 0
+        self.arrays: Outputs = {}
+
+    def add(self, piece: Piece, outputs: Outputs) -> None:
+        """Take the rows that are no padding. Raises InputShapeError for an output without rows."""
+        check_rows(outputs, piece.size)
+        for name, output in outputs.items():
+            if name not in self.arrays:
+                self.arrays[name] = np.empty((self.rows, *output.shape[1:]), output.dtype)
+            self._put(name, piece, output)
+        self.done = piece.stop
+
+    def _put(self, name: str, piece: Piece, output: Array) -> None:
+        target = self.arrays[name]
+        if output.shape[1:] != target.shape[1:]:
+            raise InputShapeError(
+                f"output {name!r} has rows of shape {output.shape[1:]} after rows of {target.shape[1:]}: its size "
+                "depends on the data, so only batches that the engine takes whole can be run"
+            )
+        if piece.stop > piece.start:
+            rows = piece.stop - piece.start
+            for _ in copy_rows([(output[:rows], 0, rows)], target[piece.start : piece.stop]):
+                pass

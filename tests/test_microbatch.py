@@ -1,0 +1,324 @@
+"""Calls of many threads, put together and kept apart: on a slot that shows what runs, and on the CPU runtime."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import threading
+import time
+
+import networks
+import numpy as np
+import pytest
+from helpers import read, reference
+
+from mlflow_trt import ExecutionError, InputError, OutOfMemoryError, SessionClosedError
+from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession, make_tray
+from mlflow_trt.runtime.scheduler import MOST_SLOTS, Scheduler
+from mlflow_trt.runtime.slots import Slots
+from mlflow_trt.spec import BatchAxis, InputRange, ShapeProfile
+
+AXIS = BatchAxis(inputs=("x",), splits=True, declared=True)
+PROFILE = ShapeProfile(ranges={"x": InputRange(min=(1, 2), opt=(4, 2), max=(16, 2))})
+
+
+class Gate:
+    """What the slots of a test share: how they behave, and what they did."""
+
+    def __init__(self):
+        self.open = threading.Event()
+        self.open.set()
+        self.started = threading.Semaphore(0)
+        self.sizes = []
+        self.bad = None
+        self.most_rows = 10**9
+        self.closed = 0
+
+
+class DoublingSlot:
+    """y = 2 x, once the gate is open. Fails on a batch with the bad value, and on too many rows."""
+
+    def __init__(self, gate):
+        self.gate = gate
+
+    def load(self, rows, profile):
+        self.check(rows.size)
+        self.x = np.empty(rows.shapes["x"], rows.parts[0]["x"].dtype)
+        for part, start, stop in rows.copies("x"):
+            self.x[start:stop] = part
+
+    def load_tray(self, tray, rows, size, feeds, profile):
+        self.check(size)
+        tray.pad(rows, size)
+        self.x = tray.arrays["x"][:size].copy()
+
+    def check(self, size):
+        if size > self.gate.most_rows:
+            raise OutOfMemoryError("no room")
+
+    def launch(self):
+        self.gate.started.release()
+
+    def finish(self):
+        assert self.gate.open.wait(10)
+        if self.gate.bad is not None and (self.x == self.gate.bad).any():
+            raise ExecutionError("bad value")
+        self.gate.sizes.append(len(self.x))
+        return {"y": self.x * 2}
+
+    def abandon(self):
+        self.x = None
+
+    def close(self):
+        self.gate.closed += 1
+
+
+@pytest.fixture
+def gate():
+    return Gate()
+
+
+@pytest.fixture
+def scheduler(gate):
+    scheduler = Scheduler(lambda: DoublingSlot(gate), make_tray, profiles=[PROFILE], axis=AXIS, max_batch_delay=5.0)
+    yield scheduler
+    gate.open.set()
+    scheduler.close()
+    assert gate.closed <= MOST_SLOTS
+
+
+@pytest.fixture
+def pool():
+    with concurrent.futures.ThreadPoolExecutor(80) as pool:
+        yield pool
+
+
+def rows(*values):
+    return {"x": np.array(values, np.float32).repeat(2).reshape(-1, 2)}
+
+
+def wait_until(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def send(pool, scheduler, values):
+    """One call for each value, in this order: the calls that run are counted to be sure."""
+    futures = []
+    for value in values:
+        before = seated(scheduler)
+        futures.append(pool.submit(scheduler.run, rows(value)))
+        wait_until(lambda before=before: seated(scheduler) != before)
+    return futures
+
+
+def seated(scheduler):
+    """The rows of the batches that are being filled."""
+    return [batch.rows for batch in scheduler._batcher._open.values()]
+
+
+def occupied(pool, scheduler, gate):
+    """A call that keeps the runtime busy until the gate opens."""
+    gate.open.clear()
+    future = pool.submit(scheduler.run, rows(100.0))
+    assert gate.started.acquire(timeout=10)
+    return future
+
+
+def test_calls_that_wait_run_together_and_each_gets_its_rows(pool, scheduler, gate):
+    first = occupied(pool, scheduler, gate)
+    others = send(pool, scheduler, range(10))
+    gate.open.set()
+    assert first.result()["y"].tolist() == [[200, 200]]
+    for value, future in enumerate(others):
+        assert future.result()["y"].tolist() == [[2 * value, 2 * value]]
+    assert gate.sizes == [1, 16]
+    assert scheduler.runs == {1: 1, 16: 1}
+
+
+def test_a_batch_holds_no_more_than_the_largest_size(pool, scheduler, gate):
+    occupied(pool, scheduler, gate)
+    others = send(pool, scheduler, range(20))
+    gate.open.set()
+    assert [future.result()["y"][0, 0] for future in others] == [2 * value for value in range(20)]
+    assert gate.sizes == [1, 16, 4]
+
+
+def test_a_call_that_is_alone_does_not_wait(scheduler):
+    started = time.monotonic()
+    for value in range(20):
+        assert scheduler.run(rows(value))["y"][0, 0] == 2 * value
+    assert time.monotonic() - started < 2.5  # the delay is 5 s
+
+
+def test_the_delay_ends(pool, gate):
+    scheduler = Scheduler(lambda: DoublingSlot(gate), make_tray, profiles=[PROFILE], axis=AXIS, max_batch_delay=0.01)
+    occupied(pool, scheduler, gate)
+    pool.submit(scheduler.run, rows(1.0))
+    assert gate.started.acquire(timeout=5)  # while the first still runs
+    gate.open.set()
+    scheduler.close()
+
+
+def test_shapes_that_differ_are_kept_apart(pool, gate):
+    wide = ShapeProfile(ranges={"x": InputRange(min=(1, 1), opt=(4, 2), max=(16, 8))})
+    scheduler = Scheduler(lambda: DoublingSlot(gate), make_tray, profiles=[wide], axis=AXIS, max_batch_delay=5.0)
+    gate.open.clear()
+    pool.submit(scheduler.run, rows(100.0))
+    assert gate.started.acquire(timeout=10)
+    batches = [np.full((1, 1 + n % 3), n, np.float32) for n in range(9)]
+    futures = [pool.submit(scheduler.run, {"x": batch}) for batch in batches]
+    wait_until(lambda: sum(seated(scheduler)) == 9)
+    gate.open.set()
+    for batch, future in zip(batches, futures, strict=True):
+        assert np.array_equal(future.result()["y"], batch * 2)
+    assert gate.sizes == [1, 4, 4, 4]
+    scheduler.close()
+
+
+def test_one_bad_call_harms_nobody_else(pool, scheduler, gate):
+    gate.bad = 3.0
+    occupied(pool, scheduler, gate)
+    futures = send(pool, scheduler, range(6))
+    gate.open.set()
+    for value, future in enumerate(futures):
+        if value == 3:
+            with pytest.raises(ExecutionError, match="bad value"):
+                future.result()
+        else:
+            assert future.result()["y"].tolist() == [[2 * value, 2 * value]]
+    gate.bad = None
+    assert scheduler.run(rows(3.0))["y"][0, 0] == 6
+
+
+def test_too_little_memory_makes_smaller_batches(scheduler, gate, messages):
+    gate.most_rows = 4
+    x = rows(*range(30))
+    assert np.array_equal(scheduler.run(x)["y"], x["x"] * 2)
+    assert max(gate.sizes) == 4
+    assert "at most 4 rows at once from now on" in messages.text
+    gate.most_rows = 0
+    with pytest.raises(OutOfMemoryError, match="no room"):
+        scheduler.run(x)
+    gate.most_rows = 4
+    assert np.array_equal(scheduler.run(x)["y"], x["x"] * 2)
+
+
+def test_too_little_memory_for_calls_together_too(pool, scheduler, gate):
+    gate.most_rows = 2
+    occupied(pool, scheduler, gate)
+    futures = send(pool, scheduler, range(8))
+    gate.open.set()
+    assert [future.result()["y"][0, 0] for future in futures] == [2 * value for value in range(8)]
+
+
+def test_close_waits_for_what_runs_and_refuses_what_waits(pool, scheduler, gate):
+    gate.open.clear()
+    running = [pool.submit(scheduler.run, rows(float(n))) for n in range(MOST_SLOTS)]
+    batch = {"x": np.ones((40, 2), np.float32)}
+    assert gate.started.acquire(timeout=10)
+    waiting = [pool.submit(scheduler.run, batch) for _ in range(3)]
+    wait_until(lambda: len(scheduler.slots._line) >= 1)
+    closing = pool.submit(scheduler.close)
+    wait_until(lambda: scheduler.slots._closed)
+    assert not closing.done()
+    gate.open.set()
+    closing.result(timeout=10)
+    for future in waiting:
+        with contextlib.suppress(SessionClosedError):
+            assert np.array_equal(future.result(timeout=10)["y"], batch["x"] * 2)
+    assert any(future.exception(timeout=10) is None for future in running)
+    with pytest.raises(SessionClosedError):
+        scheduler.run(rows(1.0))
+
+
+def test_a_slot_that_cannot_be_made_is_one_callers_error(pool, gate):
+    made = []
+
+    def make():
+        made.append(1)
+        if len(made) > 1:
+            raise OutOfMemoryError("no second slot")
+        return DoublingSlot(gate)
+
+    slots = Slots(make, 2)
+    first = slots.acquire()
+    with pytest.raises(OutOfMemoryError):
+        slots.acquire()
+    second = pool.submit(slots.acquire)
+    assert second.exception(timeout=10) is not None
+    slots.release(first)
+    assert slots.acquire() is first
+    slots.release(first)
+    slots.close()
+
+
+def test_slots_are_lent_in_the_order_in_which_they_were_asked_for(pool, gate):
+    slots = Slots(lambda: DoublingSlot(gate), 1)
+    held, order, futures = slots.acquire(), [], []
+
+    def use(number):
+        with slots.lent():
+            order.append(number)
+
+    for number in range(10):
+        futures.append(pool.submit(use, number))
+        wait_until(lambda number=number: len(slots._line) == number + 1)
+    assert slots.acquire_now() is None
+    slots.release(held)
+    for future in futures:
+        future.result(timeout=10)
+    assert order == list(range(10))
+    slots.close()
+
+
+@pytest.fixture
+def sessions(tmp_path):
+    source = read(networks.product(), tmp_path)
+    session = OnnxRuntimeSession(source.path, source.inputs, source.outputs, batch_axis=AXIS, largest_batch=16,
+                                 max_batch_delay_ms=5.0)  # fmt: skip
+    with session, reference(source) as alone:
+        yield session, alone
+
+
+def test_stress(pool, sessions):
+    """Sizes and threads mixed, bad inputs among them: every answer is the one that the call alone gets."""
+    session, alone = sessions
+    batches = [networks.rows(n % 41, seed=n) for n in range(400)]
+    bad = {n for n in range(400) if n % 50 == 7}
+
+    def call(n):
+        if n in bad:
+            with pytest.raises(InputError):
+                session.run({"x": batches[n][:, :5]})
+            return None
+        return session.run({"x": batches[n]})["y"]
+
+    for n, result in enumerate(pool.map(call, range(400))):
+        if n not in bad:
+            expected = alone.run({"x": batches[n]})["y"]
+            assert result.shape == expected.shape
+            assert np.allclose(result, expected, rtol=1e-5, atol=1e-6)
+            assert result.base is None or result.base.shape == result.shape  # nobody else's rows
+    assert sum(session.runs.values()) < 1_000
+    assert set(session.runs) <= set(range(17))
+
+
+def test_closing_under_load_ends_every_call(pool, sessions):
+    session, _ = sessions
+    session.run({"x": networks.rows(1)})
+
+    def call(n):
+        try:
+            return session.run({"x": networks.rows(n % 20 + 1)})["y"].shape[0] == n % 20 + 1
+        except SessionClosedError:
+            return None
+
+    futures = [pool.submit(call, n) for n in range(2_000)]
+    time.sleep(0.05)
+    session.close()
+    results = [future.result(timeout=30) for future in futures]
+    assert False not in results
+    assert None in results
