@@ -78,7 +78,7 @@ def scaled_by_a_scalar() -> onnx.ModelProto:
 
 
 def square() -> onnx.ModelProto:
-    """Needs the square of the number of rows in memory: a million rows, which are 4 MB, want 4 TB."""
+    """Its rows depend on each other. A million of them, which are 4 MB, want the square of that in memory, 4 TB."""
     return model(
         [
             helper.make_node("Unsqueeze", ["x", "one"], ["column"]),
@@ -86,8 +86,8 @@ def square() -> onnx.ModelProto:
             helper.make_node("MatMul", ["column", "row"], ["products"]),
             helper.make_node("ReduceMax", ["products"], ["y"], axes=[1], keepdims=0),
         ],
-        [value("x", FLOAT, ["n"])],
-        [value("y", FLOAT, ["n"])],
+        [value("x", FLOAT, ["points"])],
+        [value("y", FLOAT, ["points"])],
         [constant("one", np.array([1])), constant("zero", np.array([0]))],
     )
 

@@ -32,7 +32,7 @@ CLIENTS = 200
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("square") / "model"
-    mlflow_trt.save_model(networks.square(), folder, batch=(1, 4, 8), verify=False)
+    mlflow_trt.save_model(networks.square(), folder, shapes={"x": ((1,), (4,), (8,))}, verify=False)
     return folder
 
 
