@@ -34,7 +34,7 @@ from benchmarks.resnet50 import resnet50
 from examples.serving import served
 from mlflow_trt import wire
 from mlflow_trt.artifact import Record, read_folder
-from mlflow_trt.cli.options import parse_batch, parse_numbers
+from mlflow_trt.cli.options import parse_batch, parse_numbers, parse_settings
 from mlflow_trt.model_inputs import sample
 
 TARGETS = ("floor", "mlflow-trt", "mlflow.onnx")
@@ -75,7 +75,7 @@ class Models:
     def __init__(self, folder: Path, model: onnx.ModelProto, plan: Plan, options: Mapping[str, Any]) -> None:
         self._folder = folder
         self._answers = options["answers"]
-        self._runtime = options["runtime"]
+        self._settings = {**options["settings"], "runtime": options["runtime"], "answers": options["answers"]}
         mlflow_trt.save_model(
             model, folder / "mlflow-trt", precision=options["precision"], batch=options["batch"], verify=False
         )
@@ -105,7 +105,7 @@ class Models:
 
     @contextmanager
     def served(self, target: str, workers: int) -> Iterator[str]:
-        config = {"runtime": self._runtime, "answers": self._answers} if target == "mlflow-trt" else {}
+        config = self._settings if target == "mlflow-trt" else {}
         environment = {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
         store = f"sqlite:///{self._folder / 'mlflow.db'}"
         with served(str(self._folder / target), store, config, workers=workers, environment=environment) as address:
@@ -188,6 +188,7 @@ def main(
     answers: Annotated[
         str, typer.Option(help="Load setting: lists or base64, for mlflow-trt and the floor.")
     ] = "lists",
+    settings: Annotated[str, typer.Option(help="Further load settings, as JSON.")] = '{"warm_up": true}',
     targets: Annotated[str, typer.Option(help="Which of floor, mlflow-trt and mlflow.onnx.")] = ",".join(TARGETS),
     wires: Annotated[str, typer.Option(help="Which of json and parquet.")] = "json,parquet",
     images: Annotated[str, typer.Option(help="Images in a request.")] = "1,32",
@@ -212,6 +213,7 @@ def main(
     chosen = [target for target in TARGETS if target in targets.split(",")]
     options = {
         "runtime": runtime, "precision": precision, "batch": parse_batch(batch), "answers": answers, "targets": chosen,
+        "settings": parse_settings(settings) or {},
     }  # fmt: skip
     source = resnet50() if model is None else onnx.load(model)
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as folder:

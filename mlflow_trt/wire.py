@@ -112,19 +112,13 @@ def decode_answer(body: bytes, dtypes: Mapping[str, npt.DTypeLike] | None = None
     Raises ServerError where the body is no answer of a scoring server.
     """
     try:
-        answer = json.loads(body)["predictions"]
-    except (ValueError, KeyError, TypeError):
+        return _arrays(json.loads(body)["predictions"], dtypes or {})
+    except (ValueError, KeyError, TypeError):  # no JSON, or other JSON, or rows that make no array
         from mlflow_trt.errors import ServerError
 
         raise ServerError(
             f"the answer is none of MLflow's scoring server: {_shortened(body)}; check the address", status=200
         ) from None
-    if isinstance(answer, list) and answer and all(isinstance(row, dict) for row in answer):
-        answer = {name: [row[name] for row in answer] for name in answer[0]}  # a DataFrame, as records
-    if not isinstance(answer, dict):
-        answer = {"predictions": answer}
-    dtypes = dtypes or {}
-    return {name: _decoded(value, dtypes.get(name)) for name, value in answer.items()}
 
 
 def packed(array: Array) -> dict[str, Any]:
@@ -203,6 +197,14 @@ def _native(name: str, value: Any) -> Array:
             f"input {name!r} is of dtype {array.dtype}; expected numbers, bools, or a list of bytes", tensor=name
         )
     return array
+
+
+def _arrays(answer: Any, dtypes: Mapping[str, npt.DTypeLike]) -> dict[str, Array]:
+    if isinstance(answer, list) and answer and all(isinstance(row, dict) for row in answer):
+        answer = {name: [row[name] for row in answer] for name in answer[0]}  # a DataFrame, as records
+    if not isinstance(answer, dict):
+        answer = {"predictions": answer}
+    return {name: _decoded(value, dtypes.get(name)) for name, value in answer.items()}
 
 
 def _decoded(value: Any, dtype: npt.DTypeLike | None) -> Array:

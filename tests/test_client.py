@@ -130,8 +130,10 @@ class TestWire:
         assert answer["y"].tolist() == [[1, 2], [4, 5]]
         assert (answer["y"].dtype, answer["n"].dtype) == (np.float32, np.int64)
         assert wire.decode_answer(b'{"predictions": [0.5]}')["predictions"].tolist() == [0.5]
-        with pytest.raises(ServerError, match="none of MLflow's scoring server: <html>"):
-            wire.decode_answer(b"<html>")
+        packed = b'{"predictions": {"y": {"dtype": "object", "shape": [1], "base64": "AAAA"}}}'
+        for body in (b"<html>", b'{"rows": 1}', b'{"predictions": [[1], [2, 3]]}', packed):
+            with pytest.raises(ServerError, match="the answer is none of MLflow's scoring server"):
+                wire.decode_answer(body)
 
     def test_errors_quote_no_data(self):
         text = (
