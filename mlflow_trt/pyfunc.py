@@ -14,7 +14,7 @@ import pandas as pd
 
 from mlflow_trt.artifact import read_folder
 from mlflow_trt.dtypes import numpy_dtype
-from mlflow_trt.errors import ExecutionError, InputDtypeError, InputError, InputShapeError
+from mlflow_trt.errors import ExecutionError, InputDtypeError, InputError, InputShapeError, OutOfMemoryError
 from mlflow_trt.loading import LoadSettings, open_session
 from mlflow_trt.progress import shown_progress
 from mlflow_trt.runtime.session import Session
@@ -49,11 +49,16 @@ class PyfuncModel:
 
         Raises:
             InputError: the input does not fit the model.
-            ExecutionError: the runtime failed.
+            ExecutionError: the runtime failed; OutOfMemoryError where memory is lacking, on the GPU or the host.
         """
         if params:
             raise InputError(f"this model takes no params, and got {', '.join(params)}")
-        outputs = self._run(self._feeds(data))
+        try:
+            outputs = self._run(self._feeds(data))
+        except OutOfMemoryError:
+            raise
+        except MemoryError as error:  # numpy's, which a server would take for the caller's mistake
+            raise OutOfMemoryError(f"the host lacks memory: {error}; pass fewer rows at once") from error
         if self._packs and os.environ.get(_IN_SERVER) == "true":
             return {name: packed(output) for name, output in outputs.items()}
         return frame_from_outputs(outputs, data.index) if isinstance(data, pd.DataFrame) else outputs
