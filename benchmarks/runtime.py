@@ -36,6 +36,7 @@ from benchmarks.models import BenchmarkModel, Feeds, models
 from mlflow_trt.hardware import probe
 from mlflow_trt.runtime.batching import Rows, pieces
 from mlflow_trt.runtime.copying import copy_rows
+from mlflow_trt.runtime.slot_timing import replay
 from mlflow_trt.runtime.tensorrt import TensorRTSession
 
 BATCHES = (8, 32, 128)
@@ -143,7 +144,7 @@ class Bench:
         self.session = session
         self.repeats = repeats
         self.seconds = seconds
-        self.sizes = session._scheduler.sizes(0)
+        self.sizes = session._scheduler.sizes_of(0).all
         self.engine = {size: self.engine_milliseconds(size) for size in self.sizes}
 
     def bulk(self) -> list[Row]:
@@ -215,12 +216,12 @@ class Bench:
         with self.session._loaded(feeds) as slot:
             slot.launch()
             slot.finish()
-            return self.median_of(slot.replay)
+            return self.median_of(lambda: replay(slot))
 
     def stages(self, feeds: Feeds, rows: int) -> dict[str, float]:
         """Milliseconds of each stage for the whole batch, in the pieces that it is run in."""
         found = {"host copy": 0.0, "transfer": 0.0, "engine": 0.0}
-        sizes = self.session._scheduler._sizes[0]
+        sizes = self.session._scheduler.sizes_of(0)
         for piece in pieces(rows, sizes):
             part = {name: array[piece.start : piece.stop] for name, array in feeds.items()}
             found["host copy"] += 1e3 * self.median_of(lambda part=part, piece=piece: host_copy(part, piece.size))
@@ -231,7 +232,7 @@ class Bench:
 
     def pipeline_seconds(self, feeds: Feeds, rows: int) -> float:
         stages = self.stages(feeds, rows)
-        first = next(iter(pieces(rows, self.session._scheduler._sizes[0])))
+        first = next(iter(pieces(rows, self.session._scheduler.sizes_of(0))))
         filling = (stages["host copy"] + stages["transfer"]) * first.size / rows
         return (max(stages.values()) + filling) / 1e3
 

@@ -29,6 +29,7 @@ from mlflow_trt.convert.onnx_model import MODEL_FILE, combined_digest, copy_file
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import ArtifactError, FormatError, IntegrityError
 from mlflow_trt.golden import GOLDEN_FILE, Golden, from_npz, to_npz
+from mlflow_trt.selection import Selection
 from mlflow_trt.spec import (
     BatchAxis,
     ComputeCapability,
@@ -75,7 +76,8 @@ class Record:
 
     `inputs` and `outputs` are those of the typed model, which equals the source model where the precision pass changed
     nothing. `comparisons` has the numbers of its verification, `remarks` what the user was told about choices made for
-    them. `lineage` tells where the source model came from, for one that was converted from the registry.
+    them. `lineage` tells where the source model came from, for one that was converted from the registry. `selection`
+    tells how the precision of `recipe` was chosen, where `best` was asked for.
     """
 
     format: int
@@ -93,6 +95,7 @@ class Record:
     lineage: Mapping[str, str] = field(default_factory=dict)
     comparisons: tuple[Comparison, ...] = ()
     golden: StoredGolden | None = None
+    selection: Selection | None = None
 
 
 _records = TypeAdapter(Record)
@@ -146,6 +149,7 @@ def write_folder(
     golden: Golden | None = None,
     tolerance: Tolerance | None = None,
     remarks: Sequence[str] = (),
+    selection: Selection | None = None,
 ) -> Record:
     """Write the source model, the typed model, the engine and the record into `folder`, which exists.
 
@@ -174,6 +178,7 @@ def write_folder(
         comparisons=tuple(comparisons),
         golden=_write_golden(golden, folder, tolerance or Tolerance()),
         lineage=dict(lineage or {}),
+        selection=selection,
     )
     (folder / RECORD_FILE).write_bytes(_records.dump_json(record, indent=2) + b"\n")
     return record

@@ -12,13 +12,16 @@ from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from mlflow_trt._logging import get_logger
+from mlflow_trt.best import check_best
 from mlflow_trt.comparison import Tolerance
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import RecipeError
 from mlflow_trt.lineage import RECIPE_DIGEST_TAG
+from mlflow_trt.loading import LoadSettings
 from mlflow_trt.planning import plan_conversion
 from mlflow_trt.registration import exists, versions_of
 from mlflow_trt.registry import convert_model_version
+from mlflow_trt.spec import Precision
 
 _log = get_logger(__name__)
 
@@ -60,7 +63,7 @@ def convert_all(
         on_outcome: called after each model.
 
     Raises RecipeError where the pattern gives several models one name; what MLflow raises for a filter that it does
-    not understand. What goes wrong with one model becomes its outcome.
+    not understand; what `check_best` raises. What goes wrong with one model becomes its outcome.
     """
     if "{name}" not in name_pattern:
         raise RecipeError(
@@ -68,6 +71,8 @@ def convert_all(
             "like '{name}-trt'",
             option="register_as",
         )
+    if recipe.precision is Precision.BEST:
+        check_best(recipe, LoadSettings.of(model_config), verify)
     outcomes = []
     for model in list(_matching(filter_string)):
         started = time.monotonic()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
-import onnx
 from mlflow import MlflowClient, pyfunc
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import ModelInfo
@@ -23,11 +21,10 @@ from mlflow_trt._logging import get_logger
 from mlflow_trt.artifact import RECORD_FILE, Record, read_folder
 from mlflow_trt.comparison import Tolerance
 from mlflow_trt.convert.builder import Progress
-from mlflow_trt.convert.conversion import Conversion, convert
-from mlflow_trt.convert.onnx_model import OnnxModel, read_onnx
 from mlflow_trt.convert.recipe import BatchRequest, Recipe, ShapesRequest
-from mlflow_trt.errors import ArtifactError, MlflowTrtError, RecipeError
+from mlflow_trt.errors import ArtifactError, MlflowTrtError
 from mlflow_trt.loading import LoadSettings, open_session
+from mlflow_trt.making import Asked, OnnxSource, converted, told_progress
 from mlflow_trt.metrics import log_metrics
 from mlflow_trt.packaging import (
     FLAVOR_NAME,
@@ -38,18 +35,13 @@ from mlflow_trt.packaging import (
     searchable_facts,
     write_model,
 )
-from mlflow_trt.progress import shown_progress
 from mlflow_trt.registration import undo_logging, undone_on_failure
 from mlflow_trt.runtime.device import open_device
 from mlflow_trt.runtime.session import Session
-from mlflow_trt.sample_data import sample_data_of
-from mlflow_trt.signatures import example_shapes
 from mlflow_trt.spec import Precision
-from mlflow_trt.verify import Verification, metrics_of, verify_conversion
+from mlflow_trt.verify import metrics_of
 
 _log = get_logger(__name__)
-
-OnnxSource = str | os.PathLike[str] | onnx.ModelProto
 
 
 def save_model(
@@ -82,7 +74,8 @@ def save_model(
         onnx_model: the path of an ONNX file, with its external data beside it, or an onnx.ModelProto, which is not
             changed. Models above 2 GB need a path.
         path: the folder to write; it must not exist, or be empty. It is written whole or not at all.
-        precision: `fp32` (default), `tf32`, `fp16`, `bf16`, `int8` or `fp8`.
+        precision: `fp32` (default), `tf32`, `fp16`, `bf16`, `int8`, `fp8`; or `best`, the fastest of these that is
+            accurate enough, measured on the GPU of this machine.
         batch: rows along axis 0: a number for a static batch, (min, opt, max) for a range, None to take it from the
             model. Other sizes are split and padded where every output carries the batch axis.
         shapes: {input: (min, opt, max)} shapes of inputs with other axes that vary; a list makes several optimization
@@ -111,6 +104,7 @@ def save_model(
         InputError: the calibration data does not fit the model.
         AccuracyError: the converted model is too far from the source model.
         MissingDependencyError: no TensorRT is installed, or no ONNX Runtime where the precision needs it.
+        RuntimeUnavailableError: `best` was asked for, and there is no GPU to measure on.
     """
     check_target(Path(path))
     request = Recipe.of(recipe, precision=precision, batch=batch, shapes=shapes, targets=targets)
@@ -126,9 +120,9 @@ def save_model(
         extra_files=extra_files,
         lineage=lineage or {},
     )
-    asked = _Asked(request, calibration_data, input_example, verify, options.settings)
-    with converted(onnx_model, asked, progress) as (conversion, verification):
-        write_model(conversion, verification, Path(path), options, mlflow_model)
+    asked = Asked(request, calibration_data, input_example, verify, options.settings)
+    with converted(onnx_model, asked, progress) as made:
+        write_model(made.conversion, made.verification, Path(path), options, mlflow_model, made.selection)
 
 
 def log_model(
@@ -196,23 +190,23 @@ def log_model(
     check_names(registered_model_name, tags or {})
     if validate_serving_input is None:
         validate_serving_input = input_example is not None and _can_run_here(options.settings)
-    asked = _Asked(request, calibration_data, input_example, verify, options.settings)
+    asked = Asked(request, calibration_data, input_example, verify, options.settings)
     with (
-        converted(onnx_model, asked, progress) as (conversion, verification),
+        converted(onnx_model, asked, progress) as made,
         tempfile.TemporaryDirectory(prefix="mlflow-trt-") as staging,
         undone_on_failure() as undo,
     ):
         logged = undo_logging(undo, registered_model_name, keep_model=model_id is not None)
         # Written before MLflow hears of it: what cannot be written leaves no half of a logged model.
         folder = Path(staging) / "model"
-        written = write_model(conversion, verification, folder, options)
+        written = write_model(made.conversion, made.verification, folder, options, selection=made.selection)
 
         def save(path: str, mlflow_model: Model, validate_serving_input: bool) -> None:
             del validate_serving_input  # Model.log reads it, and passes on all its keywords
             logged(str(mlflow_model.model_id))
             move_model(written, folder, Path(path), mlflow_model)
 
-        facts = searchable_facts(conversion, verification)
+        facts = searchable_facts(*made)
         tags = {**facts, **(tags or {})}
         info: ModelInfo = Model.log(
             artifact_path=None,
@@ -229,8 +223,8 @@ def log_model(
         )
         if registered_model_name is not None:
             _tag_version(registered_model_name, str(info.registered_model_version), tags)
-        if verification is not None:
-            log_metrics(metrics_of(verification.comparisons), info)
+        metrics = {} if made.verification is None else metrics_of(made.verification.comparisons)
+        log_metrics({**metrics, **(made.selection.metrics() if made.selection is not None else {})}, info)
         return info
 
 
@@ -270,7 +264,7 @@ def load_model(
     }
     logged = Model.load(str(folder.path)).flavors[pyfunc.FLAVOR_NAME].get(pyfunc.MODEL_CONFIG) or {}
     settings = LoadSettings.of(logged | {name: value for name, value in given.items() if value is not None})
-    with _progress("Building a TensorRT engine for this machine", progress) as shown:
+    with told_progress("Building a TensorRT engine for this machine", progress) as shown:
         return open_session(folder, settings, shown)
 
 
@@ -295,44 +289,6 @@ def read_record(model_uri: str) -> Record:
         return read_folder(Path(workdir)).record
 
 
-class _Asked(NamedTuple):
-    """What decides about the engine and its verification."""
-
-    recipe: Recipe
-    calibration_data: Any
-    input_example: Any
-    verify: Tolerance | bool
-    settings: LoadSettings
-
-
-@contextmanager
-def converted(
-    onnx_model: OnnxSource, asked: _Asked, progress: Progress | None
-) -> Iterator[tuple[Conversion, Verification | None]]:
-    """Convert and verify in a temporary folder, which is removed when the block ends, however it ends."""
-    if not isinstance(asked.verify, (bool, Tolerance)):
-        raise RecipeError(f"verify is {asked.verify!r}; expected True, False or a Tolerance", option="verify")
-    demanded = isinstance(asked.verify, Tolerance)
-    tolerance = asked.verify if isinstance(asked.verify, Tolerance) else Tolerance.default(asked.recipe.precision)
-    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
-        source = read_onnx(onnx_model, Path(workdir))
-        with _progress(f"Building a TensorRT engine of {_name_of(source)}", progress) as shown:
-            conversion = convert(
-                source,
-                asked.recipe,
-                Path(workdir),
-                data=sample_data_of(asked.calibration_data, asked.input_example, source.inputs),
-                tolerance=tolerance if asked.verify else None,
-                example_shapes=example_shapes(asked.input_example, source.inputs),
-                progress=shown,
-            )
-        _log.info("Built %s, %.1f MB, in %.1f s", *_summary(conversion))
-        if not asked.verify:
-            yield conversion, None
-            return
-        yield conversion, verify_conversion(conversion, tolerance, asked.settings, demanded=demanded)
-
-
 def _tag_version(name: str, version: str, tags: Mapping[str, Any]) -> None:
     """Give a model version the tags of its logged model, as recent releases of MLflow do by themselves."""
     client = MlflowClient()
@@ -350,20 +306,3 @@ def _can_run_here(settings: LoadSettings) -> bool:
     except MlflowTrtError:
         return False
     return True
-
-
-@contextmanager
-def _progress(what: str, given: Progress | None) -> Iterator[Progress]:
-    if given is not None:
-        yield given
-    else:
-        with shown_progress(what) as shown:
-            yield shown
-
-
-def _name_of(source: OnnxModel) -> str:
-    return source.proto.graph.name or source.path.name
-
-
-def _summary(conversion: Conversion) -> tuple[object, float, float]:
-    return conversion.engine, conversion.engine.size / 1e6, conversion.engine.build_seconds

@@ -25,6 +25,7 @@ from mlflow_trt.comparison import Tolerance
 from mlflow_trt.convert.onnx_model import sha256_of
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.registration import Undo, exists, restore_tag, versions_of
+from mlflow_trt.spec import Precision
 
 PREFIX = "mlflow_trt."
 SOURCE_TAG = f"{PREFIX}source"
@@ -52,7 +53,8 @@ def recipe_digest(recipe: Recipe, tensorrt: trt.TensorRT, rest: Mapping[str, Any
         for name, value in asdict(recipe).items()
         if name not in _NOT_IN_DIGEST and value != getattr(defaults, name)
     }
-    gpus = () if tensorrt.is_rtx else hardware.probe().gpus
+    is_chosen_here = recipe.precision is Precision.BEST
+    gpus = () if tensorrt.is_rtx and not is_chosen_here else hardware.probe().gpus
     return cache.key_of(
         {
             "recipe": asked,

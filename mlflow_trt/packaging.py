@@ -35,15 +35,20 @@ from mlflow.utils.file_utils import get_total_file_size
 from mlflow.utils.model_utils import _copy_extra_files, _validate_and_copy_code_paths
 from mlflow.utils.validation import _validate_model_name, _validate_model_version_tag
 
+from mlflow_trt._logging import get_logger
 from mlflow_trt._version import __version__
 from mlflow_trt.artifact import Record, write_folder
 from mlflow_trt.convert.conversion import Conversion
 from mlflow_trt.convert.onnx_model import MODEL_FILE
-from mlflow_trt.errors import RecipeError
+from mlflow_trt.errors import MissingDependencyError, RecipeError
 from mlflow_trt.loading import LoadSettings
 from mlflow_trt.report import REPORT_FILE, report_text
+from mlflow_trt.selection import Selection
+from mlflow_trt.selection_plot import draw_candidates
 from mlflow_trt.signatures import signature_of
 from mlflow_trt.verify import Verification
+
+_log = get_logger(__name__)
 
 FLAVOR_NAME = "mlflow_trt"
 
@@ -103,13 +108,16 @@ def write_model(
     path: Path,
     options: PackagingOptions,
     mlflow_model: Model | None = None,
+    selection: Selection | None = None,
 ) -> Model:
     """Write the model folder of a conversion, whole or not at all; returns what its MLmodel says."""
     check_target(path)
     model = Model() if mlflow_model is None else mlflow_model
     with written_aside(path) as folder:
-        record = write_folder(conversion, folder, options.lineage, **_kept(verification))
+        record = write_folder(conversion, folder, options.lineage, selection=selection, **_kept(verification))
         (folder / REPORT_FILE).write_text(report_text(record))
+        if selection is not None:
+            _draw(selection, conversion, folder)
         code = _validate_and_copy_code_paths(options.code_paths, str(folder))
         if options.signature is None or options.signature is True:
             model.signature = signature_of(record.inputs, record.outputs, record.profiles, record.batch_axis)
@@ -177,7 +185,9 @@ def _kept(verification: Verification | None) -> dict[str, Any]:
     }
 
 
-def searchable_facts(conversion: Conversion, verification: Verification | None) -> dict[str, str]:
+def searchable_facts(
+    conversion: Conversion, verification: Verification | None, selection: Selection | None = None
+) -> dict[str, str]:
     """What is worth searching for, as it appears in params and tags."""
     engine, axis = conversion.engine, conversion.profiles.batch_axis
     facts = {
@@ -186,6 +196,8 @@ def searchable_facts(conversion: Conversion, verification: Verification | None) 
         "mlflow_trt.target": engine.target,
         "mlflow_trt.source_digest": conversion.source.digest,
     }
+    if selection is not None:
+        facts["mlflow_trt.precision_asked"] = str(selection.asked)
     if verification is not None and verification.verdict is not None:
         facts["mlflow_trt.verification"] = str(verification.verdict)
         facts["mlflow_trt.relative_error"] = f"{verification.comparisons[-1].relative_error:.3g}"
@@ -195,6 +207,15 @@ def searchable_facts(conversion: Conversion, verification: Verification | None) 
             f"{min(r.min[0] for r in ranges)}:{ranges[0].opt[0]}:{max(r.max[0] for r in ranges)}"
         )
     return facts
+
+
+def _draw(selection: Selection, conversion: Conversion, folder: Path) -> None:
+    """The picture of the candidates, where there is a package to draw it with; the report has the table."""
+    title = conversion.source.proto.graph.name or conversion.source.path.name
+    try:
+        draw_candidates(selection, title, folder)
+    except MissingDependencyError as error:
+        _log.warning("The candidates are in %s as a table, and not as a picture: %s", REPORT_FILE, error.message)
 
 
 @contextmanager

@@ -5,23 +5,25 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
 
 from mlflow_trt import trt
+from mlflow_trt.best import check_best
 from mlflow_trt.comparison import Tolerance
-from mlflow_trt.convert.limits import check_recipe
+from mlflow_trt.convert.limits import check_nodes, check_recipe
 from mlflow_trt.convert.onnx_model import read_onnx
 from mlflow_trt.convert.profiles import resolve_profiles
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.lineage import asked, find_twin, recipe_digest
+from mlflow_trt.loading import LoadSettings
 from mlflow_trt.packaging import check_names, check_target
 from mlflow_trt.signatures import example_shapes
 from mlflow_trt.sources.opened import opened_source
-from mlflow_trt.spec import BatchAxis, ShapeProfile, TensorSpec
+from mlflow_trt.spec import BatchAxis, Precision, ShapeProfile, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +63,14 @@ def plan_conversion(
     if path is not None:
         check_target(path)
     tensorrt = trt.load()
-    check_recipe(tensorrt, recipe)
+    if recipe.precision is Precision.BEST:
+        check_best(recipe, LoadSettings.of(model_config), verify)
+        check_recipe(tensorrt, replace(recipe, precision=Precision.FP32))
+    else:
+        check_recipe(tensorrt, recipe)
     with opened_source(model_uri) as source, tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
         model = read_onnx(source.path, Path(workdir))
+        check_nodes(model.proto)
         profiles = resolve_profiles(model, recipe, example_shapes(source.input_example, model.inputs))
         twin = None
         if registered_model_name is not None and not force:

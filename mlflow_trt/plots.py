@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mlflow_trt.benchmark import COPIES, Benchmark, Measurement
-from mlflow_trt.errors import MissingDependencyError
-from mlflow_trt.trt import is_installed
+from mlflow_trt.figures import COLORS, MARKERS, new_figure, plain, saved
 
-# Told apart by people who see colors differently, too (Okabe and Ito).
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
 _MOST_LAYERS = 25
 
 
@@ -38,10 +33,10 @@ def draw_layers(milliseconds: Mapping[str, float], title: str, folder: Path) -> 
     if rest:
         shown.append((f"{len(rest)} other layers", sum(time for _, time in rest)))
     total = sum(milliseconds.values())
-    figure, axes = _figure(9, 1.4 + 0.28 * len(shown))
+    figure, axes = new_figure(9, 1.4 + 0.28 * len(shown))
     names = [_shortened(name) for name, _ in shown]
     positions = range(len(shown))
-    colors = [_COLORS[0]] * (len(shown) - bool(rest)) + ["#999999"] * bool(rest)
+    colors = [COLORS[0]] * (len(shown) - bool(rest)) + ["#999999"] * bool(rest)
     bars = axes.barh(positions, [time for _, time in shown], color=colors, height=0.7)
     axes.bar_label(bars, [f"{time:.3g} ms, {time / total:.0%}" for _, time in shown], padding=3, fontsize=8)
     axes.set_yticks(positions, names, fontsize=8)
@@ -49,8 +44,8 @@ def draw_layers(milliseconds: Mapping[str, float], title: str, folder: Path) -> 
     axes.margins(x=0.2, y=0.01)
     axes.set_xlabel("Mean time, ms")
     axes.set_title(f"{title}: {total:.3g} ms in {len(milliseconds)} layers", loc="left", fontsize=11)
-    _plain(axes, grid="x")
-    return [_saved(figure, folder / "layers.png")]
+    plain(axes, grid="x")
+    return [saved(figure, folder / "layers.png")]
 
 
 def _series(benchmark: Benchmark) -> dict[str, list[Measurement]]:
@@ -66,13 +61,13 @@ def _series(benchmark: Benchmark) -> dict[str, list[Measurement]]:
 def _draw(
     series: Mapping[str, Sequence[Measurement]], title: str, what: str, file: Path, *, throughput: bool = False
 ) -> Path:
-    figure, axes = _figure(8, 4.8)
+    figure, axes = new_figure(8, 4.8)
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     for number, (label, rows) in enumerate(series.items()):
-        color, batches = _COLORS[number % len(_COLORS)], [row.batch for row in rows]
+        color, batches = COLORS[number % len(COLORS)], [row.batch for row in rows]
         values = [row.throughput if throughput else row.latency.p50 for row in rows]
-        axes.plot(batches, values, color=color, marker=_MARKERS[number % len(_MARKERS)], markersize=5, label=label)
+        axes.plot(batches, values, color=color, marker=MARKERS[number % len(MARKERS)], markersize=5, label=label)
         if not throughput:
             axes.fill_between(batches, values, [row.latency.p99 for row in rows], color=color, alpha=0.15, linewidth=0)
     batches = sorted({row.batch for rows in series.values() for row in rows})
@@ -89,33 +84,9 @@ def _draw(
         axes.set_xlabel(f"Batch size, rows ({what.partition(' (')[2]}")
     figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=2)
     axes.margins(y=0.12)
-    _plain(axes, grid="both")
-    return _saved(figure, file)
-
-
-def _plain(axes: Any, grid: str) -> None:
-    axes.grid(visible=True, axis=grid, color="#DDDDDD", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes, grid="both")
+    return saved(figure, file)
 
 
 def _shortened(name: str) -> str:
     return name if len(name) <= 44 else f"{name[:22].strip()} ... {name[-16:].strip()}"
-
-
-def _saved(figure: Any, file: Path) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=160)
-    return file
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure and its axes, without pyplot, whose state belongs to the user."""
-    if not is_installed("matplotlib"):
-        raise MissingDependencyError(
-            "pictures need matplotlib: `pip install 'mlflow-trt[plots]'`", packages=("matplotlib",)
-        )
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()

@@ -15,12 +15,14 @@ from mlflow.utils.validation import _validate_model_alias_name
 
 from mlflow_trt import trt
 from mlflow_trt._logging import get_logger
+from mlflow_trt.best import check_best
 from mlflow_trt.comparison import Tolerance
 from mlflow_trt.convert.builder import Progress
 from mlflow_trt.convert.onnx_model import read_onnx
 from mlflow_trt.convert.recipe import BatchRequest, Recipe, ShapesRequest
 from mlflow_trt.flavor import log_model, save_model
 from mlflow_trt.lineage import asked, carried_tags, find_twin, point_to, recipe_digest, tags_of
+from mlflow_trt.loading import LoadSettings
 from mlflow_trt.packaging import check_names
 from mlflow_trt.registration import set_alias, undo_logging, undone_on_failure
 from mlflow_trt.sources.opened import SourceModel, opened_source
@@ -72,6 +74,7 @@ def convert_model_version(
     check_names(registered_model_name, tags or {})
     if alias is not None:
         _validate_model_alias_name(alias)
+    _refuse_early(request, model_config, verify)
     with opened_source(model_uri) as source:
         digest = recipe_digest(request, trt.load(), asked(model_config, calibration_data, verify))
         client = MlflowClient()
@@ -123,6 +126,7 @@ def convert_to_folder(
     progress: Progress | None = None,
 ) -> None:
     """Convert a model and write the result to a new folder, with all that `convert_model_version` carries over."""
+    _refuse_early(recipe, model_config, verify)
     with opened_source(model_uri) as source:
         save_model(
             source.path,
@@ -137,6 +141,12 @@ def convert_to_folder(
             lineage=source.lineage,
             progress=progress,
         )
+
+
+def _refuse_early(recipe: Recipe, model_config: Mapping[str, Any] | None, verify: Tolerance | bool) -> None:
+    """What cannot be measured here is said before a model is downloaded and exported."""
+    if recipe.precision is Precision.BEST:
+        check_best(recipe, LoadSettings.of(model_config), verify)
 
 
 def logged_name(registered_model_name: str) -> str:

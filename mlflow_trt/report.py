@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from mlflow_trt.artifact import Record
 from mlflow_trt.comparison import Comparison
+from mlflow_trt.selection import Selection
+from mlflow_trt.spec import KeptNode
 
 REPORT_FILE = "precision_report.md"
 
@@ -30,20 +32,35 @@ def _lines(record: Record) -> Iterator[str]:
         yield f"- ranges seen on {report.calibration.samples} (sha256 {report.calibration.sha256}){method}"
     for remark in record.remarks:
         yield f"- {remark}"
+    if record.selection is not None:
+        yield from _selection(record.selection)
     for comparison in record.comparisons:
         yield from _comparison(comparison)
-    if report.kept:
-        yield from _table(
-            f"Nodes that stayed in float32 ({len(report.kept)})",
-            ("node", "operator", "reason"),
-            [(node.name, node.operator, node.reason) for node in report.kept],
-        )
+    for title, nodes in (
+        ("Nodes with quantized weights that compute in float32", report.weight_only),
+        ("Nodes that stayed in float32", report.kept),
+    ):
+        yield from _nodes(title, nodes)
     if report.largest:
         yield from _table(
             "Largest values seen",
             ("tensor", "largest magnitude"),
             [(name, f"{value:.6g}") for name, value in report.largest.items()],
         )
+
+
+def _nodes(title: str, nodes: Sequence[KeptNode]) -> Iterator[str]:
+    if nodes:
+        rows = [(node.name, node.operator, node.reason) for node in nodes]
+        yield from _table(f"{title} ({len(nodes)})", ("node", "operator", "reason"), rows)
+
+
+def _selection(selection: Selection) -> Iterator[str]:
+    title = f"Candidates for {selection.asked}: {selection.winner} won"
+    yield from _table(title, selection.headings, selection.rows())
+    shapes = ", ".join(f"{name} {'x'.join(map(str, shape)) or 'scalar'}" for name, shape in selection.shapes.items())
+    yield ""
+    yield f"Latency is that of the engine alone on {selection.measured_on}, with {shapes}."
 
 
 def _comparison(comparison: Comparison) -> Iterator[str]:

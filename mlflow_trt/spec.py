@@ -29,7 +29,7 @@ class Precision(str, enum.Enum):
     `FP32` is strict: the builder's TF32 flag is cleared. `TF32` sets it, which lets matrix products and convolutions
     round their float32 operands to 10 bits of mantissa. TensorRT-RTX ignores that flag and always behaves like `TF32`.
     `FP16` and `BF16` compute in 16 bits what bears it. `INT8` and `FP8` quantize the operands of matrix products and
-    convolutions. `BEST`, the fastest of these that is accurate enough, is reserved: conversions refuse it.
+    convolutions. `BEST` stands for the fastest of these that is accurate enough, and is never that of an engine.
     """
 
     FP32 = "fp32"
@@ -247,7 +247,7 @@ class EngineRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class KeptNode:
-    """A node that stayed in float32 although the precision is another, and why."""
+    """A node that computes in float32 although the precision is another, and why."""
 
     name: str
     operator: str
@@ -269,7 +269,8 @@ class PrecisionReport:
 
     `nodes` counts all nodes, `changed_nodes` those that compute in the precision that was asked for. `node_types` and
     `weight_types` tell how many nodes that compute with floats, and how many values of weights, are of which type.
-    `kept` lists the nodes that stayed in float32. `largest` has the tensors with the largest magnitudes seen. Sizes are
+    `kept` lists the nodes that stayed in float32, `weight_only` those that compute in float32 with quantized weights.
+    `largest` has the tensors with the largest magnitudes seen. Sizes are
     in bytes, of the model before and after the pass.
     """
 
@@ -279,6 +280,7 @@ class PrecisionReport:
     node_types: Mapping[str, int] = field(default_factory=dict)
     weight_types: Mapping[str, int] = field(default_factory=dict)
     kept: tuple[KeptNode, ...] = ()
+    weight_only: tuple[KeptNode, ...] = ()
     largest: Mapping[str, float] = field(default_factory=dict)
     calibration: Calibration | None = None
     size_before: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mlflow_trt import trt
 from mlflow_trt._logging import get_logger
@@ -19,6 +20,9 @@ from mlflow_trt.loading import LoadSettings, session_on
 from mlflow_trt.runtime.device import open_device
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.spec import Precision, Weights
+
+if TYPE_CHECKING:
+    from mlflow_trt.runtime.tensorrt import TensorRTSession
 
 _log = get_logger(__name__)
 
@@ -55,6 +59,15 @@ def verify_conversion(
     Raises:
         AccuracyError: something is beyond the tolerance, or proves nothing although it was demanded.
     """
+    verification = measure_conversion(conversion, tolerance, settings, demanded=demanded)
+    judge(verification, demanded=demanded, is_evidence=conversion.samples.is_evidence)
+    return verification
+
+
+def measure_conversion(
+    conversion: Conversion, tolerance: Tolerance, settings: LoadSettings, *, demanded: bool
+) -> Verification:
+    """The numbers of `verify_conversion`, without its judgement."""
     remarks: list[str] = []
     comparisons = [] if conversion.typed.comparison is None else [conversion.typed.comparison]
     names = [spec.name for spec in conversion.source.outputs]
@@ -74,11 +87,7 @@ def verify_conversion(
     if engine is not None:
         comparisons.append(engine)
         remarks += _about_tf32(conversion, engine)
-    verification = Verification(
-        tolerance=tolerance, comparisons=tuple(comparisons), golden=golden, remarks=tuple(remarks)
-    )
-    _judge(verification, demanded=demanded, is_evidence=conversion.samples.is_evidence)
-    return verification
+    return Verification(tolerance=tolerance, comparisons=tuple(comparisons), golden=golden, remarks=tuple(remarks))
 
 
 def compare_sessions(subject: Session, reference: Session, samples: Samples, tolerance: Tolerance) -> Comparison:
@@ -112,17 +121,30 @@ def _compare_engine(
     conversion: Conversion, reference: Sequence[Outputs], tolerance: Tolerance, settings: LoadSettings
 ) -> Comparison | None:
     """None where this machine cannot run the engine, which is said."""
+    reason = why_not_here(conversion, settings)
+    if reason is not None:
+        _log.info("The engine is not compared here: %s", reason)
+        return None
+    with engine_session(conversion, settings) as session:
+        pairs = _run(session, conversion.samples.feeds, reference)
+        return compare(session.description, str(conversion.samples), pairs, tolerance)
+
+
+def why_not_here(conversion: Conversion, settings: LoadSettings) -> str | None:
+    """Why this machine cannot run the engine of a conversion, or None where nothing speaks against it."""
     try:
         tensorrt = trt.load(conversion.engine.distribution)
         device = open_device(settings.device)
     except RuntimeUnavailableError as error:
-        _log.info("The engine is not compared here: %s", error.message)
-        return None
-    reason = why_not(conversion.engine, tensorrt.distribution, tensorrt.version, device.gpu)
-    if reason is not None:
-        _log.info("The engine is not compared here: %s", reason)
-        return None
-    with session_on(
+        return error.message
+    return why_not(conversion.engine, tensorrt.distribution, tensorrt.version, device.gpu)
+
+
+def engine_session(conversion: Conversion, settings: LoadSettings) -> TensorRTSession:
+    """A session on the engine of a conversion, which this machine can run. Raises what TensorRTSession raises."""
+    tensorrt = trt.load(conversion.engine.distribution)
+    device = open_device(settings.device)
+    return session_on(
         conversion.plan.read_bytes(),
         tensorrt=tensorrt,
         device=device,
@@ -132,9 +154,7 @@ def _compare_engine(
         batch_axis=conversion.profiles.batch_axis,
         weights_from=conversion.typed.path if conversion.engine.weights is Weights.STRIPPED else None,
         weight_streaming=conversion.recipe.weight_streaming,
-    ) as session:
-        pairs = _run(session, conversion.samples.feeds, reference)
-        return compare(session.description, str(conversion.samples), pairs, tolerance)
+    )
 
 
 def _run(session: Session, feeds: Sequence[Feeds], reference: Sequence[Outputs]) -> Iterator[tuple[Outputs, Outputs]]:
@@ -152,7 +172,8 @@ def _about_tf32(conversion: Conversion, engine: Comparison) -> list[str]:
     return [remark]
 
 
-def _judge(verification: Verification, *, demanded: bool, is_evidence: bool) -> None:
+def judge(verification: Verification, *, demanded: bool, is_evidence: bool) -> None:
+    """Raise AccuracyError for what `verify_conversion` does not accept, and warn of what proves nothing."""
     advice = (
         "Choose another precision, keep nodes in float32 with keep_float32, or allow more with verify=Tolerance(...)."
     )

@@ -30,6 +30,18 @@ def product(batch: int | str | None = "batch", width: int = 16) -> onnx.ModelPro
     )
 
 
+def mean(count: int) -> onnx.ModelProto:
+    """The mean of x times 1, x times 2, and so on: products, so that there is something else to compute in 16 bits."""
+    names = [f"p{number}" for number in range(count)]
+    products = [helper.make_node("Mul", ["x", f"c{number}"], [name], name=name) for number, name in enumerate(names)]
+    return model(
+        [*products, helper.make_node("Mean", names, ["y"], name="mean")],
+        [value("x", FLOAT, ["batch", 16])],
+        [value("y", FLOAT, ["batch", 16])],
+        [constant(f"c{number}", np.float32(number + 1)) for number in range(count)],
+    )
+
+
 def rows(count: int, width: int = 16, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((count, width)).astype(np.float32)
 
@@ -181,6 +193,27 @@ def bfloat16_product() -> onnx.ModelProto:
         [value("x", TensorProto.BFLOAT16, ["batch", 16])],
         [value("y", TensorProto.BFLOAT16, ["batch", 8])],
         [helper.make_tensor("w", TensorProto.BFLOAT16, (16, 8), weights)],
+    )
+
+
+def rarely_alive() -> onnx.ModelProto:
+    """y = x @ w + relu(x @ w - 100) @ v, of which the second part is 0 for all but large x."""
+    random = np.random.default_rng(3)
+    return model(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["seen"], name="seen_product"),
+            helper.make_node("Sub", ["seen", "far"], ["below"], name="shift"),
+            helper.make_node("Relu", ["below"], ["dead"], name="relu"),
+            helper.make_node("MatMul", ["dead", "v"], ["rare"], name="dead_product"),
+            helper.make_node("Add", ["rare", "seen"], ["y"], name="sum"),
+        ],
+        [value("x", FLOAT, ["batch", 16])],
+        [value("y", FLOAT, ["batch", 8])],
+        [
+            constant("w", random.standard_normal((16, 8)).astype(np.float32)),
+            constant("v", random.standard_normal((8, 8)).astype(np.float32)),
+            constant("far", np.float32(100)),
+        ],
     )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import networks
 import pytest
 from helpers import read
-from onnx import helper
+from onnx import TensorProto, helper
 from real_models import MAGIKA, REC
 
 from mlflow_trt import (
@@ -224,6 +224,39 @@ class TestFailures:
             build(model, tmp_path, shapes={"x": ((1, 16), (4, 16), (8, 16))})
         assert caught.value.nodes == ("where_set (NonZero)",)
         assert caught.value.get_http_status_code() == 400
+
+    def test_a_node_that_the_parser_takes_and_ignores_is_named(self, tmp_path):
+        shape = ["batch", 2, 8, 16]
+        tensors = [networks.value(name, networks.FLOAT, shape) for name in ("q", "k", "v")]
+        inputs = ["q", "k", "v", "", "", "", "lengths"]
+        attention = helper.make_node("Attention", inputs, ["y"], name="decode", is_causal=1)
+        model = networks.model(
+            [attention],
+            [*tensors, networks.value("lengths", networks.INT64, ["batch"])],
+            [networks.value("y", networks.FLOAT, shape)],
+        )
+        model.opset_import[0].version = 24
+        with pytest.raises(
+            UnsupportedModelError, match=r"ignores nonpad_kv_seqlen, .* at decode \(Attention\)"
+        ) as caught:
+            build(model, tmp_path)
+        assert caught.value.nodes == ("decode (Attention)",)
+        del model.graph.node[0].input[3:]
+        limits.check_nodes(model)
+
+    def test_means_that_a_model_brings_in_16_bits_are_named(self, tmp_path):
+        model = networks.model(
+            [
+                helper.make_node("Cast", ["x"], ["half"], to=TensorProto.FLOAT16),
+                helper.make_node("Mean", ["half", "half"], ["mean"], name="middle"),
+                helper.make_node("Cast", ["mean"], ["y"], to=networks.FLOAT),
+            ],
+            [networks.value("x", networks.FLOAT, ["batch", 4])],
+            [networks.value("y", networks.FLOAT, ["batch", 4])],
+        )
+        with pytest.raises(UnsupportedModelError, match=r"misreads a constant of means .* middle \(Mean\)"):
+            build(model, tmp_path)
+        assert build(networks.mean(2), tmp_path).engine.size > 0
 
     def test_what_the_libraries_print_is_in_the_error_and_not_on_the_terminal(self, tmp_path, capfd):
         with pytest.raises(UnsupportedModelError, match="INT16"):

@@ -8,13 +8,14 @@ import networks
 import numpy as np
 import onnx
 import pytest
+from compare import relative_error
 from helpers import read
 from onnx import TensorProto, helper
 from real_models import CLS, DET_DYNAMIC, MAGIKA, REC, SILERO, TRANSFORMER, calibration_data
 
-import mlflow_trt
 from mlflow_trt import Precision, Recipe, RecipeError, Tolerance
 from mlflow_trt.comparison import Verdict, compare
+from mlflow_trt.convert.builder import build_engine
 from mlflow_trt.convert.conversion import Conversion, convert
 from mlflow_trt.convert.evidence import Evidence
 from mlflow_trt.convert.graph import flatten, save
@@ -29,13 +30,15 @@ from mlflow_trt.onnx_runtime import CpuModel
 REAL = SampleOrigin.CALIBRATION_DATA
 
 
-def typed_model(model, folder, precision, data=None, *, tolerance=None, excluded=None, **recipe):
+def typed_model(model, folder, precision, data=None, *, tolerance=None, weight_only=None, **recipe):
     """The typed model of a small network, without an engine."""
     source = read(model, folder)
     recipe = Recipe(precision=precision, **recipe)
     profiles = resolve_profiles(source, recipe)
     samples = generate_samples(source, profiles) if data is None else cut_samples(data, REAL, source, profiles)
-    maker = maker_for(source, recipe, profiles, folder, samples=samples, tolerance=tolerance, excluded=excluded or {})
+    maker = maker_for(
+        source, recipe, profiles, folder, samples=samples, tolerance=tolerance, weight_only=weight_only or {}
+    )
     return maker.make({})
 
 
@@ -103,6 +106,16 @@ def test_what_float16_cannot_hold_stays_in_float32(model, factor, reason, tmp_pa
     assert re.search(reason, reasons(typed)["node"])
     assert typed.comparison.relative_error < 1e-6
     assert typed.comparison.outputs[0].infinities == 0
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_means_stay_in_float32(count, precision, tmp_path):
+    """TensorRT's parser would multiply their sums with a float32 constant that it reads as 16 bits."""
+    typed = typed_model(networks.mean(count), tmp_path, precision, {"x": networks.rows(16)})
+    assert "parser misreads a constant of Mean" in reasons(typed)["mean"]
+    assert typed.report.changed_nodes == count
+    assert 0 < typed.comparison.relative_error < 1e-2
 
 
 def test_bfloat16_has_the_range_of_float32(tmp_path):
@@ -183,7 +196,7 @@ def test_external_weights_are_retyped(tmp_path):
     recipe = Recipe(precision="fp16")
     profiles = resolve_profiles(source, recipe)
     samples = generate_samples(source, profiles)
-    typed = maker_for(source, recipe, profiles, tmp_path, samples=samples, tolerance=None, excluded={}).make({})
+    typed = maker_for(source, recipe, profiles, tmp_path, samples=samples, tolerance=None, weight_only={}).make({})
     assert typed.report.weight_types == {"float16": 128}
     assert list(typed.files) == ["fp16.onnx"]
     assert 0 < typed.comparison.relative_error < 1e-3
@@ -215,7 +228,7 @@ def test_a_model_that_is_quantized_already_is_taken_as_it_is(tmp_path):
     recipe = Recipe(precision="int8")
     profiles = resolve_profiles(source, recipe)
     samples = generate_samples(source, profiles)
-    typed = maker_for(source, recipe, profiles, tmp_path, samples=samples, tolerance=None, excluded={}).make({})
+    typed = maker_for(source, recipe, profiles, tmp_path, samples=samples, tolerance=None, weight_only={}).make({})
     assert typed.is_source
     assert "brings its own QuantizeLinear" in typed.report.remarks[0]
 
@@ -229,16 +242,72 @@ def test_fp8_is_refused_for_targets_that_cannot_execute_it(tmp_path):
         assert "'sm89'" in str(caught.value)
 
 
-def test_best_is_refused_until_it_can_be_measured(tmp_path):
-    with pytest.raises(RecipeError, match="precision 'best' would measure the others"):
-        mlflow_trt.save_model(networks.product(), tmp_path / "m", precision="best")
-    assert not (tmp_path / "m").exists()
+def test_an_engine_has_one_precision(tmp_path):
+    with pytest.raises(RecipeError, match="an engine has one precision; 'best' is for save_model"):
+        convert(read(networks.product(), tmp_path), Recipe(precision="best"), tmp_path)
 
 
-def test_what_a_tensorrt_cannot_build_stays_in_float32(tmp_path):
-    typed = typed_model(networks.product(), tmp_path, "int8", {"x": networks.rows(64)}, excluded={"MatMul": "too old"})
-    assert reasons(typed) == {"product": "too old"}
-    assert "nothing of this model runs in int8" in typed.report.remarks[-1]
+class TestWeightsOnly:
+    """int8 where the activations cannot be quantized."""
+
+    def test_of_an_operator_that_a_tensorrt_does_not_run_in_int8(self, tmp_path):
+        typed = typed_model(
+            networks.product(), tmp_path, "int8", {"x": networks.rows(64)}, weight_only={"MatMul": "too old"}
+        )
+        graph = onnx.load(typed.path).graph
+        assert [node.op_type for node in graph.node] == ["DequantizeLinear", "MatMul"]
+        assert graph.node[1].input[0] == "x"
+        assert [(node.name, node.reason) for node in typed.report.weight_only] == [("product", "too old")]
+        assert not typed.report.kept
+        assert typed.report.changed_nodes == 0
+        assert typed.report.node_types == {"int8 weights": 1}
+        assert typed.report.weight_types == {"int8": 128}
+        assert "1 node has no more than their weights in int8, and compute in float32: too old" in typed.report.remarks
+        both = typed_model(networks.product(), tmp_path, "int8", {"x": networks.rows(64)})
+        assert 1e-3 < typed.comparison.relative_error < both.comparison.relative_error
+
+    @pytest.mark.parametrize("precision", ["int8", "fp8"])
+    def test_where_an_activation_cannot_be_calibrated(self, precision, tmp_path):
+        """Its values were all 0 on the samples, so that nothing is known of their range."""
+        typed = typed_model(networks.rarely_alive(), tmp_path, precision, {"x": networks.rows(64)})
+        partly = {node.name: node.reason for node in typed.report.weight_only}
+        kept = {node.name: node.reason for node in typed.report.kept}
+        reason = "dead cannot be calibrated: the largest value seen is 0"
+        assert (partly if precision == "int8" else kept) == {"dead_product": reason}
+        assert not (kept if precision == "int8" else partly)
+        assert typed.report.changed_nodes == 1
+
+    def test_which_is_right_on_values_that_the_samples_did_not_show(self, tmp_path):
+        model = networks.rarely_alive()
+        typed = typed_model(model, tmp_path, "int8", {"x": networks.rows(64)}, keep_float32="seen_product")
+        alive = {"x": networks.rows(64) * 100}
+        expected = CpuModel(read(model, tmp_path).path).run(["y"], alive)
+        actual = CpuModel(typed.path, optimize=False).run(["y"], alive)
+        assert 1e-4 < relative_error(actual, expected) < 0.01
+
+    @pytest.mark.parametrize("model", [CLS, SILERO], ids=lambda model: model.name)
+    def test_real_convolutions_build_smaller_and_stay_accurate(self, model, tmp_path):
+        source = read(model, tmp_path)
+        recipe = Recipe(**model.recipe, precision="int8")
+        profiles = resolve_profiles(source, recipe)
+        samples = cut_samples(calibration_data(model), REAL, source, profiles)
+        maker = maker_for(
+            source, recipe, profiles, tmp_path, samples=samples, tolerance=Tolerance.default(Precision.INT8),
+            weight_only={"Conv": "too old", "ConvTranspose": "too old"},
+        )  # fmt: skip
+        typed = maker.make({})
+        assert typed.comparison.verdict is Verdict.PASSED
+        assert typed.comparison.relative_error > 0
+        partly = {node.name for node in typed.report.weight_only}
+        assert len(partly) >= 4
+        nodes = {node.name: node for node in onnx.load(typed.path).graph.node}
+        producers = {name: node for node in nodes.values() for name in node.output}
+        for name in partly:
+            assert producers[nodes[name].input[1]].op_type == "DequantizeLinear"
+            assert getattr(producers.get(nodes[name].input[0]), "op_type", "") != "DequantizeLinear"
+        engine = build_engine(typed.path, tmp_path / "int8.plan", recipe, profiles.profiles)
+        assert engine.size > 100_000
+        assert typed.report.size_after < 0.6 * typed.report.size_before
 
 
 LEAST_CHANGED = {"fp16": 0.75, "bf16": 0.75, "int8": 0.3, "fp8": 0.2}

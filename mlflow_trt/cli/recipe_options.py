@@ -19,12 +19,16 @@ _MEMORY_POOLS = {"workspace": "", "tacticsharedmem": "tactic_shared_memory", "ta
 _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _COMPATIBILITY = {"ampere+": "ampere_plus", "samecomputecapability": "same_compute_capability"}
 
-Precision = Annotated[str, typer.Option(help="The number format to compute in: fp32, tf32, fp16, ... Default: fp32.")]
+Precision = Annotated[
+    str, typer.Option(help="The number format to compute in: fp32, tf32, fp16, bf16, int8, fp8 or best. Default: fp32.")
+]
 Fp16 = Annotated[bool, typer.Option("--fp16", help="The same as --precision fp16.")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="The same as --precision bf16.")]
 Int8 = Annotated[bool, typer.Option("--int8", help="The same as --precision int8.")]
 Fp8 = Annotated[bool, typer.Option("--fp8", help="The same as --precision fp8.")]
-Best = Annotated[bool, typer.Option("--best", help="Refused: convert with each precision, and measure with compare.")]
+Best = Annotated[
+    bool, typer.Option("--best", help="The fastest precision that is accurate enough, measured on this machine's GPU.")
+]
 NoTf32 = Annotated[
     bool, typer.Option("--no-tf32", help="Keep layers that compute in float32 from rounding as TF32 does.")
 ]

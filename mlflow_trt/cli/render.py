@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlflow_trt.doctor import Diagnosis
     from mlflow_trt.layers import LayerReport
     from mlflow_trt.planning import Plan
+    from mlflow_trt.selection import Selection
     from mlflow_trt.spec import BatchAxis, PrecisionReport, ShapeProfile, TensorSpec
 
 
@@ -53,6 +54,7 @@ def print_record(uri: str, record: Record) -> None:
         uri,
         {
             **_recipe_facts(record.recipe, record.batch_axis),
+            **_selection_facts(record.selection),
             "source model": f"{record.source.file}, sha256 {record.source.digest}",
             "typed model": "equals the source model"
             if record.typed == record.source
@@ -67,9 +69,11 @@ def print_record(uri: str, record: Record) -> None:
     )
     print_tensors(record.inputs, record.outputs)
     print_profiles(record.profiles)
+    if record.selection is not None:
+        print_candidates(record.selection)
     if record.comparisons:
         print_accuracy(record.comparisons)
-    if record.precision_report.kept:
+    if record.precision_report.kept or record.precision_report.weight_only:
         _print_kept(record.precision_report)
     print_rows(
         "\nengines",
@@ -87,6 +91,14 @@ def print_record(uri: str, record: Record) -> None:
             for engine in record.engines
         ],
     )
+
+
+def _selection_facts(selection: Selection | None) -> dict[str, str]:
+    return {} if selection is None else {"asked for": f"{selection.asked}; {selection.winner} is {selection.reason}"}
+
+
+def print_candidates(selection: Selection) -> None:
+    print_rows(f"\ncandidates, measured on {selection.measured_on}", selection.headings, selection.rows())
 
 
 def print_accuracy(comparisons: Sequence[Comparison]) -> None:
@@ -111,11 +123,13 @@ def print_accuracy(comparisons: Sequence[Comparison]) -> None:
 
 def _print_kept(report: PrecisionReport) -> None:
     counts = ", ".join(f"{count} in {name}" for name, count in report.node_types.items())
-    print_rows(
-        f"\nnodes: {counts}; these stay in float32",
-        ("node", "operator", "reason"),
-        [(node.name, node.operator, node.reason) for node in report.kept],
-    )
+    for what, nodes in (("stay in float32", report.kept), ("have quantized weights only", report.weight_only)):
+        if nodes:
+            print_rows(
+                f"\nnodes: {counts}; these {what}",
+                ("node", "operator", "reason"),
+                [(node.name, node.operator, node.reason) for node in nodes],
+            )
 
 
 def print_plan(plan: Plan) -> None:

@@ -10,7 +10,7 @@ from mlflow_trt import trt
 from mlflow_trt._logging import get_logger
 from mlflow_trt.comparison import Tolerance
 from mlflow_trt.convert.builder import Progress, build_engine
-from mlflow_trt.convert.limits import check_recipe, operators_to_exclude
+from mlflow_trt.convert.limits import check_nodes, check_recipe, weight_only_operators
 from mlflow_trt.convert.onnx_model import OnnxModel, subgraphs_of
 from mlflow_trt.convert.profiles import Profiles, resolve_profiles
 from mlflow_trt.convert.recipe import Recipe
@@ -62,6 +62,7 @@ def convert(
     """
     tensorrt = trt.load(distribution)
     check_recipe(tensorrt, recipe)
+    check_nodes(source.proto)
     profiles = resolve_profiles(source, recipe, example_shapes)
     samples = _samples(data, source, profiles)
     maker = maker_for(
@@ -71,7 +72,7 @@ def convert(
         workdir,
         samples=samples,
         tolerance=tolerance,
-        excluded=operators_to_exclude(tensorrt, recipe.precision),
+        weight_only=weight_only_operators(tensorrt, recipe.precision),
     )
     plan = workdir / "engine.plan"
 

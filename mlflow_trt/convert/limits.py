@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import functools
 
+from onnx import ModelProto, TensorProto, shape_inference
+
 from mlflow_trt import hardware, trt
 from mlflow_trt._logging import get_logger
+from mlflow_trt.convert.onnx_model import subgraphs_of
 from mlflow_trt.convert.recipe import Recipe
-from mlflow_trt.errors import RecipeError
+from mlflow_trt.errors import RecipeError, UnsupportedModelError
 from mlflow_trt.spec import ComputeCapability, HardwareCompatibility, Precision, Weights
 
 _log = get_logger(__name__)
-_FIRST_WITH_FP8 = ComputeCapability(8, 9)
+FIRST_WITH_FP8 = ComputeCapability(8, 9)
+
+_NONPAD_KV_SEQLEN = 6
+"""The position of this input of Attention, since opset 24. TensorRT-RTX 1.6.1 and 1.7.1 parse it into nothing."""
 
 
 def check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
     """Raise RecipeError for an option that this TensorRT does not have, or a target that cannot do what is asked."""
     if recipe.precision is Precision.BEST:
         raise RecipeError(
-            "precision 'best' would measure the others against each other, which this version does not do; convert "
-            "with fp16, bf16, int8 or fp8 each, and measure the results with `mlflow-trt compare`",
+            "an engine has one precision; 'best' is for save_model, log_model, convert_model_version and "
+            "`mlflow-trt convert`, which choose it by measuring",
             option="precision",
         )
     if tensorrt.is_rtx:
@@ -34,8 +40,45 @@ def check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
         _check_fp8(tensorrt, recipe)
 
 
-def operators_to_exclude(tensorrt: trt.TensorRT, precision: Precision) -> dict[str, str]:
-    """Operators that this TensorRT cannot run in a precision, with the reason."""
+def check_nodes(model: ModelProto) -> None:
+    """Raise UnsupportedModelError for nodes that TensorRT's parser takes, and does not compute as they say."""
+    bodies = [model.graph, *subgraphs_of(model.graph.node), *model.functions]
+    ignored = [
+        f"{node.name or 'unnamed'} ({node.op_type})"
+        for body in bodies
+        for node in body.node
+        if node.op_type == "Attention" and not node.domain and any(node.input[_NONPAD_KV_SEQLEN:])
+    ]
+    if ignored:
+        raise UnsupportedModelError(
+            f"TensorRT's parser ignores nonpad_kv_seqlen, the lengths of the rows, at {', '.join(ignored)}, and the "
+            "engine would attend to the padding; export the model with attn_mask instead",
+            nodes=ignored,
+        )
+    misread = _means_in_16_bits(model)
+    if misread:
+        raise UnsupportedModelError(
+            f"TensorRT's parser misreads a constant of means in 16 bits, and the engine would answer wrongly, at "
+            f"{', '.join(misread)}; export the model in float32 and choose precision='fp16' or 'bf16', which keep "
+            "them in float32",
+            nodes=misread,
+        )
+
+
+def _means_in_16_bits(model: ModelProto) -> list[str]:
+    """The means that a model brings in 16 bits: those that a precision pass would keep in float32."""
+    means = [node for node in model.graph.node if node.op_type == "Mean" and not node.domain]
+    if not means:
+        return []
+    graph = shape_inference.infer_shapes(model).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output, *graph.value_info)}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    narrow = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    return [f"{node.name or 'unnamed'} (Mean)" for node in means if types.get(node.input[0]) in narrow]
+
+
+def weight_only_operators(tensorrt: trt.TensorRT, precision: Precision) -> dict[str, str]:
+    """Operators of which this TensorRT can have no more than the weights in a precision, with the reason."""
     if precision is Precision.INT8 and tensorrt.is_rtx and tensorrt.version_info < (1, 7):
         reason = f"{tensorrt} builds no convolutions in int8; TensorRT-RTX 1.7 does"
         return {"Conv": reason, "ConvTranspose": reason}
@@ -80,11 +123,11 @@ def _say_once(message: str) -> None:
 def _check_fp8(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
     if not tensorrt.is_rtx:
         return  # the engine is for this machine's GPU, which TensorRT asks itself
-    able = [name for name in tensorrt.compute_capabilities() if ComputeCapability.parse(name) >= _FIRST_WITH_FP8]
+    able = [name for name in tensorrt.compute_capabilities() if ComputeCapability.parse(name) >= FIRST_WITH_FP8]
     unable = [name for name in recipe.targets if name not in able]
     if unable or not recipe.targets:
         what = ", ".join(unable) if unable else "the default target, which is every GPU from sm80 on,"
         raise RecipeError(
-            f"{what} cannot execute fp8, which came with {_FIRST_WITH_FP8}; name GPUs that can: targets={able}",
+            f"{what} cannot execute fp8, which came with {FIRST_WITH_FP8}; name GPUs that can: targets={able}",
             option="targets",
         )

@@ -51,7 +51,8 @@ class Recipe:
     """Everything the user decides about an engine. Values are checked and brought into one form when it is made.
 
     Args:
-        precision: `fp32` (strict: the TF32 flag is cleared), `tf32`, `fp16`, `bf16`, `int8` or `fp8`.
+        precision: `fp32` (strict: the TF32 flag is cleared), `tf32`, `fp16`, `bf16`, `int8` or `fp8`; `best` for the
+            fastest of these that is accurate enough, measured on the GPU of this machine.
         keep_float32: nodes, by name or by operator, that stay in float32 whatever the precision is.
         calibration_method: how int8 and fp8 derive the range of a tensor from what was seen: `minmax` (all of it),
             `entropy` (where most is told) or `percentile` (99.999 % of it).

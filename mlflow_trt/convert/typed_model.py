@@ -71,21 +71,21 @@ def maker_for(
     *,
     samples: Samples,
     tolerance: Tolerance | None,
-    excluded: Mapping[str, str],
+    weight_only: Mapping[str, str],
 ) -> TypedModelMaker:
     """What makes the typed model of `recipe`.
 
     Args:
         samples: what ranges are seen on, and results compared on.
         tolerance: nodes are kept in float32 until this is met; None accepts the first result.
-        excluded: operators that must stay in float32, with the reason for each.
+        weight_only: operators of which no more than the weights can be quantized, with the reason for each.
 
     Raises:
         RecipeError: the precision needs calibration data and there is too little; `keep_float32` names nothing.
         MissingDependencyError: the precision needs ONNX Runtime, and it is not installed.
     """
     told_apart = tell_apart(source.proto, profiles.profiles)
-    precision_pass = pass_for(recipe.precision, recipe.calibration_method)
+    precision_pass = pass_for(recipe.precision, recipe.calibration_method, weight_only)
     remarks: tuple[str, ...] = ()
     if recipe.precision in _QUANTIZED and is_quantized(source.proto):
         precision_pass = None
@@ -98,7 +98,7 @@ def maker_for(
             f"(a hundred and more are usual); there is only {samples}",
             option="calibration_data",
         )
-    return _Retyped(source, told_apart, recipe, workdir, precision_pass, samples, tolerance, excluded)
+    return _Retyped(source, told_apart, recipe, workdir, precision_pass, samples, tolerance)
 
 
 def reference_outputs(path: Path, names: Iterable[str], feeds: Iterable[Feeds]) -> tuple[Outputs, ...]:
@@ -159,7 +159,6 @@ class _Retyped:
         precision_pass: PrecisionPass,
         samples: Samples,
         tolerance: Tolerance | None,
-        excluded: Mapping[str, str],
     ) -> None:
         self._recipe = recipe
         self._workdir = workdir
@@ -167,7 +166,7 @@ class _Retyped:
         self._tolerance = tolerance or Tolerance()
         self._refines = tolerance is not None
         self._flat = flatten(told_apart, source.path.parent, precision_pass.minimum_opset)
-        self._excluded = _excluded_nodes(self._flat, recipe, excluded)
+        self._excluded = _excluded_nodes(self._flat, recipe)
         evidence = gather_evidence(self._flat, samples, workdir)
         if recipe.precision in _QUANTIZED:
             evidence = _calibrated(self._flat, evidence, recipe.calibration_method, workdir)
@@ -216,14 +215,12 @@ class _Retyped:
         )
 
 
-def _excluded_nodes(model: FlatModel, recipe: Recipe, operators: Mapping[str, str]) -> dict[str, str]:
-    """The nodes that the user, or the target, keeps in float32."""
+def _excluded_nodes(model: FlatModel, recipe: Recipe) -> dict[str, str]:
+    """The nodes that the user keeps in float32."""
     kept = {}
     present: set[str] = set()
     for node in model.proto.graph.node:
         present.update((node.name, node.op_type))
-        if node.op_type in operators:
-            kept[node.name] = operators[node.op_type]
         for name in (node.name, node.op_type):
             if name in recipe.keep_float32:
                 kept[node.name] = "keep_float32 names it" if name == node.name else f"keep_float32 names {name}"

@@ -34,9 +34,10 @@ class Piece(NamedTuple):
 
 
 class Sizes(Protocol):
-    """The batch sizes that a runtime is to run."""
+    """The batch sizes that a runtime is to run. `all` names them, the smallest first; empty: there is no list."""
 
     largest: int
+    all: tuple[int, ...]
 
     def cut(self, rows: int) -> Sequence[int]:
         """Sizes whose sum is at least `rows`, of which only the last is padded; one where there are no rows."""
@@ -53,6 +54,7 @@ class AnySize:
 
     def __init__(self, largest: int) -> None:
         self.largest = largest
+        self.all: tuple[int, ...] = ()
 
     def cut(self, rows: int) -> Sequence[int]:
         whole, rest = divmod(rows, self.largest)

@@ -44,6 +44,17 @@ def copy_rows(parts: Iterable[tuple[Array, int, int]], target: Array) -> Iterato
             job.exception()
 
 
+def copy_small(source: Array, target: Array) -> None:
+    """Copy a contiguous array into another of its shape and dtype, without letting go of the interpreter lock.
+
+    numpy lets go of it, and among many threads it takes longer to get it back than to copy a megabyte.
+    """
+    if source.nbytes > LEAST_BYTES:
+        np.copyto(target, source)
+    elif source.nbytes:
+        _bytes(target)[:] = _bytes(source)
+
+
 def _shared_out(parts: Iterable[tuple[Array, int, int]], target: Array) -> Iterator[tuple[int, list[Copy]]]:
     """Copies of about equal size, one group for each thread, and the row at which each group ends."""
     row_bytes = max(1, target.nbytes // max(1, len(target)))
@@ -75,3 +86,8 @@ def _threads() -> ThreadPoolExecutor:
         if _pool is None:
             _pool = ThreadPoolExecutor(THREADS, thread_name_prefix="mlflow-trt-copy")
         return _pool
+
+
+def _bytes(array: Array) -> memoryview:
+    view: memoryview = array.reshape(-1).view(np.uint8).data
+    return view

@@ -8,8 +8,7 @@ the calling thread and pops it again. Memory is allocated and freed only inside 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -74,30 +73,46 @@ class Device:
         self.gpu = gpu
         self.hardware = hardware
         self._driver = driver
-        with self._translated_errors():
+        try:
             driver.init()
             self._context = driver.Device(gpu.ordinal).retain_primary_context()
+        except driver.Error as error:
+            raise (self.translated(error) or error) from error
 
-    @contextmanager
-    def current(self) -> Iterator[None]:
-        """Make this GPU the calling thread's, and turn pycuda's errors into ours."""
-        with self._translated_errors():
-            self._context.push()
-            try:
-                yield
-            finally:
-                self._driver.Context.pop()
+    def current(self) -> Current:
+        """A block in which this GPU is the calling thread's, and pycuda's errors become ours."""
+        return Current(self)
 
-    @contextmanager
-    def _translated_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except self._driver.MemoryError as error:
-            raise OutOfMemoryError(
+    def translated(self, error: BaseException) -> Exception | None:
+        """Our error for one of pycuda's, None for any other."""
+        if isinstance(error, self._driver.MemoryError):
+            return OutOfMemoryError(
                 f"{self.gpu.name} is out of memory ({error}): send smaller batches, or free memory on the GPU"
-            ) from error
-        except self._driver.Error as error:
-            raise ExecutionError(f"CUDA failed on {self.gpu.name}: {error}") from error
+            )
+        if isinstance(error, self._driver.Error):
+            return ExecutionError(f"CUDA failed on {self.gpu.name}: {error}")
+        return None
+
+    def push(self) -> None:
+        """Make it the calling thread's. Use `current`, which cannot be forgotten to end."""
+        self._context.push()
+
+    def pop(self) -> None:
+        self._driver.Context.pop()
+
+    def synchronize(self) -> None:
+        """Wait for everything that was sent to this GPU by this process. The device is current."""
+        self._driver.Context.synchronize()
+
+    def fetch(
+        self, buffer: DeviceBuffer, shape: tuple[int, ...], dtype: np.dtype[np.generic]
+    ) -> npt.NDArray[np.generic]:
+        """A copy of the beginning of a buffer, as an array of that shape."""
+        array = np.empty(shape, dtype)
+        if array.nbytes:
+            with self.current():
+                self._driver.memcpy_dtoh(array.reshape(-1).view(np.uint8), buffer.address)
+        return array
 
     def stream(self) -> Stream:
         return Stream(self._driver.Stream(), self._driver)
@@ -110,6 +125,30 @@ class Device:
 
     def pinned_buffer(self) -> PinnedBuffer:
         return PinnedBuffer(self._driver)
+
+
+class Current:
+    """The block of `Device.current`. Not a generator: calls enter it several times, and each microsecond shows."""
+
+    __slots__ = ("_device",)
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def __enter__(self) -> None:
+        try:
+            self._device.push()
+        except Exception as error:
+            raise (self._device.translated(error) or error) from error
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._device.pop()
+        if error is not None:
+            ours = self._device.translated(error)
+            if ours is not None:
+                raise ours from error
 
 
 class Stream:
@@ -131,6 +170,11 @@ class Stream:
     def download(self, source: DeviceBuffer, target: PinnedBuffer, nbytes: int) -> None:
         if nbytes:
             self._driver.memcpy_dtoh_async(target.view(nbytes), source.address, self._stream)
+
+    def copy(self, source: int, target: int, nbytes: int) -> None:
+        """Copy from one address on the GPU to another."""
+        if nbytes:
+            self._driver.memcpy_dtod_async(target, source, nbytes, self._stream)
 
     def record(self, event: Any) -> None:
         event.record(self._stream)

@@ -53,6 +53,10 @@ class Context:
         self.scratch_address = 0
         self.runs = 0
 
+    def replace(self, other: Context) -> None:
+        """Be another context, which has no shapes yet."""
+        self.raw, self.profile, self.addresses, self.scratch_address, self.runs = other.raw, 0, (), 0, 0
+
 
 class Engine:
     """The plan on the GPU. All of its methods want the device to be current.

@@ -15,10 +15,9 @@ import time
 from collections.abc import Callable, Hashable
 from typing import Generic
 
-import numpy as np
-
 from mlflow_trt.inputs import Feeds
 from mlflow_trt.runtime.batching import Outputs, Sizes, check_rows
+from mlflow_trt.runtime.copying import copy_small
 from mlflow_trt.runtime.slots import AnySlot, Slots, Tray
 
 MOST_TRAYS = 4
@@ -96,8 +95,11 @@ class MicroBatcher(Generic[AnySlot]):
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._open: dict[Hashable, _Batch] = {}
-        self._running = 0
-        self._last_seconds = math.inf  # not known yet
+        self._callers = 0  # in here
+        self._usual_callers = 0.0  # of late
+        self._running = 0  # of their requests
+        self._launched = 0.0
+        self._seconds = math.inf  # that a run takes; not known yet
 
     def run(self, request: Request) -> Outputs:
         """The outputs for the request's rows. Raises what running it alone raises."""
@@ -128,9 +130,12 @@ class MicroBatcher(Generic[AnySlot]):
 
     def _take_seats(self, request: Request) -> _Batch:
         with self._lock:
+            self._callers += 1
             batch = self._open.get(request.key)
             if batch is not None and batch.has_room(request.rows):
                 batch.seat(request)
+                if not self._is_expecting(batch):
+                    self._changed.notify_all()
                 return batch
             was_full = batch is not None
         tray = self._trays.take({name: request.feeds[name] for name in self._batched}, request.sizes, was_full=was_full)
@@ -144,7 +149,8 @@ class MicroBatcher(Generic[AnySlot]):
     def _copy(self, request: Request, batch: _Batch) -> None:
         try:
             for name in self._batched:
-                np.copyto(batch.tray.arrays[name][request.start : request.start + request.rows], request.feeds[name])
+                target = batch.tray.arrays[name][request.start : request.start + request.rows]
+                copy_small(request.feeds[name], target)
         finally:
             with self._lock:
                 batch.copying -= 1
@@ -156,11 +162,13 @@ class MicroBatcher(Generic[AnySlot]):
         try:
             self._close_batch(batch)
             size = first.sizes.hold(batch.rows)
-            started = time.monotonic()
             try:
                 slot.load_tray(batch.tray, batch.rows, size, first.feeds, first.profile)
                 slot.launch()
+                launched = self._launched = time.monotonic()
                 outputs = slot.finish()
+                # The shortest of late: what goes beyond it was spent waiting for the interpreter lock.
+                self._seconds = min(1.2 * self._seconds, time.monotonic() - launched)
                 check_rows(outputs, size)
                 batch.outputs = {name: output[: batch.rows].copy() for name, output in outputs.items()}
             except BaseException:
@@ -168,21 +176,30 @@ class MicroBatcher(Generic[AnySlot]):
                 raise
             finally:
                 with self._lock:
-                    self._running -= 1
-                    self._last_seconds = time.monotonic() - started
+                    self._running -= len(batch.requests)
                     self._changed.notify_all()
             self._ran(size)
         finally:
             self._slots.release(slot)
 
     def _close_batch(self, batch: _Batch) -> None:
-        """Let others in while the batch before this one runs, for half of its time: the rest goes to copying."""
+        """Wait for as many as usually come, but no longer than is worth it.
+
+        That is until the batch before this one is half done, when it is time to send this one off for the GPU to find
+        it ready; or, for who comes later than that, a quarter of a run.
+        """
         with self._lock:
-            until = time.monotonic() + min(self._max_delay, self._last_seconds / 2)
-            while self._running and batch.has_room(1) and (left := until - time.monotonic()) > 0:
+            self._usual_callers = max(self._callers, 0.8 * self._usual_callers)
+            now = time.monotonic()
+            half_done = self._launched + self._seconds / 2 if self._running else 0.0
+            until = min(now + self._max_delay, max(half_done, now + self._seconds / 4))
+            while self._is_expecting(batch) and (left := until - time.monotonic()) > 0:
                 self._changed.wait(left)
             self._shut(batch)
-            self._running += 1
+            self._running += len(batch.requests)
+
+    def _is_expecting(self, batch: _Batch) -> bool:
+        return batch.has_room(1) and len(batch.requests) < self._usual_callers - self._running
 
     def _shut(self, batch: _Batch) -> None:
         """Let no more requests in, and wait until those that are in have copied their rows."""
@@ -196,6 +213,7 @@ class MicroBatcher(Generic[AnySlot]):
         """Let everybody go, whether there are outputs or not."""
         with self._lock:
             self._shut(batch)
+            self._callers -= len(batch.requests)
         self._trays.put_back(batch.tray)
         for request in batch.requests[1:]:
             request.wake.release()

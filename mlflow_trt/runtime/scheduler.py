@@ -67,7 +67,7 @@ class Scheduler(Generic[AnySlot]):
         self._profiles = tuple(profiles)
         self._axis = axis if axis is not None and axis.splits else None
         self._declared_axis = axis
-        self._sizes = [self._sizes_of(profile) for profile in self._profiles]
+        self._sizes = [self._sizes_for(profile) for profile in self._profiles]
         if not self._profiles:
             self._sizes = [AnySize(largest) if largest and self._axis else None]
         batched = self._axis.inputs if self._axis else ()
@@ -106,17 +106,16 @@ class Scheduler(Generic[AnySlot]):
             with self._counting:
                 self._calls -= 1
 
-    def sizes(self, profile: int) -> Sequence[int]:
-        """The batch sizes that a profile is run in, the smallest first; none where its batches are not cut."""
-        found = self._sizes[profile]
-        return found.all if isinstance(found, FewSizes) and self._axis else ()
+    def sizes_of(self, profile: int) -> Sizes | None:
+        """The batch sizes that a profile is run in; None where its batches are not cut."""
+        return self._sizes[profile] if self._axis is not None else None
 
     def close(self) -> None:
         """Refuse new calls, and wait for those that run."""
         self.slots.close()
         self._batcher.close()
 
-    def _sizes_of(self, profile: ShapeProfile) -> Sizes | None:
+    def _sizes_for(self, profile: ShapeProfile) -> Sizes | None:
         limits = profile.ranges.get(self._axis.inputs[0]) if self._axis else None
         return FewSizes(limits.min[0], limits.opt[0], limits.max[0]) if limits else None
 

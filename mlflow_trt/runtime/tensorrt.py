@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +15,17 @@ import numpy.typing as npt
 from mlflow_trt.dtypes import numpy_dtype
 from mlflow_trt.errors import InputShapeError
 from mlflow_trt.inputs import prepare_feeds
+from mlflow_trt.runtime import on_device, slot_timing
 from mlflow_trt.runtime.batching import Rows
+from mlflow_trt.runtime.buffers import PinnedTray
 from mlflow_trt.runtime.device import Device
+from mlflow_trt.runtime.device_array import DeviceArray
 from mlflow_trt.runtime.engine import Engine, KernelStore
-from mlflow_trt.runtime.engine_slot import EngineSlot, Phases, PinnedTray
+from mlflow_trt.runtime.engine_slot import EngineSlot
 from mlflow_trt.runtime.profiles import choose_profile
 from mlflow_trt.runtime.scheduler import MOST_SLOTS, Scheduler
 from mlflow_trt.runtime.session import Session
+from mlflow_trt.runtime.slot_timing import Phases
 from mlflow_trt.spec import BatchAxis, ShapeProfile, TensorSpec
 from mlflow_trt.trt import TensorRT
 
@@ -105,6 +109,32 @@ class TensorRTSession(Session):
     def description(self) -> str:
         return f"{self._tensorrt} on {self._device.gpu.name}"
 
+    def run_on_device(self, inputs: Mapping[str, Any]) -> dict[str, DeviceArray]:
+        """Run the model on arrays that are on the session's GPU; the outputs stay there.
+
+        Args:
+            inputs: by name, contiguous and of the engine's dtypes: anything with `__dlpack__` (torch, cupy, jax) or
+                `__cuda_array_interface__`.
+
+        Raises:
+            InputError: an input is missing, unknown, elsewhere, or of a dtype, shape or layout that does not fit.
+            ExecutionError: the runtime failed, or the engine has inputs or outputs on the host.
+        """
+        self._check_open()
+        with self._slots.lent() as slot, self._device.current():
+            given = on_device.views(slot, inputs, self.inputs)
+            try:
+                stand_ins = {
+                    spec.name: np.broadcast_to(np.zeros((), numpy_dtype(spec.dtype)), given[spec.name].shape)
+                    for spec in self.inputs
+                }
+                choice = choose_profile(self.profiles, stand_ins, self._batch_axis)
+                sizes = self._scheduler.sizes_of(choice.profile)
+                return on_device.run(slot, given, choice.profile, self._batch_axis, sizes)
+            finally:
+                for view in given.values():
+                    view.release()
+
     def warm_up(self) -> None:
         """Run every batch size of every profile once in every slot, other dimensions as they usually are.
 
@@ -115,7 +145,8 @@ class TensorRTSession(Session):
             slots = [stack.enter_context(self._slots.lent()) for _ in range(MOST_SLOTS)]
             for number, profile in enumerate(self.profiles):
                 # The largest first, so that no buffer grows later and takes the CUDA graphs' addresses with it.
-                for size in (*reversed(self._scheduler.sizes(number)),) or (None,):
+                sizes = self._scheduler.sizes_of(number)
+                for size in reversed(sizes.all) if sizes else (None,):
                     feeds = {spec.name: self._usual(spec, profile, size) for spec in self.inputs}
                     for slot in slots:
                         slot.load(Rows([feeds], None, 0), number)
@@ -139,18 +170,18 @@ class TensorRTSession(Session):
         Raises InputShapeError where the engine takes this batch only in pieces, and what `run` raises.
         """
         with self._loaded(inputs) as slot:
-            return slot.time_phases(runs)
+            return slot_timing.time_phases(slot, runs)
 
     def time_layers(self, inputs: Mapping[str, npt.ArrayLike], runs: int) -> dict[str, float]:
         """Mean milliseconds of each layer over so many runs, which TensorRT slows down to measure them."""
         with self._loaded(inputs) as slot:
-            return slot.time_layers(runs)
+            return slot_timing.time_layers(slot, runs)
 
     def layer_information(self) -> str:
         """What TensorRT's engine inspector tells about the layers, as JSON."""
         self._check_open()
         with self._slots.lent() as slot:
-            return slot.layer_information()
+            return slot_timing.layer_information(slot)
 
     @contextmanager
     def _loaded(self, inputs: Mapping[str, npt.ArrayLike]) -> Iterator[EngineSlot]:

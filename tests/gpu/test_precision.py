@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import mlflow
+import networks
 import numpy as np
 import pytest
-from real_models import MAGIKA, ON_THE_GPU, REC, calibration_data
+from compare import relative_error
+from real_models import CLS, MAGIKA, ON_THE_GPU, REC, calibration_data
 
 import mlflow_trt
-from mlflow_trt import ExecutionError, Precision, SelfTestError, Tolerance, cache
+from mlflow_trt import ExecutionError, Precision, SelfTestError, Tolerance, cache, trt
 from mlflow_trt.artifact import read_folder
 
 pytestmark = pytest.mark.gpu
@@ -43,6 +45,42 @@ def test_engines_stay_within_the_tolerance(model, precision, tmp_path, report):
         pass  # the self-test passes
     if precision == "fp32":
         assert "that of TF32, not of strict float32" in " ".join(record.remarks)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_means_are_right(count, precision, tmp_path):
+    data = {"x": networks.rows(64)}
+    mlflow_trt.save_model(networks.mean(count), tmp_path / "m", precision=precision, calibration_data=data)
+    with (
+        mlflow_trt.load_model(str(tmp_path / "m")) as engine,
+        mlflow_trt.load_model(str(tmp_path / "m"), runtime="onnxruntime") as source,
+    ):
+        assert relative_error(engine.run(data), source.run(data)) < (0.01 if precision == "bf16" else 1e-3)
+
+
+def test_weights_alone_in_int8(tmp_path, report):
+    """On TensorRT-RTX before 1.7 of convolutions, on every TensorRT of what cannot be calibrated."""
+    mlflow_trt.save_model(networks.rarely_alive(), tmp_path / "m", precision="int8", batch=(1, 16, 64),
+                          calibration_data={"x": networks.rows(64)})  # fmt: skip
+    assert [node.name for node in read_folder(tmp_path / "m").record.precision_report.weight_only] == ["dead_product"]
+    alive = {"x": networks.rows(64) * 20}  # the first product is cut off at what was seen, the second is not
+    with (
+        mlflow_trt.load_model(str(tmp_path / "m")) as engine,
+        mlflow_trt.load_model(str(tmp_path / "m"), runtime="onnxruntime") as source,
+    ):
+        assert relative_error(engine.run({"x": networks.rows(64)}), source.run({"x": networks.rows(64)})) < 0.03
+        assert np.isfinite(engine.run(alive)["y"]).all()
+
+    mlflow_trt.save_model(
+        CLS.path(), tmp_path / "cls", **CLS.recipe, precision="int8", calibration_data=calibration_data(CLS)
+    )
+    record = read_folder(tmp_path / "cls").record
+    partly = [node for node in record.precision_report.weight_only if node.operator == "Conv"]
+    assert bool(partly) == (trt.load().is_rtx and trt.load().version_info < (1, 7))
+    error = record.comparisons[-1].relative_error
+    assert 0 < error < Tolerance.default(Precision.INT8).relative_error
+    report(("cls", "int8", f"{len(partly)} convolutions with int8 weights", "", f"{error:.2e}", "", ""))
 
 
 def test_magika_keeps_its_labels_in_fp16(tmp_path):

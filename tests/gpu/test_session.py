@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import networks
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from compare import relative_error
 from helpers import read, reference
 
+import mlflow_trt
 from mlflow_trt import (
     EngineMismatchError,
     ExecutionError,
@@ -26,7 +28,7 @@ from mlflow_trt import (
     trt,
 )
 from mlflow_trt.convert.conversion import convert
-from mlflow_trt.runtime import engine_slot
+from mlflow_trt.runtime import bindings
 from mlflow_trt.runtime.device import open_device
 from mlflow_trt.runtime.tensorrt import TensorRTSession
 
@@ -57,6 +59,20 @@ def opened(tmp_path):
             return session, stack.enter_context(reference(conversion.source)) if on_cpu else None
 
         yield open_both
+
+
+@contextlib.contextmanager
+def left_free(nbytes):
+    """Somebody else takes the GPU's memory, but for so much."""
+    import pycuda.driver as cuda
+
+    with open_device(0).current():
+        hog = cuda.mem_alloc(cuda.mem_get_info()[0] - nbytes)
+    try:
+        yield
+    finally:
+        with open_device(0).current():
+            hog.free()
 
 
 def same(session, expected, feeds, tolerance=TF32):
@@ -143,7 +159,7 @@ class TestTensors:
         """TensorRT-RTX has no operator whose output size depends on data, but its allocator works for any output."""
         session, _ = opened(networks.product(), batch=(1, 4, 8))
         plain = {rows: session.run({"x": networks.rows(rows)})["y"] for rows in (4, 8, 11)}
-        monkeypatch.setattr(engine_slot, "depends_on_data", lambda shape: True)
+        monkeypatch.setattr(bindings, "depends_on_data", lambda shape: True)
         for rows, expected in plain.items():
             assert np.array_equal(session.run({"x": networks.rows(rows)})["y"], expected)
 
@@ -218,9 +234,7 @@ class TestThreadsAndLife:
         first[0].close()
         same(*second, {"x": networks.rows(4)})
 
-    def test_too_little_memory_is_429_and_passes(self, opened):
-        import pycuda.driver as cuda
-
+    def test_too_little_memory_means_smaller_pieces_or_429_and_passes(self, opened):
         width = 1 << 20
         relu = networks.model(
             [networks.helper.make_node("Relu", ["x"], ["y"])],
@@ -228,18 +242,15 @@ class TestThreadsAndLife:
             [networks.value("y", networks.FLOAT, ["batch", width])],
         )
         session, _ = opened(relu, batch=(1, 2, 256))
-        x = np.ones((100, width), np.float32)
-        with open_device(0).current():
-            free, _ = cuda.mem_get_info()
-            hog = cuda.mem_alloc(free - (200 << 20))
-        try:
-            with pytest.raises(OutOfMemoryError, match="send smaller batches") as caught:
-                session.run({"x": x})
-        finally:
-            with open_device(0).current():
-                hog.free()
+        x = np.arange(100 * width, dtype=np.float32).reshape(100, width) - 5
+        with left_free(200 << 20):
+            assert np.array_equal(session.run({"x": x})["y"], np.maximum(x, 0))
+        assert 0 < max(session.runs) < 64
+        another, _ = opened(relu, batch=(4, 8, 256))
+        with left_free(8 << 20), pytest.raises(OutOfMemoryError, match="send smaller batches") as caught:
+            another.run({"x": x})
         assert caught.value.get_http_status_code() == 429
-        assert session.run({"x": x})["y"].sum() == x.size
+        assert np.array_equal(another.run({"x": x})["y"], np.maximum(x, 0))
 
     def test_bytes_that_are_no_plan(self, opened):
         source = opened(networks.product())[0]
@@ -276,3 +287,149 @@ class TestThreadsAndLife:
         result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("(5, 8)") >= 2
+
+
+class TestSpeedChangesNothing:
+    """Overlap, CUDA graphs, batches of several callers and threads: the same numbers."""
+
+    @pytest.fixture
+    def batches(self):
+        return [{"x": networks.rows(n % 23 + 1, seed=n)} for n in range(60)]
+
+    def test_graphs(self, opened, batches):
+        plain, _ = opened(networks.product(), batch=(1, 4, 8), settings={"cuda_graphs": False})
+        graphs, _ = opened(networks.product(), batch=(1, 4, 8))
+        for _ in range(4):  # captured, then replayed
+            for feeds in batches[:25]:
+                assert np.array_equal(graphs.run(feeds)["y"], plain.run(feeds)["y"])
+
+    @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "no graphs"])
+    @pytest.mark.parametrize("delay", [0, 2.0], ids=["each by itself", "together"])
+    def test_stress(self, graphs, delay, opened, batches):
+        """Threads, sizes and bad inputs mixed, for a quarter of a minute each."""
+        settings = {"cuda_graphs": graphs, "max_batch_delay_ms": delay}
+        session, _ = opened(networks.product(), batch=(1, 4, 8), settings=settings)
+        alone, _ = opened(networks.product(), batch=(1, 4, 8), settings={"cuda_graphs": False})
+        expected = [alone.run(feeds)["y"] for feeds in batches]
+        end, counts = time.monotonic() + 15, [0] * 16
+
+        def work(thread):
+            n = thread
+            while time.monotonic() < end:
+                n = (n * 7 + 3) % len(batches)
+                if counts[thread] % 20 == 7:
+                    with pytest.raises(InputShapeError):
+                        session.run({"x": batches[n]["x"][:, :5]})
+                y = session.run(batches[n])["y"]
+                if delay:
+                    assert relative_error({"y": y}, {"y": expected[n]}) < TF32
+                else:
+                    assert np.array_equal(y, expected[n])
+                counts[thread] += 1
+
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            list(pool.map(work, range(16)))
+        assert min(counts) > 20
+
+    def test_calls_at_the_same_time_run_together(self, opened):
+        session, expected = opened(networks.product(), batch=(1, 4, 32), settings={"max_batch_delay_ms": 5.0})
+        session.warm_up()
+        before = session.runs
+        feeds = [{"x": networks.rows(1, seed=n)} for n in range(640)]
+        with concurrent.futures.ThreadPoolExecutor(32) as pool:
+            results = list(pool.map(session.run, feeds))
+        for one, result in zip(feeds, results, strict=True):
+            assert relative_error(result, expected.run(one)) < TF32
+        assert sum(runs - before.get(size, 0) for size, runs in session.runs.items()) < 400
+
+    def test_warm_means_no_new_contexts(self, opened, monkeypatch):
+        session, expected = opened(networks.product(), batch=(1, 4, 16))
+        session.warm_up()
+        engine = session._slots._free[0].engine
+        monkeypatch.setattr(engine, "new_context", None)
+        monkeypatch.setattr(engine, "keep_kernels", None)
+        for rows in range(1, 40):
+            same(session, expected, {"x": networks.rows(rows)})
+
+    def test_kernels_are_kept_for_the_next_session(self, opened, tmp_path):
+        class Store:
+            kept = None
+
+            def read(self):
+                return [self.kept] if self.kept else []
+
+            def update(self, merge):
+                self.kept = merge(self.read())
+
+        store = Store()
+        first, expected = opened(networks.product(), batch=(1, 4, 8), settings={"kernel_store": store})
+        same(first, expected, {"x": networks.rows(4)})
+        size = len(store.kept)
+        assert size > 0
+        second, _ = opened(networks.product(), batch=(1, 4, 8), settings={"kernel_store": store})
+        same(second, expected, {"x": networks.rows(4)})
+        same(second, expected, {"x": networks.rows(8)})
+        assert len(store.kept) >= size
+
+
+class TestOnTheGpu:
+    """Arrays of other libraries go in, and out, without a copy on the host."""
+
+    torch = property(lambda self: pytest.importorskip("torch"))
+
+    @pytest.mark.parametrize("rows", [1, 3, 8, 21])
+    def test_torch(self, rows, opened):
+        session, _ = opened(networks.product(), batch=(2, 4, 8))
+        x = networks.rows(rows)
+        outputs = session.run_on_device({"x": self.torch.from_numpy(x).cuda()})
+        expected = session.run({"x": x})["y"]
+        taken = self.torch.from_dlpack(outputs["y"])
+        assert taken.is_cuda
+        assert np.array_equal(taken.cpu().numpy(), expected)
+        assert np.array_equal(outputs["y"].numpy(), expected)
+        assert np.array_equal(self.torch.as_tensor(outputs["y"], device="cuda").cpu().numpy(), expected)
+        del outputs
+        assert np.array_equal(taken.cpu().numpy(), expected)  # kept alive by whoever took it
+
+    def test_what_was_computed_just_before_is_waited_for(self, opened):
+        session, _ = opened(networks.product(), batch=(1, 64, 64))
+        x = self.torch.from_numpy(networks.rows(64)).cuda()
+        expected = session.run({"x": (x * 3).cpu().numpy()})["y"]
+        for _ in range(50):
+            y = x
+            for _ in range(30):
+                y = y * 1.0
+            assert np.array_equal(session.run_on_device({"x": y * 3})["y"].numpy(), expected)
+
+    def test_cupy(self, opened):
+        cupy = pytest.importorskip("cupy")
+        session, _ = opened(networks.every_dtype(), batch=(1, 2, 4))
+        feeds = networks.every_dtype_feeds(3)
+        outputs = session.run_on_device({name: cupy.asarray(array) for name, array in feeds.items()})
+        for name, array in session.run(feeds).items():
+            assert np.array_equal(cupy.asnumpy(cupy.from_dlpack(outputs[name])), array), name
+
+    def test_bfloat16(self, opened):
+        session, _ = opened(networks.bfloat16_product(), on_cpu=False, batch=(1, 2, 4))
+        x = networks.rows(3)
+        given = self.torch.from_numpy(x).cuda()
+        given = given.bfloat16() if session.inputs[0].dtype == "bfloat16" else given
+        taken = self.torch.from_dlpack(session.run_on_device({"x": given})["y"])
+        assert taken.dtype == self.torch.bfloat16
+        assert np.array_equal(taken.float().cpu().numpy(), session.run({"x": x})["y"].astype(np.float32))
+
+    def test_what_does_not_fit_says_so(self, opened):
+        session, _ = opened(networks.product(), batch=(2, 4, 8))
+        x = self.torch.from_numpy(networks.rows(4)).cuda()
+        for bad, message in (
+            (x.cpu(), "is on the host"),
+            (x.double(), "is of dtype float64|no dtype that TensorRT has"),
+            (self.torch.cat([x, x], 1)[:, ::2], "is not contiguous"),
+            (x[:, :5], "has the shape"),
+            (networks.rows(4).tolist(), "is a list; expected an array on the GPU"),
+        ):
+            with pytest.raises(mlflow_trt.InputError, match=message):
+                session.run_on_device({"x": bad})
+        with pytest.raises(mlflow_trt.InputError, match="missing or unknown"):
+            session.run_on_device({"z": x})
+        assert session.run_on_device({"x": x})["y"].shape == (4, 8)

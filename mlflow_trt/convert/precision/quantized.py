@@ -3,6 +3,8 @@
     activation → QuantizeLinear → DequantizeLinear ─┐
     quantized constant ────────── DequantizeLinear ─┴→ Conv, ConvTranspose, Gemm, MatMul → float32
 
+Where only the weights can be quantized, the activation goes into the node as it is, which then computes in float32.
+
 Scales are symmetric: one for an activation, from calibration, and one for each output channel of a weight. Results and
 biases stay float32. Source: "Working with Quantized Types" in TensorRT's documentation.
 """
@@ -10,7 +12,7 @@ biases stay float32. Source: "Working with Quantized Types" in TensorRT's docume
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import ml_dtypes
 import numpy as np
@@ -60,14 +62,18 @@ FP8_FORMAT = QuantizedFormat(
 class QuantizingPass:
     """Quantizes the nodes of QUANTIZABLE operators whose weight is a constant.
 
-    1. A node stays in float32 where `kept` gives a reason, its weight is computed (as in attention), or what it reads
-       is not float32, is not finite, or was always 0 on the samples.
-    2. An activation that several nodes read is quantized once.
-    3. Weights get one scale for each output channel; those with more than two dimensions in a MatMul get one in all.
+    1. A node stays in float32 where `kept` gives a reason, its weight is computed (as in attention), what it reads is
+       not float32, or its weight is not finite or all 0.
+    2. No more than its weight is quantized where its operator is in `weight_only`, which has reasons by operator; and
+       in int8, where its activation cannot be calibrated, since it was not finite or always 0 on the samples. In fp8
+       such a node stays in float32.
+    3. An activation that several nodes read is quantized once.
+    4. Weights get one scale for each output channel; those with more than two dimensions in a MatMul get one in all.
     """
 
     target: QuantizedFormat
     method: CalibrationMethod
+    weight_only: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def minimum_opset(self) -> int:
@@ -77,25 +83,34 @@ class QuantizingPass:
         constants = model.constants
         candidates = [node for node in model.proto.graph.node if node.op_type in QUANTIZABLE and not node.domain]
         cutoffs = {**evidence.largest, **evidence.cutoffs}
-        inherent = {
-            node.name: reason
-            for node in candidates
-            if (reason := _reason(node, model, constants, evidence.largest)) is not None
-        }
+        inherent: dict[str, str] = {}
+        weights_alone: dict[str, str] = {}
+        for node in candidates:
+            reason = _reason(node, model, constants, evidence.largest)
+            partial = self.weight_only.get(node.op_type) or _uncalibrated(node.input[0], evidence.largest)
+            if reason is None and partial is not None and self.target.precision is not Precision.INT8:
+                reason = partial
+            if reason is not None:
+                inherent[node.name] = reason
+            elif partial is not None:
+                weights_alone[node.name] = partial
 
         def typed(kept: Mapping[str, str]) -> TypedGraph:
             reasons = inherent | {node.name: kept[node.name] for node in candidates if node.name in kept}
             changed = frozenset(node.name for node in candidates) - reasons.keys()
-            proto = _Quantization(model, self.target, constants, cutoffs, changed).run()
+            partly = {name: reason for name, reason in weights_alone.items() if name in changed}
+            proto = _Quantization(model, self.target, constants, cutoffs, changed, frozenset(partly)).run()
             report = report_of(
                 model,
                 proto,
                 precision=self.target.precision,
                 evidence=evidence,
-                changed=changed,
+                changed=changed - partly.keys(),
                 type_name=self.target.name,
                 kept=reasons,
+                weight_only=partly,
                 method=self.method,
+                remarks=_about_weights(partly, self.target),
             )
             return TypedGraph(proto=proto, emulation=proto, report=report, changed=changed)
 
@@ -115,10 +130,27 @@ def _reason(
         return "it does not compute in float32"
     if activation in constants or weight not in constants:
         return f"its weight {weight} is computed, not constant"
-    for tensor in (activation, weight):
-        if not 0 < largest.get(tensor, 0.0) < float("inf"):
-            return f"{tensor} has no range: the largest value seen is {largest.get(tensor, 0.0):g}"
+    if not _has_range(weight, largest):
+        return f"{weight} has no range: its largest value is {largest.get(weight, 0.0):g}"
     return None
+
+
+def _uncalibrated(activation: str, largest: Mapping[str, float]) -> str | None:
+    if _has_range(activation, largest):
+        return None
+    return f"{activation} cannot be calibrated: the largest value seen is {largest.get(activation, 0.0):g}"
+
+
+def _has_range(tensor: str, largest: Mapping[str, float]) -> bool:
+    return 0 < largest.get(tensor, 0.0) < float("inf")
+
+
+def _about_weights(weight_only: Mapping[str, str], target: QuantizedFormat) -> tuple[str, ...]:
+    if not weight_only:
+        return ()
+    nodes = "1 node has" if len(weight_only) == 1 else f"{len(weight_only)} nodes have"
+    reasons = "; ".join(dict.fromkeys(weight_only.values()))
+    return (f"{nodes} no more than their weights in {target.name}, and compute in float32: {reasons[:500]}",)
 
 
 class _Quantization:
@@ -131,12 +163,14 @@ class _Quantization:
         constants: Mapping[str, npt.NDArray[np.generic]],
         cutoffs: Mapping[str, float],
         changed: frozenset[str],
+        weight_only: frozenset[str],
     ) -> None:
         self._model = model
         self._target = target
         self._constants = constants
         self._cutoffs = cutoffs
         self._changed = changed
+        self._weight_only = weight_only
         self._taken = set(model.types) | {name for node in model.proto.graph.node for name in node.output}
         self._dequantized: dict[tuple[str, int | None], str] = {}
         self._initializers: list[TensorProto] = []
@@ -159,7 +193,8 @@ class _Quantization:
     def _nodes(self, node: NodeProto) -> Iterator[NodeProto]:
         changed = copy_of(node)
         if node.name in self._changed:
-            for position, make in ((0, self._activation), (1, self._weight)):
+            operands = ((0, self._activation), (1, self._weight))
+            for position, make in operands[1:] if node.name in self._weight_only else operands:
                 tensor = node.input[position]
                 axis = _channel_axis(node, self._constants[tensor].ndim) if position else None
                 key = (tensor, axis)

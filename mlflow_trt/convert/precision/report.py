@@ -24,20 +24,27 @@ def report_of(
     changed: Collection[str],
     type_name: str,
     kept: Mapping[str, str],
+    weight_only: Mapping[str, str] | None = None,
     method: CalibrationMethod | None = None,
     remarks: Sequence[str] = (),
 ) -> PrecisionReport:
-    """Count what a pass did. `changed` are the nodes that run in `type_name`; `kept` has reasons by node."""
+    """Count what a pass did.
+
+    `changed` are the nodes that run in `type_name`. `kept`, which stayed in float32, and `weight_only`, of which no
+    more than the weights are in `type_name`, have reasons by node.
+    """
+    weight_only = weight_only or {}
     operators = {node.name: node.op_type for node in model.proto.graph.node}
     largest = sorted(evidence.largest.items(), key=lambda item: -item[1])[:_RANGES_LISTED]
-    node_types = {type_name: len(changed), "float32": len(kept)}
+    node_types = {type_name: len(changed), f"{type_name} weights": len(weight_only), "float32": len(kept)}
     return PrecisionReport(
         precision=precision,
         nodes=len(model.proto.graph.node),
         changed_nodes=len(changed),
         node_types={name: count for name, count in node_types.items() if count},
         weight_types=_weight_types(typed),
-        kept=tuple(KeptNode(name=name, operator=operators[name], reason=kept[name]) for name in kept),
+        kept=_listed(kept, operators),
+        weight_only=_listed(weight_only, operators),
         # JSON knows no infinity.
         largest={name: value if math.isfinite(value) else float(2**1023) for name, value in largest},
         calibration=Calibration(samples=str(evidence.samples), sha256=evidence.samples.sha256, method=method),
@@ -45,6 +52,10 @@ def report_of(
         size_after=_weight_bytes(typed),
         remarks=tuple(remarks),
     )
+
+
+def _listed(reasons: Mapping[str, str], operators: Mapping[str, str]) -> tuple[KeptNode, ...]:
+    return tuple(KeptNode(name=name, operator=operators[name], reason=reason) for name, reason in reasons.items())
 
 
 def _weight_types(model: ModelProto) -> dict[str, int]:

@@ -1,0 +1,140 @@
+"""Execution contexts for the last shapes that a slot ran, bound to its buffers."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Hashable
+
+from mlflow_trt._logging import get_logger
+from mlflow_trt.errors import ExecutionError, InputShapeError
+from mlflow_trt.runtime.batching import Shapes
+from mlflow_trt.runtime.buffers import Buffers
+from mlflow_trt.runtime.device import Stream
+from mlflow_trt.runtime.engine import Context, Engine
+
+MOST_CONTEXTS = 16
+"""Each keeps its shapes, its bindings and its CUDA graph, so that a shape that comes again costs nothing but a launch.
+They share their kernels and scratch memory: one takes up to 4 MB and 30 ms to make."""
+
+_log = get_logger(__name__)
+
+
+def depends_on_data(shape: tuple[int, ...]) -> bool:
+    """Whether TensorRT can tell an output's shape only by computing it."""
+    return -1 in shape
+
+
+class Bindings:
+    """Contexts by shapes, the ones used last. All methods want the device to be current."""
+
+    def __init__(self, engine: Engine, buffers: Buffers, stream: Stream) -> None:
+        self._engine = engine
+        self._buffers = buffers
+        self._stream = stream
+        self._done = engine.device.event()
+        self._contexts: collections.OrderedDict[Hashable, Context] = collections.OrderedDict()
+        self._allocator = engine.tensorrt.output_allocator(self._reallocate, self._notify_shape)
+        self._allocated: Shapes = {}
+        self._allocation_error: Exception | None = None
+
+    def bind(self, profile: int, shapes: Shapes) -> tuple[Context, bool]:
+        """A context for these shapes, and whether nothing of these shapes ran before on the engine.
+
+        Raises InputShapeError where TensorRT finds that the shapes do not go together.
+        """
+        values = (self._values(name, shapes) for name in self._engine.on_host)
+        key = (profile, *shapes.values(), *values)
+        context = self._contexts.pop(key, None)
+        if context is None:
+            if len(self._contexts) < MOST_CONTEXTS:
+                context = self._engine.new_context()
+            else:
+                _, context = self._contexts.popitem(last=False)
+            self.set_shapes(context, profile, shapes)
+        elif context.addresses != self._buffers.addresses():
+            self.set_shapes(context, profile, shapes)
+        self._contexts[key] = context
+        return context, self._engine.is_new(key)
+
+    def execute(self, context: Context, profile: int, shapes: Shapes) -> None:
+        """Enqueue a run. Raises ExecutionError; OutOfMemoryError where an output found no room."""
+        self._allocation_error = None
+        try:
+            self._engine.execute(context, self._stream, self._done)
+        except ExecutionError as error:
+            if self._allocation_error is not None:
+                raise self._allocation_error from None
+            if "capture" not in error.message:
+                raise
+            # Another library of this process allocated memory meanwhile, which CUDA forbids and we cannot prevent.
+            _log.warning("A CUDA graph could not be captured, and its shapes run without: %s", error.message)
+            context.replace(self._engine.new_context(cuda_graphs=False))
+            self.set_shapes(context, profile, shapes)
+            self._engine.execute(context, self._stream, self._done)
+
+    def output_shapes(self, context: Context) -> Shapes:
+        """The shapes of all outputs, after a run that came to its end."""
+        return {name: self._allocated[name] if shape is None else shape for name, shape in context.outputs.items()}
+
+    def clear(self) -> None:
+        self._contexts.clear()
+        self._allocator = None
+
+    def set_shapes(self, context: Context, profile: int, shapes: Shapes) -> None:
+        """Bind a context to the buffers for these shapes."""
+        raw, engine = context.raw, self._engine
+        context.addresses = ()
+        context.runs = 0
+        if profile != context.profile:
+            if not raw.set_optimization_profile_async(profile, self._stream.handle):
+                raise engine.failure(f"switch to optimization profile {profile}")
+            self._stream.synchronize()
+            context.profile = profile
+        for name in engine.inputs:
+            if not raw.set_input_shape(name, shapes[name]):
+                raise engine.failure(f"take the shape {shapes[name]} for input {name!r}", InputShapeError)
+            if not raw.set_tensor_address(name, self._buffers.address(name)):
+                raise engine.failure(f"bind input {name!r}")
+        try:
+            missing = raw.infer_shapes()
+        except RuntimeError as error:
+            listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            raise engine.failure(f"infer the output shapes from {listed}", InputShapeError) from error
+        if missing:
+            raise engine.failure(f"infer the output shapes, since {', '.join(missing)} is not specified")
+        found = {name: tuple(raw.get_tensor_shape(name)) for name in engine.outputs}
+        context.outputs = {name: None if depends_on_data(shape) else shape for name, shape in found.items()}
+        if None in context.outputs.values() and engine.uses_cuda_graphs:
+            # A graph would replay the allocations of the run that it was captured from.
+            engine.uses_cuda_graphs = False
+            context.replace(engine.new_context())
+            self.set_shapes(context, profile, shapes)
+            return
+        for name, known in context.outputs.items():
+            self._bind_output(context, name, known)
+        context.scratch_bytes = raw.update_device_memory_size_for_shapes()
+        context.addresses = self._buffers.addresses()
+
+    def _bind_output(self, context: Context, name: str, shape: tuple[int, ...] | None) -> None:
+        """Give an output its memory; one of unknown shape asks the allocator for it while the engine runs."""
+        if shape is None:
+            if not context.raw.set_output_allocator(name, self._allocator):
+                raise self._engine.failure(f"set an output allocator for {name!r}")
+        elif not context.raw.set_tensor_address(name, self._buffers.reserve(name, shape)):
+            raise self._engine.failure(f"bind output {name!r}")
+
+    def _values(self, name: str, shapes: Shapes) -> bytes:
+        """The values of an input that shapes are computed from."""
+        if name not in shapes:
+            return b""
+        return self._buffers.array(name, shapes[name]).tobytes()
+
+    def _reallocate(self, name: str, nbytes: int) -> int:
+        try:
+            return self._buffers.memory[name].reserve(nbytes)
+        except Exception as error:  # noqa: BLE001  # must not travel through TensorRT, which takes 0 for a failure
+            self._allocation_error = error
+            return 0
+
+    def _notify_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        self._allocated[name] = shape

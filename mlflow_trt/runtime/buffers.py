@@ -1,0 +1,81 @@
+"""The memory of a slot: for each tensor of the engine a buffer on either side of the bus."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mlflow_trt.dtypes import numpy_dtype
+from mlflow_trt.inputs import Array, Feeds
+from mlflow_trt.runtime.device import Device, DeviceBuffer, PinnedBuffer
+from mlflow_trt.runtime.engine import Engine
+from mlflow_trt.runtime.slots import Tray
+
+
+class Buffers:
+    """Grow when more is needed, and are kept. Tensors that TensorRT has on the host have no `memory`.
+
+    All methods but `nbytes` want the device to be current.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        names = (*engine.inputs, *engine.outputs)
+        device = engine.device
+        self.host: dict[str, PinnedBuffer] = {name: device.pinned_buffer() for name in names}
+        self.memory: dict[str, DeviceBuffer] = {
+            name: device.device_buffer() for name in names if name not in engine.on_host
+        }
+
+    def nbytes(self, name: str, shape: Sequence[int]) -> int:
+        """How much memory a tensor takes."""
+        count = 1
+        for size in shape:
+            count *= size
+        return count * numpy_dtype(self._engine.dtypes[name]).itemsize
+
+    def reserve(self, name: str, shape: tuple[int, ...]) -> int:
+        """Make room for a tensor on both sides; returns the address that TensorRT is to use."""
+        nbytes = self.nbytes(name, shape)
+        address = self.host[name].reserve(nbytes)
+        return self.memory[name].reserve(nbytes) if name in self.memory else address
+
+    def array(self, name: str, shape: tuple[int, ...]) -> Array:
+        """A tensor's pinned memory; not a copy."""
+        return self.host[name].array(shape, numpy_dtype(self._engine.dtypes[name]))
+
+    def address(self, name: str) -> int:
+        return (self.memory if name in self.memory else self.host)[name].address
+
+    def addresses(self) -> tuple[int, ...]:
+        """Those of all tensors: CUDA graphs and contexts are good for as long as these stay the same."""
+        return tuple([self.address(name) for name in self.host])
+
+    def free(self) -> None:
+        for pinned in self.host.values():
+            pinned.free()
+        for memory in self.memory.values():
+            memory.free()
+
+
+class PinnedTray(Tray):
+    """A tray that the GPU copies from at full speed."""
+
+    def __init__(self, device: Device, feeds: Feeds, rows: int) -> None:
+        self._device = device
+        self.buffers: dict[str, PinnedBuffer] = {}
+        arrays = {}
+        with device.current():
+            for name, array in feeds.items():
+                shape = (rows, *array.shape[1:])
+                self.buffers[name] = buffer = device.pinned_buffer()
+                buffer.reserve(int(np.prod(shape, dtype=np.int64)) * array.itemsize)
+                arrays[name] = buffer.array(shape, array.dtype)
+        super().__init__(arrays, rows)
+
+    def close(self) -> None:
+        super().close()
+        with self._device.current():
+            for buffer in self.buffers.values():
+                buffer.free()

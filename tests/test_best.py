@@ -1,0 +1,416 @@
+"""`precision="best"`: real builds and real errors on ONNX Runtime; only the latencies, for want of a GPU, are given."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import mlflow
+import networks
+import numpy as np
+import pytest
+from compare import relative_error
+from real_models import MAGIKA, TRANSFORMER, calibration_data
+from test_cli import run
+from typer.testing import CliRunner
+
+import mlflow_trt
+from mlflow_trt import (
+    AccuracyError,
+    BuildError,
+    ExecutionError,
+    MissingDependencyError,
+    Precision,
+    Recipe,
+    RecipeError,
+    RuntimeUnavailableError,
+    Tolerance,
+)
+from mlflow_trt.add_engine import add_engine
+from mlflow_trt.artifact import read_folder
+from mlflow_trt.cli import app
+from mlflow_trt.convert.conversion import convert
+from mlflow_trt.convert.onnx_model import read_onnx
+from mlflow_trt.convert.samples import SampleData, SampleOrigin
+from mlflow_trt.convert_all import convert_all
+from mlflow_trt.hardware import probe
+from mlflow_trt.measuring import measured_on, usual_feeds
+from mlflow_trt.planning import plan_conversion
+from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
+from mlflow_trt.selection import Fate
+from mlflow_trt.spec import ComputeCapability, Gpu
+
+DATA = {"x": networks.rows(32)}
+WITHOUT_GPU = pytest.mark.skipif(probe().problem is None, reason="is about machines without a GPU")
+
+
+class Stopwatch:
+    """A bench whose latencies are given: milliseconds, or an error, for each precision."""
+
+    description = "a stopwatch"
+
+    def __init__(self, target="sm86", **milliseconds):
+        capability = ComputeCapability.parse(target)
+        self.gpu = Gpu(ordinal=0, name="a GPU", compute_capability=capability, memory=1 << 30, uuid="")
+        self.milliseconds = {"fp32": 4.0, "fp16": 2.0, "bf16": 3.0, "int8": 1.0, "fp8": 1.0} | milliseconds
+        self.order: list[str] = []
+        self.open: set[str] = set()
+        self.feeds: dict[str, dict] = {}
+
+    @contextlib.contextmanager
+    def opened(self, conversion, feeds):
+        name = str(conversion.recipe.precision)
+        assert conversion.plan.stat().st_size == conversion.engine.size
+        self.feeds[name] = feeds
+        self.open.add(name)
+
+        def time() -> float:
+            self.order.append(name)
+            given = self.milliseconds[name]
+            if isinstance(given, Exception):
+                raise given
+            return given
+
+        yield time
+        self.open.remove(name)
+
+
+@pytest.fixture
+def bench():
+    bench = Stopwatch()
+    with measured_on(bench):
+        yield bench
+
+
+def save(path, **keywords):
+    keywords = {"batch": (1, 4, 8), "calibration_data": DATA} | keywords
+    mlflow_trt.save_model(networks.product(), path, precision="best", **keywords)
+    return read_folder(path).record
+
+
+def fates(record) -> dict[str, Fate]:
+    return {str(candidate.precision): candidate.fate for candidate in record.selection.candidates}
+
+
+def reasons(record) -> dict[str, str]:
+    return {str(candidate.precision): candidate.reason for candidate in record.selection.candidates}
+
+
+def test_the_fastest_that_passes_is_kept_as_if_it_had_been_asked_for(bench, tmp_path):
+    record = save(tmp_path / "best")
+    assert fates(record) == {
+        "fp32": Fate.SLOWER, "tf32": Fate.LEFT_OUT, "fp16": Fate.SLOWER, "bf16": Fate.SLOWER, "int8": Fate.WON,
+        "fp8": Fate.LEFT_OUT,
+    }  # fmt: skip
+    assert record.selection.winner is record.recipe.precision is Precision.INT8
+    assert record.selection.reason == "the fastest: 1 ms against 2 ms of fp16"
+    assert "TensorRT-RTX ignores the TF32 flag" in reasons(record)["tf32"]
+    assert "the default target, which is every GPU from sm80 on, cannot execute fp8" in reasons(record)["fp8"]
+
+    mlflow_trt.save_model(
+        networks.product(), tmp_path / "int8", precision="int8", batch=(1, 4, 8), calibration_data=DATA
+    )
+    asked = read_folder(tmp_path / "int8").record
+    assert replace(record, selection=None, engines=()) == replace(asked, engines=())
+    assert record.engines[0].file == asked.engines[0].file
+    with mlflow_trt.load_model(str(tmp_path / "best"), runtime="onnxruntime") as session:
+        assert session.run(DATA)["y"].shape == (32, 8)
+
+
+def test_errors_are_those_of_the_real_typed_models(bench, tmp_path):
+    errors = {str(c.precision): c.relative_error for c in save(tmp_path / "m").selection.candidates}
+    assert errors["fp32"] == 0  # on ONNX Runtime it is the source model itself
+    assert 1e-5 < errors["fp16"] < 1e-3 < errors["bf16"] < errors["int8"] < 0.05
+    assert errors["fp8"] is None
+
+
+@pytest.mark.parametrize("model", [MAGIKA, TRANSFORMER], ids=lambda model: model.name)
+def test_real_models(model, bench, tmp_path):
+    mlflow_trt.save_model(
+        model.path(), tmp_path / "m", **model.recipe, precision="best", calibration_data=calibration_data(model)
+    )
+    record = read_folder(tmp_path / "m").record
+    errors = {str(c.precision): c.relative_error for c in record.selection.candidates if c.milliseconds}
+    assert set(errors) == {"fp32", "fp16", "bf16", "int8"}
+    assert 0 < errors["fp16"] < errors["bf16"] < 0.05
+    assert 0 < errors["int8"] < 0.1
+    assert record.recipe.precision is Precision.INT8
+    feeds = model.feeds(8)
+    with (
+        mlflow_trt.load_model(str(tmp_path / "m"), runtime="onnxruntime") as source,
+        OnnxRuntimeSession(tmp_path / "m" / record.typed.file, record.inputs, record.outputs) as typed,
+    ):
+        assert 0 < relative_error(typed.run(feeds), source.run(feeds)) < 0.1
+
+
+def test_rounds_are_interleaved_at_the_usual_shapes_with_all_engines_loaded(bench, tmp_path):
+    save(tmp_path / "m")
+    tried = ["fp32", "fp16", "bf16", "int8"]
+    assert len(bench.order) == 9 * 4
+    assert bench.order[:8] == [*tried, *tried[1:], tried[0]]  # each round begins with another
+    assert all(sorted(bench.order[start : start + 4]) == sorted(tried) for start in range(0, 36, 4))
+    assert all(feeds["x"].shape == (4, 16) for feeds in bench.feeds.values())
+    assert np.array_equal(bench.feeds["fp16"]["x"], DATA["x"][:4])
+    assert not bench.open
+
+
+def test_usual_feeds_are_samples_of_the_opt_shapes(tmp_path):
+    source = read_onnx(networks.transformer(), tmp_path)
+    recipe = Recipe(batch=(2, 4, 8), shapes={"input_ids": ((-1, 4), (-1, 24), (-1, 48))})
+    sentences = networks.sentences(3, 10)
+    data = SampleData(arrays=sentences, origin=SampleOrigin.CALIBRATION_DATA)
+    feeds = usual_feeds(convert(source, recipe, tmp_path, data=data))
+    assert {name: array.shape for name, array in feeds.items()} == {"input_ids": (4, 24), "attention_mask": (4, 24)}
+    assert np.array_equal(feeds["input_ids"][:3, :10], sentences["input_ids"])
+    assert np.array_equal(feeds["input_ids"][3, 10:20], sentences["input_ids"][0])
+
+
+def test_a_tie_goes_to_the_more_accurate_one(tmp_path):
+    with measured_on(Stopwatch(fp16=1.01, int8=1.0)):
+        record = save(tmp_path / "m")
+    assert record.recipe.precision is Precision.FP16
+    assert "as fast as int8 within the noise, 1.01 ms against 1 ms of int8" in record.selection.reason
+    assert fates(record)["int8"] is Fate.LESS_ACCURATE
+
+
+def test_what_fails_the_gate_loses_with_its_numbers(bench, tmp_path):
+    record = save(tmp_path / "m", verify=Tolerance(relative_error=1e-3))
+    assert fates(record) | {"tf32": None, "fp8": None} == {
+        "fp32": Fate.SLOWER, "tf32": None, "fp16": Fate.WON, "bf16": Fate.FAILED_GATE, "int8": Fate.FAILED_GATE,
+        "fp8": None,
+    }  # fmt: skip
+    assert "at most 0.001 is tolerated" in reasons(record)["bf16"]
+    assert record.selection.candidates[4].latency == 1.0  # it is in the picture all the same
+    assert record.golden.tolerance.relative_error == 1e-3
+
+
+def test_engines_that_do_not_run_lose(tmp_path):
+    broken = Stopwatch(int8=ExecutionError("no kernel image"), fp16=ExecutionError("out of memory"))
+    with measured_on(broken):
+        record = save(tmp_path / "m")
+    assert record.recipe.precision is Precision.BF16
+    assert fates(record)["int8"] is Fate.NOT_RUN
+    assert reasons(record)["int8"] == "no kernel image"
+    assert broken.order.count("int8") == 1
+
+
+@pytest.mark.parametrize("data", [None, {"x": networks.rows(7)}])
+def test_int8_wants_evidence(bench, data, tmp_path):
+    record = save(tmp_path / "m", calibration_data=data)
+    assert fates(record)["int8"] is Fate.LEFT_OUT
+    assert "pass calibration_data with at least 8 rows" in reasons(record)["int8"]
+    assert record.recipe.precision is Precision.FP16
+
+
+def test_an_input_example_is_evidence_and_an_iterator_is_read_once(bench, tmp_path):
+    record = save(tmp_path / "example", calibration_data=None, input_example=DATA["x"])
+    assert record.recipe.precision is Precision.INT8
+    record = save(tmp_path / "iterator", calibration_data=({"x": networks.rows(8, seed=seed)} for seed in range(4)))
+    assert record.recipe.precision is Precision.INT8
+    assert record.precision_report.calibration.samples == "32 rows of calibration data"
+
+
+def test_a_comparison_that_proves_nothing_is_enough_for_float32_only(bench, tmp_path, messages):
+    record = save(tmp_path / "m", calibration_data={"x": np.zeros((16, 16), np.float32)})
+    assert record.recipe.precision is Precision.FP32
+    assert fates(record)["fp16"] is Fate.FAILED_GATE
+    assert "nothing proves that the fp16 model, emulated on ONNX Runtime, is right" in reasons(record)["fp16"]
+
+
+def test_what_would_be_float32_again_is_left_out(bench, tmp_path):
+    recipe = Recipe(precision="best", keep_float32="MatMul")
+    mlflow_trt.save_model(networks.product(), tmp_path / "m", recipe=recipe, calibration_data=DATA)
+    record = read_folder(tmp_path / "m").record
+    assert record.recipe.precision is Precision.FP32
+    for precision in ("fp16", "bf16", "int8"):
+        assert fates(record)[precision] is Fate.LEFT_OUT
+        assert reasons(record)[precision] == f"nothing of this model runs in {precision}"
+
+
+def test_targets_that_execute_fp8_have_it_tried(bench, tmp_path):
+    with measured_on(Stopwatch("sm89", fp8=0.5)):
+        record = save(tmp_path / "m", targets=["sm89"])
+    assert record.recipe.precision is Precision.FP8
+    assert record.engines[0].target == "sm89"
+
+
+def test_engines_for_other_gpus_cannot_be_measured_here(bench, tmp_path):
+    with pytest.raises(RecipeError, match=r"a GPU \(sm86\), and the targets are sm89, sm120; add sm86"):
+        save(tmp_path / "m", targets=["sm89", "sm120"])
+    with (
+        measured_on(Stopwatch("sm75")),
+        pytest.raises(RecipeError, match=r"give targets=\['sm75'\]"),
+    ):
+        save(tmp_path / "m")
+
+
+def test_without_verification_there_is_nothing_to_choose_by(bench, tmp_path):
+    with pytest.raises(RecipeError, match="verify=False leaves nothing to choose by"):
+        save(tmp_path / "m", verify=False)
+    assert not bench.feeds
+
+
+def test_the_recipe_is_to_blame_for_what_is_wrong_whatever_the_precision(bench, tmp_path):
+    with pytest.raises(RecipeError, match="keep_float32 names 'Sotfmax'"):
+        mlflow_trt.save_model(
+            networks.product(), tmp_path / "m", recipe=Recipe(precision="best", keep_float32="Sotfmax")
+        )
+    with measured_on(Stopwatch("sm99")), pytest.raises(RecipeError, match="cannot build for sm99"):
+        save(tmp_path / "m", targets=["sm99"])
+    with pytest.raises(mlflow_trt.UnsupportedModelError):
+        mlflow_trt.save_model(networks.through_int16(), tmp_path / "m", precision="best")
+    assert not (tmp_path / "m").exists()
+
+
+def test_where_none_passes_the_error_shows_all_of_them(store):
+    broken = ExecutionError("no kernel image")
+    with (
+        measured_on(Stopwatch(fp32=broken)),
+        pytest.raises(AccuracyError, match="precision 'best' found no engine that passes") as caught,
+    ):
+        mlflow_trt.log_model(
+            networks.product(), name="m", precision="best", calibration_data=DATA, registered_model_name="product",
+            verify=Tolerance(relative_error=1e-6),
+        )  # fmt: skip
+    for text in ("fp32: not run: no kernel image", "fp16: failed the gate", "int8: failed the gate", "fp8: left out"):
+        assert text in caught.value.message
+    assert caught.value.comparison.relative_error < 1e-3  # the nearest
+    assert store.is_untouched()
+    with (
+        measured_on(Stopwatch(**dict.fromkeys(("fp32", "fp16", "bf16", "int8"), broken))),
+        pytest.raises(ExecutionError, match="fp16: not run: no kernel image") as failed,
+    ):
+        mlflow_trt.log_model(networks.product(), name="m", precision="best", calibration_data=DATA)
+    assert not isinstance(failed.value, BuildError)
+    assert store.is_untouched()
+
+
+def test_table_picture_tags_and_metrics(bench, store):
+    info = mlflow_trt.log_model(
+        networks.product(), name="m", precision="best", batch=(1, 4, 8), calibration_data=DATA,
+        registered_model_name="product",
+    )  # fmt: skip
+    folder = Path(mlflow.artifacts.download_artifacts(info.model_uri))
+    report = (folder / "precision_report.md").read_text()
+    assert "## Candidates for best: int8 won" in report
+    assert "| int8 | won | 1 |" in report
+    assert "Latency is that of the engine alone on a stopwatch, with x 4x16." in report
+    assert (folder / "candidates.png").stat().st_size > 10_000
+    tags = store.client.get_model_version("product", "1").tags
+    assert (tags["mlflow_trt.precision"], tags["mlflow_trt.precision_asked"]) == ("int8", "best")
+    metrics = {metric.key: metric.value for metric in store.client.get_logged_model(info.model_id).metrics}
+    assert metrics["mlflow_trt/candidates/fp16/latency_ms"] == 2.0
+    assert metrics["mlflow_trt/candidates/int8/relative_error"] == pytest.approx(metrics["mlflow_trt/y/relative_error"])
+
+
+def test_without_matplotlib_there_is_the_table_and_a_word(bench, tmp_path, monkeypatch, messages):
+    monkeypatch.setattr("mlflow_trt.figures.is_installed", lambda name: False)
+    save(tmp_path / "m")
+    assert not (tmp_path / "m" / "candidates.png").exists()
+    assert "| int8 | won |" in (tmp_path / "m" / "precision_report.md").read_text()
+    assert (
+        "as a table, and not as a picture: pictures need matplotlib: `pip install 'mlflow-trt[plots]'`" in messages.text
+    )
+
+
+def test_progress_goes_one_way_and_names_the_candidate(bench, tmp_path):
+    events = []
+    save(tmp_path / "m", progress=events.append)
+    fractions = [event.fraction for event in events]
+    assert fractions == sorted(fractions)
+    assert fractions[0] >= 0
+    assert fractions[-1] <= 1
+    phases = [event.phase for event in events]
+    assert any(phase.startswith("bf16: ") for phase in phases)
+    assert phases[-1] == "measuring, round 9 of 9"
+
+
+def test_a_version_is_found_again_and_gets_engines_of_the_winners_precision(bench, store):
+    mlflow.onnx.log_model(networks.product(), name="p", registered_model_name="p", pip_requirements=["onnx"])
+    keywords = {"precision": "best", "batch": (1, 4, 8), "calibration_data": DATA}
+    made = mlflow_trt.convert_model_version("models:/p/1", "p-trt", **keywords)
+    bench.order.clear()
+    assert mlflow_trt.convert_model_version("models:/p/1", "p-trt", **keywords).version == made.version
+    assert not bench.order
+    plan = plan_conversion("models:/p/1", Recipe(precision="best", batch=(1, 4, 8)), registered_model_name="p-trt",
+                           calibration_data=DATA)  # fmt: skip
+    assert plan.existing == "models:/p-trt/1"
+    extended = add_engine("models:/p-trt/1", targets="sm120")
+    record = mlflow_trt.flavor.read_record(f"models:/p-trt/{extended.version}")
+    assert record.recipe.precision is Precision.INT8
+    assert record.selection.winner is Precision.INT8
+    assert [engine.target for engine in record.engines] == ["sm80plus", "sm120"]
+
+
+def test_all_models_that_a_filter_finds(bench, store):
+    for name in ("a", "b"):
+        mlflow.onnx.log_model(networks.product(), name=name, registered_model_name=name, pip_requirements=["onnx"])
+    outcomes = convert_all("name LIKE '%'", Recipe(precision="best", batch=(1, 4, 8)), calibration_data=DATA)
+    assert [(outcome.status, outcome.detail) for outcome in outcomes] == [
+        ("converted", "models:/a-trt/1"), ("converted", "models:/b-trt/1"),
+    ]  # fmt: skip
+    assert store.client.get_model_version("b-trt", "1").tags["mlflow_trt.precision"] == "int8"
+
+
+@pytest.mark.parametrize("line", [["--best"], ["--precision", "best"], ["--from-trtexec", "trtexec --best"]])
+def test_the_command(line, bench, tmp_path):
+    model, data, output = tmp_path / "model.onnx", tmp_path / "data.npz", tmp_path / "m"
+    model.write_bytes(networks.product().SerializeToString())
+    np.savez(data, **DATA)
+    arguments = ["convert", *line, "--onnx", str(model), "--output", str(output), "--calibration-data", str(data)]
+    result = CliRunner(env={"COLUMNS": "250"}).invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "candidates, measured on a stopwatch" in result.stdout
+    assert "best; int8 is the fastest: 1 ms against 2 ms of fp16" in result.stdout
+    _, shown, _ = run("inspect", output)
+    assert "candidates, measured on a stopwatch" in shown
+    _, text, _ = run("inspect", output, "--json")
+    selection = json.loads(text)["selection"]
+    assert (selection["winner"], selection["asked"], selection["shapes"]) == ("int8", "best", {"x": [8, 16]})
+
+
+def test_a_model_folder_from_before_has_no_selection(magika_folder, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(magika_folder, folder)
+    content = json.loads((folder / "mlflow_trt.json").read_text())
+    del content["selection"]
+    (folder / "mlflow_trt.json").write_text(json.dumps(content))
+    assert read_folder(folder).record.selection is None
+
+
+@WITHOUT_GPU
+class TestWithoutAGpu:
+    def test_it_is_refused_before_any_work(self, store, tmp_path):
+        said = "precision 'best' measures engines on a GPU, and this machine cannot: .* or name a precision: fp32, fp16"
+        missing = tmp_path / "missing.onnx"  # nobody looks at it
+        with pytest.raises(RuntimeUnavailableError, match=said):
+            mlflow_trt.save_model(missing, tmp_path / "m", precision="best")
+        with pytest.raises(RuntimeUnavailableError, match=said):
+            mlflow_trt.log_model(missing, name="m", precision="best", registered_model_name="m")
+        with pytest.raises(RuntimeUnavailableError, match=said):
+            mlflow_trt.convert_model_version("models:/missing/1", "m", precision="best")
+        with pytest.raises(RuntimeUnavailableError, match=said):
+            plan_conversion("models:/missing/1", Recipe(precision="best"))
+        with pytest.raises(RuntimeUnavailableError, match=said):
+            convert_all("name LIKE '%'", Recipe(precision="best"))
+        assert not (tmp_path / "m").exists()
+        assert store.is_untouched()
+
+    @pytest.mark.parametrize("more", [[], ["--dry-run"]])
+    def test_by_the_command_too(self, more, tmp_path):
+        model = tmp_path / "model.onnx"
+        model.write_bytes(networks.product().SerializeToString())
+        code, _, errors = run("convert", model, "--best", "--output", tmp_path / "m", *more)
+        assert code == 1
+        assert "precision 'best' measures engines on a GPU, and this machine cannot" in errors
+        assert "Convert on a GPU machine" in errors
+        assert not (tmp_path / "m").exists()
+
+    def test_a_missing_package_is_named(self, monkeypatch, tmp_path):
+        monkeypatch.setattr("mlflow_trt.onnx_runtime.is_installed", lambda name: False)
+        with pytest.raises(MissingDependencyError, match="pip install onnxruntime") as caught:
+            save(tmp_path / "m")
+        assert "onnxruntime" in caught.value.packages

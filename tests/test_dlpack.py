@@ -1,0 +1,77 @@
+"""DLPack capsules: numpy's are read, ours are handed out and let go of."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+
+from mlflow_trt.runtime import dlpack
+
+
+class Owner:
+    pass
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "int32", "int64", "uint8", "bool"])
+def test_reads_what_numpy_lends(dtype):
+    array = np.arange(24).reshape(2, 3, 4).astype(dtype)
+    found = dlpack.read(array.__dlpack__())
+    assert found.address == array.ctypes.data
+    assert (found.dtype, found.shape) == (dtype, (2, 3, 4))
+    assert found.device[0] == 1  # the host
+    assert found.strides in (None, (12, 4, 1))
+    found.release()
+
+
+def test_strides_tell_what_is_not_contiguous():
+    found = dlpack.read(np.zeros((4, 6), np.float32)[:, ::2].__dlpack__())
+    assert (found.shape, found.strides) == ((4, 3), (6, 2))
+    found.release()
+
+
+def test_numpy_gets_its_array_back():
+    array = np.zeros(4, np.float32)
+    reference = weakref.ref(array)
+    found = dlpack.read(array.__dlpack__())
+    del array
+    gc.collect()
+    assert reference() is not None
+    found.release()
+    gc.collect()
+    assert reference() is None
+
+
+def test_what_tensorrt_does_not_have_is_refused():
+    with pytest.raises(ValueError, match="64 bits is no dtype that TensorRT has"):
+        dlpack.read(np.zeros(3, np.float64).__dlpack__())
+    capsule = np.zeros(3, np.float32).__dlpack__()
+    dlpack.read(capsule).release()
+    with pytest.raises(ValueError, match="was used before"):
+        dlpack.read(capsule)
+
+
+def test_hands_out_a_tensor_and_keeps_its_owner_until_it_is_let_go():
+    owner = Owner()
+    reference = weakref.ref(owner)
+    found = dlpack.read(dlpack.export(owner, 4096, "bfloat16", (3, 5), 1))
+    assert found[:5] == (4096, (dlpack.CUDA, 1), "bfloat16", (3, 5), None)
+    del owner
+    gc.collect()
+    assert reference() is not None
+    found.release()
+    assert reference() is None
+
+
+def test_a_capsule_that_nobody_takes_lets_go_by_itself():
+    owner = Owner()
+    reference = weakref.ref(owner)
+    capsule = dlpack.export(owner, 4096, "float32", (), 0)
+    del owner
+    assert reference() is not None
+    del capsule
+    gc.collect()
+    assert reference() is None
+    assert not dlpack._lent
