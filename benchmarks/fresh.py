@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ def fresh(folder: Path, model: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-benchmark-") as cache:
         cold = _child("load", folder, model, cache)
         warm = _child("load", folder, model, cache)
+        through_mlflow = _child("pyfunc", folder, model, cache)
         kernels = next((Path(cache) / "kernels").iterdir())
         bare = _child("bare", folder, model, cache, str(kernels))
     return {
         "cold_load": cold["seconds"],
         "warm_load": warm["seconds"],
+        "pyfunc_load": through_mlflow["seconds"],
         "memory": warm["memory"],
         "memory_later": warm["memory_later"],
         "bare": sum(bare[name] for name in ("read", "deserialize", "context", "first")),
@@ -39,13 +42,14 @@ def _child(what: str, folder: Path, model: str, cache: str, *more: str) -> dict[
     return found
 
 
-def _load(folder: Path, model: str) -> dict[str, float]:
+def _load(folder: Path, model: str, *, pyfunc: bool = False) -> dict[str, float]:
     """`load_model` and a call, as a user does it. Imports and CUDA's own start are not counted: both have them."""
     import mlflow
     import pycuda.driver as cuda
 
+    import mlflow_trt
     import mlflow_trt.flavor
-    import mlflow_trt.runtime.tensorrt  # noqa: F401
+    import mlflow_trt.runtime.tensorrt
     from benchmarks.models import models
     from mlflow_trt import trt
     from mlflow_trt.runtime.device import open_device
@@ -56,16 +60,21 @@ def _load(folder: Path, model: str) -> dict[str, float]:
     with device.current():
         before = cuda.mem_get_info()[0]
     started = time.perf_counter()
-    loaded = mlflow.pyfunc.load_model(str(folder))
-    loaded.predict(feeds)
+    if pyfunc:
+        loaded = mlflow.pyfunc.load_model(str(folder))
+        session, call = loaded.get_raw_model(), loaded.predict
+    else:
+        session = mlflow_trt.load_model(str(folder))
+        call = session.run
+    call(feeds)
     took = time.perf_counter() - started
     with device.current():
         after = cuda.mem_get_info()[0]
     for _ in range(200):
-        loaded.predict(feeds)
+        call(feeds)
     with device.current():
         later = cuda.mem_get_info()[0]
-    loaded.get_raw_model().close()
+    session.close()
     return {"seconds": took, "memory": (before - after) / 2**20, "memory_later": (before - later) / 2**20}
 
 
@@ -129,5 +138,5 @@ def _bare(folder: Path, model: str, kernels: str) -> dict[str, float]:
 
 if __name__ == "__main__":
     what, folder, *rest = sys.argv[1:]
-    print(json.dumps({"load": _load, "bare": _bare}[what](Path(folder), *rest)))
+    print(json.dumps({"load": _load, "pyfunc": partial(_load, pyfunc=True), "bare": _bare}[what](Path(folder), *rest)))
     sys.stdout.flush()

@@ -162,13 +162,17 @@ class Bench:
     def one(self) -> list[Row]:
         """One row, one caller."""
         feeds = self.model.feeds(self.sizes[0])
-        times, limits = self.in_turns(
-            lambda: self.median_of(lambda: self.loaded.predict(feeds)), lambda: self.replay_seconds(feeds)
+        times, limits, natives = self.in_turns(
+            lambda: self.median_of(lambda: self.loaded.predict(feeds)),
+            lambda: self.replay_seconds(feeds),
+            lambda: self.median_of(lambda: self.session.run(feeds)),
         )
-        sessions = np.median([self.median_of(lambda: self.session.run(feeds)) for _ in range(self.repeats)])
-        note = f"of it {(np.median(times) - sessions) * 1e3:.3f} ms mlflow.pyfunc"
-        return [self.row(f"{self.sizes[0]} row, one caller", "ms", 1e3 * np.median(limits), 1e3 * np.array(times), 1.15,
-                         note)]  # fmt: skip
+        limit = 1e3 * float(np.median(limits))
+        case = f"{self.sizes[0]} row, one caller"
+        return [
+            self.row(case, "ms", limit, 1e3 * np.array(times), 1.15, "through mlflow.pyfunc"),
+            self.row(case, "ms", limit, 1e3 * np.array(natives), None, "the session alone"),
+        ]
 
     def batches(self) -> list[Row]:
         """Batches, one caller."""
@@ -243,9 +247,10 @@ class Bench:
             times.append(seconds(call))
         return float(np.median(times[len(times) // 10 :]))
 
-    def in_turns(self, measure: Callable[[], float], limit: Callable[[], float]) -> tuple[list[float], list[float]]:
-        pairs = [(measure(), limit()) for _ in range(self.repeats)]
-        return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    def in_turns(self, *measures: Callable[[], float]) -> list[list[float]]:
+        """The values of each, measured one after the other again and again."""
+        rounds = [[measure() for measure in measures] for _ in range(self.repeats)]
+        return [list(values) for values in zip(*rounds, strict=True)]
 
     def row(self, case: str, unit: str, limit: float, values: Any, goal: float | None, note: str, *,
             higher_is_better: bool = False) -> Row:  # fmt: skip
@@ -308,7 +313,7 @@ def load_rows(model: BenchmarkModel, folder: Path, repeats: int) -> list[Row]:
     """Loading and memory, in fresh processes."""
     runs = [fresh(folder, model.name) for _ in range(max(1, repeats // 2))]
 
-    def row(case: str, unit: str, measured: str, limit: str, goal: float, note: str = "") -> Row:
+    def row(case: str, unit: str, measured: str, limit: str, goal: float | None, note: str = "") -> Row:
         values = np.array([run[measured] for run in runs])
         median = float(np.median(values))
         return Row(model=model.name, case=case, unit=unit, limit=float(np.median([run[limit] for run in runs])),
@@ -320,6 +325,7 @@ def load_rows(model: BenchmarkModel, folder: Path, repeats: int) -> list[Row]:
     return [
         row("load to first answer, kernels stored", "s", "warm_load", "bare", 1.5, parts),
         row("the same against no stored kernels", "s", "warm_load", "cold_load", 0.1),
+        row("the same through mlflow.pyfunc.load_model", "s", "pyfunc_load", "warm_load", None),
         row("GPU memory after one call", "MB", "memory", "bare_memory", 1.2),
         row("GPU memory after 200 more calls", "MB", "memory_later", "memory", 1.0),
     ]

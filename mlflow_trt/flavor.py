@@ -236,6 +236,9 @@ def load_model(
     on_mismatch: str | None = None,
     device: int | None = None,
     kernel_specialization: str | None = None,
+    cuda_graphs: str | None = None,
+    max_batch_delay_ms: float | None = None,
+    warm_up: bool | None = None,
     allow_engine_host_code: bool | None = None,
     self_test: bool | None = None,
     progress: Progress | None = None,
@@ -245,8 +248,9 @@ def load_model(
     Args:
         model_uri: any model URI of MLflow, such as `models:/resnet50-trt/1` or a local folder.
         dst_path: an existing folder to download to; a temporary one if left out.
-        runtime, on_mismatch, device, kernel_specialization, allow_engine_host_code, self_test: load settings, see
-            LoadSettings; None takes the ones that the model was logged with.
+        runtime, on_mismatch, device, kernel_specialization, cuda_graphs, max_batch_delay_ms, warm_up,
+            allow_engine_host_code, self_test: load settings, see LoadSettings; None takes the ones that the model was
+            logged with.
         progress: called while an engine is built for this machine; None shows it on standard error.
 
     Raises:
@@ -259,6 +263,9 @@ def load_model(
         "on_mismatch": on_mismatch,
         "device": device,
         "kernel_specialization": kernel_specialization,
+        "cuda_graphs": cuda_graphs,
+        "max_batch_delay_ms": max_batch_delay_ms,
+        "warm_up": warm_up,
         "allow_engine_host_code": allow_engine_host_code,
         "self_test": self_test,
     }

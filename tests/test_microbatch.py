@@ -33,6 +33,7 @@ class Gate:
         self.bad = None
         self.most_rows = 10**9
         self.closed = 0
+        self.trimmed = 0
 
 
 class DoublingSlot:
@@ -68,6 +69,9 @@ class DoublingSlot:
 
     def abandon(self):
         self.x = None
+
+    def trim(self):
+        self.gate.trimmed += 1
 
     def close(self):
         self.gate.closed += 1
@@ -201,6 +205,7 @@ def test_too_little_memory_makes_smaller_batches(scheduler, gate, messages):
     assert np.array_equal(scheduler.run(x)["y"], x["x"] * 2)
     assert max(gate.sizes) == 4
     assert "at most 4 rows at once from now on" in messages.text
+    assert gate.trimmed >= 2
     gate.most_rows = 0
     with pytest.raises(OutOfMemoryError, match="no room"):
         scheduler.run(x)

@@ -9,7 +9,7 @@ from mlflow_trt._logging import get_logger
 from mlflow_trt.errors import ExecutionError, InputShapeError
 from mlflow_trt.runtime.batching import Shapes
 from mlflow_trt.runtime.buffers import Buffers
-from mlflow_trt.runtime.device import Stream
+from mlflow_trt.runtime.device import Event, Stream
 from mlflow_trt.runtime.engine import Context, Engine
 
 MOST_CONTEXTS = 16
@@ -31,7 +31,7 @@ class Bindings:
         self._engine = engine
         self._buffers = buffers
         self._stream = stream
-        self._done = engine.device.event()
+        self._done: Event | None = engine.device.event()
         self._contexts: collections.OrderedDict[Hashable, Context] = collections.OrderedDict()
         self._allocator = engine.tensorrt.output_allocator(self._reallocate, self._notify_shape)
         self._allocated: Shapes = {}
@@ -60,7 +60,7 @@ class Bindings:
         """Enqueue a run. Raises ExecutionError; OutOfMemoryError where an output found no room."""
         self._allocation_error = None
         try:
-            self._engine.execute(context, self._stream, self._done)
+            self._execute(context)
         except ExecutionError as error:
             if self._allocation_error is not None:
                 raise self._allocation_error from None
@@ -70,15 +70,21 @@ class Bindings:
             _log.warning("A CUDA graph could not be captured, and its shapes run without: %s", error.message)
             context.replace(self._engine.new_context(cuda_graphs=False))
             self.set_shapes(context, profile, shapes)
-            self._engine.execute(context, self._stream, self._done)
+            self._execute(context)
+
+    def _execute(self, context: Context) -> None:
+        assert self._done is not None  # noqa: S101  # for the type checker: only a closed slot has none
+        self._engine.execute(context, self._stream, self._done)
 
     def output_shapes(self, context: Context) -> Shapes:
         """The shapes of all outputs, after a run that came to its end."""
         return {name: self._allocated[name] if shape is None else shape for name, shape in context.outputs.items()}
 
     def clear(self) -> None:
+        """Let go of everything, while the device is current: pycuda frees an event when nobody refers to it."""
         self._contexts.clear()
         self._allocator = None
+        self._done = None
 
     def set_shapes(self, context: Context, profile: int, shapes: Shapes) -> None:
         """Bind a context to the buffers for these shapes."""

@@ -231,7 +231,7 @@ class DeviceBuffer:
             with Device.allocating:
                 self._memory.free()
             self._memory = None
-            self.nbytes = 0
+            self.nbytes = self.address = 0
 
 
 class PinnedBuffer:
@@ -265,3 +265,4 @@ class PinnedBuffer:
             with Device.allocating:
                 self._memory.base.free()
             self._memory = None
+            self.address = 0

@@ -89,6 +89,10 @@ class EngineSlot:
         with contextlib.suppress(Exception), self._device.current():
             self.stream.synchronize()
 
+    def trim(self) -> None:
+        with self._device.current():
+            self.buffers.free()
+
     def close(self) -> None:
         with self._device.current():
             try:

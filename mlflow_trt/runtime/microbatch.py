@@ -44,10 +44,15 @@ class Request:
 
 
 class _Batch:
-    """Requests that run together, and the memory that their rows are copied to."""
+    """Requests that run together, and the memory that their rows are copied to.
 
-    def __init__(self, tray: Tray, largest: int) -> None:
+    `changed` is for its leader alone: waking up threads that have nothing to do is what costs most here.
+    """
+
+    def __init__(self, tray: Tray, largest: int, lock: threading.Lock) -> None:
         self.tray = tray
+        self.changed = threading.Condition(lock)
+        self.is_shut = False
         self.capacity = min(tray.rows, largest)
         self.rows = 0
         self.requests: list[Request] = []
@@ -93,7 +98,6 @@ class MicroBatcher(Generic[AnySlot]):
         self._ran = ran
         self._max_delay = max_delay
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
         self._open: dict[Hashable, _Batch] = {}
         self._callers = 0  # in here
         self._usual_callers = 0.0  # of late
@@ -124,6 +128,12 @@ class MicroBatcher(Generic[AnySlot]):
         stop = request.start + request.rows
         return {name: output[request.start : stop].copy() for name, output in batch.outputs.items()}
 
+    def prepare(self, feeds: Feeds, sizes: Sizes, count: int) -> None:
+        """Make memory for so many of the largest batches with rows like those of `feeds`."""
+        batched = {name: feeds[name] for name in self._batched}
+        for tray in [self._trays.take(batched, sizes, rows=sizes.largest) for _ in range(count)]:
+            self._trays.put_back(tray)
+
     def close(self) -> None:
         """Free the memory of batches, none of which is running any more."""
         self._trays.close()
@@ -135,12 +145,13 @@ class MicroBatcher(Generic[AnySlot]):
             if batch is not None and batch.has_room(request.rows):
                 batch.seat(request)
                 if not self._is_expecting(batch):
-                    self._changed.notify_all()
+                    batch.changed.notify()
                 return batch
             was_full = batch is not None
-        tray = self._trays.take({name: request.feeds[name] for name in self._batched}, request.sizes, was_full=was_full)
+        batched = {name: request.feeds[name] for name in self._batched}
+        tray = self._trays.take(batched, request.sizes, rows=request.rows, was_full=was_full)
         with self._lock:
-            batch = _Batch(tray, request.sizes.largest)
+            batch = _Batch(tray, request.sizes.largest, self._lock)
             batch.seat(request)
             # Who comes from now on joins this one. One that is full, or was opened in the same moment, runs as it is.
             self._open[request.key] = batch
@@ -154,8 +165,8 @@ class MicroBatcher(Generic[AnySlot]):
         finally:
             with self._lock:
                 batch.copying -= 1
-                if not batch.copying:
-                    self._changed.notify_all()
+                if batch.is_shut and not batch.copying:
+                    batch.changed.notify()
 
     def _run_batch(self, first: Request, batch: _Batch) -> None:
         slot = self._slots.acquire()
@@ -177,7 +188,6 @@ class MicroBatcher(Generic[AnySlot]):
             finally:
                 with self._lock:
                     self._running -= len(batch.requests)
-                    self._changed.notify_all()
             self._ran(size)
         finally:
             self._slots.release(slot)
@@ -194,7 +204,7 @@ class MicroBatcher(Generic[AnySlot]):
             half_done = self._launched + self._seconds / 2 if self._running else 0.0
             until = min(now + self._max_delay, max(half_done, now + self._seconds / 4))
             while self._is_expecting(batch) and (left := until - time.monotonic()) > 0:
-                self._changed.wait(left)
+                batch.changed.wait(left)
             self._shut(batch)
             self._running += len(batch.requests)
 
@@ -206,8 +216,9 @@ class MicroBatcher(Generic[AnySlot]):
         key = batch.requests[0].key
         if self._open.get(key) is batch:
             del self._open[key]
+        batch.is_shut = True
         while batch.copying:
-            self._changed.wait()
+            batch.changed.wait()
 
     def _dissolve(self, batch: _Batch) -> None:
         """Let everybody go, whether there are outputs or not."""
@@ -231,14 +242,13 @@ class _Trays:
         self._wanted: dict[Hashable, int] = {}
         self._closed = False
 
-    def take(self, feeds: Feeds, sizes: Sizes, *, was_full: bool) -> Tray:
-        """Memory for rows like those of `feeds`; for more of them where the last batch had become full."""
+    def take(self, feeds: Feeds, sizes: Sizes, *, rows: int, was_full: bool = False) -> Tray:
+        """Memory for `rows` like those of `feeds`; for more where it was cheap, needed before, or the last was full."""
         key = tuple((array.dtype, array.shape[1:]) for array in feeds.values())
-        first = next(iter(feeds.values()))
-        row_bytes = sum(array.nbytes for array in feeds.values()) // len(first)
+        row_bytes = sum(array[:1].nbytes for array in feeds.values())
         cheap = sizes.largest if sizes.largest * row_bytes <= CHEAP_BYTES else 1
         with self._lock:
-            wanted = max(self._wanted.get(key, cheap), sizes.hold(len(first)))
+            wanted = max(self._wanted.get(key, cheap), sizes.hold(rows))
             if was_full:
                 wanted = min(2 * wanted, sizes.largest)
             if len(self._wanted) > MOST_TRAYS:

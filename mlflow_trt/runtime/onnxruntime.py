@@ -110,5 +110,8 @@ class OnnxRuntimeSlot:
     def abandon(self) -> None:
         self._feeds = {}
 
+    def trim(self) -> None:
+        self._feeds = {}
+
     def close(self) -> None:
         self._feeds = {}

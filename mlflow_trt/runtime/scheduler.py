@@ -191,8 +191,24 @@ class Scheduler(Generic[AnySlot]):
                 _log.warning("Running at most %d rows at once from now on: %s", smaller.largest, error.message)
                 self._sizes[profile] = smaller
                 self._plans.clear()
+                self._trim()
             else:
                 return results.arrays
+
+    def _trim(self) -> None:
+        """Let the slots that nobody uses free what the batch that was too large left behind."""
+        idle: list[AnySlot] = []
+        while len(idle) < MOST_SLOTS and (slot := self.slots.acquire_now()) is not None:
+            idle.append(slot)
+        for slot in idle:
+            slot.trim()
+            self.slots.release(slot)
+
+    def prepare(self, feeds: Feeds, profile: int) -> None:
+        """Make the memory that calls of several threads are put together in, for rows like those of `feeds`."""
+        sizes = self.sizes_of(profile)
+        if self._batches and sizes is not None:
+            self._batcher.prepare(feeds, sizes, MOST_SLOTS)
 
     def _pipeline(self, feeds: Feeds, profile: int, sizes: Sizes, results: _Results) -> None:
         """Fill one slot while another one runs."""

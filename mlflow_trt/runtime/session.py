@@ -5,16 +5,19 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import Self
 
-from mlflow_trt.errors import SessionClosedError
+from mlflow_trt.errors import RuntimeUnavailableError, SessionClosedError
 from mlflow_trt.inputs import prepare_feeds
 from mlflow_trt.runtime.scheduler import Scheduler
 from mlflow_trt.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from mlflow_trt.runtime.device_array import DeviceArray
 
 
 class Session(abc.ABC):
@@ -46,6 +49,20 @@ class Session(abc.ABC):
         """
         self._check_open()
         return self._scheduler.run(prepare_feeds(inputs, self.inputs))
+
+    def run_on_device(self, inputs: Mapping[str, Any]) -> dict[str, DeviceArray]:  # noqa: ARG002  # for those that can
+        """Run the model on arrays that are on the session's GPU; the outputs stay there, one new array for each.
+
+        Args:
+            inputs: by name, contiguous and of the dtypes of `self.inputs`: anything with `__dlpack__` (torch, cupy,
+                jax) or `__cuda_array_interface__`.
+
+        Raises:
+            RuntimeUnavailableError: the session does not run on TensorRT.
+            InputError: an input is missing, unknown, elsewhere, or of a dtype, shape or layout that does not fit.
+            ExecutionError: the runtime failed, or the engine has inputs or outputs on the host.
+        """
+        raise RuntimeUnavailableError(f"{self.description} takes no arrays on the GPU; only runtime='tensorrt' does")
 
     @property
     def runs(self) -> dict[int, int]:

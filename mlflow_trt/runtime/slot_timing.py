@@ -44,6 +44,7 @@ def time_phases(slot: EngineSlot, runs: int) -> list[Phases]:
             events[3].record(slot.stream)
             slot.stream.synchronize()
             times.append(Phases(*(later.milliseconds_since(e) for e, later in itertools.pairwise(events))))
+        del events  # while the device is current, which pycuda wants
     return times
 
 

@@ -50,6 +50,9 @@ class Slot(Protocol):
     def abandon(self) -> None:
         """Wait until nothing reads or writes the slot's memory any more, after an error. Never raises."""
 
+    def trim(self) -> None:
+        """Free memory that the next, smaller batch may not need. Nothing runs in the slot."""
+
     def close(self) -> None:
         """Free everything."""
 

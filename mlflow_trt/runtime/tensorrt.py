@@ -110,16 +110,6 @@ class TensorRTSession(Session):
         return f"{self._tensorrt} on {self._device.gpu.name}"
 
     def run_on_device(self, inputs: Mapping[str, Any]) -> dict[str, DeviceArray]:
-        """Run the model on arrays that are on the session's GPU; the outputs stay there.
-
-        Args:
-            inputs: by name, contiguous and of the engine's dtypes: anything with `__dlpack__` (torch, cupy, jax) or
-                `__cuda_array_interface__`.
-
-        Raises:
-            InputError: an input is missing, unknown, elsewhere, or of a dtype, shape or layout that does not fit.
-            ExecutionError: the runtime failed, or the engine has inputs or outputs on the host.
-        """
         self._check_open()
         with self._slots.lent() as slot, self._device.current():
             given = on_device.views(slot, inputs, self.inputs)
@@ -152,6 +142,8 @@ class TensorRTSession(Session):
                         slot.load(Rows([feeds], None, 0), number)
                         slot.launch()
                         slot.finish()
+                    if sizes and size == sizes.largest:
+                        self._scheduler.prepare(feeds, number)
 
     def _usual(self, spec: TensorSpec, profile: ShapeProfile, rows: int | None) -> npt.NDArray[np.generic]:
         """An input that the profile takes: zeros, and for a shape tensor the usual values."""
