@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test test-torch lint docs check-python clean
+.PHONY: quickstart test test-spark test-torch lint docs check-python clean
 
 quickstart: $(VENV)/.rtx
 	$(RUN) examples/quickstart.py
@@ -20,6 +20,11 @@ TORCH_INDEX ?=
 test-torch: $(VENV)/.dev
 	$(RUN) -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[test-torch]'
 	$(RUN) -m pytest tests/test_sources.py
+
+# Needs Java.
+test-spark: $(VENV)/.dev
+	$(RUN) -m pip install --quiet --editable '.[spark]'
+	DO_NOT_TRACK=true $(RUN) -m pytest tests/test_spark.py
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

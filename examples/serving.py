@@ -20,37 +20,89 @@ import requests
 START_SECONDS = 180
 
 
-@contextlib.contextmanager
-def served(model_uri: str, tracking_uri: str, model_config: Mapping[str, Any]) -> Iterator[str]:
-    """Serve a model on a free port of 127.0.0.1 and give its address. The server has ended when the block has."""
-    address = f"http://127.0.0.1:{(port := _free_port())}"
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model_uri, "--env-manager", "local"]
-    environment = {
-        **os.environ,
-        "MLFLOW_TRACKING_URI": tracking_uri,
-        "MLFLOW_PYFUNC_INFERENCE_CONFIG": json.dumps(model_config),
-        # mlflow starts uvicorn by its name.
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
-    }
-    with tempfile.TemporaryFile("w+") as log:
-        server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            env=environment,
-            stdout=log,
+class Server:
+    """`mlflow models serve` on a port of 127.0.0.1, in a process group of its own.
+
+    Args:
+        model_uri: any model URI of MLflow.
+        tracking_uri: where that is looked up.
+        model_config: load settings.
+        workers: how many processes load the model; MLflow's default is 1.
+        port: None takes a free one.
+        environment: further environment variables of the server.
+    """
+
+    def __init__(
+        self,
+        model_uri: str,
+        tracking_uri: str,
+        model_config: Mapping[str, Any],
+        *,
+        workers: int | None = None,
+        port: int | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.port = port or _free_port()
+        self.address = f"http://127.0.0.1:{self.port}"
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed by stop()
+        command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model_uri]
+        command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", str(workers)] if workers else []
+        self._process = subprocess.Popen(
+            command,
+            env={
+                **os.environ,
+                "MLFLOW_TRACKING_URI": tracking_uri,
+                "MLFLOW_PYFUNC_INFERENCE_CONFIG": json.dumps(model_config),
+                # mlflow starts uvicorn by its name.
+                "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+                **(environment or {}),
+            },
+            stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        try:
-            _wait_until_ready(server, address, log)
-            yield address
-        finally:
-            # mlflow's process and the uvicorn that it started are a process group of their own.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGTERM)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    server.wait(timeout=30)
-                os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
+
+    def wait_until_ready(self) -> None:
+        """Return when the server answers. Raises RuntimeError, with what it printed, if it ends or takes too long."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self._process.poll() is None:
+            with contextlib.suppress(requests.ConnectionError, requests.Timeout):
+                if requests.get(f"{self.address}/ping", timeout=5).ok:
+                    return
+            time.sleep(0.2)
+        raise RuntimeError(f"the server did not start:\n{self.log()}")
+
+    def log(self) -> str:
+        """What it printed so far."""
+        self._log.seek(0)
+        return self._log.read()
+
+    def kill(self) -> None:
+        """End mlflow's process and the uvicorn that it started at once, without giving them time for anything."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def stop(self) -> None:
+        """Ask it to end, and see to it. May be called more than once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=30)
+        self.kill()
+        self._log.close()
+
+
+@contextlib.contextmanager
+def served(model_uri: str, tracking_uri: str, model_config: Mapping[str, Any], **options: Any) -> Iterator[str]:
+    """Serve a model and give the server's address. The server has ended when the block has. Options as for Server."""
+    server = Server(model_uri, tracking_uri, model_config, **options)
+    try:
+        server.wait_until_ready()
+        yield server.address
+    finally:
+        server.stop()
 
 
 def _free_port() -> int:
@@ -58,16 +110,3 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _wait_until_ready(server: subprocess.Popen[bytes], address: str, log: Any) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            break
-        with contextlib.suppress(requests.ConnectionError, requests.Timeout):
-            if requests.get(f"{address}/ping", timeout=5).ok:
-                return
-        time.sleep(0.2)
-    log.seek(0)
-    raise RuntimeError(f"the server did not start:\n{log.read()}")

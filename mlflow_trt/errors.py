@@ -18,7 +18,10 @@
     ├── ExecutionError (RuntimeError)                 500  TensorRT, CUDA or ONNX Runtime failed
     │   ├── OutOfMemoryError (MemoryError)            429  the GPU has no room for this
     │   └── SelfTestError                             500  an engine runs, and answers wrongly
-    └── SessionClosedError (RuntimeError)             500  a session was used after close()
+    ├── SessionClosedError (RuntimeError)             500  a session was used after close()
+    └── ServerError (RuntimeError)                    500  a scoring server failed, as its client sees it
+        └── ServerUnavailableError (ConnectionError)  503  ... or cannot be reached
+            └── ServerTimeoutError (TimeoutError)     504  ... or takes too long
 
 The number is the HTTP status that an MLflow scoring server answers with. Every text says what was wrong, with which
 tensor, file or option, and what to do.
@@ -31,7 +34,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE, RESOURCE_EXHAUSTED
+from mlflow.protos.databricks_pb2 import (
+    DEADLINE_EXCEEDED,
+    INTERNAL_ERROR,
+    INVALID_PARAMETER_VALUE,
+    RESOURCE_EXHAUSTED,
+    TEMPORARILY_UNAVAILABLE,
+)
 
 if TYPE_CHECKING:
     from mlflow_trt.comparison import Comparison
@@ -43,7 +52,19 @@ class MlflowTrtError(MlflowException):
     _error_code: ClassVar[int] = INTERNAL_ERROR
 
     def __init__(self, message: str) -> None:
+        self._message: str | None = None
         super().__init__(message, error_code=self._error_code)
+
+    @property
+    def message(self) -> str:
+        """What was wrong and what to do."""
+        return self._message or ""
+
+    @message.setter
+    def message(self, text: str) -> None:
+        # Set once. MLflow's scoring server puts the data of the request before it, for whoever reads its logs.
+        if self._message is None:
+            self._message = text
 
 
 class OnnxModelError(MlflowTrtError, ValueError):
@@ -171,3 +192,23 @@ class SessionClosedError(MlflowTrtError, RuntimeError):
 
     def __init__(self, message: str = "this session is closed; load the model again") -> None:
         super().__init__(message)
+
+
+class ServerError(MlflowTrtError, RuntimeError):
+    """A scoring server failed. `status` is the HTTP status that it answered with, or None without an answer."""
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ServerUnavailableError(ServerError, ConnectionError):
+    """No scoring server can be reached, or the connection broke off, and trying again did not help."""
+
+    _error_code = TEMPORARILY_UNAVAILABLE
+
+
+class ServerTimeoutError(ServerUnavailableError, TimeoutError):
+    """A scoring server did not answer in time."""
+
+    _error_code = DEADLINE_EXCEEDED

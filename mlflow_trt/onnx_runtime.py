@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlflow_trt.errors import ExecutionError, InputError, MissingDependencyError
+from mlflow_trt.errors import ExecutionError, InputError, MissingDependencyError, OutOfMemoryError
 from mlflow_trt.trt import is_installed
 
 Array = npt.NDArray[np.generic]
 _CUDA = "CUDAExecutionProvider"
+_NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "bad allocation")  # it has no exception for this
 
 
 def import_onnxruntime() -> Any:
@@ -54,7 +55,7 @@ class CpuModel:
         self.device = "CUDA" if _CUDA in self._session.get_providers() else "CPU"
 
     def run(self, names: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """The outputs of these names. Raises InputError or ExecutionError."""
+        """The outputs of these names. Raises InputError, ExecutionError or OutOfMemoryError."""
         if not names:
             return {}  # ONNX Runtime would return all there are
         try:
@@ -62,6 +63,8 @@ class CpuModel:
         except Exception as error:  # as above
             if type(error).__name__ == "InvalidArgument":
                 raise InputError(f"ONNX Runtime {self.version} refuses the input: {error}") from error
+            if any(sign in str(error) for sign in _NO_MEMORY):
+                raise OutOfMemoryError(f"ONNX Runtime {self.version} lacks memory: {error}; run fewer rows") from error
             raise ExecutionError(f"ONNX Runtime {self.version} failed: {error}") from error
         return dict(zip(names, results, strict=True))
 

@@ -113,7 +113,7 @@ def write_model(
     """Write the model folder of a conversion, whole or not at all; returns what its MLmodel says."""
     check_target(path)
     model = Model() if mlflow_model is None else mlflow_model
-    with _written_aside(path) as folder:
+    with written_aside(path) as folder:
         record = write_folder(conversion, folder, options.lineage, selection=selection, **_kept(verification))
         (folder / REPORT_FILE).write_text(report_text(record))
         if selection is not None:
@@ -219,7 +219,7 @@ def _draw(selection: Selection, conversion: Conversion, folder: Path) -> None:
 
 
 @contextmanager
-def _written_aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path) -> Iterator[Path]:
     """A folder beside `path` that takes its place when the block ends well, and vanishes when it does not."""
     path = path.absolute()
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")

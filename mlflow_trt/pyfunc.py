@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,52 +14,70 @@ import pandas as pd
 
 from mlflow_trt.artifact import read_folder
 from mlflow_trt.dtypes import numpy_dtype
-from mlflow_trt.errors import ExecutionError, InputError, InputShapeError
+from mlflow_trt.errors import ExecutionError, InputDtypeError, InputError, InputShapeError, OutOfMemoryError
 from mlflow_trt.loading import LoadSettings, open_session
 from mlflow_trt.progress import shown_progress
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.spec import TensorSpec
+from mlflow_trt.wire import packed
 
 Array = npt.NDArray[np.generic]
+
+_IN_SERVER = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"  # what MLflow's scoring server sets for the models that it runs
 
 
 def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyfuncModel:
     """What `mlflow.pyfunc.load_model` and `mlflow models serve` call: the model folder and its load settings."""
     folder = read_folder(Path(path))
+    settings = LoadSettings.of(model_config)
     with shown_progress("Loading the model") as progress:
-        return PyfuncModel(open_session(folder, LoadSettings.of(model_config), progress))
+        return PyfuncModel(open_session(folder, settings, progress), answers=settings.answers)
 
 
 class PyfuncModel:
-    """Takes a dict of arrays, an array, or a DataFrame; gives a dict of arrays, or for a DataFrame a DataFrame."""
+    """Takes a dict of arrays, an array, or a DataFrame; gives a dict of arrays, or for a DataFrame a DataFrame.
 
-    def __init__(self, session: Session) -> None:
+    Under MLflow's scoring server, `answers="base64"` gives a dict of what `wire.packed` makes of each array.
+    """
+
+    def __init__(self, session: Session, *, answers: str = "lists") -> None:
         self._session = session
+        self._packs = answers == "base64"
 
     def predict(self, data: Any, params: Mapping[str, Any] | None = None) -> Any:
         """Run the model. There are no `params`.
 
         Raises:
             InputError: the input does not fit the model.
-            ExecutionError: the runtime failed.
+            ExecutionError: the runtime failed; OutOfMemoryError where memory is lacking, on the GPU or the host.
         """
         if params:
             raise InputError(f"this model takes no params, and got {', '.join(params)}")
-        if isinstance(data, pd.DataFrame):
-            feeds = feeds_from_frame(data, self._session.inputs)
-            return frame_from_outputs(self._run(feeds), data.index)
-        if isinstance(data, Mapping):
-            return self._run(data)
-        if isinstance(data, (np.ndarray, list)):
-            if len(self._session.inputs) != 1:
-                names = ", ".join(spec.name for spec in self._session.inputs)
-                raise InputError(f"this model has several inputs ({names}): pass a dict or a DataFrame that names them")
-            return self._run({self._session.inputs[0].name: data})
-        raise InputError(f"expected a dict of arrays, an array or a DataFrame, got {type(data).__name__}")
+        try:
+            outputs = self._run(self._feeds(data))
+        except OutOfMemoryError:
+            raise
+        except MemoryError as error:  # numpy's, which a server would take for the caller's mistake
+            raise OutOfMemoryError(f"the host lacks memory: {error}; pass fewer rows at once") from error
+        if self._packs and os.environ.get(_IN_SERVER) == "true":
+            return {name: packed(output) for name, output in outputs.items()}
+        return frame_from_outputs(outputs, data.index) if isinstance(data, pd.DataFrame) else outputs
 
     def get_raw_model(self) -> Session:
         """The session, for `pyfunc_model.get_raw_model()`: its `close()` frees the GPU."""
         return self._session
+
+    def _feeds(self, data: Any) -> Mapping[str, npt.ArrayLike]:
+        if isinstance(data, pd.DataFrame):
+            return feeds_from_frame(data, self._session.inputs)
+        if isinstance(data, Mapping):
+            return data
+        if isinstance(data, (np.ndarray, list)):
+            if len(self._session.inputs) != 1:
+                names = ", ".join(spec.name for spec in self._session.inputs)
+                raise InputError(f"this model has several inputs ({names}): pass a dict or a DataFrame that names them")
+            return {self._session.inputs[0].name: data}
+        raise InputError(f"expected a dict of arrays, an array or a DataFrame, got {type(data).__name__}")
 
     def _run(self, feeds: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
         # numpy has no bfloat16: JSON, DataFrames and signatures know float32, which holds its every value.
@@ -75,7 +94,8 @@ PyfuncModel.predict.__signature__ = inspect.signature(PyfuncModel.predict)  # ty
 def feeds_from_frame(frame: pd.DataFrame, specs: tuple[TensorSpec, ...]) -> dict[str, Array]:
     """The inputs that a DataFrame holds: a column for each, or all columns together as the rows of a single input.
 
-    A cell is a number, a list or an array; a flat one is reshaped to the input's fixed dimensions.
+    A cell is a number, a list or an array; a flat one is reshaped to the input's fixed dimensions. Or it is `bytes`:
+    the numbers themselves, in the input's dtype, as an uncompressed image is.
     """
     if len(specs) == 1 and specs[0].name not in frame.columns:
         return {specs[0].name: frame.to_numpy()}
@@ -95,8 +115,9 @@ def _column(column: pd.Series[Any], spec: TensorSpec) -> Array:
     if values.dtype == object:
         if column.empty:
             return np.zeros((0, *(size or 0 for size in spec.fixed[1:])), numpy_dtype(spec.dtype))
+        cells = _from_bytes(values, spec) if isinstance(values[0], bytes) else [np.asarray(cell) for cell in values]
         try:
-            values = np.stack([np.asarray(cell) for cell in values])
+            values = np.stack(cells)
         except ValueError as error:
             raise InputShapeError(
                 f"the cells of column {spec.name!r} differ in shape: {error}", tensor=spec.name
@@ -110,6 +131,19 @@ def _column(column: pd.Series[Any], spec: TensorSpec) -> Array:
                 f"the cells of column {spec.name!r} have the shape {values.shape[1:]}; expected {row}", tensor=spec.name
             ) from None
     return values
+
+
+def _from_bytes(cells: npt.NDArray[Any], spec: TensorSpec) -> list[Array]:
+    dtype = numpy_dtype(spec.dtype)
+    wrong = next((cell for cell in cells if not isinstance(cell, bytes) or len(cell) % dtype.itemsize), None)
+    if wrong is not None:
+        raise InputDtypeError(
+            f"a cell of column {spec.name!r} has {len(wrong)} bytes, which are no whole number of {spec.dtype}"
+            if isinstance(wrong, bytes)
+            else f"the cells of column {spec.name!r} are bytes and {type(wrong).__name__}; expected one of both",
+            tensor=spec.name,
+        )
+    return [np.frombuffer(cell, dtype) for cell in cells]
 
 
 def frame_from_outputs(outputs: Mapping[str, Array], index: pd.Index[Any]) -> pd.DataFrame:

@@ -46,6 +46,76 @@ def rows(count: int, width: int = 16, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((count, width)).astype(np.float32)
 
 
+def ranks() -> onnx.ModelProto:
+    """Three inputs of ranks 3, 1 and 2, one of them integers, and outputs of ranks 3, 2 and 1, one of them integers."""
+    return model(
+        [
+            helper.make_node("Unsqueeze", ["gain", "two"], ["wide_gain"]),
+            helper.make_node("Mul", ["image", "wide_gain"], ["scaled"]),
+            helper.make_node("ReduceSum", ["scaled", "two"], ["sums"], keepdims=0),
+            helper.make_node("ReduceSum", ["scaled", "both"], ["total"], keepdims=0),
+            helper.make_node("Add", ["count", "count"], ["doubled"]),
+        ],
+        [
+            value("image", FLOAT, ["batch", 2, 3]),
+            value("count", INT64, ["batch"]),
+            value("gain", FLOAT, ["batch", 1]),
+        ],
+        [
+            value("scaled", FLOAT, ["batch", 2, 3]),
+            value("sums", FLOAT, ["batch", 2]),
+            value("total", FLOAT, ["batch"]),
+            value("doubled", INT64, ["batch"]),
+        ],
+        [constant("two", np.array([2])), constant("both", np.array([1, 2]))],
+    )
+
+
+def ranks_feeds(count: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(count)
+    return {
+        "image": random.standard_normal((count, 2, 3)).astype(np.float32),
+        "count": random.integers(-5, 100, count),
+        "gain": random.uniform(1, 2, (count, 1)).astype(np.float32),
+    }
+
+
+def scaled_by_a_scalar() -> onnx.ModelProto:
+    """Inputs without a common axis: a matrix of any size, and a number."""
+    return model(
+        [helper.make_node("Mul", ["x", "k"], ["y"])],
+        [value("x", FLOAT, ["height", "width"]), value("k", FLOAT, [])],
+        [value("y", FLOAT, ["height", "width"])],
+    )
+
+
+def square() -> onnx.ModelProto:
+    """Its rows depend on each other. A million of them, which are 4 MB, want the square of that in memory, 4 TB."""
+    return model(
+        [
+            helper.make_node("Unsqueeze", ["x", "one"], ["column"]),
+            helper.make_node("Unsqueeze", ["x", "zero"], ["row"]),
+            helper.make_node("MatMul", ["column", "row"], ["products"]),
+            helper.make_node("ReduceMax", ["products"], ["y"], axes=[1], keepdims=0),
+        ],
+        [value("x", FLOAT, ["points"])],
+        [value("y", FLOAT, ["points"])],
+        [constant("one", np.array([1])), constant("zero", np.array([0]))],
+    )
+
+
+def pixels() -> onnx.ModelProto:
+    """An image of uint8 goes in, the mean of each channel comes out."""
+    return model(
+        [
+            helper.make_node("Cast", ["image"], ["as_float"], to=FLOAT),
+            helper.make_node("ReduceMean", ["as_float"], ["means"], axes=[1, 2], keepdims=0),
+        ],
+        [value("image", TensorProto.UINT8, ["batch", 8, 6, 3])],
+        [value("means", FLOAT, ["batch", 3])],
+    )
+
+
 def reshaped() -> onnx.ModelProto:
     """An input, `shape`, whose values other shapes are computed from."""
     return model(

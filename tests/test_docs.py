@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import typer
 from onnx import helper
+from serving import served
 
+import mlflow_trt
 from mlflow_trt.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,6 +72,15 @@ def test_the_code_in_the_guide_runs(in_folder, capsys):
     assert [version.name for version in names["made_of_it"]] == ["text-trt"]
     assert names["source"].name == "text"
     assert "ONNX Runtime" in capsys.readouterr().out
+
+
+def test_the_client_in_the_page_about_deploying_runs(in_folder):
+    mlflow_trt.save_model(image_model(), "model", batch=(1, 4, 8), verify=False)
+    (code,) = blocks("docs/deploy.md", "python")
+    with served("model", mlflow.get_tracking_uri(), {"runtime": "onnxruntime"}) as address:
+        names = {"address": address}
+        exec(code, names)
+    assert names["scores"].shape == (4, 5)
 
 
 def test_the_page_of_the_command_line_is_up_to_date():

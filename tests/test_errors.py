@@ -28,6 +28,9 @@ STATUS = {
     "InputShapeError": 400,
     "ExecutionError": 500,
     "OutOfMemoryError": 429,
+    "ServerError": 500,
+    "ServerTimeoutError": 504,
+    "ServerUnavailableError": 503,
     "SessionClosedError": 500,
 }
 

@@ -36,6 +36,9 @@ NAMES = {
     "RecipeError",
     "RuntimeUnavailableError",
     "SelfTestError",
+    "ServerError",
+    "ServerTimeoutError",
+    "ServerUnavailableError",
     "Session",
     "SessionClosedError",
     "Tolerance",
@@ -68,6 +71,7 @@ def test_every_error_is_public():
         ("import mlflow_trt", {"mlflow", "onnx", "numpy", "pandas"}),
         # The process that builds engines starts with every build.
         ("import mlflow_trt.convert.build_worker", {"mlflow", "onnx", "numpy", "pandas", "pydantic"}),
+        ("import mlflow_trt.client", {"mlflow", "onnx", "pandas", "pyarrow", "pydantic"}),
         ("import mlflow_trt.flavor, mlflow_trt.pyfunc, mlflow_trt.registry", set()),
     ],
 )
@@ -93,6 +97,7 @@ BASE = {
     "trt",
     "trt_api",
     "trt_callbacks",
+    "wire",
 }
 CONVERT = BASE | {"convert"}
 RUNTIME = BASE | {"runtime"}
@@ -138,6 +143,12 @@ ALLOWED = {
     "selection_plot": BASE | {"figures"},
     "reporting": BASE | {"benchmark", "comparison", "layers", "plots"},
     "export": BASE | {"artifact"},
+    "triton_config": BASE | {"artifact"},
+    "triton": BASE | {"artifact", "export", "packaging", "triton_config"},
+    "dockerfile": BASE | {"export", "loading", "packaging"},
+    "spark_rows": BASE | RUNTIME,
+    "spark": BASE | RUNTIME | {"flavor", "loading", "spark_rows"},
+    "client": BASE,
     "cli": BASE
     | {
         "add_engine",
@@ -149,10 +160,11 @@ ALLOWED = {
         "comparison",
         "convert",
         "convert_all",
+        "dockerfile",
         "doctor",
         "export",
     }
-    | {"flavor", "layers", "planning", "progress", "registry", "reporting", "sample_data"},
+    | {"flavor", "layers", "planning", "progress", "registry", "reporting", "sample_data", "triton"},
     "__main__": {"cli"},
 }
 MODULES = sorted(

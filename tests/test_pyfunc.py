@@ -12,7 +12,7 @@ from compare import relative_error
 from mlflow.exceptions import MlflowException
 
 import mlflow_trt
-from mlflow_trt import ExecutionError, InputDtypeError, InputError, InputShapeError
+from mlflow_trt import ExecutionError, InputDtypeError, InputError, InputShapeError, OutOfMemoryError
 from mlflow_trt.pyfunc import feeds_from_frame, frame_from_outputs
 from mlflow_trt.spec import TensorSpec
 
@@ -133,6 +133,12 @@ class TestWithoutASignature:
             unsigned.predict(data)
         assert caught.value.get_http_status_code() == 400
 
+    def test_what_does_not_fit_into_the_memory_of_the_host(self, unsigned):
+        endless = np.broadcast_to(np.float32(1), (1 << 40, 16))
+        with pytest.raises(OutOfMemoryError, match="the host lacks memory: .*; pass fewer rows at once") as caught:
+            unsigned.predict({"x": endless})
+        assert caught.value.get_http_status_code() == 429
+
     def test_an_array_for_several_inputs(self, transformer):
         with pytest.raises(InputError, match=r"several inputs \(input_ids, attention_mask\)"):
             transformer._model_impl.predict(X)
@@ -162,6 +168,18 @@ class TestFrames:
             feeds_from_frame(frame, (IMAGE, SCORE, COUNT))
         with pytest.raises(InputError, match="has no column 'count'; it has image, score"):
             feeds_from_frame(frame[["image", "score"]], (IMAGE, SCORE, COUNT))
+
+    def test_cells_of_bytes(self):
+        images = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
+        frame = pd.DataFrame({"image": [image.tobytes() for image in images], "score": [0.5, 0.25], "count": [1, 2]})
+        assert np.array_equal(feeds_from_frame(frame, (IMAGE, SCORE, COUNT))["image"], images)
+        for cell, message in (
+            (b"12345", "has 5 bytes, which are no whole number of float32"),
+            (1.5, "bytes and float"),
+        ):
+            frame["image"] = pd.Series([images[0].tobytes(), cell], dtype=object)
+            with pytest.raises(InputDtypeError, match=message):
+                feeds_from_frame(frame, (IMAGE, SCORE, COUNT))
 
     def test_cells_that_arrow_keeps(self):
         column = pd.Series([[1.0, 2.0], [3.0, 4.0]], dtype=pd.ArrowDtype(pa.list_(pa.float32())))

@@ -10,7 +10,9 @@ from mlflow_trt.cli.add_engine import add_engine
 from mlflow_trt.cli.benchmark import benchmark
 from mlflow_trt.cli.compare import compare
 from mlflow_trt.cli.convert import convert
+from mlflow_trt.cli.dockerfile import dockerfile
 from mlflow_trt.cli.doctor import doctor
+from mlflow_trt.cli.export_triton import export_triton
 from mlflow_trt.cli.inspect import inspect
 from mlflow_trt.cli.verify import verify
 
@@ -27,6 +29,8 @@ app.command()(inspect)
 app.command()(verify)
 app.command()(benchmark)
 app.command()(compare)
+app.command()(export_triton)
+app.command()(dockerfile)
 app.command()(doctor)
 
 

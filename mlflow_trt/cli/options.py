@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 
@@ -52,6 +54,19 @@ def parse_shapes(text: str, option: str) -> dict[str, tuple[int, ...]]:
         if not name:
             raise typer.BadParameter(f"{option}: {item!r}: expected input:dims, like x:1x3x224x224")
     return shapes
+
+
+def parse_settings(text: str) -> dict[str, Any] | None:
+    """`{"runtime": "auto"}`, or nothing."""
+    if not text:
+        return None
+    try:
+        settings = json.loads(text)
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise typer.BadParameter(f'--model-config: {text!r}: expected JSON like {{"runtime": "auto"}}')
+    return settings
 
 
 Triple = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]

@@ -1,0 +1,230 @@
+"""How fast `mlflow models serve` answers: mlflow-trt beside a model that does nothing and beside mlflow.onnx.
+
+    python -m benchmarks.serving --runtime onnxruntime --clients 1,8 --images 1 --seconds 2
+
+Needs no network and no httpx. Without pyarrow, only JSON is measured.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import mlflow
+import numpy as np
+import numpy.typing as npt
+import onnx
+import requests
+import typer
+from mlflow.models import ModelSignature
+from rich.console import Console
+from rich.table import Table
+
+import mlflow_trt
+from benchmarks.load import Load, drive
+from benchmarks.resnet50 import resnet50
+from examples.serving import served
+from mlflow_trt import wire
+from mlflow_trt.artifact import Record, read_folder
+from mlflow_trt.cli.options import parse_batch, parse_numbers, parse_settings
+from mlflow_trt.model_inputs import sample
+
+TARGETS = ("floor", "mlflow-trt", "mlflow.onnx")
+ENCODERS = {"json": wire.json_request, "parquet": wire.parquet_request}
+_TOLERANCE = 0.02  # of the largest value: fp16 passes, another model's numbers do not
+Feeds = dict[str, npt.NDArray[np.generic]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One row of the table. A request has `images` rows and `megabytes`."""
+
+    target: str
+    wire: str
+    images: int
+    megabytes: float
+    load: Load
+
+    @property
+    def images_per_second(self) -> float:
+        return self.load.requests_per_second * self.images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is measured: each wire with each number of images and clients."""
+
+    wires: tuple[str, ...]
+    images: tuple[int, ...]
+    clients: tuple[int, ...]
+    seconds: float
+    megabytes_at_once: float
+
+
+class Models:
+    """The three models as folders of MLflow, with one signature."""
+
+    def __init__(self, folder: Path, model: onnx.ModelProto, plan: Plan, options: Mapping[str, Any]) -> None:
+        self._folder = folder
+        self._answers = options["answers"]
+        self._settings = {**options["settings"], "runtime": options["runtime"], "answers": options["answers"]}
+        mlflow_trt.save_model(
+            model, folder / "mlflow-trt", precision=options["precision"], batch=options["batch"], verify=False
+        )
+        self.record: Record = read_folder(folder / "mlflow-trt").record
+        signature = mlflow.models.Model.load(str(folder / "mlflow-trt")).signature
+        if "mlflow.onnx" in options["targets"]:
+            mlflow.onnx.save_model(model, str(folder / "mlflow.onnx"), signature=signature, pip_requirements=["onnx"])
+        self._write_floor(signature, max(plan.images))
+
+    def _write_floor(self, signature: ModelSignature, rows: int) -> None:
+        outputs = {output.name: [size or 1 for size in output.fixed[1:]] for output in self.record.outputs}
+        mlflow.pyfunc.save_model(
+            str(self._folder / "floor"),
+            python_model=str(Path(__file__).with_name("floor_model.py")),
+            signature=signature,
+            model_config={"rows": rows, "outputs": outputs, "answers": self._answers},
+            pip_requirements=["mlflow"],
+        )
+
+    def path(self, target: str) -> Path:
+        """The folder of a model."""
+        return self._folder / target
+
+    def feeds(self, rows: int) -> Feeds:
+        """Noise, the same for every target."""
+        return sample(rows, self.record.inputs, self.record.profiles, self.record.batch_axis)
+
+    @contextmanager
+    def served(self, target: str, workers: int) -> Iterator[str]:
+        config = self._settings if target == "mlflow-trt" else {}
+        environment = {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
+        store = f"sqlite:///{self._folder / 'mlflow.db'}"
+        with served(str(self._folder / target), store, config, workers=workers, environment=environment) as address:
+            yield address
+
+
+def measure(models: Models, target: str, plan: Plan, workers: int, console: Console) -> Iterator[Measured]:
+    """Serve one of the models and measure it, after its answer was found to be right."""
+    with models.served(target, workers) as address:
+        for kind in plan.wires:
+            for images in plan.images:
+                request = ENCODERS[kind](models.feeds(images))
+                megabytes = len(request.content) / 1e6
+                check(models, target, address, request, images)
+                for clients in plan.clients:
+                    if clients > 1 and clients * megabytes > plan.megabytes_at_once:
+                        console.print(
+                            f"Left out: {clients} clients with {images} images as {kind}, {megabytes:.0f} MB each"
+                        )
+                        continue
+                    console.print(f"{target}: {clients} clients, {images} images as {kind} ...")
+                    load = drive(address, request, clients, plan.seconds)
+                    yield Measured(target=target, wire=kind, images=images, megabytes=megabytes, load=load)
+
+
+def check(models: Models, target: str, address: str, request: wire.Request, images: int) -> None:
+    """Compare an answer with ONNX Runtime's. The floor's need only have its form."""
+    headers = {"Content-Type": request.content_type}
+    response = requests.post(f"{address}/invocations", request.content, headers=headers, timeout=600)
+    if not response.ok:
+        raise wire.error_of(response.status_code, response.content)
+    answer = wire.decode_answer(response.content)
+    with mlflow_trt.load_model(str(models.path("mlflow-trt")), runtime="onnxruntime") as session:
+        expected = session.run(models.feeds(images))
+    for name, array in expected.items():
+        error = float(np.abs(answer[name] - array).max() / np.abs(array).max())
+        if answer[name].shape != array.shape or (target != "floor" and not error < _TOLERANCE):
+            raise RuntimeError(f"{target} answers {name!r} with an error of {error:.2g} of the largest value")
+
+
+def table(rows: list[Measured]) -> Table:
+    shown = Table(title="mlflow models serve", title_justify="left")
+    for heading in ("wire", "images", "MB", "clients", "model"):
+        shown.add_column(heading)
+    for heading in ("requests/s", "images/s", "p50 ms", "p99 ms", "p50 / floor", "throughput / floor", "failed"):
+        shown.add_column(heading, justify="right")
+    floor = {_key(row): row.load for row in rows if row.target == "floor"}
+    for row in sorted(rows, key=lambda row: (*_key(row), TARGETS.index(row.target))):
+        load, base = row.load, floor.get(_key(row))
+        shown.add_row(
+            row.wire, str(row.images), f"{row.megabytes:.1f}", str(load.clients), row.target,
+            f"{load.requests_per_second:.1f}", f"{row.images_per_second:.1f}",
+            f"{load.p50_ms:.1f}", f"{load.p99_ms:.1f}",
+            f"{load.p50_ms / base.p50_ms:.2f}" if base else "",
+            f"{load.requests_per_second / base.requests_per_second:.2f}" if base else "",
+            str(load.failures or ""),
+        )  # fmt: skip
+    return shown
+
+
+def faster_than_json(rows: list[Measured]) -> Iterator[str]:
+    """What parquet brings, one client at a time."""
+    json_rows = {(row.target, row.images, row.load.clients): row for row in rows if row.wire == "json"}
+    for row in rows:
+        other = json_rows.get((row.target, row.images, row.load.clients))
+        if row.wire == "parquet" and other is not None and row.load.clients == 1:
+            ratio = other.load.p50_ms / row.load.p50_ms
+            yield f"{row.target}, {row.images} images: parquet is {ratio:.1f} times as fast as JSON"
+
+
+def _key(row: Measured) -> tuple[str, int, int]:
+    return row.wire, row.images, row.load.clients
+
+
+def main(
+    model: Annotated[Path | None, typer.Option(help="An ONNX file. Default: a ResNet-50 with random weights.")] = None,
+    runtime: Annotated[str, typer.Option(help="Load setting of mlflow-trt.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Precision of the engine.")] = "fp32",
+    batch: Annotated[str, typer.Option(help="Batch range of the engine.")] = "1:8:64",
+    answers: Annotated[
+        str, typer.Option(help="Load setting: lists or base64, for mlflow-trt and the floor.")
+    ] = "lists",
+    settings: Annotated[str, typer.Option(help="Further load settings, as JSON.")] = '{"warm_up": true}',
+    targets: Annotated[str, typer.Option(help="Which of floor, mlflow-trt and mlflow.onnx.")] = ",".join(TARGETS),
+    wires: Annotated[str, typer.Option(help="Which of json and parquet.")] = "json,parquet",
+    images: Annotated[str, typer.Option(help="Images in a request.")] = "1,32",
+    clients: Annotated[str, typer.Option(help="Clients at the same time.")] = "1,8,32,64",
+    seconds: Annotated[float, typer.Option(help="How long each row of the table is measured.")] = 5.0,
+    workers: Annotated[int, typer.Option(help="Workers of the server.")] = 1,
+    megabytes_at_once: Annotated[
+        float, typer.Option(help="Leave out what would have more than this on its way at once.")
+    ] = 600.0,
+    output: Annotated[Path | None, typer.Option(help="Write the numbers to this file, as JSON.")] = None,
+) -> None:
+    """Serve three models one after the other and measure what clients see."""
+    console = Console(width=160)
+    kinds = tuple(kind for kind in wires.split(",") if kind != "parquet" or importlib.util.find_spec("pyarrow"))
+    plan = Plan(
+        wires=kinds,
+        images=tuple(parse_numbers(images, "--images")),
+        clients=tuple(parse_numbers(clients, "--clients")),
+        seconds=seconds,
+        megabytes_at_once=megabytes_at_once,
+    )
+    chosen = [target for target in TARGETS if target in targets.split(",")]
+    options = {
+        "runtime": runtime, "precision": precision, "batch": parse_batch(batch), "answers": answers, "targets": chosen,
+        "settings": parse_settings(settings) or {},
+    }  # fmt: skip
+    source = resnet50() if model is None else onnx.load(model)
+    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as folder:
+        models = Models(Path(folder), source, plan, options)
+        rows = [row for target in chosen for row in measure(models, target, plan, workers, console)]
+    console.print(table(rows), *faster_than_json(rows), sep="\n")
+    if output is not None:
+        found = [asdict(row) | {"images_per_second": row.images_per_second} for row in rows]
+        about = {"machine": platform.machine(), "cpus": os.cpu_count(), "workers": workers, **options}
+        output.write_text(json.dumps({**about, "rows": found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,143 @@
+"""The context of an image: linted, and its steps run where no image is needed for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import networks
+import numpy as np
+import pytest
+from serving import _free_port
+from test_cli import run
+
+import mlflow_trt
+from mlflow_trt import RecipeError
+from mlflow_trt.client import Client
+from mlflow_trt.dockerfile import ImageOptions, dockerfile_text, write_image_context
+
+SETTINGS = {"runtime": "onnxruntime", "answers": "base64"}
+HADOLINT = Path(sys.executable).with_name("hadolint")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    mlflow_trt.save_model(networks.product(), tmp_path / "product", batch=(1, 4, 8), verify=False)
+    return tmp_path / "product"
+
+
+@pytest.fixture
+def wheel(tmp_path):
+    path = tmp_path / "mlflow_trt-9-py3-none-any.whl"
+    path.write_bytes(b"a wheel")
+    return path
+
+
+def instructions(text):
+    """The arguments of each instruction, in order, with continued lines put together and comments left out."""
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    for line in "\n".join(lines).replace("\\\n", " ").splitlines():
+        if line:
+            name, _, argument = line.partition(" ")
+            yield name, argument
+
+
+@pytest.mark.skipif(not HADOLINT.exists(), reason="there is no hadolint for this platform")
+@pytest.mark.parametrize("has_constraints", [True, False])
+def test_hadolint_has_nothing_to_say(has_constraints, wheel):
+    options = ImageOptions(model_config=SETTINGS, wheels=[wheel])
+    text = dockerfile_text(options, has_constraints=has_constraints)
+    result = subprocess.run([HADOLINT, "-"], input=text, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "")
+
+
+def test_the_context_has_all_that_is_copied(folder, wheel, tmp_path):
+    remarks = write_image_context(str(folder), tmp_path / "image", ImageOptions(wheels=[wheel], port=9000))
+    assert re.fullmatch("engine for sm80plus, TensorRT-RTX [0-9.]+", remarks[0])
+    text = (tmp_path / "image" / "Dockerfile").read_text()
+    copied = [argument.split()[:-1] for name, argument in instructions(text) if name == "COPY"]
+    sources = [source for sources in copied for source in sources if not source.startswith("--from")]
+    assert sources == ["model/requirements.txt", "wheels/", "/opt/venv", "model/"]
+    assert all((tmp_path / "image" / source).exists() for source in sources if source != "/opt/venv")
+    assert "mlflow-trt[cuda,rtx]" in (tmp_path / "image" / "model" / "requirements.txt").read_text()
+    assert ("EXPOSE", "9000") in instructions(text)
+    for name, argument in instructions(text):
+        if name == "RUN":
+            subprocess.run(["sh", "-n", "-c", argument], check=True)
+
+
+def test_what_the_image_runs_serves_the_model(folder, tmp_path):
+    port = _free_port()
+    write_image_context(str(folder), tmp_path / "image", ImageOptions(model_config=SETTINGS, port=port))
+    found = dict(instructions((tmp_path / "image" / "Dockerfile").read_text()))
+    variables = dict(item.split("=", 1) for item in shlex.split(found["ENV"]))
+    assert json.loads(variables["MLFLOW_PYFUNC_INFERENCE_CONFIG"]) == SETTINGS
+    healthy = json.loads(found["HEALTHCHECK"].partition("CMD ")[2])
+    healthy[0] = sys.executable
+    command = json.loads(found["ENTRYPOINT"])
+    assert command[0] == "mlflow"
+    assert command[command.index("--workers") + 1] == "1"
+    local = {"/opt/model": str(tmp_path / "image" / "model"), "0.0.0.0": "127.0.0.1"}
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "MLFLOW_PYFUNC_INFERENCE_CONFIG": variables["MLFLOW_PYFUNC_INFERENCE_CONFIG"],
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}",
+    }
+    assert subprocess.run(healthy, capture_output=True, check=False).returncode == 1
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [local.get(part, part) for part in command], env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while subprocess.run(healthy, capture_output=True, check=False).returncode:
+                assert server.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            x = networks.rows(3)
+            with Client(f"http://127.0.0.1:{port}") as client:
+                served = client.predict({"x": x})["y"]
+        finally:
+            os.killpg(server.pid, 15)
+            server.wait(timeout=30)
+    with mlflow_trt.load_model(str(folder), runtime="onnxruntime") as session:
+        assert np.array_equal(served, session.run({"x": x})["y"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"port": 0}, "port is 0; expected 1 to 65535"),
+        ({"base": "image\nRUN evil"}, "base is .*; expected an image like nvidia/cuda"),
+        ({"model_config": {"runtim": "auto"}}, "unknown load setting 'runtim'"),
+        ({"wheels": ["nowhere.whl"]}, "wheels: nowhere.whl is no wheel"),
+    ],
+)
+def test_options_that_make_no_sense(options, message):
+    with pytest.raises(RecipeError, match=message):
+        ImageOptions(**options)
+
+
+def test_nothing_is_written_over(folder, tmp_path):
+    (tmp_path / "image").mkdir()
+    (tmp_path / "image" / "Dockerfile").write_text("mine")
+    with pytest.raises(RecipeError, match="exists already"):
+        write_image_context(str(folder), tmp_path / "image")
+    assert [path.name for path in (tmp_path / "image").iterdir()] == ["Dockerfile"]
+
+
+def test_from_the_command_line(folder, tmp_path):
+    code, output, errors = run("dockerfile", folder, "--output", tmp_path / "image", "--base", "my/cuda:1-{kind}")
+    assert code == 0, errors
+    assert "docker run --gpus all -p 8080:8080" in output
+    assert "FROM my/cuda:1-devel AS build" in (tmp_path / "image" / "Dockerfile").read_text()
+    code, _, errors = run("dockerfile", folder, "--output", tmp_path / "other", "--model-config", "auto")
+    assert code == 2
+    assert 'expected JSON like {"runtime": "auto"}' in " ".join(errors.split())

@@ -1,0 +1,58 @@
+"""The benchmark of serving: a short run of it, and what it makes of what clients see."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import networks
+import onnx
+import pytest
+from serving import _free_port
+
+from benchmarks.load import Answer, drive, summarized
+from mlflow_trt import wire
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_what_clients_see():
+    load = summarized(
+        2, [Answer(1.0, 1.1, ""), Answer(1.0, 1.2, ""), Answer(1.1, 1.4, ""), Answer(1.2, 3.0, "500: no")]
+    )
+    assert (load.clients, load.requests, load.failures, load.problem) == (2, 3, 1, "500: no")
+    assert load.requests_per_second == pytest.approx(1.5)
+    assert load.p50_ms == pytest.approx(200)
+
+
+def test_clients_that_nobody_answers():
+    request = wire.Request(content=b"", content_type=wire.JSON)
+    load = drive(f"http://127.0.0.1:{_free_port()}", request, 3, 0.05)
+    assert load.requests == 0
+    assert load.failures >= 3
+    assert "ConnectionRefusedError" in load.problem
+
+
+def test_a_short_run(tmp_path):
+    onnx.save(networks.product(), tmp_path / "product.onnx")
+    options = {
+        "model": tmp_path / "product.onnx", "runtime": "onnxruntime", "answers": "base64", "images": "1,3",
+        "clients": "1,3", "seconds": "0.2", "targets": "floor,mlflow-trt", "output": tmp_path / "result.json",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "benchmarks.serving"]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "times as fast as JSON" in result.stdout
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert {(row["target"], row["wire"], row["images"], row["load"]["clients"]) for row in rows} == {
+        (target, kind, images, clients)
+        for target in ("floor", "mlflow-trt")
+        for kind in ("json", "parquet")
+        for images in (1, 3)
+        for clients in (1, 3)
+    }
+    assert all(row["load"]["requests"] > 0 and not row["load"]["failures"] for row in rows)

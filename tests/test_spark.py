@@ -1,0 +1,243 @@
+"""Spark DataFrames, scored by a real local Spark. `make test-spark` installs it; it needs Java."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import networks
+import numpy as np
+import pandas as pd
+import pytest
+from onnx import helper
+
+import mlflow_trt
+from mlflow_trt import InputError, InputShapeError, RecipeError, UnsupportedModelError
+from mlflow_trt.artifact import read_folder
+from mlflow_trt.loading import LoadSettings, open_session
+from mlflow_trt.spark_rows import Rows, columns_of_outputs
+from mlflow_trt.spec import TensorSpec
+
+# What is used of pandas here works with 3, which the tests show.
+pytestmark = pytest.mark.filterwarnings("ignore:PySpark does not yet fully support pandas:FutureWarning")
+
+CPU = {"runtime": "onnxruntime"}
+COUNT = 103  # leaves tails everywhere
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks") / "model"
+    mlflow_trt.save_model(networks.ranks(), folder, batch=(1, 4, 8), verify=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def feeds():
+    return networks.ranks_feeds(COUNT)
+
+
+@pytest.fixture(scope="module")
+def expected(folder, feeds):
+    with mlflow_trt.load_model(str(folder), runtime="onnxruntime") as session:
+        return session.run(feeds)
+
+
+def series(feeds, start=0, stop=None):
+    """As Spark hands rows over."""
+    rows = slice(start, stop)
+    return {
+        "image": pd.Series([image.reshape(-1) for image in feeds["image"][rows]]),
+        "count": pd.Series(feeds["count"][rows]),
+        "gain": pd.Series(list(feeds["gain"][rows])),
+    }
+
+
+def close(found, array):
+    """ONNX Runtime adds in another order where batches are of another size."""
+    return np.allclose(found, array, rtol=1e-5, atol=1e-5)
+
+
+class TestRows:
+    @pytest.fixture
+    def rows(self, folder):
+        with open_session(read_folder(folder), LoadSettings(**CPU)) as session:
+            yield Rows(session, partition=3)
+
+    def test_in_pieces(self, rows, feeds, expected):
+        for start, stop in ((0, 100), (100, 100), (100, COUNT)):
+            outputs = rows.run(series(feeds, start, stop), 32)
+            for name, array in expected.items():
+                assert outputs[name].dtype == array.dtype
+                assert close(outputs[name], array[start:stop])
+
+    def test_cells_of_every_form(self, rows, feeds, expected):
+        nested = np.empty(COUNT, object)
+        for index, image in enumerate(feeds["image"]):
+            nested[index] = np.array([*image, None], object)[:-1]
+        for images in (nested, [image.tobytes() for image in feeds["image"]], [i.tolist() for i in feeds["image"]]):
+            columns = {**series(feeds), "image": pd.Series(list(images)), "gain": pd.Series(feeds["gain"][:, 0])}
+            assert np.array_equal(rows.run(columns, 1000)["scaled"], expected["scaled"])
+
+    @pytest.mark.parametrize(
+        ("column", "cell", "message"),
+        [
+            ("count", None, "row 57: column 'count' is null, or NaN.*dropna"),
+            ("image", None, "row 57: column 'image' is null"),
+            ("image", np.ones(5, np.float32), r"row 57: image: float32\[batch, 2, 3\] does not take this row: cannot"),
+            ("image", np.array([1, None] * 3, object), "row 57: .*: it has nulls"),
+            ("image", b"12345", "row 57: .*: buffer size must be a multiple"),
+            ("image", np.full(6, 1e300), r"row 57: input 'image': .*e\+300.* is too large for float32"),
+        ],
+    )
+    def test_a_bad_row_is_named(self, column, cell, message, rows, feeds):
+        columns = series(feeds)
+        cells = list(columns[column])
+        cells[57] = cell
+        columns[column] = pd.Series(cells)
+        with pytest.raises(InputError, match=f"partition 3, {message}"):
+            rows.run(columns, 32)
+
+    def test_rows_are_counted_over_batches(self, rows, feeds):
+        rows.run(series(feeds, 0, 10), 32)
+        columns = series(feeds, 10, 20)
+        columns["image"].iloc[4] = np.ones(7, np.float32)
+        with pytest.raises(InputShapeError, match="partition 3, row 14"):
+            rows.run(columns, 32)
+
+    def test_types_that_spark_lacks(self):
+        outputs = {
+            "half": np.ones((2, 3), np.float16), "byte": np.ones(2, np.uint8), "deep": np.ones((2, 1, 2, 3), np.uint32),
+        }  # fmt: skip
+        specs = [TensorSpec(name=name, dtype=array.dtype.name, shape=array.shape) for name, array in outputs.items()]
+        frame = columns_of_outputs(outputs, specs)
+        assert frame["byte"].dtype == np.int16
+        assert frame["half"][0].dtype == np.float32
+        assert np.asarray(frame["deep"][1]).shape == (1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def spark(tmp_path_factory):
+    pytest.importorskip("pyspark", reason="`make test-spark` installs it")
+    from pyspark.sql import SparkSession
+
+    # Workers import what the tests import.
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYSPARK_PYTHON", sys.executable)
+        environment.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        environment.setenv("SPARK_LOCAL_IP", "127.0.0.1")
+        settings = {
+            "spark.ui.enabled": "false",
+            "spark.driver.host": "127.0.0.1",
+            "spark.driver.bindAddress": "127.0.0.1",
+            "spark.sql.warehouse.dir": str(tmp_path_factory.mktemp("warehouse")),
+            "spark.sql.execution.arrow.maxRecordsPerBatch": "10",
+            "spark.sql.shuffle.partitions": "2",
+        }
+        builder = SparkSession.builder.master("local[2]").appName("mlflow-trt")
+        for name, value in settings.items():
+            builder = builder.config(name, value)
+        session = builder.getOrCreate()
+        yield session
+        session.stop()
+
+
+@pytest.fixture(scope="module")
+def frame(spark, feeds):
+    rows = [
+        (index, image.tolist(), image.reshape(-1).tolist(), image.tobytes(), int(count), float(gain[0]))
+        for index, (image, count, gain) in enumerate(zip(feeds["image"], feeds["count"], feeds["gain"], strict=True))
+    ]
+    schema = "id int, image array<array<float>>, flat array<float>, raw binary, count long, gain float"
+    return spark.createDataFrame(rows, schema).repartition(3).cache()
+
+
+@pytest.fixture(scope="module")
+def predict(spark, folder):
+    from mlflow_trt.spark import predict_udf
+
+    return predict_udf(spark, str(folder), model_config=CPU)
+
+
+class TestSpark:
+    def test_the_type_of_the_result(self, frame, predict):
+        assert frame.select(predict().alias("p")).schema["p"].dataType.simpleString() == (
+            "struct<scaled:array<array<float>>,sums:array<float>,total:float,doubled:bigint>"
+        )
+
+    @pytest.mark.parametrize("column", ["image", "flat", "raw"])
+    def test_several_inputs_and_outputs_of_every_rank(self, column, frame, predict, expected):
+        rows = sorted(frame.select("id", predict(image=column, count="count", gain="gain").alias("p")).collect())
+        assert len(rows) == COUNT
+        for name, array in expected.items():
+            found = np.asarray([row.p[name] for row in rows], array.dtype)
+            assert found.shape == array.shape
+            assert close(found, array)
+
+    def test_columns_in_the_order_of_the_inputs(self, frame, predict, expected):
+        rows = sorted(frame.select("id", predict("image", frame["count"], gain="gain").alias("p")).collect())
+        assert np.array_equal(np.asarray([row.p.doubled for row in rows]), expected["doubled"])
+        with pytest.raises(
+            RecipeError, match="the model has the inputs image, count, gain, and 1 columns and sum were"
+        ):
+            predict("image", sum="count")
+
+    def test_no_rows(self, frame, predict):
+        assert frame.where("id < 0").select(predict()).collect() == []
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ("count", "column 'count' is null, or NaN"),
+            ("image", "column 'image' is null, or NaN"),
+        ],
+    )
+    def test_null_rows(self, change, message, frame, predict):
+        from pyspark.sql import functions
+
+        column = functions.when(frame["id"] != 57, frame[change])
+        changed = frame.coalesce(1).sort("id").withColumn(change, column)
+        with pytest.raises(Exception, match=rf"partition 0, row 57: {message}"):
+            changed.select(predict()).collect()
+        assert changed.dropna(subset=[change]).select(predict()).count() == COUNT - 1
+
+    def test_a_bad_row(self, frame, predict):
+        from pyspark.sql import functions
+
+        column = functions.when(frame["id"] != 57, frame["flat"]).otherwise(functions.slice("flat", 1, 4))
+        changed = frame.coalesce(1).sort("id").withColumn("flat", column)
+        with pytest.raises(Exception, match=r"partition 0, row 57: image: float32\[batch, 2, 3\] does not take this"):
+            changed.select(predict("flat", "count", "gain")).collect()
+
+    def test_models_whose_rows_are_not_known_to_be_independent(self, spark, tmp_path):
+        from mlflow_trt.spark import predict_udf
+
+        mlflow_trt.save_model(
+            networks.scaled_by_a_scalar(), tmp_path / "scalar", shapes={"x": ((1, 1), (4, 4), (8, 8))}, verify=False
+        )
+        with pytest.raises(UnsupportedModelError, match="convert it with batch="):
+            predict_udf(spark, str(tmp_path / "scalar"))
+
+    def test_a_registered_model_and_its_settings(self, spark, store, frame, expected):
+        from mlflow_trt.spark import predict_udf
+
+        mlflow_trt.log_model(
+            networks.ranks(), name="r", registered_model_name="r", batch=(1, 4, 8), verify=False, model_config=CPU
+        )
+        rows = sorted(frame.select("id", predict_udf(spark, "models:/r/1")().alias("p")).collect())
+        assert close(np.asarray([row.p.total for row in rows], np.float32), expected["total"])
+        with pytest.raises(RecipeError, match="unknown load setting 'runtim'"):
+            predict_udf(spark, "models:/r/1", model_config={"runtim": "onnxruntime"})
+
+    def test_names_with_dots(self, spark, tmp_path):
+        from mlflow_trt.spark import predict_udf
+
+        model = networks.model(
+            [helper.make_node("Neg", ["in.x"], ["out.y"])],
+            [networks.value("in.x", networks.FLOAT, ["batch"])],
+            [networks.value("out.y", networks.FLOAT, ["batch"])],
+        )
+        mlflow_trt.save_model(model, tmp_path / "dots", batch=(1, 4, 8), verify=False)
+        frame = spark.createDataFrame([(1.5,), (-2.0,)], "`in.x` float")
+        rows = frame.select(predict_udf(spark, str(tmp_path / "dots"), model_config=CPU)().alias("p")).collect()
+        assert sorted(row.p["out.y"] for row in rows) == [-1.5, 2.0]

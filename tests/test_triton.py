@@ -1,0 +1,277 @@
+"""Model repositories for Triton, read with Triton's own protobuf schema."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from dataclasses import replace
+
+import networks
+import numpy as np
+import onnx
+import pytest
+from google.protobuf import text_format
+from onnx import TensorProto, helper
+from test_cli import run
+from wheel_files import wheel_file
+
+import mlflow_trt
+from mlflow_trt import EngineMismatchError, IntegrityError, RecipeError, UnsupportedModelError
+from mlflow_trt.artifact import read_folder, record_to_dict
+from mlflow_trt.onnx_runtime import CpuModel
+from mlflow_trt.spec import Distribution, EngineRecord, HardwareCompatibility, TensorSpec, Weights
+from mlflow_trt.triton import export_triton
+from mlflow_trt.triton_config import Layout, config_text
+
+PLAN = b"ftrt: a plan, for all that Triton's repository cares"
+
+
+@pytest.fixture(scope="session")
+def schema():
+    """Triton's model_config.proto, from the wheel of its client, whose other parts are not needed."""
+    path = wheel_file("tritonclient==2.73.0", "tritonclient/grpc/model_config_pb2.py")
+    spec = importlib.util.spec_from_file_location("model_config_pb2", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def parse(schema):
+    def parsed(text):
+        return text_format.Parse(text, schema.ModelConfig())
+
+    return parsed
+
+
+def engine(target="sm86", version="10.13.0.35", **changes):
+    fields = {
+        "file": f"engines/tensorrt-{version}-{target}.plan",
+        "sha256": hashlib.sha256(PLAN).hexdigest(),
+        "size": len(PLAN),
+        "distribution": Distribution.TENSORRT,
+        "version": version,
+        "compute_capabilities": (target,),
+    }
+    return EngineRecord(**{**fields, **changes})
+
+
+def with_engines(folder, *engines):
+    """A model folder as TensorRT would have left it, which is not here: its record, and plans that nobody loads."""
+    record = replace(read_folder(folder).record, engines=engines)
+    for one in engines:
+        (folder / one.file).write_bytes(PLAN)
+    (folder / "mlflow_trt.json").write_text(json.dumps(record_to_dict(record)))
+    return str(folder)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "ranks"
+    mlflow_trt.save_model(networks.ranks(), path, batch=(1, 4, 8), verify=False)
+    return path
+
+
+def read(made, parse):
+    return parse((made.path / "config.pbtxt").read_text())
+
+
+def test_one_engine(folder, tmp_path, parse, schema):
+    made = export_triton(with_engines(folder, engine()), tmp_path / "models", instances=2, queue_delay=500)
+    assert made.files == ("1/model.plan", "config.pbtxt")
+    assert made.remarks == ("needs a Triton with TensorRT 10.13.0",)
+    assert (made.path / "1" / "model.plan").read_bytes() == PLAN
+    config = read(made, parse)
+    assert (config.name, config.backend, config.max_batch_size) == ("ranks", "tensorrt", 8)
+    assert config.default_model_filename == "model.plan"
+    assert not config.cc_model_filenames
+    inputs = {tensor.name: tensor for tensor in config.input}
+    assert list(inputs["image"].dims) == [2, 3]
+    assert inputs["image"].data_type == schema.TYPE_FP32
+    # Triton has no tensors without dimensions: the batch axis of this one is all it has.
+    assert list(inputs["count"].dims) == [1]
+    assert inputs["count"].HasField("reshape")
+    assert not inputs["count"].reshape.shape
+    assert inputs["count"].data_type == schema.TYPE_INT64
+    assert [(tensor.name, list(tensor.dims)) for tensor in config.output] == [
+        ("scaled", [2, 3]), ("sums", [2]), ("total", [1]), ("doubled", [1]),
+    ]  # fmt: skip
+    (group,) = config.instance_group
+    assert (group.count, group.kind, list(group.profile)) == (2, schema.ModelInstanceGroup.KIND_GPU, [])
+    assert list(config.dynamic_batching.preferred_batch_size) == [4, 8]
+    assert config.dynamic_batching.max_queue_delay_microseconds == 500
+    assert [warmup.batch_size for warmup in config.model_warmup] == [4, 8]
+    assert config.model_warmup[0].inputs["image"].random_data
+    assert list(config.model_warmup[0].inputs["image"].dims) == [2, 3]
+    assert config.model_warmup[0].inputs["count"].zero_data
+    assert list(config.model_warmup[0].inputs["count"].dims) == [1]
+
+
+def test_engines_by_compute_capability(folder, tmp_path, parse):
+    everywhere = engine("sm80plus", compute_capabilities=("sm80",), file="engines/everywhere.plan",
+                        hardware_compatibility=HardwareCompatibility.AMPERE_PLUS)  # fmt: skip
+    uri = with_engines(
+        folder,
+        *read_folder(folder).record.engines,  # TensorRT-RTX's
+        engine("sm86"),
+        engine("sm86", file="engines/another-sm86.plan"),
+        engine("sm90"),
+        everywhere,
+        engine("sm75", "10.12.0.1"),
+        engine("sm89", weights=Weights.STRIPPED),
+    )
+    made = export_triton(uri, tmp_path / "models", name="model")
+    config = read(made, parse)
+    assert config.name == made.path.name == "model"
+    assert dict(config.cc_model_filenames) == {
+        "8.0": "everywhere.plan",
+        "8.6": "tensorrt-10.13.0.35-sm86.plan",
+        "9.0": "tensorrt-10.13.0.35-sm90.plan",
+    }
+    assert config.default_model_filename == "everywhere.plan"
+    assert {f"1/{file}" for file in config.cc_model_filenames.values()} == set(made.files) - {"config.pbtxt"}
+    for reason in ("built by TensorRT-RTX", "another-sm86.plan: .*sm86.plan is for sm86", "newer", "without weights"):
+        assert any(re.search(f"left out .*{reason}", remark) for remark in made.remarks), reason
+
+
+def test_engines_of_tensorrt_rtx_are_refused_with_the_reason(folder, tmp_path):
+    with pytest.raises(EngineMismatchError, match="built by TensorRT-RTX.*--backend onnxruntime") as caught:
+        export_triton(str(folder), tmp_path / "models")
+    assert len(caught.value.reasons) == 1
+    assert not any((tmp_path / "models").rglob("*"))
+
+
+def test_the_onnx_model_instead(folder, tmp_path, parse, schema):
+    made = export_triton(str(folder), tmp_path / "models", backend="onnxruntime")
+    config = read(made, parse)
+    assert (config.backend, config.default_model_filename, config.max_batch_size) == ("onnxruntime", "model.onnx", 8)
+    assert config.instance_group[0].kind == schema.ModelInstanceGroup.KIND_AUTO
+    feeds = networks.ranks_feeds(3)
+    outputs = CpuModel(made.path / "1" / "model.onnx").run(["total"], feeds)
+    assert np.allclose(outputs["total"], (feeds["image"] * feeds["gain"][..., None]).sum((1, 2)), rtol=1e-5)
+
+
+def test_the_model_of_the_precision_with_its_external_data(tmp_path):
+    weights = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    model = networks.model(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        [networks.value("x", TensorProto.FLOAT, ["batch", 64])],
+        [networks.value("y", TensorProto.FLOAT, ["batch", 64])],
+        [networks.constant("w", weights)],
+    )
+    (tmp_path / "weights").mkdir()
+    onnx.save(model, tmp_path / "big.onnx", save_as_external_data=True, size_threshold=0, location="weights/big.bin")
+    mlflow_trt.save_model(tmp_path / "big.onnx", tmp_path / "model", batch=(1, 4, 8), verify=False)
+    made = export_triton(str(tmp_path / "model"), tmp_path / "models", backend="onnxruntime")
+    x = networks.rows(3, 64)
+    assert np.allclose(CpuModel(made.path / "1" / "model.onnx").run(["y"], {"x": x})["y"], x @ weights, atol=1e-4)
+
+    mlflow_trt.save_model(networks.product(), tmp_path / "half", batch=(1, 4, 8), precision="fp16", verify=False)
+    made = export_triton(str(tmp_path / "half"), tmp_path / "models", backend="onnxruntime")
+    initializers = onnx.load(made.path / "1" / "model.onnx").graph.initializer
+    assert TensorProto.FLOAT16 in {initializer.data_type for initializer in initializers}
+    mlflow_trt.save_model(networks.product(), tmp_path / "brain", batch=(1, 4, 8), precision="bf16", verify=False)
+    made = export_triton(str(tmp_path / "brain"), tmp_path / "models", backend="onnxruntime")
+    assert made.remarks == ("the source model, since ONNX Runtime has few kernels for bf16",)
+
+
+def test_several_profiles(tmp_path, parse):
+    shapes = [
+        {"input_ids": ((1, 4), (4, 8), (8, 16))},
+        {"input_ids": ((1, 16), (2, 32), (4, 64))},
+    ]
+    mlflow_trt.save_model(networks.transformer(), tmp_path / "text", shapes=shapes, verify=False)
+    config = read(export_triton(with_engines(tmp_path / "text", engine()), tmp_path / "models"), parse)
+    assert list(config.instance_group[0].profile) == ["0", "1"]
+    assert config.max_batch_size == 8
+    assert list(config.dynamic_batching.preferred_batch_size) == [2, 4, 8]
+    assert {tensor.name: list(tensor.dims) for tensor in config.input} == {"input_ids": [-1], "attention_mask": [-1]}
+    warmups = [(warmup.batch_size, list(warmup.inputs["input_ids"].dims)) for warmup in config.model_warmup]
+    assert warmups == [(4, [8]), (8, [8]), (2, [32]), (4, [32])]
+
+
+def test_what_has_no_rows_in_common_is_not_put_together(tmp_path, parse):
+    shapes = {"x": ((1, 1), (4, 4), (8, 8))}
+    mlflow_trt.save_model(networks.scaled_by_a_scalar(), tmp_path / "scalar", shapes=shapes, verify=False)
+    made = export_triton(with_engines(tmp_path / "scalar", engine()), tmp_path / "models")
+    config = read(made, parse)
+    assert config.max_batch_size == 0
+    assert not config.HasField("dynamic_batching")
+    assert {tensor.name: list(tensor.dims) for tensor in config.input} == {"x": [-1, -1], "k": [1]}
+    assert [(warmup.batch_size, list(warmup.inputs["x"].dims)) for warmup in config.model_warmup] == [(1, [4, 4])]
+    assert any("will not put requests together" in remark for remark in made.remarks)
+
+
+def test_a_static_batch_is_not_padded_by_triton(tmp_path, parse):
+    mlflow_trt.save_model(networks.product(), tmp_path / "product", batch=8, verify=False)
+    config = read(export_triton(with_engines(tmp_path / "product", engine()), tmp_path / "models"), parse)
+    assert config.max_batch_size == 0
+    assert list(config.input[0].dims)[1:] == [16]
+    assert list(config.model_warmup[0].inputs["x"].dims) == [8, 16]
+
+
+def test_shape_tensors_are_warmed_up_with_their_values(tmp_path, parse):
+    shapes = {"x": ((2, 16), (4, 16), (8, 16)), "shape": ((2, 1), (16, 4), (64, 16))}
+    mlflow_trt.save_model(networks.reshaped(), tmp_path / "reshaped", shapes=shapes, verify=False)
+    made = export_triton(with_engines(tmp_path / "reshaped", engine()), tmp_path / "models")
+    config = read(made, parse)
+    assert {tensor.name: tensor.is_shape_tensor for tensor in config.input} == {"x": False, "shape": True}
+    warmup = config.model_warmup[0].inputs["shape"]
+    content = (made.path / "warmup" / warmup.input_data_file).read_bytes()
+    assert np.frombuffer(content, np.int64).tolist() == [16, 4]
+    assert list(warmup.dims) == [2]
+
+
+def test_names_with_quotes_and_types_that_triton_lacks(folder, parse):
+    record = read_folder(folder).record
+    odd = TensorSpec(name='a "b" \\ ü', dtype="float32", shape=("batch", 3))
+    layout = Layout(name="m", backend="tensorrt", default_file="model.plan")
+    assert parse(config_text(replace(record, outputs=(odd,)), layout)).output[0].name == odd.name
+    with pytest.raises(UnsupportedModelError, match="'t' is of dtype float8_e4m3fn, which Triton does not have"):
+        config_text(replace(record, outputs=(TensorSpec(name="t", dtype="float8_e4m3fn", shape=()),)), layout)
+
+
+class TestNothingIsWritten:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"backend": "python"}, "backend is 'python'; choose one of tensorrt, onnxruntime"),
+            ({"instances": 0}, "instances is 0; expected 1 or more"),
+            ({"queue_delay": -1}, "queue_delay is -1; expected 0 or more"),
+        ],
+    )
+    def test_where_options_make_no_sense(self, options, message, folder, tmp_path):
+        with pytest.raises(RecipeError, match=message):
+            export_triton(str(folder), tmp_path / "models", **options)
+        assert not (tmp_path / "models").exists()
+
+    def test_over_another_model(self, folder, tmp_path):
+        export_triton(str(folder), tmp_path / "models", backend="onnxruntime")
+        with pytest.raises(RecipeError, match="exists already; name another repository, or another name="):
+            export_triton(str(folder), tmp_path / "models", backend="onnxruntime")
+
+    def test_when_a_plan_was_changed(self, folder, tmp_path):
+        uri = with_engines(folder, engine(), engine("sm90"))
+        (folder / engine("sm90").file).write_bytes(b"changed")
+        with pytest.raises(IntegrityError):
+            export_triton(uri, tmp_path / "models")
+        assert not any((tmp_path / "models").rglob("*"))
+
+    def test_without_a_name(self, tmp_path):
+        with pytest.raises(RecipeError, match="tells no name for the model; give one with name="):
+            export_triton("runs:/1/model", tmp_path)
+
+
+def test_from_the_command_line(store, tmp_path):
+    mlflow_trt.log_model(networks.product(), name="p", registered_model_name="p-trt", batch=(1, 4, 8), verify=False)
+    environment = {"MLFLOW_TRACKING_URI": store.uri}
+    arguments = ("export-triton", "models:/p-trt/1", "--repository", tmp_path / "models")
+    code, _, errors = run(*arguments, **environment)
+    assert code == 1
+    assert "--backend onnxruntime" in errors
+    code, output, errors = run(*arguments, "--backend", "onnxruntime", "--json", **environment)
+    assert code == 0, errors
+    assert json.loads(output)["files"] == ["1/model.onnx", "config.pbtxt"]
+    assert (tmp_path / "models" / "p-trt" / "config.pbtxt").is_file()
