@@ -43,11 +43,11 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from mlflow_trt.flavor import load_model, log_model, save_model
-    from mlflow_trt.loading import LoadSettings
     from mlflow_trt.packaging import FLAVOR_NAME, get_default_pip_requirements
     from mlflow_trt.pyfunc import load_pyfunc as _load_pyfunc
     from mlflow_trt.registry import convert_model_version
     from mlflow_trt.runtime.session import Session
+    from mlflow_trt.settings import LoadSettings
     from mlflow_trt.spec import Precision
 
 __all__ = [
@@ -91,7 +91,7 @@ __all__ = [
 # Where a name comes from, unless it is an error.
 _MODULES = {
     "FLAVOR_NAME": "packaging",
-    "LoadSettings": "loading",
+    "LoadSettings": "settings",
     "Precision": "spec",
     "Recipe": "convert.recipe",
     "Session": "runtime.session",

@@ -18,18 +18,20 @@ from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils.file_utils import get_total_file_size
 from mlflow.utils.validation import _validate_model_alias_name
 
-from mlflow_trt import hardware, trt
+from mlflow_trt import hardware, kernels, trt
 from mlflow_trt._logging import get_logger
-from mlflow_trt.artifact import ModelFolder, Record, add_engine_file, read_folder, why_not
+from mlflow_trt.artifact import ModelFolder, Record, add_engine_file, mark_extended, read_folder
 from mlflow_trt.convert.builder import Progress, build_engine
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import EngineMismatchError, RecipeError, RuntimeUnavailableError
+from mlflow_trt.fitting import why_not
 from mlflow_trt.lineage import CONVERTED_TAG, EXTENDS_TAG, point_to
-from mlflow_trt.loading import LoadSettings, open_session
+from mlflow_trt.loading import open_session
 from mlflow_trt.packaging import FLAVOR_NAME, check_names, flavor_fields, move_model
 from mlflow_trt.progress import shown_progress
 from mlflow_trt.registration import set_alias, undo_logging, undone_on_failure
 from mlflow_trt.registry import logged_name
+from mlflow_trt.settings import LoadSettings
 from mlflow_trt.sources.opened import registered_version
 from mlflow_trt.spec import EngineRecord, Gpu, HardwareCompatibility
 
@@ -42,6 +44,7 @@ def add_engine(
     targets: Sequence[str] | str = (),
     registered_model_name: str | None = None,
     alias: str | None = None,
+    store_kernels: bool = False,
     progress: Progress | None = None,
 ) -> ModelVersion:
     """Build an engine from a model's typed model, by its recipe, and register a new version that holds it as well.
@@ -51,6 +54,8 @@ def add_engine(
         targets: compute capabilities to build for, with TensorRT-RTX; without them, the GPU of this machine.
         registered_model_name: register the new version under this name instead of the model's own.
         alias: set on the new version, after everything else succeeded.
+        store_kernels: compile the kernels of TensorRT-RTX on this machine's GPU, and store them with the engine, also
+            with one that is there and has none for it.
         progress: called while the engine is built; None shows it on standard error.
 
     Returns:
@@ -58,6 +63,7 @@ def add_engine(
 
     Raises:
         ArtifactError: it is no model of this flavor. RecipeError: there is neither a GPU nor a target.
+        RuntimeUnavailableError: kernels are to be stored, and there is no GPU to compile them on.
         SelfTestError: the new engine answers wrongly on this machine.
         Everything that a build raises. After any failure or interruption the registry is as it was before.
     """
@@ -68,19 +74,27 @@ def add_engine(
     check_names(name, {})
     if alias is not None:
         _validate_model_alias_name(alias)
+    compiler = (
+        kernels.check_kernels(Recipe(targets=targets) if targets else None, LoadSettings()) if store_kernels else None
+    )
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir, undone_on_failure() as undo:
         uri = f"models:/{version.name}/{version.version}"
         folder = read_folder(Path(_download_artifact_from_uri(uri, output_path=workdir)))
         tensorrt = trt.load()
         recipe, gpu = _recipe_here(folder.record.recipe, tensorrt, targets)
         there = _engine_that_serves(folder.record, tensorrt, recipe, gpu)
-        if there is not None:
+        if there is not None and (compiler is None or kernels.has_kernels(folder.record, compiler.gpu)):
             _log.info("%s has an engine for this already: %s", uri, there)
             return version
-        engine = _built(folder, tensorrt, recipe, Path(workdir), progress)
+        engine = _built(folder, tensorrt, recipe, Path(workdir), progress) if there is None else None
         # Written by MLflow when it downloads, about the version that was downloaded.
         (folder.path / "registered_model_meta").unlink(missing_ok=True)
-        extended = add_engine_file(folder.path, engine, Path(workdir) / "engine.plan", extends=uri)
+        if engine is not None:
+            extended = add_engine_file(folder.path, engine, Path(workdir) / "engine.plan", extends=uri)
+        else:
+            extended = mark_extended(folder.path, extends=uri)
+        if compiler is not None:
+            extended = kernels.store_kernels(folder.path, compiler)
         if gpu is not None:
             _try(folder.path)
         tags = {key: value for key, value in version.tags.items() if not key.startswith("mlflow.")}

@@ -1,8 +1,9 @@
-"""The model folder: what lies where, the record, the digests, and which engine fits a machine.
+"""The model folder: what lies where, the record, and the digests.
 
     model.onnx (+ its external data)                the source model, as the user gave it
     typed/<precision>.onnx (+ its external data)    the typed model, where it differs from the source model
     engines/<distribution>-<version>-<target>.plan  raw plans
+    runtime_cache/<engine>.kernels                  kernels of an engine, as TensorRT-RTX serialized them
     golden.npz                                      the golden sample, which engines are tested with at load
     mlflow_trt.json                                 the record
 
@@ -32,11 +33,9 @@ from mlflow_trt.golden import GOLDEN_FILE, Golden, from_npz, to_npz
 from mlflow_trt.selection import Selection
 from mlflow_trt.spec import (
     BatchAxis,
-    ComputeCapability,
-    Distribution,
     EngineRecord,
     Gpu,
-    HardwareCompatibility,
+    KernelsRecord,
     PrecisionReport,
     ShapeProfile,
     TensorSpec,
@@ -45,8 +44,6 @@ from mlflow_trt.spec import (
 RECORD_FILE = "mlflow_trt.json"
 FORMAT = 1
 """The newest record format that this version reads and the one that it writes."""
-
-_AMPERE = ComputeCapability(8, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,14 +113,19 @@ class ModelFolder:
 
     def read_plan(self, engine: EngineRecord) -> bytes:
         """The bytes of a plan, which were checked before anybody can deserialize them."""
-        plan = self._existing(engine.file).read_bytes()
-        self._compare(engine.file, hashlib.sha256(plan).hexdigest(), engine.sha256)
-        return plan
+        return self._checked(engine.file, engine.sha256)
+
+    def read_kernels(self, kernels: KernelsRecord) -> bytes:
+        """Kernels of an engine, which were checked before TensorRT-RTX can see them."""
+        return self._checked(kernels.file, kernels.sha256)
 
     def read_golden(self, golden: StoredGolden) -> Golden:
-        content = self._existing(golden.file).read_bytes()
-        self._compare(golden.file, hashlib.sha256(content).hexdigest(), golden.sha256)
-        return from_npz(content)
+        return from_npz(self._checked(golden.file, golden.sha256))
+
+    def _checked(self, name: str, sha256: str) -> bytes:
+        content = self._existing(name).read_bytes()
+        self._compare(name, hashlib.sha256(content).hexdigest(), sha256)
+        return content
 
     def _existing(self, name: str) -> Path:
         path = self.path / name
@@ -180,8 +182,7 @@ def write_folder(
         lineage=dict(lineage or {}),
         selection=selection,
     )
-    (folder / RECORD_FILE).write_bytes(_records.dump_json(record, indent=2) + b"\n")
-    return record
+    return _rewritten(folder, record)
 
 
 def add_engine_file(folder: Path, engine: EngineRecord, plan: Path, *, extends: str) -> Record:
@@ -191,9 +192,32 @@ def add_engine_file(folder: Path, engine: EngineRecord, plan: Path, *, extends: 
     names = (f"engines/{_plan_name(engine, number)}" for number in itertools.count(1))
     engine = replace(engine, file=next(name for name in names if name not in taken))
     shutil.copyfile(plan, folder / engine.file)
-    record = replace(record, engines=(*record.engines, engine), lineage={**record.lineage, "extends": extends})
-    (folder / RECORD_FILE).write_bytes(_records.dump_json(record, indent=2) + b"\n")
-    return record
+    lineage = {**record.lineage, "extends": extends}
+    return _rewritten(folder, replace(record, engines=(*record.engines, engine), lineage=lineage))
+
+
+def mark_extended(folder: Path, *, extends: str) -> Record:
+    """Say in a copy of a model folder that was not logged yet, to which something was added, what it copies."""
+    record = read_folder(folder).record
+    return _rewritten(folder, replace(record, lineage={**record.lineage, "extends": extends}))
+
+
+def add_kernels_file(folder: Path, engine: EngineRecord, kernels: bytes, *, gpu: Gpu, driver: str | None) -> Record:
+    """Add the kernels of an engine, in place of those it has, to a model folder that was not logged yet."""
+    record = read_folder(folder).record
+    stored = KernelsRecord(
+        file=f"runtime_cache/{PurePosixPath(engine.file).stem}.kernels",
+        sha256=hashlib.sha256(kernels).hexdigest(),
+        size=len(kernels),
+        gpu=gpu.name,
+        compute_capability=str(gpu.compute_capability),
+        version=engine.version,
+        driver=driver,
+    )
+    (folder / "runtime_cache").mkdir(exist_ok=True)
+    (folder / stored.file).write_bytes(kernels)
+    engines = (replace(one, kernels=stored) if one.file == engine.file else one for one in record.engines)
+    return _rewritten(folder, replace(record, engines=tuple(engines)))
 
 
 def read_folder(path: Path) -> ModelFolder:
@@ -242,6 +266,7 @@ def _read_json(file: Path) -> Any:
 def _check_names(record: Record, file: Path) -> None:
     """Every file that is going to be used lies in the folder and has a digest."""
     names = (*record.source.files, *record.typed.files, *(engine.file for engine in record.engines))
+    names += tuple(engine.kernels.file for engine in record.engines if engine.kernels is not None)
     names += (record.golden.file,) if record.golden is not None else ()
     for name in (PurePosixPath(name) for name in names):
         if name.is_absolute() or ".." in name.parts:
@@ -257,40 +282,9 @@ def record_to_dict(record: Record) -> dict[str, Any]:
     return content
 
 
-def why_not(engine: EngineRecord, distribution: Distribution, version: str, gpu: Gpu) -> str | None:
-    """Why an engine cannot run on this TensorRT and GPU, or None where nothing speaks against it."""
-    if engine.distribution is not distribution:
-        return f"it was built by {engine.distribution.label}, and this is {distribution.label}"
-    if not _version_fits(engine, version):
-        return f"it was built by {engine.distribution.label} {engine.version}, and this is {version}"
-    if not _gpu_fits(engine, gpu.compute_capability):
-        return f"it was built for {engine.target}, and this GPU is {gpu}"
-    if _wants_same_model(engine) and engine.gpu != gpu.name:
-        return (
-            f"it was built on {engine.gpu}, and this GPU is {gpu}; "
-            "hardware_compatibility='same_compute_capability' makes engines that run on both"
-        )
-    return None
-
-
-def _version_fits(engine: EngineRecord, version: str) -> bool:
-    if engine.version == version:
-        return True
-    if not engine.version_compatible:
-        return False
-    built, here = (tuple(map(int, text.split(".")[:2])) for text in (engine.version, version))
-    return built[0] == here[0] and built <= here
-
-
-def _gpu_fits(engine: EngineRecord, compute_capability: ComputeCapability) -> bool:
-    if engine.is_ampere_plus:
-        return compute_capability >= _AMPERE
-    return str(compute_capability) in engine.compute_capabilities
-
-
-def _wants_same_model(engine: EngineRecord) -> bool:
-    """TensorRT tunes an engine for the very GPU it was built on, unless told otherwise; TensorRT-RTX does not."""
-    return engine.distribution is Distribution.TENSORRT and engine.hardware_compatibility is HardwareCompatibility.NONE
+def _rewritten(folder: Path, record: Record) -> Record:
+    (folder / RECORD_FILE).write_bytes(_records.dump_json(record, indent=2) + b"\n")
+    return record
 
 
 def _write_golden(golden: Golden | None, folder: Path, tolerance: Tolerance) -> StoredGolden | None:

@@ -31,12 +31,13 @@ from mlflow_trt.errors import (
     RecipeError,
     RuntimeUnavailableError,
 )
-from mlflow_trt.loading import LoadSettings, open_session
+from mlflow_trt.loading import open_session
 from mlflow_trt.model_inputs import Feeds, sample
 from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.runtime.tensorrt import TensorRTSession
 from mlflow_trt.runtime.timing import Latency, measure
+from mlflow_trt.settings import LoadSettings
 from mlflow_trt.sources.opened import opened_source
 from mlflow_trt.spec import BatchAxis, ShapeProfile
 

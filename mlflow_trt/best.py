@@ -32,10 +32,10 @@ from mlflow_trt.errors import (
     RecipeError,
     RuntimeUnavailableError,
 )
-from mlflow_trt.loading import LoadSettings
 from mlflow_trt.measuring import Bench, Round, open_bench, usual_feeds
 from mlflow_trt.onnx_runtime import import_onnxruntime
 from mlflow_trt.selection import CANDIDATES, Fate, Selection, choose, table_row
+from mlflow_trt.settings import LoadSettings
 from mlflow_trt.spec import ComputeCapability, Gpu, Precision, Shape
 from mlflow_trt.trial import QUANTIZED, Attempt, Trial, lost, tried
 from mlflow_trt.verify import Verification, judge

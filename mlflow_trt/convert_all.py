@@ -12,16 +12,13 @@ from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from mlflow_trt._logging import get_logger
-from mlflow_trt.best import check_best
 from mlflow_trt.comparison import Tolerance
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import RecipeError
 from mlflow_trt.lineage import RECIPE_DIGEST_TAG
-from mlflow_trt.loading import LoadSettings
 from mlflow_trt.planning import plan_conversion
 from mlflow_trt.registration import exists, versions_of
-from mlflow_trt.registry import convert_model_version
-from mlflow_trt.spec import Precision
+from mlflow_trt.registry import convert_model_version, refuse_early
 
 _log = get_logger(__name__)
 
@@ -48,6 +45,7 @@ def convert_all(
     alias: str | None = None,
     calibration_data: Any = None,
     verify: Tolerance | bool = True,
+    store_kernels: bool = False,
     model_config: Mapping[str, Any] | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -58,12 +56,12 @@ def convert_all(
     Args:
         filter_string: as for `MlflowClient.search_registered_models`, such as `tags.deploy = 'gpu'`.
         name_pattern: the name to register each result under; `{name}` stands for the source's.
-        alias, calibration_data, verify, model_config, force: as for `convert_model_version`.
+        alias, calibration_data, verify, store_kernels, model_config, force: as for `convert_model_version`.
         dry_run: convert nothing, and find out what would be done.
         on_outcome: called after each model.
 
     Raises RecipeError where the pattern gives several models one name; what MLflow raises for a filter that it does
-    not understand; what `check_best` raises. What goes wrong with one model becomes its outcome.
+    not understand; what `refuse_early` raises. What goes wrong with one model becomes its outcome.
     """
     if "{name}" not in name_pattern:
         raise RecipeError(
@@ -71,14 +69,14 @@ def convert_all(
             "like '{name}-trt'",
             option="register_as",
         )
-    if recipe.precision is Precision.BEST:
-        check_best(recipe, LoadSettings.of(model_config), verify)
+    refuse_early(recipe, model_config, verify, store_kernels=store_kernels)
     outcomes = []
     for model in list(_matching(filter_string)):
         started = time.monotonic()
         options = {
             "calibration_data": calibration_data,
             "verify": verify,
+            "store_kernels": store_kernels,
             "model_config": model_config,
             "force": force,
         }

@@ -16,8 +16,8 @@ from typing import Any
 
 from mlflow_trt.errors import RecipeError
 from mlflow_trt.export import opened_folder
-from mlflow_trt.loading import LoadSettings
 from mlflow_trt.packaging import check_target, written_aside
+from mlflow_trt.settings import LoadSettings
 from mlflow_trt.spec import Distribution
 
 CUDA_IMAGE = "nvidia/cuda:13.0.1-{kind}-ubuntu24.04"

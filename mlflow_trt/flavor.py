@@ -23,7 +23,7 @@ from mlflow_trt.comparison import Tolerance
 from mlflow_trt.convert.builder import Progress
 from mlflow_trt.convert.recipe import BatchRequest, Recipe, ShapesRequest
 from mlflow_trt.errors import ArtifactError, MlflowTrtError
-from mlflow_trt.loading import LoadSettings, open_session
+from mlflow_trt.loading import open_session
 from mlflow_trt.making import Asked, OnnxSource, converted, told_progress
 from mlflow_trt.metrics import log_metrics
 from mlflow_trt.packaging import (
@@ -38,6 +38,7 @@ from mlflow_trt.packaging import (
 from mlflow_trt.registration import undo_logging, undone_on_failure
 from mlflow_trt.runtime.device import open_device
 from mlflow_trt.runtime.session import Session
+from mlflow_trt.settings import LoadSettings
 from mlflow_trt.spec import Precision
 from mlflow_trt.verify import metrics_of
 
@@ -55,6 +56,7 @@ def save_model(
     targets: Sequence[str] | str | None = None,
     calibration_data: Any = None,
     verify: Tolerance | bool = True,
+    store_kernels: bool = False,
     signature: ModelSignature | bool | None = None,
     input_example: Any = None,
     model_config: Mapping[str, Any] | None = None,
@@ -88,6 +90,8 @@ def save_model(
         verify: how far the model may be off from the source model; True takes what is usual for the precision. Nodes
             are kept in float32 until it is met; a model beyond it is refused. The first rows and their results are
             stored with the model for the self-test at load. False measures and stores nothing.
+        store_kernels: compile what TensorRT-RTX otherwise compiles when shapes are first run, on the GPU of this
+            machine, and store it with the model, so that machines like this one answer fast from the first call on.
         signature: None derives one of named tensors from the graph. With False the model gets none, and MLflow passes
             inputs on unchecked: DataFrames then stay DataFrames, in and out.
         input_example: stored with the model. Its shapes fix the axes that nothing else says anything about.
@@ -104,7 +108,7 @@ def save_model(
         InputError: the calibration data does not fit the model.
         AccuracyError: the converted model is too far from the source model.
         MissingDependencyError: no TensorRT is installed, or no ONNX Runtime where the precision needs it.
-        RuntimeUnavailableError: `best` was asked for, and there is no GPU to measure on.
+        RuntimeUnavailableError: `best` or `store_kernels` was asked for, and there is no GPU for it.
     """
     check_target(Path(path))
     request = Recipe.of(recipe, precision=precision, batch=batch, shapes=shapes, targets=targets)
@@ -120,9 +124,11 @@ def save_model(
         extra_files=extra_files,
         lineage=lineage or {},
     )
-    asked = Asked(request, calibration_data, input_example, verify, options.settings)
+    asked = Asked(request, calibration_data, input_example, verify, options.settings, store_kernels)
     with converted(onnx_model, asked, progress) as made:
-        write_model(made.conversion, made.verification, Path(path), options, mlflow_model, made.selection)
+        write_model(
+            made.conversion, made.verification, Path(path), options, mlflow_model, made.selection, made.compiler
+        )
 
 
 def log_model(
@@ -136,6 +142,7 @@ def log_model(
     targets: Sequence[str] | str | None = None,
     calibration_data: Any = None,
     verify: Tolerance | bool = True,
+    store_kernels: bool = False,
     signature: ModelSignature | bool | None = None,
     input_example: Any = None,
     model_config: Mapping[str, Any] | None = None,
@@ -190,7 +197,7 @@ def log_model(
     check_names(registered_model_name, tags or {})
     if validate_serving_input is None:
         validate_serving_input = input_example is not None and _can_run_here(options.settings)
-    asked = Asked(request, calibration_data, input_example, verify, options.settings)
+    asked = Asked(request, calibration_data, input_example, verify, options.settings, store_kernels)
     with (
         converted(onnx_model, asked, progress) as made,
         tempfile.TemporaryDirectory(prefix="mlflow-trt-") as staging,
@@ -199,14 +206,15 @@ def log_model(
         logged = undo_logging(undo, registered_model_name, keep_model=model_id is not None)
         # Written before MLflow hears of it: what cannot be written leaves no half of a logged model.
         folder = Path(staging) / "model"
-        written = write_model(made.conversion, made.verification, folder, options, selection=made.selection)
+        conversion, verification, selection, compiler = made
+        written = write_model(conversion, verification, folder, options, selection=selection, compiler=compiler)
 
         def save(path: str, mlflow_model: Model, validate_serving_input: bool) -> None:
             del validate_serving_input  # Model.log reads it, and passes on all its keywords
             logged(str(mlflow_model.model_id))
             move_model(written, folder, Path(path), mlflow_model)
 
-        facts = searchable_facts(*made)
+        facts = searchable_facts(conversion, verification, selection)
         tags = {**facts, **(tags or {})}
         info: ModelInfo = Model.log(
             artifact_path=None,
@@ -223,8 +231,8 @@ def log_model(
         )
         if registered_model_name is not None:
             _tag_version(registered_model_name, str(info.registered_model_version), tags)
-        metrics = {} if made.verification is None else metrics_of(made.verification.comparisons)
-        log_metrics({**metrics, **(made.selection.metrics() if made.selection is not None else {})}, info)
+        metrics = {} if verification is None else metrics_of(verification.comparisons)
+        log_metrics({**metrics, **(selection.metrics() if selection is not None else {})}, info)
         return info
 
 

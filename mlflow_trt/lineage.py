@@ -25,7 +25,7 @@ from mlflow_trt.comparison import Tolerance
 from mlflow_trt.convert.onnx_model import sha256_of
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.registration import Undo, exists, restore_tag, versions_of
-from mlflow_trt.spec import Precision
+from mlflow_trt.spec import Gpu, Precision
 
 PREFIX = "mlflow_trt."
 SOURCE_TAG = f"{PREFIX}source"
@@ -65,12 +65,15 @@ def recipe_digest(recipe: Recipe, tensorrt: trt.TensorRT, rest: Mapping[str, Any
     )
 
 
-def asked(model_config: Any, calibration_data: Any, verify: Tolerance | bool) -> dict[str, Any]:
+def asked(
+    model_config: Any, calibration_data: Any, verify: Tolerance | bool, kernels_for: Gpu | None = None
+) -> dict[str, Any]:
     """What besides the recipe makes a conversion another one, for `recipe_digest`; defaults are None."""
     return {
         "model_config": model_config,
         "calibration_data": _data_digest(calibration_data),
         "verify": asdict(verify) if isinstance(verify, Tolerance) else None if verify else False,
+        "kernels_for": None if kernels_for is None else str(kernels_for.compute_capability),
     }
 
 

@@ -7,108 +7,34 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlflow_trt import cache, self_test, trt
 from mlflow_trt._logging import get_logger
 from mlflow_trt._version import __version__
-from mlflow_trt.artifact import ModelFolder, why_not
+from mlflow_trt.artifact import ModelFolder
 from mlflow_trt.convert.builder import Progress, build_engine
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import (
     BuildError,
     EngineMismatchError,
     ExecutionError,
-    RecipeError,
     RuntimeUnavailableError,
 )
+from mlflow_trt.fitting import kernels_fit, why_not
 from mlflow_trt.kernel_file import KernelFile
 from mlflow_trt.runtime.device import Device, open_device
 from mlflow_trt.runtime.session import Session
-from mlflow_trt.spec import BatchAxis, Distribution, HardwareCompatibility, TensorSpec, Weights
+from mlflow_trt.settings import LoadSettings
+from mlflow_trt.spec import BatchAxis, Distribution, EngineRecord, Gpu, HardwareCompatibility, TensorSpec, Weights
 
 if TYPE_CHECKING:
+    from mlflow_trt.runtime.engine import KernelStore
     from mlflow_trt.runtime.tensorrt import TensorRTSession
 
 _log = get_logger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadSettings:
-    """How a model is loaded. They are logged with the model, so that `model_config=` and the environment can override
-    each of them.
-
-    Args:
-        runtime: `tensorrt`: a GPU engine or an error. `auto`: TensorRT where it can run, else ONNX Runtime with a
-            warning that names the reason. `onnxruntime`: the source model on the CPU.
-        on_mismatch: no stored engine fits this GPU and TensorRT: `rebuild` one into the cache, with a warning, or
-            `error`.
-        device: CUDA device ordinal.
-        kernel_specialization: TensorRT-RTX only. `eager` gives the same result from the first call of a new shape on;
-            `lazy` answers sooner.
-        cuda_graphs: launch shapes that come again as CUDA graphs: `auto` where the distribution can (TensorRT-RTX),
-            `on` there or an error, `off` nowhere.
-        max_batch_delay_ms: calls that arrive while a batch runs are put together into the next one, which stays open
-            for so many milliseconds at most; 0 runs each call by itself. A call that is alone never waits.
-        warm_up: run every batch size once while loading, so that no later call compiles kernels or makes contexts.
-        allow_engine_host_code: let engines bring code that runs on the CPU, as those do that were built with
-            `version_compatible`. Only for engines from a source you trust like your own programs.
-        self_test: run the model's golden sample before an engine is first used with a GPU, driver and TensorRT, and
-            refuse the engine if it answers wrongly.
-        answers: how outputs leave a scoring server. `lists`: as JSON's numbers, which any client reads. `base64`: with
-            dtype and shape, many times faster, for clients that know of it, as `mlflow_trt.client` does.
-    """
-
-    runtime: str = "tensorrt"
-    on_mismatch: str = "rebuild"
-    device: int = 0
-    kernel_specialization: str = "eager"
-    cuda_graphs: str = "auto"
-    max_batch_delay_ms: float = 2.0
-    warm_up: bool = False
-    allow_engine_host_code: bool = False
-    self_test: bool = True
-    answers: str = "lists"
-
-    def __post_init__(self) -> None:
-        choices = {
-            "runtime": ("tensorrt", "auto", "onnxruntime"),
-            "on_mismatch": ("rebuild", "error"),
-            "kernel_specialization": ("eager", "lazy"),
-            "cuda_graphs": ("auto", "on", "off"),
-            "answers": ("lists", "base64"),
-        }
-        for name, known in choices.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise RecipeError(f"{name} is {value!r}; choose one of {', '.join(known)}", option=name)
-        for name in ("allow_engine_host_code", "self_test", "warm_up"):
-            if not isinstance(getattr(self, name), bool):
-                raise RecipeError(f"{name} is {getattr(self, name)!r}; expected true or false", option=name)
-        if not isinstance(self.device, int) or isinstance(self.device, bool) or self.device < 0:
-            raise RecipeError(f"device is {self.device!r}; expected a CUDA device ordinal, 0 or more", option="device")
-        delay = self.max_batch_delay_ms
-        if isinstance(delay, bool) or not isinstance(delay, (int, float)) or not 0 <= delay < float("inf"):
-            raise RecipeError(
-                f"max_batch_delay_ms is {delay!r}; expected milliseconds, 0 or more", option="max_batch_delay_ms"
-            )
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any] | None) -> LoadSettings:
-        """Settings from a mapping such as `model_config`. Raises RecipeError for an unknown name or value."""
-        known = [field.name for field in fields(cls)]
-        unknown = [name for name in values or {} if name not in known]
-        if unknown:
-            raise RecipeError(
-                f"unknown load setting {unknown[0]!r}; there are {', '.join(known)}", option=str(unknown[0])
-            )
-        return cls(**(values or {}))
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def open_session(folder: ModelFolder, settings: LoadSettings, progress: Progress | None = None) -> Session:
@@ -155,21 +81,12 @@ def _open_tensorrt(folder: ModelFolder, settings: LoadSettings, progress: Progre
     tensorrt = trt.load(_distribution_for(folder))
     device = open_device(settings.device)
 
-    def session(plan: bytes, weights: Weights = Weights.INCLUDED) -> Session:
-        opened = session_on(
-            plan,
-            tensorrt=tensorrt,
-            device=device,
-            settings=settings,
-            inputs=record.inputs,
-            outputs=record.outputs,
-            batch_axis=record.batch_axis,
-            weights_from=folder.checked_model(record.typed) if weights is Weights.STRIPPED else None,
-            weight_streaming=record.recipe.weight_streaming,
-        )
+    def session(plan: bytes, weights: Weights = Weights.INCLUDED, kernels: tuple[bytes, ...] = ()) -> Session:
+        store = KernelFile(_kernels_key(plan, tensorrt, device), shipped=kernels)
+        opened = session_of(folder, plan, weights, tensorrt=tensorrt, device=device, settings=settings, store=store)
         try:
             if settings.self_test:
-                self_test.check(opened, folder, _identity(plan, tensorrt, device, settings))
+                self_test.check(opened, folder, _identity(plan, kernels, tensorrt, device, settings))
             if settings.warm_up:
                 opened.warm_up()
         except BaseException:
@@ -184,7 +101,8 @@ def _open_tensorrt(folder: ModelFolder, settings: LoadSettings, progress: Progre
             reason = "it was built version-compatible and so brings code for the CPU; allow_engine_host_code permits it"
         if reason is None:
             try:
-                return session(folder.read_plan(engine), engine.weights)
+                shipped = shipped_kernels(folder, engine, tensorrt.version, device.gpu)
+                return session(folder.read_plan(engine), engine.weights, shipped)
             except EngineMismatchError as error:
                 reason = error.message
         reasons.append(f"{engine.file}: {reason}")
@@ -195,6 +113,43 @@ def _open_tensorrt(folder: ModelFolder, settings: LoadSettings, progress: Progre
             reasons=reasons,
         )
     return session(_rebuilt_plan(folder, tensorrt, device, problem, progress))
+
+
+def shipped_kernels(folder: ModelFolder, engine: EngineRecord, version: str, gpu: Gpu) -> tuple[bytes, ...]:
+    """The kernels that came with an engine, if they are for this machine.
+
+    Raises IntegrityError where they are not the ones that were logged.
+    """
+    kernels = engine.kernels
+    if kernels is None or not kernels_fit(kernels, version, gpu):
+        return ()
+    return (folder.read_kernels(kernels),)
+
+
+def session_of(
+    folder: ModelFolder,
+    plan: bytes,
+    weights: Weights,
+    *,
+    tensorrt: trt.TensorRT,
+    device: Device,
+    settings: LoadSettings,
+    store: KernelStore,
+) -> TensorRTSession:
+    """A session on a plan for the model in a folder. Raises what TensorRTSession raises."""
+    record = folder.record
+    return session_on(
+        plan,
+        tensorrt=tensorrt,
+        device=device,
+        settings=settings,
+        inputs=record.inputs,
+        outputs=record.outputs,
+        batch_axis=record.batch_axis,
+        weights_from=folder.checked_model(record.typed) if weights is Weights.STRIPPED else None,
+        weight_streaming=record.recipe.weight_streaming,
+        store=store,
+    )
 
 
 def session_on(
@@ -208,8 +163,12 @@ def session_on(
     batch_axis: BatchAxis | None,
     weights_from: Path | None = None,
     weight_streaming: bool = False,
+    store: KernelStore | None = None,
 ) -> TensorRTSession:
-    """A session on a plan, which is trusted. Raises what TensorRTSession raises."""
+    """A session on a plan, which is trusted. Compiled kernels are kept in `store`, or else in the user's cache.
+
+    Raises what TensorRTSession raises.
+    """
     from mlflow_trt.runtime.tensorrt import TensorRTSession
 
     if settings.cuda_graphs == "on" and not tensorrt.is_rtx:
@@ -217,12 +176,6 @@ def session_on(
             f"cuda_graphs='on': only TensorRT-RTX captures CUDA graphs by itself; for {tensorrt} the application would "
             "have to, and pycuda has no API for it. Use 'auto'."
         )
-    identity = {
-        "engine": hashlib.sha256(plan).hexdigest(),
-        "tensorrt": str(tensorrt),
-        "gpu": str(device.gpu),
-        "driver": device.hardware.driver,
-    }
     return TensorRTSession(
         plan,
         tensorrt=tensorrt,
@@ -236,11 +189,23 @@ def session_on(
         allow_engine_host_code=settings.allow_engine_host_code,
         weights_from=weights_from,
         weight_streaming=weight_streaming,
-        kernel_store=KernelFile(cache.key_of(identity)),
+        kernel_store=store or KernelFile(_kernels_key(plan, tensorrt, device)),
     )
 
 
-def _identity(plan: bytes, tensorrt: trt.TensorRT, device: Device, settings: LoadSettings) -> dict[str, object]:
+def _kernels_key(plan: bytes, tensorrt: trt.TensorRT, device: Device) -> str:
+    identity = {
+        "engine": hashlib.sha256(plan).hexdigest(),
+        "tensorrt": str(tensorrt),
+        "gpu": str(device.gpu),
+        "driver": device.hardware.driver,
+    }
+    return cache.key_of(identity)
+
+
+def _identity(
+    plan: bytes, kernels: tuple[bytes, ...], tensorrt: trt.TensorRT, device: Device, settings: LoadSettings
+) -> dict[str, object]:
     """Everything that may make the same model answer differently."""
     return {
         "engine": hashlib.sha256(plan).hexdigest(),
@@ -249,6 +214,7 @@ def _identity(plan: bytes, tensorrt: trt.TensorRT, device: Device, settings: Loa
         "driver": device.hardware.driver,
         "kernel_specialization": settings.kernel_specialization,
         "cuda_graphs": settings.cuda_graphs,
+        "kernels": [hashlib.sha256(shipped).hexdigest() for shipped in kernels],
     }
 
 

@@ -19,10 +19,11 @@ from mlflow_trt.convert.conversion import Conversion, convert
 from mlflow_trt.convert.onnx_model import OnnxModel, read_onnx
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import RecipeError
-from mlflow_trt.loading import LoadSettings
+from mlflow_trt.kernels import KernelCompiler, check_kernels
 from mlflow_trt.progress import shown_progress
 from mlflow_trt.sample_data import sample_data_of
 from mlflow_trt.selection import Selection
+from mlflow_trt.settings import LoadSettings
 from mlflow_trt.signatures import example_shapes
 from mlflow_trt.spec import Precision
 from mlflow_trt.verify import Verification, verify_conversion
@@ -40,14 +41,20 @@ class Asked(NamedTuple):
     input_example: Any
     verify: Tolerance | bool
     settings: LoadSettings
+    store_kernels: bool = False
 
 
 class Made(NamedTuple):
-    """What came of it; `selection` tells how the precision was chosen, where `best` was asked for."""
+    """What came of it.
+
+    `selection` tells how the precision was chosen, where `best` was asked for; `compiler` is for the kernels that are
+    to be stored with it.
+    """
 
     conversion: Conversion
     verification: Verification | None
     selection: Selection | None = None
+    compiler: KernelCompiler | None = None
 
 
 @contextmanager
@@ -57,6 +64,7 @@ def converted(onnx_model: OnnxSource, asked: Asked, progress: Progress | None) -
         raise RecipeError(f"verify is {asked.verify!r}; expected True, False or a Tolerance", option="verify")
     demanded = isinstance(asked.verify, Tolerance)
     tolerance = asked.verify if isinstance(asked.verify, Tolerance) else Tolerance.default(asked.recipe.precision)
+    compiler = check_kernels(asked.recipe, asked.settings) if asked.store_kernels else None
     bench = check_best(asked.recipe, asked.settings, asked.verify) if asked.recipe.precision is Precision.BEST else None
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
         source = read_onnx(onnx_model, Path(workdir))
@@ -75,7 +83,7 @@ def converted(onnx_model: OnnxSource, asked: Asked, progress: Progress | None) -
                     example_shapes=shapes,
                     progress=shown,
                 )
-            yield Made(best.conversion, best.verification, best.selection)
+            yield Made(best.conversion, best.verification, best.selection, compiler)
             return
         with told_progress(f"Building a TensorRT engine of {_name_of(source)}", progress) as shown:
             conversion = convert(
@@ -89,9 +97,10 @@ def converted(onnx_model: OnnxSource, asked: Asked, progress: Progress | None) -
             )
         _log.info("Built %s, %.1f MB, in %.1f s", *_summary(conversion))
         if not asked.verify:
-            yield Made(conversion, None)
+            yield Made(conversion, None, compiler=compiler)
             return
-        yield Made(conversion, verify_conversion(conversion, tolerance, asked.settings, demanded=demanded))
+        verification = verify_conversion(conversion, tolerance, asked.settings, demanded=demanded)
+        yield Made(conversion, verification, compiler=compiler)
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from mlflow_trt import trt
 from mlflow_trt.convert.conversion import Conversion
 from mlflow_trt.errors import EngineMismatchError
 from mlflow_trt.inputs import Array, Feeds
-from mlflow_trt.loading import LoadSettings
 from mlflow_trt.runtime.device import open_device
+from mlflow_trt.settings import LoadSettings
 from mlflow_trt.spec import Gpu, Shape
 from mlflow_trt.verify import engine_session, why_not_here
 

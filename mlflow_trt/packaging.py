@@ -41,10 +41,11 @@ from mlflow_trt.artifact import Record, write_folder
 from mlflow_trt.convert.conversion import Conversion
 from mlflow_trt.convert.onnx_model import MODEL_FILE
 from mlflow_trt.errors import MissingDependencyError, RecipeError
-from mlflow_trt.loading import LoadSettings
+from mlflow_trt.kernels import KernelCompiler, store_kernels
 from mlflow_trt.report import REPORT_FILE, report_text
 from mlflow_trt.selection import Selection
 from mlflow_trt.selection_plot import draw_candidates
+from mlflow_trt.settings import LoadSettings
 from mlflow_trt.signatures import signature_of
 from mlflow_trt.verify import Verification
 
@@ -109,12 +110,18 @@ def write_model(
     options: PackagingOptions,
     mlflow_model: Model | None = None,
     selection: Selection | None = None,
+    compiler: KernelCompiler | None = None,
 ) -> Model:
-    """Write the model folder of a conversion, whole or not at all; returns what its MLmodel says."""
+    """Write the model folder of a conversion, whole or not at all; returns what its MLmodel says.
+
+    With a `compiler`, it holds the kernels of its engine. Raises then what running the engine raises.
+    """
     check_target(path)
     model = Model() if mlflow_model is None else mlflow_model
     with written_aside(path) as folder:
         record = write_folder(conversion, folder, options.lineage, selection=selection, **_kept(verification))
+        if compiler is not None:
+            record = store_kernels(folder, compiler)
         (folder / REPORT_FILE).write_text(report_text(record))
         if selection is not None:
             _draw(selection, conversion, folder)

@@ -12,15 +12,14 @@ from typing import Any
 from mlflow import MlflowClient
 
 from mlflow_trt import trt
-from mlflow_trt.best import check_best
 from mlflow_trt.comparison import Tolerance
 from mlflow_trt.convert.limits import check_nodes, check_recipe
 from mlflow_trt.convert.onnx_model import read_onnx
 from mlflow_trt.convert.profiles import resolve_profiles
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.lineage import asked, find_twin, recipe_digest
-from mlflow_trt.loading import LoadSettings
 from mlflow_trt.packaging import check_names, check_target
+from mlflow_trt.registry import refuse_early
 from mlflow_trt.signatures import example_shapes
 from mlflow_trt.sources.opened import opened_source
 from mlflow_trt.spec import BatchAxis, Precision, ShapeProfile, TensorSpec
@@ -51,6 +50,7 @@ def plan_conversion(
     path: Path | None = None,
     calibration_data: Any = None,
     verify: Tolerance | bool = True,
+    store_kernels: bool = False,
     model_config: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Plan:
@@ -63,8 +63,8 @@ def plan_conversion(
     if path is not None:
         check_target(path)
     tensorrt = trt.load()
+    kernels_for = refuse_early(recipe, model_config, verify, store_kernels=store_kernels)
     if recipe.precision is Precision.BEST:
-        check_best(recipe, LoadSettings.of(model_config), verify)
         check_recipe(tensorrt, replace(recipe, precision=Precision.FP32))
     else:
         check_recipe(tensorrt, recipe)
@@ -74,7 +74,7 @@ def plan_conversion(
         profiles = resolve_profiles(model, recipe, example_shapes(source.input_example, model.inputs))
         twin = None
         if registered_model_name is not None and not force:
-            digest = recipe_digest(recipe, tensorrt, asked(model_config, calibration_data, verify))
+            digest = recipe_digest(recipe, tensorrt, asked(model_config, calibration_data, verify, kernels_for))
             twin = find_twin(MlflowClient(), registered_model_name, source.lineage, model.digest, digest)
         return Plan(
             source=source.lineage["source"],

@@ -15,9 +15,10 @@ import pandas as pd
 from mlflow_trt.artifact import read_folder
 from mlflow_trt.dtypes import numpy_dtype
 from mlflow_trt.errors import ExecutionError, InputDtypeError, InputError, InputShapeError, OutOfMemoryError
-from mlflow_trt.loading import LoadSettings, open_session
+from mlflow_trt.loading import open_session
 from mlflow_trt.progress import shown_progress
 from mlflow_trt.runtime.session import Session
+from mlflow_trt.settings import LoadSettings
 from mlflow_trt.spec import TensorSpec
 from mlflow_trt.wire import packed
 

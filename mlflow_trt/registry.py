@@ -21,12 +21,13 @@ from mlflow_trt.convert.builder import Progress
 from mlflow_trt.convert.onnx_model import read_onnx
 from mlflow_trt.convert.recipe import BatchRequest, Recipe, ShapesRequest
 from mlflow_trt.flavor import log_model, save_model
+from mlflow_trt.kernels import check_kernels
 from mlflow_trt.lineage import asked, carried_tags, find_twin, point_to, recipe_digest, tags_of
-from mlflow_trt.loading import LoadSettings
 from mlflow_trt.packaging import check_names
 from mlflow_trt.registration import set_alias, undo_logging, undone_on_failure
+from mlflow_trt.settings import LoadSettings
 from mlflow_trt.sources.opened import SourceModel, opened_source
-from mlflow_trt.spec import Precision
+from mlflow_trt.spec import Gpu, Precision
 
 _log = get_logger(__name__)
 
@@ -42,6 +43,7 @@ def convert_model_version(
     targets: Sequence[str] | str | None = None,
     calibration_data: Any = None,
     verify: Tolerance | bool = True,
+    store_kernels: bool = False,
     model_config: Mapping[str, Any] | None = None,
     tags: Mapping[str, Any] | None = None,
     alias: str | None = None,
@@ -58,7 +60,8 @@ def convert_model_version(
     Args:
         model_uri: `models:/name/version`, `models:/name@alias`, `runs:/...`, or any other URI of an MLflow model; the
             path of an ONNX file will do as well.
-        precision, batch, shapes, recipe, targets, calibration_data, verify, model_config, progress: as for `log_model`.
+        precision, batch, shapes, recipe, targets, calibration_data, verify, store_kernels, model_config, progress: as
+            for `log_model`.
         tags: more tags of the new version; they come before those of the source.
         alias: set on the version once everything else succeeded.
         force: make a new version, even where there is one of the same source and recipe.
@@ -74,9 +77,9 @@ def convert_model_version(
     check_names(registered_model_name, tags or {})
     if alias is not None:
         _validate_model_alias_name(alias)
-    _refuse_early(request, model_config, verify)
+    kernels_for = refuse_early(request, model_config, verify, store_kernels=store_kernels)
     with opened_source(model_uri) as source:
-        digest = recipe_digest(request, trt.load(), asked(model_config, calibration_data, verify))
+        digest = recipe_digest(request, trt.load(), asked(model_config, calibration_data, verify, kernels_for))
         client = MlflowClient()
         with undone_on_failure() as undo:
             version = None
@@ -96,6 +99,7 @@ def convert_model_version(
                     recipe=request,
                     calibration_data=calibration_data,
                     verify=verify,
+                    store_kernels=store_kernels,
                     signature=source.signature,
                     input_example=source.input_example,
                     metadata=source.metadata,
@@ -122,11 +126,12 @@ def convert_to_folder(
     *,
     calibration_data: Any = None,
     verify: Tolerance | bool = True,
+    store_kernels: bool = False,
     model_config: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Convert a model and write the result to a new folder, with all that `convert_model_version` carries over."""
-    _refuse_early(recipe, model_config, verify)
+    refuse_early(recipe, model_config, verify, store_kernels=store_kernels)
     with opened_source(model_uri) as source:
         save_model(
             source.path,
@@ -134,6 +139,7 @@ def convert_to_folder(
             recipe=recipe,
             calibration_data=calibration_data,
             verify=verify,
+            store_kernels=store_kernels,
             signature=source.signature,
             input_example=source.input_example,
             metadata=source.metadata,
@@ -143,10 +149,17 @@ def convert_to_folder(
         )
 
 
-def _refuse_early(recipe: Recipe, model_config: Mapping[str, Any] | None, verify: Tolerance | bool) -> None:
-    """What cannot be measured here is said before a model is downloaded and exported."""
+def refuse_early(
+    recipe: Recipe, model_config: Mapping[str, Any] | None, verify: Tolerance | bool, *, store_kernels: bool
+) -> Gpu | None:
+    """What cannot be measured or compiled here is said before a model is downloaded and exported.
+
+    Returns the GPU that kernels are going to be stored for.
+    """
+    settings = LoadSettings.of(model_config)
     if recipe.precision is Precision.BEST:
-        check_best(recipe, LoadSettings.of(model_config), verify)
+        check_best(recipe, settings, verify)
+    return check_kernels(recipe, settings).gpu if store_kernels else None
 
 
 def logged_name(registered_model_name: str) -> str:

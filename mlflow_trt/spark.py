@@ -18,8 +18,8 @@ import pandas as pd
 
 from mlflow_trt.errors import MissingDependencyError, RecipeError, UnsupportedModelError
 from mlflow_trt.flavor import read_record
-from mlflow_trt.loading import LoadSettings
 from mlflow_trt.runtime.session import Session
+from mlflow_trt.settings import LoadSettings
 from mlflow_trt.spark_rows import Rows, columns_of_outputs
 from mlflow_trt.spec import BatchAxis, TensorSpec
 

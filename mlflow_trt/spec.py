@@ -209,12 +209,29 @@ class Gpu:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KernelsRecord:
+    """Kernels that TensorRT-RTX compiled for an engine: the digest of their file, and on what they were compiled.
+
+    They serve GPUs of the same compute capability under the same release of TensorRT-RTX.
+    """
+
+    file: str
+    sha256: str
+    size: int
+    gpu: str
+    compute_capability: str
+    version: str
+    driver: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineRecord:
     """How an engine was made, where it runs, and the digest of its plan.
 
     `compute_capabilities` lists its targets, empty where TensorRT-RTX was left its default: one engine for Ampere and
     every later architecture that this release knows. `gpu` and `driver` are empty where it was built without a GPU.
-    `timing_cache` is the sha256 of the timing cache that it was built with, as it was afterwards.
+    `timing_cache` is the sha256 of the timing cache that it was built with, as it was afterwards. `kernels` are those
+    that were stored with it.
     """
 
     file: str
@@ -230,6 +247,7 @@ class EngineRecord:
     build_seconds: float = 0.0
     weights: Weights = Weights.INCLUDED
     timing_cache: str | None = None
+    kernels: KernelsRecord | None = None
 
     @property
     def is_ampere_plus(self) -> bool:

@@ -23,8 +23,8 @@ from mlflow_trt.errors import (
     RecipeError,
     UnsupportedModelError,
 )
-from mlflow_trt.loading import LoadSettings
 from mlflow_trt.selection import Candidate, Fate
+from mlflow_trt.settings import LoadSettings
 from mlflow_trt.spec import Precision, Shape
 from mlflow_trt.verify import Verification, measure_conversion
 

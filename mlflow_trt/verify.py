@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING
 
 from mlflow_trt import trt
 from mlflow_trt._logging import get_logger
-from mlflow_trt.artifact import why_not
 from mlflow_trt.comparison import Comparison, Outputs, Tolerance, Verdict, compare
 from mlflow_trt.convert.conversion import Conversion
 from mlflow_trt.convert.samples import Samples
 from mlflow_trt.convert.typed_model import reference_outputs
 from mlflow_trt.errors import AccuracyError, ExecutionError, InputError, RuntimeUnavailableError
+from mlflow_trt.fitting import why_not
 from mlflow_trt.golden import Golden, golden_of
 from mlflow_trt.inputs import Feeds
-from mlflow_trt.loading import LoadSettings, session_on
+from mlflow_trt.loading import session_on
 from mlflow_trt.runtime.device import open_device
 from mlflow_trt.runtime.session import Session
+from mlflow_trt.settings import LoadSettings
 from mlflow_trt.spec import Precision, Weights
 
 if TYPE_CHECKING:

@@ -16,10 +16,11 @@ from mlflow_trt.convert.onnx_model import OnnxModel, read_onnx
 from mlflow_trt.convert.profiles import Profiles
 from mlflow_trt.convert.samples import SampleOrigin, Samples, cut_samples
 from mlflow_trt.errors import InputError, RuntimeUnavailableError
-from mlflow_trt.loading import LoadSettings, open_session
+from mlflow_trt.loading import open_session
 from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.sample_data import sample_data_of
+from mlflow_trt.settings import LoadSettings
 from mlflow_trt.verify import compare_sessions
 
 _log = get_logger(__name__)

@@ -158,8 +158,9 @@ def _execute(case: Case, conversion, tolerance) -> tuple[str, str]:
     from mlflow_trt import MlflowTrtError, RuntimeUnavailableError, trt
     from mlflow_trt.comparison import compare
     from mlflow_trt.convert.typed_model import reference_outputs
-    from mlflow_trt.loading import LoadSettings, session_on
+    from mlflow_trt.loading import session_on
     from mlflow_trt.runtime.device import open_device
+    from mlflow_trt.settings import LoadSettings
 
     try:
         device = open_device(0)

@@ -18,7 +18,8 @@ import mlflow_trt
 from mlflow_trt import RecipeError, add_engine, trt
 from mlflow_trt.add_engine import _widen_requirements
 from mlflow_trt.add_engine import add_engine as add
-from mlflow_trt.artifact import add_engine_file, read_folder, why_not
+from mlflow_trt.artifact import add_engine_file, read_folder
+from mlflow_trt.fitting import why_not
 from mlflow_trt.spec import ComputeCapability, Distribution, Gpu
 
 

@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 
 from mlflow_trt import ArtifactError, FormatError, IntegrityError
-from mlflow_trt.artifact import RECORD_FILE, read_folder, why_not
+from mlflow_trt.artifact import RECORD_FILE, read_folder
 from mlflow_trt.convert.onnx_model import sha256_of
+from mlflow_trt.fitting import why_not
 from mlflow_trt.spec import ComputeCapability, Distribution, EngineRecord, Gpu, HardwareCompatibility
 
 

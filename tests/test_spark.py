@@ -14,7 +14,8 @@ from onnx import helper
 import mlflow_trt
 from mlflow_trt import InputError, InputShapeError, RecipeError, UnsupportedModelError
 from mlflow_trt.artifact import read_folder
-from mlflow_trt.loading import LoadSettings, open_session
+from mlflow_trt.loading import open_session
+from mlflow_trt.settings import LoadSettings
 from mlflow_trt.spark_rows import Rows, columns_of_outputs
 from mlflow_trt.spec import TensorSpec
 

@@ -20,6 +20,13 @@ def add_engine(
     ] = None,
     register_as: Annotated[str, typer.Option(help="Register it under this name instead of the model's own.")] = "",
     alias: Annotated[str, typer.Option(help="Set this alias on the version, after everything else succeeded.")] = "",
+    store_kernels: Annotated[
+        bool,
+        typer.Option(
+            "--store-kernels",
+            help="Compile the kernels of TensorRT-RTX on this machine's GPU, and store them with the engine.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Make a new version of a model that has an engine for this machine, or other GPUs, too."""
@@ -28,7 +35,13 @@ def add_engine(
     from mlflow_trt.flavor import read_record
 
     with results_on_stdout(as_json):
-        version = add(uri, targets=target or (), registered_model_name=register_as or None, alias=alias or None)
+        version = add(
+            uri,
+            targets=target or (),
+            registered_model_name=register_as or None,
+            alias=alias or None,
+            store_kernels=store_kernels,
+        )
         made = f"models:/{version.name}/{version.version}"
         record = read_record(made)
     if as_json:

@@ -100,6 +100,13 @@ def convert(
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not compare with the source model, and store no golden sample.")
     ] = False,
+    store_kernels: Annotated[
+        bool,
+        typer.Option(
+            "--store-kernels",
+            help="Compile the kernels of TensorRT-RTX on this machine's GPU, and store them with the model.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Convert a model, from a file or from MLflow, into an MLflow model with a TensorRT engine."""
@@ -110,6 +117,8 @@ def convert(
         given["register_as"] = register_as = register_as or default_name(source)
     if bool(register_as) + (output is not None) > 1 or not (register_as or output or save_engine or all_ or dry_run):
         raise typer.BadParameter("give either --register-as NAME or --output DIR")
+    if given["store_kernels"] and save_engine and not (register_as or output):
+        raise typer.BadParameter("--store-kernels stores them with a model: give --register-as NAME or --output DIR")
     if alias and not (register_as or all_):
         raise typer.BadParameter("--alias needs --register-as NAME")
     if all_ and (output or save_engine):
@@ -127,17 +136,19 @@ def _convert_one(given: dict[str, Any], source: str, recipe: Any) -> None:
     from mlflow_trt.registry import convert_model_version, convert_to_folder
 
     name, alias, force = given["register_as"], given["alias"] or None, given["force"]
-    data, verify = given["calibration_data"], not given["no_verify"]
+    asked: dict[str, Any] = {
+        "calibration_data": given["calibration_data"],
+        "verify": not given["no_verify"],
+        "store_kernels": given["store_kernels"],
+    }
     with results_on_stdout(given["as_json"]), tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
         if name:
-            version = convert_model_version(
-                source, name, recipe=recipe, calibration_data=data, verify=verify, alias=alias, force=force
-            )
+            version = convert_model_version(source, name, recipe=recipe, alias=alias, force=force, **asked)
             uri = f"models:/{version.name}/{version.version}"
             record = read_record(uri)
         else:
             uri = str(given["output"] or Path(workdir, "model"))
-            convert_to_folder(source, uri, recipe, calibration_data=data, verify=verify)
+            convert_to_folder(source, uri, recipe, **asked)
             record = read_folder(Path(uri)).record
         if given["save_engine"] is not None:
             save_engine(uri, given["save_engine"])
@@ -162,6 +173,7 @@ def _plan(given: dict[str, Any], source: str, recipe: Any) -> None:
             path=path,
             calibration_data=given["calibration_data"],
             verify=not given["no_verify"],
+            store_kernels=given["store_kernels"],
             force=given["force"],
         )
     if given["as_json"]:
@@ -183,6 +195,7 @@ def _convert_all(given: dict[str, Any], _source: str, recipe: Any) -> None:
                 alias=given["alias"] or None,
                 calibration_data=given["calibration_data"],
                 verify=not given["no_verify"],
+                store_kernels=given["store_kernels"],
                 force=given["force"],
                 dry_run=given["dry_run"],
                 on_outcome=outcomes.append,

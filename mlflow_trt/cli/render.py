@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlflow_trt.layers import LayerReport
     from mlflow_trt.planning import Plan
     from mlflow_trt.selection import Selection
-    from mlflow_trt.spec import BatchAxis, PrecisionReport, ShapeProfile, TensorSpec
+    from mlflow_trt.spec import BatchAxis, EngineRecord, PrecisionReport, ShapeProfile, TensorSpec
 
 
 def print_json(value: object) -> None:
@@ -89,6 +89,27 @@ def print_record(uri: str, record: Record) -> None:
                 engine.sha256,
             )
             for engine in record.engines
+        ],
+    )
+    if any(engine.kernels is not None for engine in record.engines):
+        _print_kernels(record.engines)
+
+
+def _print_kernels(engines: Sequence[EngineRecord]) -> None:
+    print_rows(
+        "\nkernels, for GPUs of the same compute capability",
+        ("file", "compiled by", "on", "driver", "MB", "sha256"),
+        [
+            (
+                stored.file,
+                f"{engine.distribution.label} {stored.version}",
+                f"{stored.gpu} ({stored.compute_capability})",
+                stored.driver or "unknown",
+                f"{stored.size / 1e6:.1f}",
+                stored.sha256,
+            )
+            for engine in engines
+            if (stored := engine.kernels) is not None
         ],
     )
 

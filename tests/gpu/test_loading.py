@@ -16,7 +16,7 @@ from real_models import CLS, MAGIKA
 from serving import served
 
 import mlflow_trt
-from mlflow_trt import EngineMismatchError, IntegrityError, cache, doctor, loading
+from mlflow_trt import EngineMismatchError, IntegrityError, cache, doctor, hardware, loading, trt
 from mlflow_trt.artifact import RECORD_FILE, read_folder
 
 pytestmark = pytest.mark.gpu
@@ -118,6 +118,57 @@ def test_a_user_can_choose_lazy_kernels(folder, expected):
     with mlflow_trt.load_model(str(folder), kernel_specialization="lazy") as session:
         for _ in range(2):
             assert relative_error(session.run({"x": X}), expected) < 2e-3
+
+
+@pytest.fixture
+def with_kernels(tmp_path, monkeypatch):
+    if not trt.load().is_rtx:
+        pytest.skip("TensorRT compiles all kernels when it builds the engine")
+    mlflow_trt.save_model(CLS.path(), tmp_path / "cls", store_kernels=True, **CLS.recipe)
+    monkeypatch.setenv(cache.DIRECTORY_VARIABLE, str(tmp_path / "a fresh machine"))
+    return tmp_path / "cls"
+
+
+def kernels_of(session) -> bytes:
+    with session._slots.lent() as slot, slot.engine.device.current():
+        return slot.engine._contexts.kernels()
+
+
+def test_stored_kernels_are_not_compiled_again(with_kernels, tmp_path, monkeypatch):
+    """A session that never ran has the kernels that came with the model, and needs hardly any others."""
+    (engine,) = read_folder(with_kernels).record.engines
+    here = hardware.probe().gpus[0]
+    assert (engine.kernels.gpu, engine.kernels.compute_capability) == (here.name, str(here.compute_capability))
+    feeds = CLS.feeds(4)
+    with mlflow_trt.load_model(str(with_kernels), runtime="onnxruntime") as session:
+        expected = session.run(feeds)
+    with mlflow_trt.load_model(str(with_kernels), self_test=False) as session:
+        first = len(kernels_of(session))
+        session.warm_up()
+        more = len(kernels_of(session)) - first
+        assert relative_error(session.run(feeds), expected) < CLS.relative_error
+
+    monkeypatch.setenv(cache.DIRECTORY_VARIABLE, str(tmp_path / "another fresh machine"))
+    record = json.loads((with_kernels / RECORD_FILE).read_text())
+    record["engines"][0]["kernels"] = None
+    (with_kernels / RECORD_FILE).write_text(json.dumps(record))
+    with mlflow_trt.load_model(str(with_kernels), self_test=False) as session:
+        without = len(kernels_of(session))
+    assert first > without
+    assert more < (first - without) / 10
+
+
+def test_the_self_test_runs_on_stored_kernels(with_kernels, messages):
+    mlflow_trt.load_model(str(with_kernels)).close()
+    assert "Self-test passed" in messages.text
+
+
+@pytest.mark.parametrize("runtime", ["tensorrt", "auto"])
+def test_changed_kernels_are_never_executed(runtime, with_kernels):
+    path = with_kernels / read_folder(with_kernels).record.engines[0].kernels.file
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(IntegrityError, match=r"\.kernels is not the file that was logged"):
+        mlflow_trt.load_model(str(with_kernels), runtime=runtime)
 
 
 def test_where_nothing_can_be_cached_the_rebuilt_engine_is_used(folder, expected, monkeypatch, messages):

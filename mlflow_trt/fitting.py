@@ -1,0 +1,56 @@
+"""What was made for one machine and may serve another: which engines, and which compiled kernels, fit a GPU."""
+
+from __future__ import annotations
+
+from mlflow_trt.spec import (
+    ComputeCapability,
+    Distribution,
+    EngineRecord,
+    Gpu,
+    HardwareCompatibility,
+    KernelsRecord,
+)
+
+AMPERE = ComputeCapability(8, 0)
+"""What TensorRT-RTX builds for by default, together with everything later."""
+
+
+def why_not(engine: EngineRecord, distribution: Distribution, version: str, gpu: Gpu) -> str | None:
+    """Why an engine cannot run on this TensorRT and GPU, or None where nothing speaks against it."""
+    if engine.distribution is not distribution:
+        return f"it was built by {engine.distribution.label}, and this is {distribution.label}"
+    if not _version_fits(engine, version):
+        return f"it was built by {engine.distribution.label} {engine.version}, and this is {version}"
+    if not _gpu_fits(engine, gpu.compute_capability):
+        return f"it was built for {engine.target}, and this GPU is {gpu}"
+    if _wants_same_model(engine) and engine.gpu != gpu.name:
+        return (
+            f"it was built on {engine.gpu}, and this GPU is {gpu}; "
+            "hardware_compatibility='same_compute_capability' makes engines that run on both"
+        )
+    return None
+
+
+def _version_fits(engine: EngineRecord, version: str) -> bool:
+    if engine.version == version:
+        return True
+    if not engine.version_compatible:
+        return False
+    built, here = (tuple(map(int, text.split(".")[:2])) for text in (engine.version, version))
+    return built[0] == here[0] and built <= here
+
+
+def _gpu_fits(engine: EngineRecord, compute_capability: ComputeCapability) -> bool:
+    if engine.is_ampere_plus:
+        return compute_capability >= AMPERE
+    return str(compute_capability) in engine.compute_capabilities
+
+
+def _wants_same_model(engine: EngineRecord) -> bool:
+    """TensorRT tunes an engine for the very GPU it was built on, unless told otherwise; TensorRT-RTX does not."""
+    return engine.distribution is Distribution.TENSORRT and engine.hardware_compatibility is HardwareCompatibility.NONE
+
+
+def kernels_fit(kernels: KernelsRecord, version: str, gpu: Gpu) -> bool:
+    """Whether kernels that come with an engine of TensorRT-RTX are for this release and GPU."""
+    return (kernels.version, kernels.compute_capability) == (version, str(gpu.compute_capability))

@@ -1,0 +1,290 @@
+"""Kernels stored with a model: real engines, folders and registries; what a GPU compiles is given."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import mlflow
+import networks
+import pytest
+from mlflow.artifacts import download_artifacts
+from test_cli import run
+from typer.testing import CliRunner
+
+import mlflow_trt
+from mlflow_trt import (
+    ArtifactError,
+    ExecutionError,
+    IntegrityError,
+    LoadSettings,
+    MissingDependencyError,
+    Recipe,
+    RecipeError,
+    RuntimeUnavailableError,
+    trt,
+)
+from mlflow_trt.add_engine import add_engine
+from mlflow_trt.artifact import RECORD_FILE, read_folder
+from mlflow_trt.cli import app
+from mlflow_trt.convert import builder
+from mlflow_trt.convert_all import convert_all
+from mlflow_trt.export import save_engine
+from mlflow_trt.hardware import Hardware
+from mlflow_trt.kernel_file import KernelFile
+from mlflow_trt.kernels import check_kernels, compiled_on
+from mlflow_trt.loading import shipped_kernels
+from mlflow_trt.planning import plan_conversion
+from mlflow_trt.runtime import device
+from mlflow_trt.spec import ComputeCapability, Distribution, Gpu
+
+
+def gpu(target: str) -> Gpu:
+    return Gpu(
+        ordinal=0, name="a GPU", compute_capability=ComputeCapability.parse(target), memory=1 << 30, uuid="GPU-1"
+    )
+
+
+class Compiler:
+    """Gives bytes that tell which engine they are for, or fails."""
+
+    driver = "580.1"
+
+    def __init__(self, target="sm86", problem=None):
+        self.gpu = gpu(target)
+        self.problem = problem
+        self.engines: list[str] = []
+
+    def compiled(self, folder, engine):
+        if self.problem is not None:
+            raise self.problem
+        assert len(folder.read_plan(engine)) == engine.size
+        self.engines.append(engine.file)
+        return self.kernels(engine)
+
+    def kernels(self, engine) -> bytes:
+        return f"kernels of {engine.sha256} for {self.gpu}".encode()
+
+
+@pytest.fixture
+def compiler():
+    compiler = Compiler()
+    with compiled_on(compiler):
+        yield compiler
+
+
+@pytest.fixture
+def folder(compiler, tmp_path):
+    mlflow_trt.save_model(networks.product(), tmp_path / "model", batch=(1, 4, 8), store_kernels=True)
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def registered(store):
+    mlflow.onnx.log_model(networks.product(), name="p", registered_model_name="p", pip_requirements=["onnx"])
+    return store
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(device, "probe", lambda: Hardware(problem="no NVIDIA driver"))
+    monkeypatch.setattr(device, "_devices", {})
+
+
+@pytest.fixture
+def nothing_is_built(monkeypatch):
+    monkeypatch.setattr(builder, "_WORKER", "import os; os.abort()")
+
+
+def test_they_are_stored_as_they_were_serialized(folder, compiler):
+    (engine,) = read_folder(folder).record.engines
+    file = f"runtime_cache/tensorrt_rtx-{engine.version}-sm80plus.kernels"
+    content = compiler.kernels(engine)
+    assert (folder / file).read_bytes() == content
+    assert json.loads((folder / RECORD_FILE).read_text())["engines"][0]["kernels"] == {
+        "file": file,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "size": len(content),
+        "gpu": "a GPU",
+        "compute_capability": "sm86",
+        "version": engine.version,
+        "driver": "580.1",
+    }
+    assert mlflow.models.Model.load(str(folder)).model_size_bytes > engine.size + len(content)
+    model = mlflow.pyfunc.load_model(str(folder), model_config={"runtime": "onnxruntime"})
+    assert model.predict(networks.rows(3))["y"].shape == (3, 8)
+
+
+def test_none_are_stored_unasked(magika_folder, compiler):
+    assert not (magika_folder / "runtime_cache").exists()
+    assert read_folder(magika_folder).record.engines[0].kernels is None
+
+
+def test_a_record_of_before_is_read(folder):
+    record = json.loads((folder / RECORD_FILE).read_text())
+    assert record["format"] == 1
+    del record["engines"][0]["kernels"]
+    (folder / RECORD_FILE).write_text(json.dumps(record))
+    assert read_folder(folder).record.engines[0].kernels is None
+
+
+def test_they_are_for_the_same_compute_capability_and_release(folder, compiler):
+    model = read_folder(folder)
+    (engine,) = model.record.engines
+    assert shipped_kernels(model, engine, engine.version, gpu("sm86")) == (compiler.kernels(engine),)
+    assert shipped_kernels(model, engine, engine.version, gpu("sm89")) == ()
+    assert shipped_kernels(model, engine, "1.0.0.1", gpu("sm86")) == ()
+
+
+def test_what_was_shipped_is_read_before_what_was_kept_here():
+    file = KernelFile("key", shipped=[b"shipped"])
+    assert file.read() == [b"shipped"]
+    file.update(lambda others: b"kept" if others == [] else None)
+    assert file.read() == [b"shipped", b"kept"]
+    assert KernelFile("key").read() == [b"kept"]
+
+
+def test_other_kernels_than_those_that_were_logged_are_never_used(folder):
+    model = read_folder(folder)
+    (engine,) = model.record.engines
+    path = folder / engine.kernels.file
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(IntegrityError, match=r"\.kernels is not the file that was logged: its sha256 is") as caught:
+        shipped_kernels(model, engine, engine.version, gpu("sm86"))
+    assert caught.value.path == path
+    path.unlink()
+    with pytest.raises(ArtifactError, match=r"\.kernels is missing; download the model again"):
+        shipped_kernels(model, engine, engine.version, gpu("sm86"))
+    record = json.loads((folder / RECORD_FILE).read_text())
+    record["engines"][0]["kernels"]["file"] = "../../etc/passwd"
+    (folder / RECORD_FILE).write_text(json.dumps(record))
+    with pytest.raises(ArtifactError, match="outside of the model folder"):
+        read_folder(folder)
+
+
+class TestWhereTheyCannotBeCompiled:
+    def test_there_is_no_gpu(self, no_gpu, nothing_is_built, registered, tmp_path):
+        with pytest.raises(RuntimeUnavailableError, match=r"this machine cannot: .*no NVIDIA driver.*leave store_kern"):
+            mlflow_trt.save_model(networks.product(), tmp_path / "model", store_kernels=True)
+        assert not (tmp_path / "model").exists()
+        with pytest.raises(RuntimeUnavailableError):
+            mlflow_trt.log_model(networks.product(), name="m", store_kernels=True)
+        for uri in ("models:/p/1", "models:/missing/1"):  # said before anything is downloaded
+            with pytest.raises(RuntimeUnavailableError):
+                mlflow_trt.convert_model_version(uri, "p-trt", store_kernels=True)
+            with pytest.raises(RuntimeUnavailableError):
+                plan_conversion(uri, Recipe(), store_kernels=True)
+        with pytest.raises(RuntimeUnavailableError):
+            convert_all("", Recipe(), store_kernels=True)
+        assert not registered.client.search_model_versions("name = 'p-trt'")
+
+    def test_pycuda_is_missing(self, no_gpu, monkeypatch):
+        monkeypatch.setattr(device, "probe", lambda: Hardware(driver="580", cuda="13.0", gpus=(gpu("sm86"),)))
+        monkeypatch.setitem(__import__("sys").modules, "pycuda", None)
+        with pytest.raises(MissingDependencyError, match=r"store_kernels .*mlflow-trt\[cuda\]") as caught:
+            check_kernels(Recipe(), LoadSettings())
+        assert caught.value.packages == ("pycuda",)
+
+    def test_tensorrt_is_missing(self, monkeypatch):
+        monkeypatch.setattr(trt, "installed", lambda: ())
+        with pytest.raises(MissingDependencyError, match=r"store_kernels .*mlflow-trt\[rtx\]"):
+            check_kernels(Recipe(), LoadSettings())
+
+    def test_the_tensorrt_distribution_has_none(self, compiler, monkeypatch):
+        stand_in = trt.TensorRT(Distribution.TENSORRT, trt.load()._module)
+        monkeypatch.setattr(trt, "load", lambda: stand_in)
+        with pytest.raises(RecipeError, match="compiles all kernels when it builds the engine; leave it out") as caught:
+            check_kernels(Recipe(), LoadSettings())
+        assert caught.value.option == "store_kernels"
+
+    @pytest.mark.parametrize(
+        ("target", "targets", "message"),
+        [
+            ("sm86", ["sm89", "sm120"], r"GPU of this machine, a GPU \(sm86\), and the targets are sm89, sm120; add"),
+            ("sm75", (), r"by default engines are built for sm80 and later; give targets=\['sm75'\]"),
+        ],
+    )
+    def test_this_gpu_is_no_target(self, target, targets, message, nothing_is_built, tmp_path):
+        with compiled_on(Compiler(target)), pytest.raises(RecipeError, match=message) as caught:
+            mlflow_trt.save_model(networks.product(), tmp_path / "model", targets=targets, store_kernels=True)
+        assert caught.value.option == "targets"
+
+    def test_the_engine_does_not_run(self, store, tmp_path):
+        with compiled_on(Compiler(problem=ExecutionError("no kernel image"))):
+            with pytest.raises(ExecutionError, match="no kernel image"):
+                mlflow_trt.log_model(networks.product(), name="m", registered_model_name="m", store_kernels=True)
+            with pytest.raises(ExecutionError, match="no kernel image"):
+                mlflow_trt.save_model(networks.product(), tmp_path / "out" / "model", store_kernels=True)
+        assert store.is_untouched()
+        assert list((tmp_path / "out").iterdir()) == []
+
+
+class TestTheRegistry:
+    def test_with_and_without_are_two_versions(self, registered, compiler):
+        def convert(**keywords):
+            made = mlflow_trt.convert_model_version("models:/p/1", "p-trt", batch=(1, 4, 8), **keywords)
+            return str(made.version)
+
+        assert convert() == "1"
+        assert convert(store_kernels=True) == "2"
+        assert convert() == "1"
+        assert convert(store_kernels=True) == "2"
+        plan = plan_conversion(
+            "models:/p/1", Recipe(batch=(1, 4, 8)), registered_model_name="p-trt", store_kernels=True
+        )
+        assert plan.existing == "models:/p-trt/2"
+        with compiled_on(Compiler("sm89")):
+            assert convert(store_kernels=True) == "3"
+
+    def test_another_engine_brings_its_own_and_keeps_those_of_the_first(self, registered, compiler, tmp_path):
+        mlflow_trt.convert_model_version("models:/p/1", "p-trt", batch=(1, 4, 8), targets="sm86", store_kernels=True)
+        add_engine("models:/p-trt/1", targets="sm89")
+        with compiled_on(Compiler("sm120")):
+            made = add_engine("models:/p-trt/2", targets="sm120", store_kernels=True)
+            assert str(made.version) == "3"
+            assert str(add_engine("models:/p-trt/3", targets="sm120", store_kernels=True).version) == "3"
+        folder = read_folder(Path(download_artifacts("models:/p-trt/3", dst_path=str(tmp_path))))
+        first, second, third = folder.record.engines
+        assert folder.read_kernels(first.kernels) == compiler.kernels(first)
+        assert second.kernels is None
+        assert folder.read_kernels(third.kernels) == Compiler("sm120").kernels(third)
+
+    def test_an_engine_that_is_there_gets_them(self, registered, compiler, tmp_path):
+        mlflow_trt.convert_model_version("models:/p/1", "p-trt", batch=(1, 4, 8), targets="sm86")
+        made = add_engine("models:/p-trt/1", targets="sm86", store_kernels=True)
+        folder = read_folder(Path(download_artifacts("models:/p-trt/2", dst_path=str(tmp_path))))
+        (engine,) = folder.record.engines
+        assert folder.read_kernels(engine.kernels) == compiler.kernels(engine)
+        assert made.tags["mlflow_trt.extends"] == folder.record.lineage["extends"] == "models:/p-trt/1"
+
+    def test_adding_them_needs_a_gpu_too(self, registered, no_gpu):
+        with pytest.raises(RecipeError, match="is no registered version"):
+            add_engine("no-uri", store_kernels=True)
+        with pytest.raises(RuntimeUnavailableError, match="store_kernels compiles on a GPU"):
+            add_engine("models:/p/1", store_kernels=True)
+        with compiled_on(Compiler("sm86")), pytest.raises(RecipeError, match="the targets are sm120"):
+            add_engine("models:/p/1", targets="sm120", store_kernels=True)
+
+
+def test_an_exported_engine_leaves_them_behind(folder, tmp_path):
+    engine = save_engine(str(folder), tmp_path / "out" / "model.plan")
+    assert hashlib.sha256((tmp_path / "out" / "model.plan").read_bytes()).hexdigest() == engine.sha256
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.plan"]
+
+
+def test_the_command(compiler, tmp_path):
+    source = tmp_path / "product.onnx"
+    source.write_bytes(networks.product().SerializeToString())
+    arguments = ["convert", str(source), "--batch", "1:4:8", "--store-kernels"]
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*arguments, "--output", str(tmp_path / "model")])
+    assert result.exit_code == 0, result.output
+    assert "a GPU (sm86)" in result.output
+    assert len(compiler.engines) == 1
+    code, output, _ = run("inspect", tmp_path / "model")
+    assert code == 0
+    for text in ("kernels, for GPUs of the same compute capability", "runtime_cache/", "a GPU (sm86)", "580.1"):
+        assert text in output
+    result = CliRunner().invoke(app, [*arguments, "--save-engine", str(tmp_path / "model.plan")])
+    assert result.exit_code == 2
+    assert "--store-kernels stores them with a model" in result.output
