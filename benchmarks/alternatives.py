@@ -60,7 +60,7 @@ def _milliseconds(predict: Predict, feeds: Feeds, seconds: float) -> float:
 
 @contextmanager
 def _ours(folder: Path) -> Iterator[Predict]:
-    loaded = mlflow.pyfunc.load_model(str(folder), model_config={"warm_up": True})
+    loaded = mlflow.pyfunc.load_model(str(folder), model_config={"warm_up": "on"})
     with loaded.get_raw_model():
         yield loaded.predict
 

@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model = models()[name]
             folder = Path(workdir) / name
             mlflow_trt.save_model(model.source(), folder, verify=False, **model.recipe)
-            loaded = mlflow.pyfunc.load_model(str(folder), model_config={"warm_up": True})
+            loaded = mlflow.pyfunc.load_model(str(folder), model_config={"warm_up": "on"})
             with loaded.get_raw_model() as session:
                 about = {"runtime": session.description, "driver": hardware.driver, "numpy": np.__version__}
                 bench = Bench(model, loaded, session, options.repeats, options.seconds)
