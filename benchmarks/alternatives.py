@@ -23,18 +23,17 @@ BATCHES = (1, 8, 32, 128)
 Predict = Callable[[Feeds], object]
 
 
-def alternatives(folder: Path, model: BenchmarkModel, seconds: float) -> list[dict[str, Any]]:
-    """Rows of a table, this package first. What is not installed is left out."""
+def alternatives(folder: Path, model: BenchmarkModel, seconds: float, *, compiled: bool = True) -> list[dict[str, Any]]:
+    """Rows of a table, this package first. What is not installed is left out; `compiled` is torch's, of a minute."""
     found = []
     choices: list[tuple[str, Callable[[], Any]]] = [
         ("mlflow-trt, through mlflow.pyfunc", lambda: _ours(folder)),
         ("plain loop: pinned copy, upload, execute, download, wait", lambda: _plain(folder)),
     ]
     if is_installed("torch"):
-        choices += [
-            ("torch, eager, float16", lambda: _torch(folder, compiled=False)),
-            ("torch.compile(mode='reduce-overhead'), float16", lambda: _torch(folder, compiled=True)),
-        ]
+        choices.append(("torch, eager, float16", lambda: _torch(folder, compiled=False)))
+    if is_installed("torch") and compiled:
+        choices.append(("torch.compile(mode='reduce-overhead'), float16", lambda: _torch(folder, compiled=True)))
     if is_installed("onnxruntime"):
         import onnxruntime  # what users run instead
 
@@ -61,7 +60,7 @@ def _milliseconds(predict: Predict, feeds: Feeds, seconds: float) -> float:
 
 @contextmanager
 def _ours(folder: Path) -> Iterator[Predict]:
-    loaded = mlflow.pyfunc.load_model(str(folder), model_config={"warm_up": True})
+    loaded = mlflow.pyfunc.load_model(str(folder), model_config={"warm_up": "on"})
     with loaded.get_raw_model():
         yield loaded.predict
 

@@ -84,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", default="bulk,one,batches,threads,load,alternatives", help="which, likewise")
     parser.add_argument("--repeats", type=int, default=5, help="of each measurement; the median counts")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each repeat of a short measurement")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes a minute")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     parser.add_argument("--pictures", type=Path, help="draw pictures into this folder (needs matplotlib)")
     options = parser.parse_args(arguments)
@@ -99,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model = models()[name]
             folder = Path(workdir) / name
             mlflow_trt.save_model(model.source(), folder, verify=False, **model.recipe)
-            loaded = mlflow.pyfunc.load_model(str(folder), model_config={"warm_up": True})
+            loaded = mlflow.pyfunc.load_model(str(folder), model_config={"warm_up": "on"})
             with loaded.get_raw_model() as session:
                 about = {"runtime": session.description, "driver": hardware.driver, "numpy": np.__version__}
                 bench = Bench(model, loaded, session, options.repeats, options.seconds)
@@ -109,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if "load" in options.cases:
                 rows += load_rows(model, folder, options.repeats)
             if "alternatives" in options.cases and name == "resnet50":
-                others += alternatives(folder, model, options.seconds)
+                others += alternatives(folder, model, options.seconds, compiled=not options.no_compile)
     print("; ".join(f"{key} {value}" for key, value in about.items()))
     print_table(HEADINGS, [row.cells() for row in rows])
     if others:

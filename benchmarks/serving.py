@@ -188,7 +188,7 @@ def main(
     answers: Annotated[
         str, typer.Option(help="Load setting: lists or base64, for mlflow-trt and the floor.")
     ] = "lists",
-    settings: Annotated[str, typer.Option(help="Further load settings, as JSON.")] = '{"warm_up": true}',
+    settings: Annotated[str, typer.Option(help="Further load settings, as JSON.")] = "{}",
     targets: Annotated[str, typer.Option(help="Which of floor, mlflow-trt and mlflow.onnx.")] = ",".join(TARGETS),
     wires: Annotated[str, typer.Option(help="Which of json and parquet.")] = "json,parquet",
     images: Annotated[str, typer.Option(help="Images in a request.")] = "1,32",

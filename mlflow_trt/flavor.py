@@ -246,7 +246,7 @@ def load_model(
     kernel_specialization: str | None = None,
     cuda_graphs: str | None = None,
     max_batch_delay_ms: float | None = None,
-    warm_up: bool | None = None,
+    warm_up: str | None = None,
     allow_engine_host_code: bool | None = None,
     self_test: bool | None = None,
     progress: Progress | None = None,

@@ -27,7 +27,7 @@ from mlflow_trt.fitting import kernels_fit, why_not
 from mlflow_trt.kernel_file import KernelFile
 from mlflow_trt.runtime.device import Device, open_device
 from mlflow_trt.runtime.session import Session
-from mlflow_trt.settings import LoadSettings
+from mlflow_trt.settings import LoadSettings, in_server
 from mlflow_trt.spec import BatchAxis, Distribution, EngineRecord, Gpu, HardwareCompatibility, TensorSpec, Weights
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _open_tensorrt(folder: ModelFolder, settings: LoadSettings, progress: Progre
         try:
             if settings.self_test:
                 self_test.check(opened, folder, _identity(plan, kernels, tensorrt, device, settings))
-            if settings.warm_up:
+            if settings.warm_up == "on" or (settings.warm_up == "auto" and in_server()):
                 opened.warm_up()
         except BaseException:
             opened.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -26,7 +27,8 @@ class LoadSettings:
             `on` there or an error, `off` nowhere.
         max_batch_delay_ms: calls that arrive while a batch runs are put together into the next one, which stays open
             for so many milliseconds at most; 0 runs each call by itself. A call that is alone never waits.
-        warm_up: run every batch size once while loading, so that no later call compiles kernels or makes contexts.
+        warm_up: run every batch size once while loading, so that no later call compiles kernels or makes contexts:
+            `auto` under MLflow's scoring server, `on` everywhere, `off` nowhere.
         allow_engine_host_code: let engines bring code that runs on the CPU, as those do that were built with
             `version_compatible`. Only for engines from a source you trust like your own programs.
         self_test: run the model's golden sample before an engine is first used with a GPU, driver and TensorRT, and
@@ -41,7 +43,7 @@ class LoadSettings:
     kernel_specialization: str = "eager"
     cuda_graphs: str = "auto"
     max_batch_delay_ms: float = 2.0
-    warm_up: bool = False
+    warm_up: str = "auto"
     allow_engine_host_code: bool = False
     self_test: bool = True
     answers: str = "lists"
@@ -52,13 +54,14 @@ class LoadSettings:
             "on_mismatch": ("rebuild", "error"),
             "kernel_specialization": ("eager", "lazy"),
             "cuda_graphs": ("auto", "on", "off"),
+            "warm_up": ("auto", "on", "off"),
             "answers": ("lists", "base64"),
         }
         for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
                 raise RecipeError(f"{name} is {value!r}; choose one of {', '.join(known)}", option=name)
-        for name in ("allow_engine_host_code", "self_test", "warm_up"):
+        for name in ("allow_engine_host_code", "self_test"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; expected true or false", option=name)
         if not isinstance(self.device, int) or isinstance(self.device, bool) or self.device < 0:
@@ -82,3 +85,8 @@ class LoadSettings:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def in_server() -> bool:
+    """Whether this process is MLflow's scoring server, which sets a variable for the models that it runs."""
+    return os.environ.get("_MLFLOW_IS_IN_SERVING_ENVIRONMENT") == "true"

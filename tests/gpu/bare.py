@@ -32,29 +32,30 @@ class BareLoop:
 
     def run(self, feeds):
         with self._device.current():
-            stream = cuda.Stream()
-            kept, outputs = [], {}
-            names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-            for name in names:
-                if self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT:
-                    array = np.ascontiguousarray(feeds[name])
-                    assert self._context.set_input_shape(name, array.shape)
-                    kept.append(cuda.to_device(array))
-                    assert self._context.set_tensor_address(name, int(kept[-1]))
-            assert self._context.infer_shapes() == []
-            for name in names:
-                if self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.OUTPUT:
-                    dtype = numpy_dtype(trt._DTYPES[self._engine.get_tensor_dtype(name).name])
-                    outputs[name] = np.empty(tuple(self._context.get_tensor_shape(name)), dtype)
-                    kept.append(cuda.mem_alloc(max(outputs[name].nbytes, 1)))
-                    outputs[name, "memory"] = kept[-1]
-                    assert self._context.set_tensor_address(name, int(kept[-1]))
-            assert self._context.execute_async_v3(stream.handle)
-            stream.synchronize()
-            arrays = {name: array for name, array in outputs.items() if isinstance(name, str)}
-            for name, array in arrays.items():
-                cuda.memcpy_dtoh(array, outputs[name, "memory"])
-            return arrays
+            return self._run(feeds)  # whose memory and stream go before the device does
+
+    def _run(self, feeds):
+        stream = cuda.Stream()
+        kept, outputs = [], {}
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        for name in names:
+            if self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT:
+                array = np.ascontiguousarray(feeds[name])
+                assert self._context.set_input_shape(name, array.shape)
+                kept.append(cuda.to_device(array))
+                assert self._context.set_tensor_address(name, int(kept[-1]))
+        assert self._context.infer_shapes() == []
+        for name in names:
+            if self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.OUTPUT:
+                dtype = numpy_dtype(trt._DTYPES[self._engine.get_tensor_dtype(name).name])
+                array = np.empty(tuple(self._context.get_tensor_shape(name)), dtype)
+                outputs[name] = array, cuda.mem_alloc(max(array.nbytes, 1))
+                assert self._context.set_tensor_address(name, int(outputs[name][1]))
+        assert self._context.execute_async_v3(stream.handle)
+        stream.synchronize()
+        for array, memory in outputs.values():
+            cuda.memcpy_dtoh(array, memory)
+        return {name: array for name, (array, _) in outputs.items()}
 
     def run_piece(self, feeds, axis, piece: Piece):
         """The rows of one piece, padded by hand: its last row once more."""

@@ -80,7 +80,7 @@ def test_or_it_is_an_error(folder):
     with pytest.raises(EngineMismatchError, match="Load with on_mismatch='rebuild'") as caught:
         mlflow_trt.load_model(str(folder), on_mismatch="error")
     assert "it was built by TensorRT-RTX 1.0.0.1" in caught.value.reasons[0]
-    assert not cache.directory().exists()
+    assert not (cache.directory() / "engines").exists()
 
 
 def test_an_engine_for_another_gpu_does_not_fit(tmp_path):
