@@ -258,6 +258,17 @@ class TestTheRegistry:
         assert folder.read_kernels(engine.kernels) == compiler.kernels(engine)
         assert made.tags["mlflow_trt.extends"] == folder.record.lineage["extends"] == "models:/p-trt/1"
 
+    def test_those_of_another_kind_of_gpu_take_their_place(self, registered, compiler, tmp_path):
+        mlflow_trt.convert_model_version(
+            "models:/p/1", "p-trt", batch=(1, 4, 8), targets=["sm86", "sm89"], store_kernels=True
+        )
+        with compiled_on(Compiler("sm89")):
+            add_engine("models:/p-trt/1", targets="sm89", store_kernels=True)
+        folder = read_folder(Path(download_artifacts("models:/p-trt/2", dst_path=str(tmp_path))))
+        (engine,) = folder.record.engines
+        assert folder.read_kernels(engine.kernels) == Compiler("sm89").kernels(engine)
+        assert engine.kernels.compute_capability == "sm89"
+
     def test_adding_them_needs_a_gpu_too(self, registered, no_gpu):
         with pytest.raises(RecipeError, match="is no registered version"):
             add_engine("no-uri", store_kernels=True)
