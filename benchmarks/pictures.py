@@ -43,7 +43,7 @@ def _ratios(result: dict[str, Any], path: Path) -> Path:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15)
     axes.xaxis.set_major_formatter("{x:.0%}")
-    axes.set_title(f"Reached of the limit (marks: goals). {result['about']['runtime']}", loc="left", fontsize=10)
+    axes.set_title(f"Reached of the limit (marks: goals)\n{result['about']['runtime']}", loc="left", fontsize=10)
     return _saved(figure, axes, path)
 
 
@@ -61,7 +61,7 @@ def _alternatives(result: dict[str, Any], path: Path) -> Path:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("Batch size")
     axes.set_ylabel("Images per second")
-    axes.set_title(f"ResNet-50, arrays in and arrays out. {result['about']['runtime']}", loc="left", fontsize=10)
+    axes.set_title(f"ResNet-50, arrays in and arrays out\n{result['about']['runtime']}", loc="left", fontsize=10)
     axes.legend(frameon=False)
     return _saved(figure, axes, path)
 
