@@ -140,10 +140,9 @@ class MicroBatcher(Generic[AnySlot]):
 
     def _take_seats(self, request: Request) -> _Batch:
         with self._lock:
-            self._callers += 1
             batch = self._open.get(request.key)
             if batch is not None and batch.has_room(request.rows):
-                batch.seat(request)
+                self._seat(request, batch)
                 if not self._is_expecting(batch):
                     batch.changed.notify()
                 return batch
@@ -152,10 +151,14 @@ class MicroBatcher(Generic[AnySlot]):
         tray = self._trays.take(batched, request.sizes, rows=request.rows, was_full=was_full)
         with self._lock:
             batch = _Batch(tray, request.sizes.largest, self._lock)
-            batch.seat(request)
+            self._seat(request, batch)
             # Who comes from now on joins this one. One that is full, or was opened in the same moment, runs as it is.
             self._open[request.key] = batch
         return batch
+
+    def _seat(self, request: Request, batch: _Batch) -> None:
+        self._callers += 1
+        batch.seat(request)
 
     def _copy(self, request: Request, batch: _Batch) -> None:
         try:

@@ -1,0 +1,76 @@
+"""The benchmark of the runtime, as far as it goes without a GPU: its model, its words, its pictures."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from benchmarks import runtime
+from benchmarks.resnet50 import images, resnet50
+from mlflow_trt.hardware import probe
+
+
+def test_resnet50_is_valid_and_its_outputs_vary():
+    model = resnet50()
+    onnx.checker.check_model(model, full_check=True)
+    weights = sum(int(np.prod(initializer.dims)) for initializer in model.graph.initializer)
+    assert 25.4e6 < weights < 25.7e6  # the paper's 25.5 million parameters
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (scores,) = session.run(None, {"image": images(3)})
+    assert scores.shape == (3, 1000)
+    assert scores.std(axis=0).mean() > 1e-2 * np.abs(scores).max()
+
+
+def test_images_repeat_after_sixty_four():
+    some = images(70)
+    assert some.shape == (70, 3, 224, 224)
+    assert np.array_equal(some[64:], some[:6])
+    assert not np.array_equal(some[0], some[1])
+
+
+@pytest.mark.skipif(probe().problem is None, reason="there is a GPU, which the benchmark would use")
+def test_without_a_gpu_it_says_so(capsys):
+    assert runtime.main([]) == 2
+    assert "there is none" in capsys.readouterr().err
+
+
+def test_calls_from_threads_are_all_counted():
+    calls = []
+    times, took = runtime.call_from_threads(lambda: calls.append(1), 4, 0.2)
+    assert len(times) == len(calls) > 4
+    assert took >= 0.2
+
+
+ROWS = [
+    runtime.Row(model="m", case="bulk", unit="rows/s", limit=200, measured=190, spread=0.01, goal=0.9,
+                higher_is_better=True),
+    runtime.Row(model="m", case="one", unit="ms", limit=2, measured=3, spread=0.1, goal=1.2),
+    runtime.Row(model="m", case="threads", unit="rows/s", limit=100, measured=40, spread=0.1, higher_is_better=True),
+]  # fmt: skip
+
+
+def test_goals_are_met_or_not():
+    assert [row.met for row in ROWS] == [True, False, None]
+    assert ROWS[0].cells()[4:6] == ("0.95", "≥ 0.9 met")
+    assert ROWS[1].cells()[4:6] == ("1.50", "≤ 1.2 NOT MET")
+
+
+def test_pictures(tmp_path):
+    pytest.importorskip("matplotlib")
+    from dataclasses import asdict
+
+    from benchmarks.pictures import draw
+
+    result = {
+        "about": {"runtime": "TensorRT"},
+        "rows": [asdict(row) | {"ratio": row.ratio} for row in ROWS],
+        "alternatives": [{"what": "a loop", "milliseconds": {"1": 1.0, "8": 2.0}}],
+    }
+    texts = []
+    for path in draw(result, tmp_path):
+        texts += [element.text for element in ET.parse(path).iter() if element.tag.endswith("text")]
+    assert {"m: bulk", "95%", "m: one", "67%", "a loop"} <= set(texts)
