@@ -145,9 +145,10 @@ def test_calls_that_wait_run_together_and_each_gets_its_rows(pool, scheduler, ga
 
 
 def test_a_batch_holds_no_more_than_the_largest_size(pool, scheduler, gate):
-    occupied(pool, scheduler, gate)
+    first = occupied(pool, scheduler, gate)
     others = send(pool, scheduler, range(20))
     gate.open.set()
+    concurrent.futures.wait(first)
     assert [future.result()["y"][0, 0] for future in others] == [2 * value for value in range(20)]
     assert sorted(gate.sizes) == [1, 1, 4, 16]
 
@@ -173,13 +174,14 @@ def test_the_delay_ends(pool, gate):
 def test_shapes_that_differ_are_kept_apart(pool, gate):
     wide = ShapeProfile(ranges={"x": InputRange(min=(1, 1), opt=(4, 2), max=(16, 8))})
     scheduler = Scheduler(lambda: DoublingSlot(gate), make_tray, profiles=[wide], axis=AXIS, max_batch_delay=5.0)
-    occupied(pool, scheduler, gate)
+    first = occupied(pool, scheduler, gate)
     batches = [np.full((1, 1 + n % 3), n, np.float32) for n in range(9)]
     futures = [pool.submit(scheduler.run, {"x": batch}) for batch in batches]
     wait_until(lambda: sum(seated(scheduler)) == 9)
     gate.open.set()
     for batch, future in zip(batches, futures, strict=True):
         assert np.array_equal(future.result()["y"], batch * 2)
+    concurrent.futures.wait(first)
     assert sorted(gate.sizes) == [1, 1, 4, 4, 4]
     scheduler.close()
 

@@ -27,17 +27,14 @@ def copy_rows(parts: Iterable[tuple[Array, int, int]], target: Array) -> Iterato
 
     A part of a single row fills all of its rows. Yields how many rows have arrived, all of them when it ends.
     """
-    jobs = list(_shared_out(parts, target))
-    if len(jobs) == 1:
-        rows, copies = jobs[0]
-        _copy(copies)
-        yield rows
-        return
-    running: list[tuple[int, Future[None]]] = [(rows, _threads().submit(_copy, copies)) for rows, copies in jobs]
+    (rows, copies), *others = _shared_out(parts, target)
+    running: list[tuple[int, Future[None]]] = [(end, _threads().submit(_copy, job)) for end, job in others]
     try:
-        for rows, job in running:
+        _copy(copies)  # the caller takes its share: it would only wait
+        yield rows
+        for end, job in running:
             job.result()
-            yield rows
+            yield end
     finally:
         # Whoever stops listening gets back memory that nobody writes to any more.
         for _, job in running:
