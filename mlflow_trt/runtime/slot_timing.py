@@ -55,6 +55,8 @@ def time_layers(slot: EngineSlot, runs: int) -> dict[str, float]:
     def report(name: str, milliseconds: float) -> None:
         totals[name] = totals.get(name, 0.0) + milliseconds
 
+    slot.launch()  # so that `layer_information` finds a context with these shapes
+    slot.finish()
     profiler = slot.engine.tensorrt.profiler(report)
     with slot.engine.device.current():
         # Of its own, since a context cannot be told to stop profiling.
@@ -66,6 +68,7 @@ def time_layers(slot: EngineSlot, runs: int) -> dict[str, float]:
         for _ in range(runs):
             slot.bindings.execute(context, slot.profile, slot.shapes)
             slot.stream.synchronize()
+        del context  # while the device is current
     return {name: total / runs for name, total in totals.items()}
 
 
