@@ -63,3 +63,11 @@ def test_what_onnxruntime_cannot_load_is_an_error(tmp_path):
 def test_bfloat16_inputs_need_tensorrt(tmp_path):
     with pytest.raises(RuntimeUnavailableError, match="cannot exchange bfloat16 arrays with Python, which 'x' needs"):
         reference(read(networks.bfloat16_product(), tmp_path))
+
+
+def test_arrays_on_the_gpu_are_for_tensorrt(tmp_path):
+    with (
+        reference(read(networks.product(), tmp_path)) as session,
+        pytest.raises(RuntimeUnavailableError, match="takes no arrays on the GPU; only runtime='tensorrt' does"),
+    ):
+        session.run_on_device({"x": networks.rows(1)})
