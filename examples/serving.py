@@ -73,6 +73,11 @@ class Server:
             time.sleep(0.2)
         raise RuntimeError(f"the server did not start:\n{self.log()}")
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether mlflow's process is no more."""
+        return self._process.poll() is not None
+
     def log(self) -> str:
         """What it printed so far."""
         self._log.seek(0)

@@ -242,7 +242,7 @@ def load_model(
     *,
     runtime: str | None = None,
     on_mismatch: str | None = None,
-    device: int | None = None,
+    device: int | str | Sequence[int] | None = None,
     kernel_specialization: str | None = None,
     cuda_graphs: str | None = None,
     max_batch_delay_ms: float | None = None,
@@ -317,7 +317,7 @@ def _can_run_here(settings: LoadSettings) -> bool:
     if settings.runtime != "tensorrt":
         return True
     try:
-        open_device(settings.device)
+        open_device(settings.first_device)
     except MlflowTrtError:
         return False
     return True

@@ -59,7 +59,7 @@ class GpuCompiler:
         # With lazy kernels a run ends before its own are compiled.
         self._settings = replace(settings, kernel_specialization="eager")
         self._tensorrt = trt.load(Distribution.TENSORRT_RTX)
-        self._device = open_device(settings.device)
+        self._device = open_device(settings.first_device)
 
     @property
     def gpu(self) -> Gpu:

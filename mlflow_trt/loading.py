@@ -5,6 +5,7 @@ What runs is what was asked for, or an error says what to do. The one exception 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import tempfile
 from dataclasses import asdict, replace
@@ -21,13 +22,16 @@ from mlflow_trt.errors import (
     BuildError,
     EngineMismatchError,
     ExecutionError,
+    MlflowTrtError,
     RuntimeUnavailableError,
 )
 from mlflow_trt.fitting import kernels_fit, why_not
+from mlflow_trt.hardware import probe
 from mlflow_trt.kernel_file import KernelFile
 from mlflow_trt.runtime.device import Device, open_device
 from mlflow_trt.runtime.session import Session
-from mlflow_trt.settings import LoadSettings, in_server
+from mlflow_trt.server import in_server
+from mlflow_trt.settings import ALL, LoadSettings
 from mlflow_trt.spec import BatchAxis, Distribution, EngineRecord, Gpu, HardwareCompatibility, TensorSpec, Weights
 
 if TYPE_CHECKING:
@@ -77,9 +81,34 @@ def _open_onnxruntime(folder: ModelFolder, settings: LoadSettings) -> Session:
 
 
 def _open_tensorrt(folder: ModelFolder, settings: LoadSettings, progress: Progress | None) -> Session:
+    if isinstance(settings.device, int):
+        return _open_on(settings.device, folder, settings, progress)
+    from mlflow_trt.runtime.replicas import ReplicaSession
+
+    sessions: dict[int, Session] = {}
+    failures: dict[int, MlflowTrtError] = {}
+    with contextlib.ExitStack() as stack:
+        # One after the other: what the first compiles, and keeps, serves those that are like it.
+        for ordinal in settings.ordinals([gpu.ordinal for gpu in probe().gpus] or [0]):
+            try:
+                sessions[ordinal] = stack.enter_context(_open_on(ordinal, folder, settings, progress))
+            except (RuntimeUnavailableError, EngineMismatchError, BuildError, ExecutionError) as error:
+                failures[ordinal] = error
+                if settings.device != ALL:
+                    raise
+        if not sessions:
+            raise failures[min(failures)]
+        for ordinal, failure in failures.items():
+            _log.warning("The model runs on CUDA devices %s, not on %d: %s", [*sessions], ordinal, failure.message)
+        stack.pop_all()
+    return ReplicaSession(sessions) if len(sessions) > 1 else next(iter(sessions.values()))
+
+
+def _open_on(ordinal: int, folder: ModelFolder, settings: LoadSettings, progress: Progress | None) -> Session:
+    """A session on one GPU."""
     record = folder.record
     tensorrt = trt.load(_distribution_for(folder))
-    device = open_device(settings.device)
+    device = open_device(ordinal)
 
     def session(plan: bytes, weights: Weights = Weights.INCLUDED, kernels: tuple[bytes, ...] = ()) -> Session:
         store = KernelFile(_kernels_key(plan, tensorrt, device), shipped=kernels)

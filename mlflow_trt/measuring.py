@@ -57,7 +57,7 @@ class GpuBench:
     def __init__(self, settings: LoadSettings) -> None:
         self._settings = settings
         self._tensorrt = trt.load()
-        self._device = open_device(settings.device)
+        self._device = open_device(settings.first_device)
 
     @property
     def gpu(self) -> Gpu:

@@ -17,7 +17,8 @@ from mlflow_trt.errors import ExecutionError, InputDtypeError, InputError, Input
 from mlflow_trt.loading import open_session
 from mlflow_trt.progress import shown_progress
 from mlflow_trt.runtime.session import Session
-from mlflow_trt.settings import LoadSettings, in_server
+from mlflow_trt.server import end_server, in_server
+from mlflow_trt.settings import LoadSettings
 from mlflow_trt.spec import TensorSpec
 from mlflow_trt.wire import packed
 
@@ -48,13 +49,16 @@ class PyfuncModel:
 
         Raises:
             InputError: the input does not fit the model.
-            ExecutionError: the runtime failed; OutOfMemoryError where memory is lacking, on the GPU or the host.
+            ExecutionError: the runtime failed; OutOfMemoryError where memory is lacking, on the GPU or the host. Where
+                it will fail for ever, MLflow's scoring server ends after answering.
         """
         if params:
             raise InputError(f"this model takes no params, and got {', '.join(params)}")
         try:
             outputs = self._run(self._feeds(data))
-        except OutOfMemoryError:
+        except ExecutionError:
+            if in_server() and (reason := self._session.broken()) is not None:
+                end_server(reason)
             raise
         except MemoryError as error:  # numpy's, which a server would take for the caller's mistake
             raise OutOfMemoryError(f"the host lacks memory: {error}; pass fewer rows at once") from error

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mlflow_trt.errors import RecipeError
+
+ALL = "all"
+"""`LoadSettings(device="all")`: every GPU that the process sees."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +22,8 @@ class LoadSettings:
             warning that names the reason. `onnxruntime`: the source model on the CPU.
         on_mismatch: no stored engine fits this GPU and TensorRT: `rebuild` one into the cache, with a warning, or
             `error`.
-        device: CUDA device ordinal.
+        device: CUDA device ordinal. Several, as in `[0, 1]`, or `all`: the engine is loaded on each of these GPUs, and
+            work goes where there is room for it.
         kernel_specialization: TensorRT-RTX only. `eager` gives the same result from the first call of a new shape on;
             `lazy` answers sooner.
         cuda_graphs: launch shapes that come again as CUDA graphs: `auto` where the distribution can (TensorRT-RTX),
@@ -39,7 +42,7 @@ class LoadSettings:
 
     runtime: str = "tensorrt"
     on_mismatch: str = "rebuild"
-    device: int = 0
+    device: int | str | Sequence[int] = 0
     kernel_specialization: str = "eager"
     cuda_graphs: str = "auto"
     max_batch_delay_ms: float = 2.0
@@ -64,8 +67,7 @@ class LoadSettings:
         for name in ("allow_engine_host_code", "self_test"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; expected true or false", option=name)
-        if not isinstance(self.device, int) or isinstance(self.device, bool) or self.device < 0:
-            raise RecipeError(f"device is {self.device!r}; expected a CUDA device ordinal, 0 or more", option="device")
+        self._check_device()
         delay = self.max_batch_delay_ms
         if isinstance(delay, bool) or not isinstance(delay, (int, float)) or not 0 <= delay < float("inf"):
             raise RecipeError(
@@ -83,10 +85,32 @@ class LoadSettings:
             )
         return cls(**(values or {}))
 
+    def ordinals(self, visible: Sequence[int]) -> tuple[int, ...]:
+        """The CUDA device ordinals meant where the process sees these GPUs."""
+        if isinstance(self.device, int):
+            return (self.device,)
+        return tuple(visible if self.device == ALL else map(int, self.device))
+
+    @property
+    def first_device(self) -> int:
+        """The GPU for what needs only one, such as measuring."""
+        return self.ordinals((0,))[0]
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The settings as JSON and YAML know them."""
+        return asdict(self) | {"device": list(self.device) if isinstance(self.device, tuple) else self.device}
 
-
-def in_server() -> bool:
-    """Whether this process is MLflow's scoring server, which sets a variable for the models that it runs."""
-    return os.environ.get("_MLFLOW_IS_IN_SERVING_ENVIRONMENT") == "true"
+    def _check_device(self) -> None:
+        if self.device == ALL:
+            return
+        several = isinstance(self.device, (list, tuple))
+        ordinals = tuple(self.device) if isinstance(self.device, (list, tuple)) else (self.device,)
+        if not ordinals or any(type(ordinal) is not int or ordinal < 0 for ordinal in ordinals):
+            raise RecipeError(
+                f"device is {self.device!r}; expected a CUDA device ordinal, 0 or more, a list of them, or 'all'",
+                option="device",
+            )
+        if len(set(ordinals)) < len(ordinals):
+            raise RecipeError(f"device is {self.device!r}, which names a GPU twice", option="device")
+        if several:
+            object.__setattr__(self, "device", ordinals)  # frozen, and hashable whatever sequence came

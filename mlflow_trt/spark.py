@@ -80,8 +80,8 @@ def predict_udf(
         In the tasks: InputError, which names the partition and the row, and what loading raises.
     """
     record = read_record(model_uri)
-    settings = LoadSettings.of(model_config).to_dict()
-    given = {name: settings[name] for name in model_config or {} if name != "answers"}
+    settings = LoadSettings.of(model_config)
+    given = {name: getattr(settings, name) for name in model_config or {} if name != "answers"}
     axis = record.batch_axis
     _check_rows(axis, record.inputs, model_uri)
     model = _Model(

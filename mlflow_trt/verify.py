@@ -135,7 +135,7 @@ def why_not_here(conversion: Conversion, settings: LoadSettings) -> str | None:
     """Why this machine cannot run the engine of a conversion, or None where nothing speaks against it."""
     try:
         tensorrt = trt.load(conversion.engine.distribution)
-        device = open_device(settings.device)
+        device = open_device(settings.first_device)
     except RuntimeUnavailableError as error:
         return error.message
     return why_not(conversion.engine, tensorrt.distribution, tensorrt.version, device.gpu)
@@ -144,7 +144,7 @@ def why_not_here(conversion: Conversion, settings: LoadSettings) -> str | None:
 def engine_session(conversion: Conversion, settings: LoadSettings) -> TensorRTSession:
     """A session on the engine of a conversion, which this machine can run. Raises what TensorRTSession raises."""
     tensorrt = trt.load(conversion.engine.distribution)
-    device = open_device(settings.device)
+    device = open_device(settings.first_device)
     return session_on(
         conversion.plan.read_bytes(),
         tensorrt=tensorrt,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
+import mlflow
 import networks
 import numpy as np
 import pandas as pd
@@ -193,6 +196,31 @@ def test_a_server_that_is_killed_and_started_again(folder, module_store):
         done.set()
         first.stop()
     assert all(answers)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_server_whose_gpu_is_lost(workers, tmp_path, module_store):
+    """One worker ends, and so does the server; of several the others go on, and uvicorn starts another."""
+    mlflow.pyfunc.save_model(tmp_path / "model", loader_module="failing", pip_requirements=[])
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path)}  # as pytest made it
+    x = networks.rows(3)
+    server = Server(str(tmp_path / "model"), module_store.uri, {}, workers=workers, environment=environment)
+    try:
+        server.wait_until_ready()
+        with Client(server.address, retries=0) as client:
+            expected = client.predict({"x": x})["y"]
+            with pytest.raises(ServerError, match="500: CUDA failed: unspecified launch failure"):
+                client.predict({"x": x + 1000})
+        if workers == 1:
+            wait_for(lambda: server.has_ended)
+            assert "This server ends" in server.log()
+        else:
+            wait_for(lambda: server.log().count("Application startup complete") > workers)
+            with Client(server.address, retries=5) as client:
+                for _ in range(20):
+                    assert np.allclose(client.predict({"x": x})["y"], expected)
+    finally:
+        server.stop()
 
 
 def wait_for(condition):

@@ -81,7 +81,8 @@ def _threads() -> ThreadPoolExecutor:
     global _pool  # noqa: PLW0603  # one for the process, made when first needed: threads do not survive a fork
     with _lock:
         if _pool is None:
-            _pool = ThreadPoolExecutor(THREADS, thread_name_prefix="mlflow-trt-copy")
+            # More than one copy takes: there may be several GPUs, and a copy for each at the same time.
+            _pool = ThreadPoolExecutor(min(32, os.cpu_count() or 1), thread_name_prefix="mlflow-trt-copy")
         return _pool
 
 

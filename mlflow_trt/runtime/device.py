@@ -104,6 +104,19 @@ class Device:
         """Wait for everything that was sent to this GPU by this process. The device is current."""
         self._driver.Context.synchronize()
 
+    def loss(self) -> str | None:
+        """What CUDA says where this process can use the GPU no more; None where it can.
+
+        After a failed kernel or a fault of the hardware every call fails, until another process begins anew:
+        https://docs.nvidia.com/cuda/cuda-driver-api/, at CUresult.
+        """
+        try:
+            with self.current():
+                self.synchronize()
+        except ExecutionError as error:
+            return error.message
+        return None
+
     def fetch(
         self, buffer: DeviceBuffer, shape: tuple[int, ...], dtype: np.dtype[np.generic]
     ) -> npt.NDArray[np.generic]:

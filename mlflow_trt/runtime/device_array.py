@@ -91,6 +91,14 @@ def view(value: Any, spec: TensorSpec, device: Device, stream: Stream) -> View:
     return View(found.address, found.shape, found.release)
 
 
+def ordinal_of(value: Any) -> int | None:
+    """The CUDA device that an array is on; None where it is on none, or does not tell."""
+    if not hasattr(value, "__dlpack_device__"):
+        return None
+    kind, ordinal = (int(part) for part in value.__dlpack_device__())
+    return ordinal if kind == dlpack.CUDA else None
+
+
 def _from_dlpack(value: Any, spec: TensorSpec, device: Device, stream: Stream) -> dlpack.Imported:
     kind, ordinal = (int(part) for part in value.__dlpack_device__())
     if (kind, ordinal) != (dlpack.CUDA, device.gpu.ordinal):

@@ -7,11 +7,9 @@ import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, NamedTuple
 
-import numpy as np
-
 from mlflow_trt._logging import get_logger
-from mlflow_trt.errors import InputShapeError, OutOfMemoryError
-from mlflow_trt.inputs import Array, Feeds
+from mlflow_trt.errors import OutOfMemoryError
+from mlflow_trt.inputs import Feeds
 from mlflow_trt.runtime.batching import (
     AnySize,
     FewSizes,
@@ -21,14 +19,12 @@ from mlflow_trt.runtime.batching import (
     Rows,
     Sizes,
     batch_size,
-    check_rows,
-    pieces,
     take,
 )
-from mlflow_trt.runtime.copying import copy_rows
 from mlflow_trt.runtime.microbatch import MicroBatcher, Request
 from mlflow_trt.runtime.profiles import choose_profile
 from mlflow_trt.runtime.slots import AnySlot, Slots, Tray
+from mlflow_trt.runtime.work import Work
 from mlflow_trt.spec import BatchAxis, ShapeProfile
 
 MOST_SLOTS = 2
@@ -105,6 +101,34 @@ class Scheduler(Generic[AnySlot]):
         finally:
             with self._counting:
                 self._calls -= 1
+
+    def work(self, feeds: Feeds) -> Work | None:
+        """A batch that takes several runs, for several schedulers to take part in; None for any other feeds."""
+        plan = self._plan(feeds)
+        if plan.sizes is None or plan.rows <= plan.sizes.largest:
+            return None
+        return Work(feeds, plan.rows, plan.profile)
+
+    def take_part(self, work: Work) -> None:
+        """Run pieces until none is left; where the GPU has no room for one, smaller ones from there on.
+
+        Raises what the runtime raises, after giving back what was not finished.
+        """
+        while True:
+            sizes = self._sizes[work.profile]
+            assert sizes is not None  # noqa: S101  # for the type checker
+            try:
+                self._pipeline(work, sizes)
+            except OutOfMemoryError as error:
+                smaller = sizes.smaller()
+                if smaller is None:
+                    raise
+                _log.warning("Running at most %d rows at once from now on: %s", smaller.largest, error.message)
+                self._sizes[work.profile] = smaller
+                self._plans.clear()
+                self.slots.trim()
+            else:
+                return
 
     def sizes_of(self, profile: int) -> Sizes | None:
         """The batch sizes that a profile is run in; None where its batches are not cut."""
@@ -183,39 +207,25 @@ class Scheduler(Generic[AnySlot]):
         return outputs
 
     def _run_in_pieces(self, feeds: Feeds, rows: int, profile: int) -> Outputs:
-        """Run a batch of any size; where the GPU has no room for a piece, in smaller ones from there on."""
-        results = _Results(rows)
-        while True:
-            sizes = self._sizes[profile]
-            assert sizes is not None  # noqa: S101  # for the type checker
-            try:
-                self._pipeline(feeds, profile, sizes, results)
-            except OutOfMemoryError as error:
-                smaller = sizes.smaller()
-                if smaller is None:
-                    raise
-                _log.warning("Running at most %d rows at once from now on: %s", smaller.largest, error.message)
-                self._sizes[profile] = smaller
-                self._plans.clear()
-                self.slots.trim()
-            else:
-                return results.arrays
+        work = Work(feeds, rows, profile)
+        self.take_part(work)
+        return work.outputs
 
-    def _pipeline(self, feeds: Feeds, profile: int, sizes: Sizes, results: _Results) -> None:
+    def _pipeline(self, work: Work, sizes: Sizes) -> None:
         """Fill one slot while another one runs."""
-        axis, first = self._axis, results.done
+        axis = self._axis
         assert axis is not None  # noqa: S101  # for the type checker
         running: collections.deque[tuple[AnySlot, Piece]] = collections.deque()
 
         def finish_oldest() -> None:
             slot, piece = running[0]
-            results.add(piece, slot.finish())
+            work.add(piece, slot.finish())
             running.popleft()
             self.slots.release(slot)
             self._count(piece.size)
 
         try:
-            for piece in pieces(results.rows - first, sizes):
+            while work.is_left:
                 slot = self.slots.acquire_now()
                 while slot is None:
                     # Never wait for a slot while holding one: two such callers would wait for each other.
@@ -224,15 +234,19 @@ class Scheduler(Generic[AnySlot]):
                         slot = self.slots.acquire_now()
                     else:
                         slot = self.slots.acquire()
-                start, stop = first + piece.start, first + piece.stop
-                running.append((slot, Piece(start, stop, piece.size)))
-                slot.load(Rows([take(feeds, axis, start, stop)], axis, piece.size), profile)
+                piece = work.take(sizes)
+                if piece is None:  # another GPU was faster
+                    self.slots.release(slot)
+                    break
+                running.append((slot, piece))
+                slot.load(Rows([take(work.feeds, axis, piece.start, piece.stop)], axis, piece.size), work.profile)
                 slot.launch()
             while running:
                 finish_oldest()
         except BaseException:
-            for slot, _ in running:
+            for slot, piece in reversed(running):
                 slot.abandon()
+                work.give_back(piece)
             raise
         finally:
             for slot, _ in running:
@@ -257,33 +271,3 @@ class _Plan(NamedTuple):
     key: Hashable = None
     shared: tuple[str, ...] = ()
     large: bool = False
-
-
-class _Results:
-    """The outputs of a batch, put together from those of its pieces as they come."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-        self.done = 0
-        self.arrays: Outputs = {}
-
-    def add(self, piece: Piece, outputs: Outputs) -> None:
-        """Take the rows that are no padding. Raises InputShapeError for an output without rows."""
-        check_rows(outputs, piece.size)
-        for name, output in outputs.items():
-            if name not in self.arrays:
-                self.arrays[name] = np.empty((self.rows, *output.shape[1:]), output.dtype)
-            self._put(name, piece, output)
-        self.done = piece.stop
-
-    def _put(self, name: str, piece: Piece, output: Array) -> None:
-        target = self.arrays[name]
-        if output.shape[1:] != target.shape[1:]:
-            raise InputShapeError(
-                f"output {name!r} has rows of shape {output.shape[1:]} after rows of {target.shape[1:]}: its size "
-                "depends on the data, so only batches that the engine takes whole can be run"
-            )
-        if piece.stop > piece.start:
-            rows = piece.stop - piece.start
-            for _ in copy_rows([(output[:rows], 0, rows)], target[piece.start : piece.stop]):
-                pass

@@ -5,19 +5,40 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import Self
 
 from mlflow_trt.errors import RuntimeUnavailableError, SessionClosedError
-from mlflow_trt.inputs import InputCheck
-from mlflow_trt.runtime.scheduler import Scheduler
+from mlflow_trt.inputs import Feeds, InputCheck
+from mlflow_trt.runtime.batching import Outputs
+from mlflow_trt.runtime.work import Work
 from mlflow_trt.spec import TensorSpec
 
 if TYPE_CHECKING:
     from mlflow_trt.runtime.device_array import DeviceArray
+
+
+class Runner(Protocol):
+    """What a session runs feeds with, which are checked already: a scheduler, or those of several GPUs as one."""
+
+    @property
+    def runs(self) -> dict[int, int]:
+        """How often each batch size was run so far."""
+
+    def run(self, feeds: Feeds) -> Outputs:
+        """New arrays."""
+
+    def work(self, feeds: Feeds) -> Work | None:
+        """A batch that takes several runs, for several runners to take part in; None for any other feeds."""
+
+    def take_part(self, work: Work) -> None:
+        """Run pieces until none is left. Raises after giving back what was not finished."""
+
+    def close(self) -> None:
+        """Refuse new calls, and wait for those that run."""
 
 
 class Session(abc.ABC):
@@ -34,12 +55,12 @@ class Session(abc.ABC):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
-    def __init__(self, scheduler: Scheduler[Any], inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+    def __init__(self, runner: Runner, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
         self._input_check = InputCheck(self.inputs)
         self.fallback_reason: str | None = None
-        self._scheduler = scheduler
+        self._runner = runner
         self._closed = False
 
     def run(self, inputs: Mapping[str, npt.ArrayLike]) -> dict[str, npt.NDArray[np.generic]]:
@@ -51,7 +72,7 @@ class Session(abc.ABC):
             SessionClosedError: after `close()`.
         """
         self._check_open()
-        return self._scheduler.run(self._input_check.prepare(inputs))
+        return self._runner.run(self._input_check.prepare(inputs))
 
     def run_on_device(self, inputs: Mapping[str, Any]) -> dict[str, DeviceArray]:  # noqa: ARG002  # for those that can
         """Run the model on arrays that are on the session's GPU; the outputs stay there, one new array for each.
@@ -73,7 +94,7 @@ class Session(abc.ABC):
 
         0 stands for runs of a model whose batch is not cut.
         """
-        return self._scheduler.runs
+        return self._runner.runs
 
     def warm_up(self) -> None:  # noqa: B027  # a runtime that compiles nothing has nothing to do
         """Do ahead of time what the first calls of each batch size would have to do."""
@@ -84,13 +105,17 @@ class Session(abc.ABC):
             self._closed = True
             self._release()
 
+    def broken(self) -> str | None:
+        """Why nothing can run any more until another process loads the model; None where nothing speaks against it."""
+        return None
+
     @property
     @abc.abstractmethod
     def description(self) -> str:
         """What executes the model, for people: the runtime, its version and the device."""
 
     def _release(self) -> None:
-        self._scheduler.close()
+        self._runner.close()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -101,7 +101,7 @@ class TensorRTSession(Session):
         )
         # Runs at close(), at the latest before the interpreter ends: TensorRT and pycuda must still be alive.
         self._finalizer = weakref.finalize(self, _close, scheduler, engine)
-        self._slots = scheduler.slots
+        self._scheduler = scheduler
         self._batch_axis = batch_axis
         self.profiles = engine.profiles
 
@@ -109,9 +109,12 @@ class TensorRTSession(Session):
     def description(self) -> str:
         return f"{self._tensorrt} on {self._device.gpu.name}"
 
+    def broken(self) -> str | None:
+        return self._device.loss()
+
     def run_on_device(self, inputs: Mapping[str, Any]) -> dict[str, DeviceArray]:
         self._check_open()
-        with self._slots.lent() as slot, self._device.current():
+        with self._scheduler.slots.lent() as slot, self._device.current():
             given = on_device.views(slot, inputs, self.inputs)
             try:
                 stand_ins = {
@@ -132,7 +135,7 @@ class TensorRTSession(Session):
         """
         self._check_open()
         with contextlib.ExitStack() as stack:
-            slots = [stack.enter_context(self._slots.lent()) for _ in range(MOST_SLOTS)]
+            slots = [stack.enter_context(self._scheduler.slots.lent()) for _ in range(MOST_SLOTS)]
             for number, profile in enumerate(self.profiles):
                 # The largest first, so that no buffer grows later and takes the CUDA graphs' addresses with it.
                 sizes = self._scheduler.sizes_of(number)
@@ -172,7 +175,7 @@ class TensorRTSession(Session):
     def layer_information(self) -> str:
         """What TensorRT's engine inspector tells about the layers, as JSON."""
         self._check_open()
-        with self._slots.lent() as slot:
+        with self._scheduler.slots.lent() as slot:
             return slot_timing.layer_information(slot)
 
     @contextmanager
@@ -183,7 +186,7 @@ class TensorRTSession(Session):
         choice = choose_profile(self.profiles, feeds, self._batch_axis)
         if choice.rows is not None:
             raise InputShapeError(f"the engine runs this batch in pieces of {choice.rows[0]} to {choice.rows[1]} rows")
-        with self._slots.lent() as slot:
+        with self._scheduler.slots.lent() as slot:
             slot.load(Rows([feeds], None, 0), choice.profile)
             yield slot
 

@@ -347,7 +347,7 @@ class TestSpeedChangesNothing:
     def test_warm_means_no_new_contexts(self, opened, monkeypatch):
         session, expected = opened(networks.product(), batch=(1, 4, 16))
         session.warm_up()
-        engine = session._slots._free[0].engine
+        engine = session._scheduler.slots._free[0].engine
         monkeypatch.setattr(engine, "new_context", None)
         monkeypatch.setattr(engine, "keep_kernels", None)
         for rows in range(1, 40):

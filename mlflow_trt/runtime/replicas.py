@@ -1,0 +1,199 @@
+"""One model on several GPUs of this host: a session of its own on each, and work goes where there is room for it.
+
+A batch that takes several runs is shared out piece by piece, so that a GPU that is slower or busier takes fewer. Any
+other call goes to the GPU with the least to do.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from mlflow_trt._logging import get_logger
+from mlflow_trt.errors import ExecutionError
+from mlflow_trt.inputs import Feeds
+from mlflow_trt.runtime.batching import Outputs
+from mlflow_trt.runtime.device_array import DeviceArray, ordinal_of
+from mlflow_trt.runtime.session import Runner, Session
+from mlflow_trt.runtime.work import Work
+
+_log = get_logger(__name__)
+
+
+class ReplicaSession(Session):
+    """Sessions on the same model, one for each GPU, as one.
+
+    A GPU on which a call fails leaves it to the others. One that is lost to this process gets no more calls:
+    `out_of_service` tells why, and a warning does when it happens.
+
+    Args:
+        sessions: at least one, by CUDA device ordinal. They are closed with this one.
+    """
+
+    runtime: ClassVar[str] = "tensorrt"
+
+    def __init__(self, sessions: Mapping[int, Session]) -> None:
+        first = next(iter(sessions.values()))
+        self._sessions = dict(sessions)
+        runners = {ordinal: session._runner for ordinal, session in sessions.items()}  # noqa: SLF001  # of its own kind
+        self._replicas = Replicas(sessions, runners)
+        super().__init__(self._replicas, first.inputs, first.outputs)
+
+    @property
+    def description(self) -> str:
+        ordinals = ", ".join(map(str, self._sessions))
+        kinds = dict.fromkeys(session.description for session in self._sessions.values())
+        return f"{' and '.join(kinds)} (CUDA devices {ordinals})"
+
+    @property
+    def out_of_service(self) -> dict[int, str]:
+        """The CUDA device ordinals of GPUs that get no more calls, and why."""
+        return dict(self._replicas.out_of_service)
+
+    def broken(self) -> str | None:
+        reasons = [session.broken() for session in self._sessions.values()]
+        return None if None in reasons else "; ".join(filter(None, reasons))
+
+    def run_on_device(self, inputs: Mapping[str, Any]) -> dict[str, DeviceArray]:
+        """Runs on the GPU where the inputs are, and leaves the outputs there."""
+        self._check_open()
+        ordinals = [ordinal_of(array) for array in inputs.values()]
+        here = next((ordinal for ordinal in ordinals if ordinal in self._sessions), next(iter(self._sessions)))
+        return self._sessions[here].run_on_device(inputs)
+
+    def warm_up(self) -> None:
+        for session in self._sessions.values():
+            session.warm_up()
+
+
+class Replicas:
+    """A runner made of those of several sessions, by CUDA device ordinal."""
+
+    def __init__(self, sessions: Mapping[int, Session], runners: Mapping[int, Runner]) -> None:
+        self._sessions = dict(sessions)
+        self._runners = dict(runners)
+        self._lock = threading.Lock()
+        self._busy = dict.fromkeys(runners, 0)  # bytes of input under way
+        self.out_of_service: dict[int, str] = {}
+
+    @property
+    def runs(self) -> dict[int, int]:
+        """How often each batch size was run so far, on all GPUs."""
+        total: collections.Counter[int] = collections.Counter()
+        for runner in self._runners.values():
+            total.update(runner.runs)
+        return dict(sorted(total.items()))
+
+    def run(self, feeds: Feeds) -> Outputs:
+        """New arrays. Raises what the runners raise; ExecutionError where the call fails on every GPU."""
+        work = self.work(feeds)
+        if work is None:
+            return self._run_on_one(feeds)
+        self.take_part(work)
+        return work.outputs
+
+    def work(self, feeds: Feeds) -> Work | None:
+        return self._runners[self._able({})[0]].work(feeds)
+
+    def take_part(self, work: Work) -> None:
+        failures: dict[int, Exception] = {}
+        while not work.is_done:
+            # A second time round where one gave back what it had taken, after the others had found nothing left.
+            able = self._able(failures)
+            self._share_out(work, able, failures)
+            for ordinal in able:
+                error = failures.get(ordinal)
+                if isinstance(error, ExecutionError):
+                    self._report(ordinal, error)
+                elif error is not None:
+                    raise error
+
+    def close(self) -> None:
+        for session in self._sessions.values():
+            session.close()
+
+    def _run_on_one(self, feeds: Feeds) -> Outputs:
+        failures: dict[int, Exception] = {}
+        size = sum(array.nbytes for array in feeds.values())
+        while True:
+            with self._least_busy(self._able(failures), size) as ordinal:
+                try:
+                    return self._runners[ordinal].run(feeds)
+                except ExecutionError as error:
+                    failures[ordinal] = error
+                    self._report(ordinal, error)
+
+    def _share_out(self, work: Work, able: Sequence[int], failures: dict[int, Exception]) -> None:
+        """Let these take part at the same time, and wait for them. What they raise goes to `failures`."""
+        share = sum(array.nbytes for array in work.feeds.values()) // len(able)
+
+        def take_part(ordinal: int) -> None:
+            with self._least_busy([ordinal], share):
+                try:
+                    self._runners[ordinal].take_part(work)
+                except Exception as error:  # noqa: BLE001  # raised again in the caller's thread
+                    failures[ordinal] = error
+                    if not isinstance(error, ExecutionError):
+                        work.stop()
+
+        helpers = [threading.Thread(target=take_part, args=(ordinal,)) for ordinal in able[1:]]
+        started = []
+        try:
+            for helper in helpers:
+                helper.start()
+                started.append(helper)
+            take_part(able[0])
+        except BaseException:
+            work.stop()
+            raise
+        finally:
+            for helper in started:
+                helper.join()
+
+    def _able(self, failures: Mapping[int, Exception]) -> list[int]:
+        """Those to try next. Raises the first failure where all have failed."""
+        in_service = [ordinal for ordinal in self._runners if ordinal not in self.out_of_service]
+        # Where none is left, for their errors.
+        able = [ordinal for ordinal in in_service or self._runners if ordinal not in failures]
+        if not able:
+            raise next(iter(failures.values()))
+        return able
+
+    @contextmanager
+    def _least_busy(self, ordinals: Sequence[int], size: int) -> Iterator[int]:
+        """One of these, which is busier by `size` meanwhile."""
+        with self._lock:
+            ordinal = min(ordinals, key=self._busy.__getitem__)
+            self._busy[ordinal] += size
+        try:
+            yield ordinal
+        finally:
+            with self._lock:
+                self._busy[ordinal] -= size
+
+    def _report(self, ordinal: int, error: ExecutionError) -> None:
+        """Warn of a failure that the caller may not hear of, and take a GPU that is lost out of service."""
+        session = self._sessions[ordinal]
+        reason = session.broken()
+        if reason is None:
+            _log.warning(
+                "A call failed on %s, CUDA device %d, and is tried on the others: %s",
+                session.description,
+                ordinal,
+                error.message,
+            )
+            return
+        with self._lock:
+            is_new = ordinal not in self.out_of_service
+            self.out_of_service[ordinal] = reason
+        if is_new:
+            _log.error(
+                "CUDA device %d is out of service until another process loads the model; %d of %d are left: %s",
+                ordinal,
+                len(self._runners) - len(self.out_of_service),
+                len(self._runners),
+                reason,
+            )
