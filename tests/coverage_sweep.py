@@ -3,24 +3,29 @@
     python tests/coverage_sweep.py                    # every case; on a machine with a GPU, engines are run too
     python tests/coverage_sweep.py --sample 20        # every 20th case
     python tests/coverage_sweep.py --findings DIR     # keep the findings there, as they come
+    python tests/coverage_sweep.py --seconds 400      # begin no case after that
 
 The cases are those of `onnx.backend.test` with float32 inputs, which come with expected outputs, and the real models of
 the tests. In 16 bits, each float input of a case passes through a product with 1, so that its operator is not left in
 float32 for lack of neighbours. Each goes the whole way: precision pass, engine, and where there is a GPU a session,
 whose outputs are compared with the expected ones within the default tolerance of the precision.
 
-Each worker is a process of its own that writes a line for every case, so that one which crashes TensorRT costs itself.
+What does not build in fp32 is not tried in another precision. Each worker is a process of its own that writes a line
+for every case, so that one which crashes TensorRT costs itself; where there are several GPUs, they are shared out.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -188,35 +193,49 @@ def _execute(case: Case, conversion, tolerance) -> tuple[str, str]:
     return ("wrong", "; ".join(comparison.problems)) if comparison.problems else ("correct", "")
 
 
-def work(names: list[str], out: Path) -> None:
-    """Examine these cases; lines in `out` say which is begun and what was found."""
+def work(names: list[str], out: Path, until: float) -> None:
+    """Examine these cases until that time; lines in `out` say which is begun and what was found."""
+    number = int(out.stem)
     cpus = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cpus[int(out.stem) % len(cpus)]})  # or each worker would start a thread for every CPU
+    os.sched_setaffinity(0, {cpus[number % len(cpus)]})  # or each worker would start a thread for every CPU
+    gpus = gpu_count()
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
     cases = {case.name: case for case in (*operator_cases(), *real_cases())}
     with out.open("a") as lines:
         for name in names:
+            if time.time() > until:
+                break
             lines.write(json.dumps({"begun": name}) + "\n")
             lines.flush()
             for precision in cases[name].precisions:
-                lines.write(json.dumps(asdict(examine(cases[name], precision))) + "\n")
+                finding = examine(cases[name], precision)
+                lines.write(json.dumps(asdict(finding)) + "\n")
                 lines.flush()
+                if precision == "fp32" and finding.outcome == "not built":
+                    break
 
 
-def supervise(names: list[str], out: Path) -> list[Finding]:
-    """Run a worker until all its cases are done; one that ends it counts as crashed."""
+def gpu_count() -> int:
+    """Asked of a process of its own: this one must not have seen them before it chooses one."""
+    command = "from mlflow_trt.hardware import probe; print(len(probe().gpus))"
+    return int(subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout)
+
+
+def supervise(names: list[str], out: Path, until: float) -> list[Finding]:
+    """Run a worker until all its cases are done, or time is up; one that ends it counts as crashed."""
     findings: list[Finding] = []
     left = list(names)
-    while left:
+    while left and time.time() < until:
         before = out.read_text() if out.exists() else ""
-        command = [sys.executable, __file__, "--work", str(out)]
-        subprocess.run(command, input=json.dumps(left), text=True, capture_output=True, check=False)
+        command = [sys.executable, __file__, "--work", str(out), "--until", str(until)]
+        done = subprocess.run(command, input=json.dumps(left), text=True, capture_output=True, check=False)
         lines = [json.loads(line) for line in out.read_text().removeprefix(before).splitlines()]
         begun = [line["begun"] for line in lines if "begun" in line]
         findings += [Finding(**line) for line in lines if "begun" not in line]
-        done = left[: len(begun)]
         left = left[len(begun) :]
-        if left or not begun:
-            last = done[-1] if done else left.pop(0)
+        if done.returncode != 0:
+            last = begun[-1] if begun else left.pop(0)
             seen = {finding.precision for finding in findings if finding.case == last}
             findings += [
                 Finding(case=last, precision=precision, outcome="crashed")
@@ -226,12 +245,12 @@ def supervise(names: list[str], out: Path) -> list[Finding]:
     return findings
 
 
-def sweep(names: list[str], workers: int, folder: Path) -> list[Finding]:
+def sweep(names: list[str], workers: int, folder: Path, until: float = math.inf) -> list[Finding]:
     shards = [names[start::workers] for start in range(workers)]
     folder.mkdir(parents=True, exist_ok=True)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         outs = [folder / f"{number}.jsonl" for number in range(workers)]
-        results = pool.map(supervise, [shard for shard in shards if shard], outs)
+        results = pool.map(supervise, [shard for shard in shards if shard], outs, itertools.repeat(until))
         return [finding for findings in results for finding in findings]
 
 
@@ -244,7 +263,7 @@ def print_table(findings: list[Finding]) -> None:
         if any(row):
             print(f"| {outcome} | {' | '.join(map(str, row))} |")
     built = {finding.case for finding in findings if finding.precision == "fp32" and finding.outcome != "not built"}
-    print("\nBuilt in fp32, and not as well in another precision:")
+    print(f"\n{len({finding.case for finding in findings})} cases. Built in fp32, and not as well in another precision:")
     for finding in sorted(findings, key=lambda finding: (finding.outcome, finding.precision, finding.case)):
         if finding.case in built and finding.outcome not in ("correct", "built"):
             print(f"- {finding.outcome} in {finding.precision}: {finding.case}: {finding.detail}")
@@ -256,16 +275,19 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--operators", action="store_true", help="leave the real models out")
     parser.add_argument("--findings", type=Path, help="keep the workers' findings in this new folder")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after so many")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, default=math.inf, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        work(json.load(sys.stdin), arguments.work)
+        work(json.load(sys.stdin), arguments.work, arguments.until)
         return
     names = [case.name for case in operator_cases()][:: arguments.sample]
     if not arguments.operators:
         names += [case.name for case in real_cases()]
     with tempfile.TemporaryDirectory() as folder:
-        print_table(sweep(names, arguments.workers, arguments.findings or Path(folder)))
+        until = time.time() + arguments.seconds
+        print_table(sweep(names, arguments.workers, arguments.findings or Path(folder), until))
 
 
 if __name__ == "__main__":

@@ -94,6 +94,7 @@ BASE = {
     "inputs",
     "onnx_runtime",
     "selection",
+    "server",
     "settings",
     "spec",
     "trt",

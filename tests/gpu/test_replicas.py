@@ -1,0 +1,134 @@
+"""One model on several GPUs, and what is left when a GPU is lost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+
+import mlflow
+import networks
+import numpy as np
+import pytest
+from compare import relative_error
+from real_models import CLS
+
+import mlflow_trt
+from mlflow_trt.hardware import probe
+from mlflow_trt.runtime.replicas import ReplicaSession
+
+pytestmark = pytest.mark.gpu
+several = pytest.mark.skipif(len(probe().gpus) < 2, reason="there are no two GPUs")
+
+LOSE = """
+import pycuda.driver as cuda
+
+def lose(ordinal):
+    '''Run a kernel that crashes: CUDA gives this GPU up until the process ends.'''
+    from mlflow_trt.runtime.device import open_device
+
+    ptx = b".version 7.0\\n.target sm_70\\n.address_size 64\\n.visible .entry crash() { trap; ret; }\\0"
+    with open_device(ordinal).current():
+        kernel = cuda.module_from_buffer(ptx).get_function("crash")
+        kernel(block=(1, 1, 1))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    mlflow_trt.save_model(networks.product(), tmp_path / "model", batch=(1, 8, 64), verify=False)
+    return tmp_path / "model"
+
+
+def run_script(folder, body):
+    """In a process of its own, which the loss of a GPU would end the use of."""
+    script = textwrap.dedent(LOSE) + textwrap.dedent(body)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert "as expected" in done.stdout, done.stdout + done.stderr
+
+
+@several
+class TestSeveral:
+    def test_the_same_answers_as_one_gpu_gives(self, folder):
+        feeds = {"x": networks.rows(5000)}
+        with (
+            mlflow_trt.load_model(str(folder), device=1) as one,
+            mlflow_trt.load_model(str(folder), device="all") as all_of_them,
+        ):
+            assert isinstance(all_of_them, ReplicaSession)
+            expected = one.run(feeds)["y"]
+            for _ in range(20):
+                assert np.array_equal(all_of_them.run(feeds)["y"], expected)
+            assert sum(all_of_them.runs.values()) == 20 * sum(one.runs.values())
+            assert all(session.runs for session in all_of_them._sessions.values())
+
+    def test_a_real_model_through_pyfunc_from_many_threads(self, tmp_path, report):
+        mlflow_trt.save_model(CLS.path(), tmp_path / "cls", verify=False, **CLS.recipe)
+        feeds = [CLS.feeds(1 + number % 7) for number in range(24)]
+        with mlflow_trt.load_model(str(tmp_path / "cls"), runtime="onnxruntime") as session:
+            expected = [session.run(one) for one in feeds]
+        loaded = mlflow.pyfunc.load_model(str(tmp_path / "cls"), model_config={"device": [0, 1]})
+        with loaded.get_raw_model() as session, ThreadPoolExecutor(16) as pool:
+            for _ in range(4):
+                for answer, right in zip(pool.map(loaded.predict, feeds), expected, strict=True):
+                    assert relative_error(answer, right) < 1e-2
+            runs = {ordinal: one.runs for ordinal, one in session._sessions.items()}
+        report(("cls", "several GPUs", str(runs), "", "", "", ""))
+
+    def test_arrays_on_the_gpu_run_where_they_are(self, folder):
+        torch = pytest.importorskip("torch")
+        x = networks.rows(5)
+        with mlflow_trt.load_model(str(folder), device=[0, 1]) as session:
+            expected = session.run({"x": x})["y"]
+            for ordinal in (0, 1):
+                result = torch.from_dlpack(session.run_on_device({"x": torch.from_numpy(x).cuda(ordinal)})["y"])
+                assert result.device.index == ordinal
+                assert np.array_equal(result.cpu().numpy(), expected)
+
+    def test_one_that_is_lost_leaves_the_other(self, folder):
+        run_script(
+            folder,
+            """
+            import sys, logging
+            import numpy as np, mlflow_trt
+            logging.basicConfig()
+            x = np.random.default_rng(0).standard_normal((3000, 16)).astype(np.float32)
+            with mlflow_trt.load_model(sys.argv[1], device=[0, 1]) as session:
+                expected = session.run({"x": x})["y"]
+                lose(1)
+                for _ in range(5):
+                    assert np.array_equal(session.run({"x": x})["y"], expected)
+                    assert np.allclose(session.run({"x": x[:3]})["y"], expected[:3], rtol=1e-5, atol=1e-5)
+                assert list(session.out_of_service) == [1], session.out_of_service
+                assert session.broken() is None
+            print("as expected")
+            """,
+        )
+
+
+def test_a_gpu_that_is_lost_says_so(folder):
+    run_script(
+        folder,
+        """
+        import sys, os
+        import numpy as np, mlflow_trt
+        x = np.random.default_rng(0).standard_normal((3, 16)).astype(np.float32)
+        session = mlflow_trt.load_model(sys.argv[1])
+        session.run({"x": x})
+        assert session.broken() is None
+        lose(0)
+        for _ in range(3):
+            try:
+                session.run({"x": x})
+            except mlflow_trt.ExecutionError as error:
+                print(error.message)
+            else:
+                raise AssertionError("it answered")
+            assert "CUDA failed" in session.broken(), session.broken()
+        print("as expected", flush=True)
+        os._exit(0)
+        """,
+    )
