@@ -263,7 +263,8 @@ def print_table(findings: list[Finding]) -> None:
         if any(row):
             print(f"| {outcome} | {' | '.join(map(str, row))} |")
     built = {finding.case for finding in findings if finding.precision == "fp32" and finding.outcome != "not built"}
-    print(f"\n{len({finding.case for finding in findings})} cases. Built in fp32, and not as well in another precision:")
+    count = len({finding.case for finding in findings})
+    print(f"\nOf {count} cases, built in fp32 and not as well in another precision:")
     for finding in sorted(findings, key=lambda finding: (finding.outcome, finding.precision, finding.case)):
         if finding.case in built and finding.outcome not in ("correct", "built"):
             print(f"- {finding.outcome} in {finding.precision}: {finding.case}: {finding.detail}")
