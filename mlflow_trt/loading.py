@@ -28,10 +28,11 @@ from mlflow_trt.errors import (
 from mlflow_trt.fitting import kernels_fit, why_not
 from mlflow_trt.hardware import probe
 from mlflow_trt.kernel_file import KernelFile
+from mlflow_trt.own_gpu import own_gpu
 from mlflow_trt.runtime.device import Device, open_device
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.server import in_server
-from mlflow_trt.settings import ALL, LoadSettings
+from mlflow_trt.settings import ALL, OWN, LoadSettings
 from mlflow_trt.spec import BatchAxis, Distribution, EngineRecord, Gpu, HardwareCompatibility, TensorSpec, Weights
 
 if TYPE_CHECKING:
@@ -83,13 +84,16 @@ def _open_onnxruntime(folder: ModelFolder, settings: LoadSettings) -> Session:
 def _open_tensorrt(folder: ModelFolder, settings: LoadSettings, progress: Progress | None) -> Session:
     if isinstance(settings.device, int):
         return _open_on(settings.device, folder, settings, progress)
+    gpus = probe().gpus
+    if settings.device == OWN:
+        return _open_on(own_gpu(gpus).ordinal if gpus else 0, folder, settings, progress)
     from mlflow_trt.runtime.replicas import ReplicaSession
 
     sessions: dict[int, Session] = {}
     failures: dict[int, MlflowTrtError] = {}
     with contextlib.ExitStack() as stack:
         # One after the other: what the first compiles, and keeps, serves those that are like it.
-        for ordinal in settings.ordinals([gpu.ordinal for gpu in probe().gpus] or [0]):
+        for ordinal in settings.ordinals([gpu.ordinal for gpu in gpus] or [0]):
             try:
                 sessions[ordinal] = stack.enter_context(_open_on(ordinal, folder, settings, progress))
             except (RuntimeUnavailableError, EngineMismatchError, BuildError, ExecutionError) as error:

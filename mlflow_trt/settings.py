@@ -10,6 +10,8 @@ from mlflow_trt.errors import RecipeError
 
 ALL = "all"
 """`LoadSettings(device="all")`: every GPU that the process sees."""
+OWN = "own"
+"""`LoadSettings(device="own")`: one GPU for each process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,8 @@ class LoadSettings:
         on_mismatch: no stored engine fits this GPU and TensorRT: `rebuild` one into the cache, with a warning, or
             `error`.
         device: CUDA device ordinal. Several, as in `[0, 1]`, or `all`: the engine is loaded on each of these GPUs, and
-            work goes where there is room for it.
+            work goes where there is room for it. `own`: the first GPU that no other process has taken in this way, for
+            servers with a worker for each GPU; more processes than GPUs share them evenly.
         kernel_specialization: TensorRT-RTX only. `eager` gives the same result from the first call of a new shape on;
             `lazy` answers sooner.
         cuda_graphs: launch shapes that come again as CUDA graphs: `auto` where the distribution can (TensorRT-RTX),
@@ -86,10 +89,10 @@ class LoadSettings:
         return cls(**(values or {}))
 
     def ordinals(self, visible: Sequence[int]) -> tuple[int, ...]:
-        """The CUDA device ordinals meant where the process sees these GPUs."""
+        """The CUDA device ordinals meant where the process sees these GPUs, of which `own` may be any."""
         if isinstance(self.device, int):
             return (self.device,)
-        return tuple(visible if self.device == ALL else map(int, self.device))
+        return tuple(visible if self.device in (ALL, OWN) else map(int, self.device))
 
     @property
     def first_device(self) -> int:
@@ -101,13 +104,13 @@ class LoadSettings:
         return asdict(self) | {"device": list(self.device) if isinstance(self.device, tuple) else self.device}
 
     def _check_device(self) -> None:
-        if self.device == ALL:
+        if self.device in (ALL, OWN):
             return
         several = isinstance(self.device, (list, tuple))
         ordinals = tuple(self.device) if isinstance(self.device, (list, tuple)) else (self.device,)
         if not ordinals or any(type(ordinal) is not int or ordinal < 0 for ordinal in ordinals):
             raise RecipeError(
-                f"device is {self.device!r}; expected a CUDA device ordinal, 0 or more, a list of them, or 'all'",
+                f"device is {self.device!r}; expected a CUDA device ordinal, 0 or more, a list of them, 'all' or 'own'",
                 option="device",
             )
         if len(set(ordinals)) < len(ordinals):

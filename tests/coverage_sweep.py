@@ -273,6 +273,7 @@ def print_table(findings: list[Finding]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, default=1, help="take every Nth of the operator cases")
+    parser.add_argument("--skip", type=int, default=0, help="leave out so many cases at the beginning")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--operators", action="store_true", help="leave the real models out")
     parser.add_argument("--findings", type=Path, help="keep the workers' findings in this new folder")
@@ -283,7 +284,7 @@ def main() -> None:
     if arguments.work:
         work(json.load(sys.stdin), arguments.work, arguments.until)
         return
-    names = [case.name for case in operator_cases()][:: arguments.sample]
+    names = [case.name for case in operator_cases()][arguments.skip :: arguments.sample]
     if not arguments.operators:
         names += [case.name for case in real_cases()]
     with tempfile.TemporaryDirectory() as folder:

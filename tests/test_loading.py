@@ -111,8 +111,8 @@ def test_a_changed_source_model_is_refused_even_by_auto(magika_folder, tmp_path)
         ({"cuda_graphs": "yes"}, "choose one of auto, on, off"),
         ({"device": -1}, "device is -1; expected a CUDA device ordinal"),
         ({"device": "cuda:0"}, "device is 'cuda:0'"),
-        ({"device": []}, "a list of them, or 'all'"),
-        ({"device": [0, True]}, "a list of them, or 'all'"),
+        ({"device": []}, "a list of them, 'all' or 'own'"),
+        ({"device": [0, True]}, "a list of them, 'all' or 'own'"),
         ({"device": [1, 0, 1]}, "names a GPU twice"),
         ({"allow_engine_host_code": "no"}, "allow_engine_host_code is 'no'; expected true or false"),
         ({"devise": 0}, "unknown load setting 'devise'; there are runtime, on_mismatch"),
@@ -124,7 +124,7 @@ def test_settings_that_make_no_sense(settings, message):
     assert caught.value.option in settings
 
 
-@pytest.mark.parametrize("device", [1, [0, 2], "all"])
+@pytest.mark.parametrize("device", [1, [0, 2], "all", "own"])
 def test_settings_survive_json(device):
     settings = LoadSettings(runtime="auto", device=device)
     assert LoadSettings.of(json.loads(json.dumps(settings.to_dict()))) == settings

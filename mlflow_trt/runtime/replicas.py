@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 from mlflow_trt._logging import get_logger
@@ -27,7 +27,8 @@ class ReplicaSession(Session):
     """Sessions on the same model, one for each GPU, as one.
 
     A GPU on which a call fails leaves it to the others. One that is lost to this process gets no more calls:
-    `out_of_service` tells why, and a warning does when it happens.
+    `out_of_service` tells why, and the log does when it happens. After a kernel that crashed, CUDA gives up all GPUs of
+    the process.
 
     Args:
         sessions: at least one, by CUDA device ordinal. They are closed with this one.
@@ -112,8 +113,9 @@ class Replicas:
                     raise error
 
     def close(self) -> None:
-        for session in self._sessions.values():
-            session.close()
+        with ExitStack() as stack:  # all of them, whatever one of them raises
+            for session in self._sessions.values():
+                stack.callback(session.close)
 
     def _run_on_one(self, feeds: Feeds) -> Outputs:
         failures: dict[int, Exception] = {}

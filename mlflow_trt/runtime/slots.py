@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import threading
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Generic, NoReturn, Protocol, TypeVar
 
 from mlflow_trt.errors import SessionClosedError
@@ -125,7 +125,7 @@ class Slots(Generic[AnySlot]):
             self.release(slot)
 
     def close(self) -> None:
-        """Refuse new callers, wait for every lent slot, and close them all."""
+        """Refuse new callers, wait for every lent slot, and close them all. Raises what closing one of them raises."""
         with self._lock:
             self._closed = True
             for place in self._line:
@@ -134,8 +134,9 @@ class Slots(Generic[AnySlot]):
                 self._returned.wait()
             free, self._free, self._made = self._free, [], 0
             self._make = _refuse  # lets go of what the slots were made from
-        for slot in free:
-            slot.close()
+        with ExitStack() as stack:  # all of them, whatever one of them raises
+            for slot in free:
+                stack.callback(slot.close)
 
     def _new(self) -> AnySlot:
         # Outside of the lock: it takes its time, and others may go on with the slots there are.

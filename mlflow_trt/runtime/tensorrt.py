@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from mlflow_trt._logging import get_logger
 from mlflow_trt.dtypes import numpy_dtype
-from mlflow_trt.errors import InputShapeError
+from mlflow_trt.errors import ExecutionError, InputShapeError
 from mlflow_trt.inputs import prepare_feeds
 from mlflow_trt.runtime import on_device, slot_timing
 from mlflow_trt.runtime.batching import Rows
@@ -30,6 +31,8 @@ from mlflow_trt.spec import BatchAxis, ShapeProfile, TensorSpec
 from mlflow_trt.trt import TensorRT
 
 __all__ = ["Phases", "TensorRTSession"]
+
+_log = get_logger(__name__)
 
 
 class TensorRTSession(Session):
@@ -195,9 +198,11 @@ class TensorRTSession(Session):
 
 
 def _close(scheduler: Scheduler[EngineSlot], engine: Engine) -> None:
-    """Free everything, after the calls in flight."""
+    """Free everything, after the calls in flight. Where the GPU is lost, that is left to the end of the process."""
     try:
-        scheduler.close()
-    finally:
-        with engine.device.current():
-            engine.close()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(engine.device.current())
+            stack.callback(engine.close)
+            scheduler.close()
+    except ExecutionError as error:
+        _log.warning("Not everything could be freed: %s", error.message)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import mlflow
@@ -13,8 +17,10 @@ import numpy as np
 import pytest
 from compare import relative_error
 from real_models import CLS
+from serving import Server
 
 import mlflow_trt
+from mlflow_trt.client import Client
 from mlflow_trt.hardware import probe
 from mlflow_trt.runtime.replicas import ReplicaSession
 
@@ -44,6 +50,7 @@ def folder(tmp_path):
 def run_script(folder, body):
     """In a process of its own, which the loss of a GPU would end the use of."""
     script = textwrap.dedent(LOSE) + textwrap.dedent(body)
+    script = f"SCRIPT = {script!r}\n{script}"
     done = subprocess.run(
         [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=300, check=False
     )
@@ -88,25 +95,71 @@ class TestSeveral:
                 assert result.device.index == ordinal
                 assert np.array_equal(result.cpu().numpy(), expected)
 
-    def test_one_that_is_lost_leaves_the_other(self, folder):
+    def test_a_kernel_that_crashes_takes_every_gpu_of_its_process_and_none_of_another(self, folder):
         run_script(
             folder,
             """
-            import sys, logging
+            import os, subprocess, sys
             import numpy as np, mlflow_trt
-            logging.basicConfig()
             x = np.random.default_rng(0).standard_normal((3000, 16)).astype(np.float32)
-            with mlflow_trt.load_model(sys.argv[1], device=[0, 1]) as session:
+            if len(sys.argv) == 2:  # a second process, with a GPU of its own
+                other = subprocess.Popen([sys.executable, "-c", SCRIPT, sys.argv[1], "other"],
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                own = other.stdout.readline().strip()
+                with mlflow_trt.load_model(sys.argv[1], device="all") as session:
+                    session.run({"x": x})
+                    lose(1 - int(own))
+                    for _ in range(2):
+                        try:
+                            session.run({"x": x})
+                        except mlflow_trt.ExecutionError as error:
+                            assert "unspecified launch failure" in error.message
+                        else:
+                            raise AssertionError("it answered")
+                    assert sorted(session.out_of_service) == [0, 1], session.out_of_service
+                    assert session.broken() is not None
+                print(other.communicate("go on\\n")[0], flush=True)
+                os._exit(0)
+            with mlflow_trt.load_model(sys.argv[1], device="own") as session:
                 expected = session.run({"x": x})["y"]
-                lose(1)
+                print(session._device.gpu.ordinal, flush=True)
+                sys.stdin.readline()
                 for _ in range(5):
                     assert np.array_equal(session.run({"x": x})["y"], expected)
-                    assert np.allclose(session.run({"x": x[:3]})["y"], expected[:3], rtol=1e-5, atol=1e-5)
-                assert list(session.out_of_service) == [1], session.out_of_service
-                assert session.broken() is None
-            print("as expected")
+            print("as expected", flush=True)
             """,
         )
+
+    def test_a_worker_for_each_gpu(self, folder, tmp_path):
+        x = networks.rows(3)
+        server = Server(str(folder), f"sqlite:///{tmp_path}/mlflow.db", {"device": "own"}, workers=2)
+        try:
+            server.wait_until_ready()
+            wait_for(lambda: len(gpus_of_workers(server)) == 2)
+            assert sorted(gpus_of_workers(server)) == [0, 1]
+            with Client(server.address, retries=20, backoff=0.2) as client:
+                expected = client.predict({"x": x})["y"]
+                first = int(re.search(r"Started server process \[(\d+)\]", server.log())[1])
+                os.kill(first, signal.SIGKILL)
+                wait_for(lambda: len(gpus_of_workers(server)) == 3)
+                gpus = gpus_of_workers(server)
+                assert gpus[2] in gpus[:2]
+                assert "sharers: 1" not in server.log()
+                for _ in range(20):
+                    assert np.allclose(client.predict({"x": x})["y"], expected, rtol=1e-5, atol=1e-6)
+        finally:
+            server.stop()
+
+
+def gpus_of_workers(server):
+    return [int(ordinal) for ordinal in re.findall(r"This process uses CUDA device (\d+)", server.log())]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_a_gpu_that_is_lost_says_so(folder):
