@@ -7,6 +7,7 @@ the calling thread and pops it again. Memory is allocated and freed only inside 
 
 from __future__ import annotations
 
+import math
 import threading
 from types import TracebackType
 from typing import Any, ClassVar
@@ -254,6 +255,7 @@ class PinnedBuffer:
         self.address = 0
         self._driver = driver
         self._memory: Any = None
+        self._array: npt.NDArray[np.generic] | None = None  # the last one: the next is mostly the same
 
     def reserve(self, nbytes: int) -> int:
         """Make room for `nbytes`, whose contents are undefined, and return the host address. Never zero."""
@@ -270,12 +272,14 @@ class PinnedBuffer:
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
         """The beginning of the buffer as an array of that shape; not a copy."""
-        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        return self.view(nbytes).view(dtype).reshape(shape)
+        array = self._array
+        if array is None or array.shape != shape or array.dtype != dtype:
+            array = self._array = self.view(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+        return array
 
     def free(self) -> None:
         if self._memory is not None:
             with Device.allocating:
                 self._memory.base.free()
-            self._memory = None
+            self._memory = self._array = None
             self.address = 0
