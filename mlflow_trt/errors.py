@@ -124,6 +124,10 @@ class IntegrityError(ArtifactError):
 class RuntimeUnavailableError(MlflowTrtError, RuntimeError):
     """The runtime that was asked for cannot run on this machine."""
 
+    def retold(self, message: str) -> RuntimeUnavailableError:
+        """The same error in other words: those of whoever wanted the runtime."""
+        return RuntimeUnavailableError(message)
+
 
 class MissingDependencyError(RuntimeUnavailableError, ImportError):
     """An optional package is needed and not installed. `packages` lists the ones that would serve."""
@@ -131,6 +135,9 @@ class MissingDependencyError(RuntimeUnavailableError, ImportError):
     def __init__(self, message: str, *, packages: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.packages = tuple(packages)
+
+    def retold(self, message: str) -> MissingDependencyError:
+        return MissingDependencyError(message, packages=self.packages)
 
 
 class EngineMismatchError(MlflowTrtError, RuntimeError):
