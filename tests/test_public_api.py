@@ -126,7 +126,7 @@ ALLOWED = {
     "progress": CONVERT,
     "signatures": BASE,
     "doctor": CONVERT | RUNTIME | {"cache"},
-    "packaging": CONVERT | {"artifact", "kernels", "report", "selection_plot", "signatures", "verify"},
+    "packaging": CONVERT | {"artifact", "kernels", "making", "report", "selection_plot", "signatures", "verify"},
     "registration": BASE,
     "lineage": CONVERT | {"cache", "registration"},
     "sources": CONVERT | {"sources"},
