@@ -23,7 +23,7 @@ from mlflow_trt.convert.builder import Progress
 from mlflow_trt.convert.recipe import BatchRequest, Recipe, ShapesRequest
 from mlflow_trt.errors import ArtifactError, MlflowTrtError
 from mlflow_trt.loading import open_session
-from mlflow_trt.making import Asked, OnnxSource, converted, told_progress
+from mlflow_trt.making import Asked, OnnxSource, converted
 from mlflow_trt.metrics import log_metrics
 from mlflow_trt.packaging import (
     FLAVOR_NAME,
@@ -34,6 +34,7 @@ from mlflow_trt.packaging import (
     searchable_facts,
     write_model,
 )
+from mlflow_trt.progress import told_progress
 from mlflow_trt.registration import undo_logging, undone_on_failure
 from mlflow_trt.runtime.device import open_device
 from mlflow_trt.runtime.session import Session

@@ -130,7 +130,9 @@ ALLOWED = {
     "registration": BASE,
     "lineage": CONVERT | {"cache", "registration"},
     "sources": CONVERT | {"sources"},
-    "flavor": CONVERT | RUNTIME | {"artifact", "loading", "making", "metrics", "packaging", "registration", "verify"},
+    "flavor": CONVERT
+    | RUNTIME
+    | {"artifact", "loading", "making", "metrics", "packaging", "progress", "registration", "verify"},
     "pyfunc": BASE | RUNTIME | {"artifact", "loading", "progress"},
     "registry": CONVERT | {"best", "flavor", "kernels", "lineage", "packaging", "registration", "sources"},
     "planning": CONVERT | {"lineage", "registry", "packaging", "signatures", "sources"},
