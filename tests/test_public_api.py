@@ -89,6 +89,7 @@ BASE = {
     "comparison",
     "dtypes",
     "errors",
+    "files",
     "fitting",
     "hardware",
     "inputs",
