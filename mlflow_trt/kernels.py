@@ -152,7 +152,9 @@ def store_kernels(path: Path, compiler: KernelCompiler) -> Record:
             return add_kernels_file(path, engine, kernels, gpu=compiler.gpu, driver=compiler.driver)
         reasons.append(f"{engine.file}: {reason}")
     raise EngineMismatchError(
-        f"store_kernels: no engine fits {compiler.gpu} and {tensorrt} ({'; '.join(reasons)})", reasons=reasons
+        f"store_kernels: no engine fits {compiler.gpu} and {tensorrt} ({'; '.join(reasons)}); build one that does, or "
+        "leave store_kernels out",
+        reasons=reasons,
     )
 
 

@@ -277,8 +277,8 @@ class PrecisionReport:
     `nodes` counts all nodes, `changed_nodes` those that compute in the precision that was asked for. `node_types` and
     `weight_types` tell how many nodes that compute with floats, and how many values of weights, are of which type.
     `kept` lists the nodes that stayed in float32, `weight_only` those that compute in float32 with quantized weights.
-    `largest` has the tensors with the largest magnitudes seen. Sizes are
-    in bytes, of the model before and after the pass.
+    `largest` has the tensors with the largest magnitudes seen. Sizes are in bytes, of the model before and after the
+    pass.
     """
 
     precision: Precision
