@@ -109,6 +109,11 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
+def test_the_guide_names_every_error():
+    text = (ROOT / "docs" / "guide.md").read_text()
+    assert {name for name in mlflow_trt.__all__ if name.endswith("Error")} <= set(re.findall(r"`(\w+Error)`", text))
+
+
 def test_the_table_of_load_settings_is_complete():
     from mlflow_trt import LoadSettings
 
