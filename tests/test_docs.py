@@ -74,6 +74,15 @@ def test_the_code_in_the_guide_runs(in_folder, capsys):
     assert "ONNX Runtime" in capsys.readouterr().out
 
 
+def test_the_code_in_the_page_about_precision_runs(store, in_folder):
+    (in_folder / "model.onnx").write_bytes(image_model().SerializeToString())
+    np.savez("inputs.npz", images=np.random.default_rng(1).standard_normal((8, 3, 16, 16)).astype(np.float32))
+    (code,) = blocks("docs/precision.md", "python")
+    exec(code, {})
+    (logged,) = store.logged_models()
+    assert logged.tags["mlflow_trt.precision"] == "fp16"
+
+
 def test_the_client_in_the_page_about_deploying_runs(in_folder):
     mlflow_trt.save_model(image_model(), "model", batch=(1, 4, 8), verify=False)
     (code,) = blocks("docs/deploy.md", "python")
