@@ -95,17 +95,13 @@ def converted(onnx_model: OnnxSource, asked: Asked, progress: Progress | None) -
                 example_shapes=shapes,
                 progress=shown,
             )
-        _log.info("Built %s, %.1f MB, in %.1f s", *_summary(conversion))
-        if not asked.verify:
-            yield Made(conversion, None, compiler=compiler)
-            return
-        verification = verify_conversion(conversion, tolerance, asked.settings, demanded=demanded)
+        engine = conversion.engine
+        _log.info("Built %s, %.1f MB, in %.1f s", engine, engine.size / 1e6, engine.build_seconds)
+        verification = None
+        if asked.verify:
+            verification = verify_conversion(conversion, tolerance, asked.settings, demanded=demanded)
         yield Made(conversion, verification, compiler=compiler)
 
 
 def _name_of(source: OnnxModel) -> str:
     return source.proto.graph.name or source.path.name
-
-
-def _summary(conversion: Conversion) -> tuple[object, float, float]:
-    return conversion.engine, conversion.engine.size / 1e6, conversion.engine.build_seconds
