@@ -5,39 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-# Told apart by people who see colors differently, too (Okabe and Ito).
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+from mlflow_trt.figures import COLORS, MARKERS, new_figure
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     """Write ratios.svg, and alternatives.svg where they were measured, into `folder`."""
     import matplotlib as mpl
 
-    mpl.use("Agg")
-    # Text as text, and nothing that changes from run to run: the files are kept with the documentation.
-    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "mlflow-trt", "font.size": 9})
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = [_ratios(result, folder / "ratios.svg")]
-    if result["alternatives"]:
-        drawn.append(_alternatives(result, folder / "alternatives.svg"))
+    # Text as text, and nothing that changes from run to run: the files are kept with the documentation.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mlflow-trt", "font.size": 9}):
+        drawn = [_ratios(result, folder / "ratios.svg")]
+        if result["alternatives"]:
+            drawn.append(_alternatives(result, folder / "alternatives.svg"))
     return drawn
 
 
 def _ratios(result: dict[str, Any], path: Path) -> Path:
     """How much of what the GPU allows is reached: 1 is the limit, a mark is the goal."""
-    from matplotlib import pyplot as plt
-
     rows = [row for row in result["rows"] if "memory" not in row["case"] and "through" not in row["case"]]
     rows = [row for row in rows if "no stored" not in row["case"] and "alone" not in row["note"]]
-    figure, axes = plt.subplots(figsize=(8, 0.8 + 0.26 * len(rows)), layout="constrained")
+    figure, axes = new_figure(8, 0.8 + 0.26 * len(rows))
     reached = [row["ratio"] if row["higher_is_better"] else 1 / row["ratio"] for row in rows]
     names = [f"{row['model']}: {row['case']}" for row in rows]
-    bars = axes.barh(range(len(rows)), reached, color=_COLORS[0], height=0.7)
+    bars = axes.barh(range(len(rows)), reached, color=COLORS[0], height=0.7)
     axes.bar_label(bars, [f"{share:.0%}" for share in reached], padding=3)
     for number, row in enumerate(rows):
         if row["goal"]:
             goal = row["goal"] if row["higher_is_better"] else 1 / row["goal"]
-            axes.plot([goal, goal], [number - 0.42, number + 0.42], color=_COLORS[1], linewidth=2)
+            axes.plot([goal, goal], [number - 0.42, number + 0.42], color=COLORS[1], linewidth=2)
     axes.axvline(1, color="#999999", linewidth=1)
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
@@ -49,10 +45,8 @@ def _ratios(result: dict[str, Any], path: Path) -> Path:
 
 def _alternatives(result: dict[str, Any], path: Path) -> Path:
     """Milliseconds of a call over its batch size, arrays in and arrays out."""
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    for color, marker, row in zip(_COLORS, "os^Dv", result["alternatives"], strict=False):
+    figure, axes = new_figure(8, 4)
+    for color, marker, row in zip(COLORS, MARKERS, result["alternatives"], strict=False):
         sizes = [int(size) for size in row["milliseconds"]]
         rates = [size / ms * 1e3 for size, ms in zip(sizes, row["milliseconds"].values(), strict=True)]
         axes.plot(sizes, rates, color=color, marker=marker, label=row["what"])
@@ -67,10 +61,6 @@ def _alternatives(result: dict[str, Any], path: Path) -> Path:
 
 
 def _saved(figure: Any, axes: Any, path: Path) -> Path:
-    from matplotlib import pyplot as plt
-
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
     return path

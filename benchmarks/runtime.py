@@ -95,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     others: list[dict[str, Any]] = []
     about = {}
+    cases = options.cases.split(",")
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-benchmark-") as workdir:
         for name in options.models.split(","):
             model = models()[name]
@@ -104,12 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with loaded.get_raw_model() as session:
                 about = {"runtime": session.description, "driver": hardware.driver, "numpy": np.__version__}
                 bench = Bench(model, loaded, session, options.repeats, options.seconds)
-                for case in options.cases.split(","):
+                for case in cases:
                     if case in ("bulk", "one", "batches", "threads"):
                         rows += getattr(bench, case)()
-            if "load" in options.cases:
+            if "load" in cases:
                 rows += load_rows(model, folder, options.repeats)
-            if "alternatives" in options.cases and name == "resnet50":
+            if "alternatives" in cases and name == "resnet50":
                 others += alternatives(folder, model, options.seconds, compiled=not options.no_compile)
     print("; ".join(f"{key} {value}" for key, value in about.items()))
     print_table(HEADINGS, [row.cells() for row in rows])

@@ -213,7 +213,7 @@ def main(
     chosen = [target for target in TARGETS if target in targets.split(",")]
     options = {
         "runtime": runtime, "precision": precision, "batch": parse_batch(batch), "answers": answers, "targets": chosen,
-        "settings": parse_settings(settings) or {},
+        "settings": parse_settings(settings, "--settings") or {},
     }  # fmt: skip
     source = resnet50() if model is None else onnx.load(model)
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as folder:

@@ -48,7 +48,8 @@ def _value(parameter: Any) -> str:
 
 def _default(parameter: Any) -> str:
     default = getattr(parameter.default, "value", parameter.default)
-    return f" Default: `{default}`." if isinstance(default, str) and default else ""
+    is_told = isinstance(default, (str, int, float)) and not isinstance(default, bool) and default != ""
+    return f" Default: `{default}`." if is_told else ""
 
 
 if __name__ == "__main__":

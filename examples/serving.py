@@ -1,4 +1,4 @@
-"""Run `mlflow models serve` for the length of a block."""
+"""Run `mlflow models serve`, or another server, for the length of a block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,76 @@ import requests
 START_SECONDS = 180
 
 
-class Server:
-    """`mlflow models serve` on a port of 127.0.0.1, in a process group of its own.
+class ServerProcess:
+    """A command that serves HTTP, in a process group of its own: what it starts ends with it.
+
+    Args:
+        command: what to run.
+        environment: its environment variables, all of them.
+        ready: the address that answers once it is ready.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], ready: str) -> None:
+        self._ready = ready
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed by stop()
+        # mlflow starts uvicorn by its name.
+        path = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+        self._process = subprocess.Popen(
+            command,
+            env={**environment, "PATH": path},
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def wait_until_ready(self) -> None:
+        """Return when the server answers. Raises RuntimeError, with what it printed, if it ends or takes too long."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self._process.poll() is None:
+            with contextlib.suppress(requests.ConnectionError, requests.Timeout):
+                if requests.get(self._ready, timeout=5).ok:
+                    return
+            time.sleep(0.2)
+        raise RuntimeError(f"the server did not start:\n{self.log()}")
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process that was started is no more."""
+        return self._process.poll() is not None
+
+    def log(self) -> str:
+        """What it printed so far."""
+        self._log.seek(0)
+        return self._log.read()
+
+    def kill(self) -> None:
+        """End it and what it started at once, without giving them time for anything."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def stop(self) -> None:
+        """Ask it to end, and see to it. May be called more than once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=30)
+        self.kill()
+        self._log.close()
+
+
+@contextlib.contextmanager
+def running(server: ServerProcess) -> Iterator[None]:
+    """The server is ready when the block begins, and has ended when the block has."""
+    try:
+        server.wait_until_ready()
+        yield
+    finally:
+        server.stop()
+
+
+class Server(ServerProcess):
+    """`mlflow models serve` on a port of 127.0.0.1.
 
     Args:
         model_uri: any model URI of MLflow.
@@ -42,75 +110,29 @@ class Server:
         port: int | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self.port = port or _free_port()
+        self.port = port or free_port()
         self.address = f"http://127.0.0.1:{self.port}"
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed by stop()
         command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model_uri]
         command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", str(workers)] if workers else []
-        self._process = subprocess.Popen(
-            command,
-            env={
-                **os.environ,
-                "MLFLOW_TRACKING_URI": tracking_uri,
-                "MLFLOW_PYFUNC_INFERENCE_CONFIG": json.dumps(model_config),
-                # mlflow starts uvicorn by its name.
-                "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
-                **(environment or {}),
-            },
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-    def wait_until_ready(self) -> None:
-        """Return when the server answers. Raises RuntimeError, with what it printed, if it ends or takes too long."""
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline and self._process.poll() is None:
-            with contextlib.suppress(requests.ConnectionError, requests.Timeout):
-                if requests.get(f"{self.address}/ping", timeout=5).ok:
-                    return
-            time.sleep(0.2)
-        raise RuntimeError(f"the server did not start:\n{self.log()}")
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether mlflow's process is no more."""
-        return self._process.poll() is not None
-
-    def log(self) -> str:
-        """What it printed so far."""
-        self._log.seek(0)
-        return self._log.read()
-
-    def kill(self) -> None:
-        """End mlflow's process and the uvicorn that it started at once, without giving them time for anything."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-    def stop(self) -> None:
-        """Ask it to end, and see to it. May be called more than once."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=30)
-        self.kill()
-        self._log.close()
+        variables = {
+            **os.environ,
+            "MLFLOW_TRACKING_URI": tracking_uri,
+            "MLFLOW_PYFUNC_INFERENCE_CONFIG": json.dumps(model_config),
+            **(environment or {}),
+        }
+        super().__init__(command, variables, ready=f"{self.address}/ping")
 
 
 @contextlib.contextmanager
 def served(model_uri: str, tracking_uri: str, model_config: Mapping[str, Any], **options: Any) -> Iterator[str]:
     """Serve a model and give the server's address. The server has ended when the block has. Options as for Server."""
     server = Server(model_uri, tracking_uri, model_config, **options)
-    try:
-        server.wait_until_ready()
+    with running(server):
         yield server.address
-    finally:
-        server.stop()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -28,7 +28,7 @@ from mlflow_trt.fitting import why_not
 from mlflow_trt.lineage import CONVERTED_TAG, EXTENDS_TAG, point_to
 from mlflow_trt.loading import open_session
 from mlflow_trt.packaging import FLAVOR_NAME, check_names, flavor_fields, move_model
-from mlflow_trt.progress import shown_progress
+from mlflow_trt.progress import told_progress
 from mlflow_trt.registration import set_alias, undo_logging, undone_on_failure
 from mlflow_trt.registry import logged_name
 from mlflow_trt.settings import LoadSettings
@@ -146,14 +146,14 @@ def _built(
     folder: ModelFolder, tensorrt: trt.TensorRT, recipe: Recipe, workdir: Path, progress: Progress | None
 ) -> EngineRecord:
     record = folder.record
-    with shown_progress("Building another TensorRT engine") as shown:
+    with told_progress("Building another TensorRT engine", progress) as shown:
         return build_engine(
             folder.checked_model(record.typed),
             workdir / "engine.plan",
             recipe,
             record.profiles,
             distribution=tensorrt.distribution,
-            progress=progress or shown,
+            progress=shown,
         )
 
 

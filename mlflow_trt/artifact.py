@@ -7,7 +7,8 @@
     golden.npz                                      the golden sample, which engines are tested with at load
     mlflow_trt.json                                 the record
 
-The files of MLflow itself (MLmodel, requirements.txt, ...) are written by `flavor`.
+The files of MLflow itself (MLmodel, requirements.txt, ...), and what is there for people to read, are written by
+`packaging`.
 """
 
 from __future__ import annotations

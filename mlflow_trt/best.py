@@ -27,23 +27,22 @@ from mlflow_trt.errors import (
     BuildError,
     EngineMismatchError,
     ExecutionError,
-    MissingDependencyError,
     MlflowTrtError,
     RecipeError,
     RuntimeUnavailableError,
 )
+from mlflow_trt.fitting import check_targets
 from mlflow_trt.measuring import Bench, Round, open_bench, usual_feeds
 from mlflow_trt.onnx_runtime import import_onnxruntime
 from mlflow_trt.selection import CANDIDATES, Fate, Selection, choose, table_row
 from mlflow_trt.settings import LoadSettings
-from mlflow_trt.spec import ComputeCapability, Gpu, Precision, Shape
+from mlflow_trt.spec import Gpu, Precision, Shape
 from mlflow_trt.trial import QUANTIZED, Attempt, Trial, lost, tried
 from mlflow_trt.verify import Verification, judge
 
 _log = get_logger(__name__)
 
 ROUNDS = 9
-_DEFAULT_TARGETS_FROM = ComputeCapability(8, 0)
 
 
 def check_best(recipe: Recipe, settings: LoadSettings, verify: Tolerance | bool) -> Bench:
@@ -63,14 +62,14 @@ def check_best(recipe: Recipe, settings: LoadSettings, verify: Tolerance | bool)
         import_onnxruntime()
         bench = open_bench(settings)
     except RuntimeUnavailableError as error:
-        text = (
+        raise error.retold(
             f"precision 'best' measures engines on a GPU, and this machine cannot: {error.message} "
             "Convert on a GPU machine, or name a precision: fp32, fp16, bf16, int8 or fp8."
+        ) from error
+    if recipe.targets or trt.load().is_rtx:  # by default, TensorRT builds for the GPU that it runs on
+        check_targets(
+            recipe.targets, bench.gpu, what="precision 'best' is measured", otherwise="name the precision instead"
         )
-        if isinstance(error, MissingDependencyError):
-            raise MissingDependencyError(text, packages=error.packages) from error
-        raise RuntimeUnavailableError(text) from error
-    _check_targets(recipe, bench.gpu)
     return bench
 
 
@@ -130,24 +129,6 @@ def convert_best(
         _log.info("best: %s", ", ".join(filter(None, table_row(trials[-1].candidate))))
     shapes = _measure(trials, bench, _part(progress, steps - 1, steps, ""))
     return _chosen(trials, bench, shapes, demanded=tolerance is not None)
-
-
-def _check_targets(recipe: Recipe, gpu: Gpu) -> None:
-    """What is built for other GPUs cannot be measured on this one."""
-    here = gpu.compute_capability
-    if recipe.targets and str(here) not in recipe.targets:
-        listed = ", ".join(recipe.targets)
-        raise RecipeError(
-            f"precision 'best' is measured on the GPU of this machine, {gpu}, and the targets are {listed}; "
-            f"add {here} to them, convert on a machine with such a GPU, or name the precision",
-            option="targets",
-        )
-    if not recipe.targets and trt.load().is_rtx and here < _DEFAULT_TARGETS_FROM:
-        raise RecipeError(
-            f"precision 'best' is measured on the GPU of this machine, {gpu}, and by default engines are built for "
-            f"{_DEFAULT_TARGETS_FROM} and later; give targets=['{here}']",
-            option="targets",
-        )
 
 
 def _planned(source: OnnxModel, recipe: Recipe, gpu: Gpu) -> dict[Precision, str | None]:

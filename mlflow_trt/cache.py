@@ -1,4 +1,4 @@
-"""Engines that were rebuilt on this machine, in the user's cache directory.
+"""What is kept in the user's cache directory: engines that were rebuilt on this machine, and self-tests that passed.
 
 A model folder is never written to after it was logged, so what does not fit this machine is built again and kept here,
 under a key that changes with everything that went into it.
@@ -48,7 +48,7 @@ def problem() -> str | None:
 
 
 def key_of(parts: Mapping[str, object]) -> str:
-    """The sha256 of everything that an engine depends on."""
+    """The sha256 of everything that what is kept depends on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -67,7 +67,7 @@ def remember_pass(key: str) -> None:
 
 @contextmanager
 def only_one(key: str) -> Iterator[None]:
-    """Let one process at a time build what belongs to `key`: the others wait, and then find it."""
+    """Let one process at a time make what belongs to `key`: the others wait, and then find it."""
     try:
         folder = directory() / "locks"
         folder.mkdir(parents=True, exist_ok=True)

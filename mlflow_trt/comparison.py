@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -11,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlflow_trt.errors import RecipeError
-from mlflow_trt.spec import Precision
+from mlflow_trt.spec import Precision, StrEnum
 
 Array = npt.NDArray[np.generic]
 Outputs = Mapping[str, Array]
@@ -20,15 +19,12 @@ _VARIES = 1e-3
 """A reference varies if its standard deviation is more than this share of its largest magnitude."""
 
 
-class Verdict(str, enum.Enum):
+class Verdict(StrEnum):
     """`INCONCLUSIVE`: nothing is wrong, but a reference that hardly varies, or is not finite, proves nothing either."""
 
     PASSED = "passed"
     FAILED = "failed"
     INCONCLUSIVE = "inconclusive"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,7 +87,7 @@ class ImageOptions:
         LoadSettings.of(self.model_config)
         for wheel in map(Path, self.wheels):
             if wheel.suffix != ".whl" or not wheel.is_file():
-                raise RecipeError(f"wheels: {wheel} is no wheel", option="wheels")
+                raise RecipeError(f"wheels: {wheel} is no wheel; give a .whl file that exists", option="wheels")
 
 
 def write_image_context(model_uri: str, path: str | Path, options: ImageOptions | None = None) -> list[str]:

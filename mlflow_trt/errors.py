@@ -16,7 +16,7 @@
     │   └── InputShapeError                           400  ... because of its rank or shape
     ├── AccuracyError (ValueError)                    400  a converted model is too far from its source model
     ├── ExecutionError (RuntimeError)                 500  TensorRT, CUDA or ONNX Runtime failed
-    │   ├── OutOfMemoryError (MemoryError)            429  the GPU has no room for this
+    │   ├── OutOfMemoryError (MemoryError)            429  the GPU, or the host, has no room for this
     │   └── SelfTestError                             500  an engine runs, and answers wrongly
     ├── SessionClosedError (RuntimeError)             500  a session was used after close()
     └── ServerError (RuntimeError)                    500  a scoring server failed, as its client sees it
@@ -96,7 +96,7 @@ class BuildError(MlflowTrtError, RuntimeError):
 
 
 class UnsupportedModelError(BuildError):
-    """TensorRT cannot run some nodes of the model. `nodes` lists them as `name (operator)`."""
+    """TensorRT, or what the model is handed to, cannot run it. `nodes` lists those to blame as `name (operator)`."""
 
     _error_code = INVALID_PARAMETER_VALUE
 
@@ -124,6 +124,10 @@ class IntegrityError(ArtifactError):
 class RuntimeUnavailableError(MlflowTrtError, RuntimeError):
     """The runtime that was asked for cannot run on this machine."""
 
+    def retold(self, message: str) -> RuntimeUnavailableError:
+        """The same error in other words: those of whoever wanted the runtime."""
+        return RuntimeUnavailableError(message)
+
 
 class MissingDependencyError(RuntimeUnavailableError, ImportError):
     """An optional package is needed and not installed. `packages` lists the ones that would serve."""
@@ -131,6 +135,9 @@ class MissingDependencyError(RuntimeUnavailableError, ImportError):
     def __init__(self, message: str, *, packages: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.packages = tuple(packages)
+
+    def retold(self, message: str) -> MissingDependencyError:
+        return MissingDependencyError(message, packages=self.packages)
 
 
 class EngineMismatchError(MlflowTrtError, RuntimeError):
@@ -174,7 +181,7 @@ class ExecutionError(MlflowTrtError, RuntimeError):
 
 
 class OutOfMemoryError(ExecutionError, MemoryError):
-    """There is not enough GPU or pinned memory for this call."""
+    """There is not enough memory for this call, on the GPU or on the host."""
 
     _error_code = RESOURCE_EXHAUSTED
 

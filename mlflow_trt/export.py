@@ -10,6 +10,7 @@ from pathlib import Path
 from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 
 from mlflow_trt.artifact import ModelFolder, read_folder
+from mlflow_trt.files import write_whole
 from mlflow_trt.spec import EngineRecord
 
 
@@ -35,11 +36,5 @@ def save_engine(model_uri: str, path: Path) -> EngineRecord:
     with opened_folder(model_uri) as folder:
         engine = folder.record.engines[0]
         plan = folder.read_plan(engine)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(plan)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, plan)
     return engine

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from mlflow_trt.errors import RecipeError
 from mlflow_trt.spec import (
     ComputeCapability,
     Distribution,
@@ -29,6 +32,23 @@ def why_not(engine: EngineRecord, distribution: Distribution, version: str, gpu:
             "hardware_compatibility='same_compute_capability' makes engines that run on both"
         )
     return None
+
+
+def check_targets(targets: Sequence[str], gpu: Gpu, *, what: str, otherwise: str) -> None:
+    """Raise RecipeError where what TensorRT-RTX builds for these targets, or by default, does not run on `gpu`.
+
+    Args:
+        what: begins the text: what it is to be run for.
+        otherwise: ends the text: what to do where it cannot run here.
+    """
+    here = gpu.compute_capability
+    if targets and str(here) not in targets:
+        problem = f"the targets are {', '.join(targets)}; add {here} to them, convert on a machine with such a GPU"
+    elif not targets and here < AMPERE:
+        problem = f"by default engines are built for {AMPERE} and later; give targets=['{here}']"
+    else:
+        return
+    raise RecipeError(f"{what} on the GPU of this machine, {gpu}, and {problem}, or {otherwise}", option="targets")
 
 
 def _version_fits(engine: EngineRecord, version: str) -> bool:

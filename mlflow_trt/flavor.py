@@ -17,14 +17,13 @@ from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
 from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils.file_utils import local_file_uri_to_path
 
-from mlflow_trt._logging import get_logger
 from mlflow_trt.artifact import RECORD_FILE, Record, read_folder
 from mlflow_trt.comparison import Tolerance
 from mlflow_trt.convert.builder import Progress
 from mlflow_trt.convert.recipe import BatchRequest, Recipe, ShapesRequest
 from mlflow_trt.errors import ArtifactError, MlflowTrtError
 from mlflow_trt.loading import open_session
-from mlflow_trt.making import Asked, OnnxSource, converted, told_progress
+from mlflow_trt.making import Asked, OnnxSource, converted
 from mlflow_trt.metrics import log_metrics
 from mlflow_trt.packaging import (
     FLAVOR_NAME,
@@ -35,14 +34,13 @@ from mlflow_trt.packaging import (
     searchable_facts,
     write_model,
 )
+from mlflow_trt.progress import told_progress
 from mlflow_trt.registration import undo_logging, undone_on_failure
 from mlflow_trt.runtime.device import open_device
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.settings import LoadSettings
 from mlflow_trt.spec import Precision
 from mlflow_trt.verify import metrics_of
-
-_log = get_logger(__name__)
 
 
 def save_model(
@@ -126,9 +124,7 @@ def save_model(
     )
     asked = Asked(request, calibration_data, input_example, verify, options.settings, store_kernels)
     with converted(onnx_model, asked, progress) as made:
-        write_model(
-            made.conversion, made.verification, Path(path), options, mlflow_model, made.selection, made.compiler
-        )
+        write_model(made, Path(path), options, mlflow_model)
 
 
 def log_model(
@@ -206,15 +202,14 @@ def log_model(
         logged = undo_logging(undo, registered_model_name, keep_model=model_id is not None)
         # Written before MLflow hears of it: what cannot be written leaves no half of a logged model.
         folder = Path(staging) / "model"
-        conversion, verification, selection, compiler = made
-        written = write_model(conversion, verification, folder, options, selection=selection, compiler=compiler)
+        written = write_model(made, folder, options)
 
         def save(path: str, mlflow_model: Model, validate_serving_input: bool) -> None:
             del validate_serving_input  # Model.log reads it, and passes on all its keywords
             logged(str(mlflow_model.model_id))
             move_model(written, folder, Path(path), mlflow_model)
 
-        facts = searchable_facts(conversion, verification, selection)
+        facts = searchable_facts(made)
         tags = {**facts, **(tags or {})}
         info: ModelInfo = Model.log(
             artifact_path=None,
@@ -231,8 +226,8 @@ def log_model(
         )
         if registered_model_name is not None:
             _tag_version(registered_model_name, str(info.registered_model_version), tags)
-        metrics = {} if verification is None else metrics_of(verification.comparisons)
-        log_metrics({**metrics, **(selection.metrics() if selection is not None else {})}, info)
+        metrics = {} if made.verification is None else metrics_of(made.verification.comparisons)
+        log_metrics({**metrics, **(made.selection.metrics() if made.selection is not None else {})}, info)
         return info
 
 

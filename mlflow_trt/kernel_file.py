@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from mlflow_trt import cache
 from mlflow_trt._logging import get_logger
+from mlflow_trt.files import write_whole
 
 _HASH_BYTES = hashlib.sha256().digest_size
 _log = get_logger(__name__)
@@ -45,7 +43,7 @@ class KernelFile:
             if kernels is None:
                 return
             try:
-                self._replace(hashlib.sha256(kernels).digest() + kernels)
+                write_whole(self.path, hashlib.sha256(kernels).digest() + kernels)
             except OSError as error:
                 _log.debug("Compiled kernels cannot be kept in %s: %s", self.path.parent, error.strerror)
 
@@ -61,14 +59,3 @@ class KernelFile:
                 self.path.unlink()
             return []
         return [kernels]
-
-    def _replace(self, content: bytes) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=self.path.parent, prefix=".partial-")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-            Path(name).replace(self.path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise

@@ -19,11 +19,10 @@ from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import (
     EngineMismatchError,
     ExecutionError,
-    MissingDependencyError,
     RecipeError,
     RuntimeUnavailableError,
 )
-from mlflow_trt.fitting import AMPERE, kernels_fit, why_not
+from mlflow_trt.fitting import check_targets, kernels_fit, why_not
 from mlflow_trt.loading import session_of
 from mlflow_trt.runtime.device import open_device
 from mlflow_trt.settings import LoadSettings
@@ -118,15 +117,12 @@ def check_kernels(recipe: Recipe | None, settings: LoadSettings) -> KernelCompil
             )
         compiler = _compiler.get()(settings)
     except RuntimeUnavailableError as error:
-        text = (
+        raise error.retold(
             f"store_kernels compiles on a GPU, and this machine cannot: {error.message} Log the model on a machine "
             "like those that will run it, or leave store_kernels out: they then compile at first use."
-        )
-        if isinstance(error, MissingDependencyError):
-            raise MissingDependencyError(text, packages=error.packages) from error
-        raise RuntimeUnavailableError(text) from error
+        ) from error
     if recipe is not None:
-        _check_targets(recipe, compiler.gpu)
+        check_targets(recipe.targets, compiler.gpu, what="store_kernels compiles", otherwise="leave store_kernels out")
     return compiler
 
 
@@ -156,26 +152,10 @@ def store_kernels(path: Path, compiler: KernelCompiler) -> Record:
             return add_kernels_file(path, engine, kernels, gpu=compiler.gpu, driver=compiler.driver)
         reasons.append(f"{engine.file}: {reason}")
     raise EngineMismatchError(
-        f"store_kernels: no engine fits {compiler.gpu} and {tensorrt} ({'; '.join(reasons)})", reasons=reasons
+        f"store_kernels: no engine fits {compiler.gpu} and {tensorrt} ({'; '.join(reasons)}); build one that does, or "
+        "leave store_kernels out",
+        reasons=reasons,
     )
-
-
-def _check_targets(recipe: Recipe, gpu: Gpu) -> None:
-    """What is built for other GPUs cannot be run on this one."""
-    here = gpu.compute_capability
-    if recipe.targets and str(here) not in recipe.targets:
-        raise RecipeError(
-            f"store_kernels compiles on the GPU of this machine, {gpu}, and the targets are "
-            f"{', '.join(recipe.targets)}; add {here} to them, log the model on a machine with such a GPU, or leave "
-            "store_kernels out",
-            option="targets",
-        )
-    if not recipe.targets and here < AMPERE:
-        raise RecipeError(
-            f"store_kernels compiles on the GPU of this machine, {gpu}, and by default engines are built for {AMPERE} "
-            f"and later; give targets=['{here}'], or leave store_kernels out",
-            option="targets",
-        )
 
 
 _compiler: contextvars.ContextVar[Callable[[LoadSettings], KernelCompiler]] = contextvars.ContextVar(

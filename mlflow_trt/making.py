@@ -20,7 +20,7 @@ from mlflow_trt.convert.onnx_model import OnnxModel, read_onnx
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import RecipeError
 from mlflow_trt.kernels import KernelCompiler, check_kernels
-from mlflow_trt.progress import shown_progress
+from mlflow_trt.progress import told_progress
 from mlflow_trt.sample_data import sample_data_of
 from mlflow_trt.selection import Selection
 from mlflow_trt.settings import LoadSettings
@@ -95,27 +95,13 @@ def converted(onnx_model: OnnxSource, asked: Asked, progress: Progress | None) -
                 example_shapes=shapes,
                 progress=shown,
             )
-        _log.info("Built %s, %.1f MB, in %.1f s", *_summary(conversion))
-        if not asked.verify:
-            yield Made(conversion, None, compiler=compiler)
-            return
-        verification = verify_conversion(conversion, tolerance, asked.settings, demanded=demanded)
+        engine = conversion.engine
+        _log.info("Built %s, %.1f MB, in %.1f s", engine, engine.size / 1e6, engine.build_seconds)
+        verification = None
+        if asked.verify:
+            verification = verify_conversion(conversion, tolerance, asked.settings, demanded=demanded)
         yield Made(conversion, verification, compiler=compiler)
-
-
-@contextmanager
-def told_progress(what: str, given: Progress | None) -> Iterator[Progress]:
-    """The callback that was given, or one that shows progress on standard error."""
-    if given is not None:
-        yield given
-    else:
-        with shown_progress(what) as shown:
-            yield shown
 
 
 def _name_of(source: OnnxModel) -> str:
     return source.proto.graph.name or source.path.name
-
-
-def _summary(conversion: Conversion) -> tuple[object, float, float]:
-    return conversion.engine, conversion.engine.size / 1e6, conversion.engine.build_seconds

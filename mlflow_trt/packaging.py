@@ -41,7 +41,8 @@ from mlflow_trt.artifact import Record, write_folder
 from mlflow_trt.convert.conversion import Conversion
 from mlflow_trt.convert.onnx_model import MODEL_FILE
 from mlflow_trt.errors import MissingDependencyError, RecipeError
-from mlflow_trt.kernels import KernelCompiler, store_kernels
+from mlflow_trt.kernels import store_kernels
+from mlflow_trt.making import Made
 from mlflow_trt.report import REPORT_FILE, report_text
 from mlflow_trt.selection import Selection
 from mlflow_trt.selection_plot import draw_candidates
@@ -103,28 +104,22 @@ class PackagingOptions:
                     raise RecipeError(f"{option}: {path} does not exist", option=option)
 
 
-def write_model(
-    conversion: Conversion,
-    verification: Verification | None,
-    path: Path,
-    options: PackagingOptions,
-    mlflow_model: Model | None = None,
-    selection: Selection | None = None,
-    compiler: KernelCompiler | None = None,
-) -> Model:
+def write_model(made: Made, path: Path, options: PackagingOptions, mlflow_model: Model | None = None) -> Model:
     """Write the model folder of a conversion, whole or not at all; returns what its MLmodel says.
 
-    With a `compiler`, it holds the kernels of its engine. Raises then what running the engine raises.
+    With a compiler, it holds the kernels of its engine. Raises then what running the engine raises.
     """
     check_target(path)
     model = Model() if mlflow_model is None else mlflow_model
     with written_aside(path) as folder:
-        record = write_folder(conversion, folder, options.lineage, selection=selection, **_kept(verification))
-        if compiler is not None:
-            record = store_kernels(folder, compiler)
+        record = write_folder(
+            made.conversion, folder, options.lineage, selection=made.selection, **_kept(made.verification)
+        )
+        if made.compiler is not None:
+            record = store_kernels(folder, made.compiler)
         (folder / REPORT_FILE).write_text(report_text(record))
-        if selection is not None:
-            _draw(selection, conversion, folder)
+        if made.selection is not None:
+            _draw(made.selection, made.conversion, folder)
         code = _validate_and_copy_code_paths(options.code_paths, str(folder))
         if options.signature is None or options.signature is True:
             model.signature = signature_of(record.inputs, record.outputs, record.profiles, record.batch_axis)
@@ -192,10 +187,9 @@ def _kept(verification: Verification | None) -> dict[str, Any]:
     }
 
 
-def searchable_facts(
-    conversion: Conversion, verification: Verification | None, selection: Selection | None = None
-) -> dict[str, str]:
+def searchable_facts(made: Made) -> dict[str, str]:
     """What is worth searching for, as it appears in params and tags."""
+    conversion, verification = made.conversion, made.verification
     engine, axis = conversion.engine, conversion.profiles.batch_axis
     facts = {
         "mlflow_trt.precision": str(conversion.recipe.precision),
@@ -203,8 +197,8 @@ def searchable_facts(
         "mlflow_trt.target": engine.target,
         "mlflow_trt.source_digest": conversion.source.digest,
     }
-    if selection is not None:
-        facts["mlflow_trt.precision_asked"] = str(selection.asked)
+    if made.selection is not None:
+        facts["mlflow_trt.precision_asked"] = str(made.selection.asked)
     if verification is not None and verification.verdict is not None:
         facts["mlflow_trt.verification"] = str(verification.verdict)
         facts["mlflow_trt.relative_error"] = f"{verification.comparisons[-1].relative_error:.3g}"

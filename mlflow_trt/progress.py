@@ -28,6 +28,16 @@ def shown_progress(what: str) -> Iterator[ProgressCallback]:
         display.close()
 
 
+@contextmanager
+def told_progress(what: str, given: ProgressCallback | None) -> Iterator[ProgressCallback]:
+    """The callback that was given, or one that shows progress on standard error."""
+    if given is not None:
+        yield given
+    else:
+        with shown_progress(what) as shown:
+            yield shown
+
+
 class _Bar:
     def __init__(self, what: str, console: Console) -> None:
         columns = (

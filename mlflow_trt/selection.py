@@ -10,13 +10,12 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from mlflow_trt.spec import Precision, Shape
+from mlflow_trt.spec import Precision, Shape, StrEnum
 
 NOISE = 0.02
 """The share of a latency that counts as noise even on the quietest of machines."""
@@ -25,7 +24,7 @@ CANDIDATES = (Precision.FP32, Precision.TF32, Precision.FP16, Precision.BF16, Pr
 """What `best` tries, the widest number format first."""
 
 
-class Fate(str, enum.Enum):
+class Fate(StrEnum):
     """What became of a candidate. `PASSED` the accuracy gate, and is not chosen from yet."""
 
     PASSED = "passed"
@@ -36,9 +35,6 @@ class Fate(str, enum.Enum):
     NOT_BUILT = "not built"
     NOT_RUN = "not run"
     LEFT_OUT = "left out"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True, kw_only=True)

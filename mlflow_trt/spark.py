@@ -142,7 +142,9 @@ def _result_type(outputs: tuple[TensorSpec, ...]) -> Any:
     fields = []
     for spec in outputs:
         if spec.dtype not in _TYPES:
-            raise UnsupportedModelError(f"output {spec.name!r} is of dtype {spec.dtype}, which Spark does not have")
+            raise UnsupportedModelError(
+                f"output {spec.name!r} is of dtype {spec.dtype}, which Spark does not have; cast it in the model"
+            )
         kind = getattr(spark_types, _TYPES[spec.dtype])()
         for _ in spec.shape[1:]:
             kind = spark_types.ArrayType(kind)

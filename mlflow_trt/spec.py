@@ -23,7 +23,14 @@ def is_placeholder(dim: Dim) -> bool:
     return dim is None or (isinstance(dim, str) and not any(character.isalnum() for character in dim))
 
 
-class Precision(str, enum.Enum):
+class StrEnum(str, enum.Enum):
+    """Members that are written as their values, in texts and in JSON: `enum.StrEnum`, which Python 3.10 has not."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class Precision(StrEnum):
     """The number formats that an engine may compute in.
 
     `FP32` is strict: the builder's TF32 flag is cleared. `TF32` sets it, which lets matrix products and convolutions
@@ -40,11 +47,8 @@ class Precision(str, enum.Enum):
     FP8 = "fp8"
     BEST = "best"
 
-    def __str__(self) -> str:
-        return self.value
 
-
-class CalibrationMethod(str, enum.Enum):
+class CalibrationMethod(StrEnum):
     """How the range of a quantized tensor follows from values seen: from all, the most telling, or 99.999 % of them.
 
     Source: `onnxruntime.quantization.CalibrationMethod`.
@@ -54,18 +58,12 @@ class CalibrationMethod(str, enum.Enum):
     ENTROPY = "entropy"
     PERCENTILE = "percentile"
 
-    def __str__(self) -> str:
-        return self.value
 
-
-class Distribution(str, enum.Enum):
+class Distribution(StrEnum):
     """Which TensorRT: the value is the name of the Python module."""
 
     TENSORRT = "tensorrt"
     TENSORRT_RTX = "tensorrt_rtx"
-
-    def __str__(self) -> str:
-        return self.value
 
     @property
     def label(self) -> str:
@@ -77,18 +75,15 @@ class Distribution(str, enum.Enum):
         return self.value.replace("_", "-")
 
 
-class HardwareCompatibility(str, enum.Enum):
+class HardwareCompatibility(StrEnum):
     """On which other GPUs an engine of the `tensorrt` distribution may run, at some cost in speed."""
 
     NONE = "none"
     AMPERE_PLUS = "ampere_plus"
     SAME_COMPUTE_CAPABILITY = "same_compute_capability"
 
-    def __str__(self) -> str:
-        return self.value
 
-
-class Weights(str, enum.Enum):
+class Weights(StrEnum):
     """Which weights a plan holds, and whether they can be exchanged.
 
     `STRIPPED` plans hold none that can be put back from the typed model, which is done each time one is loaded.
@@ -98,19 +93,13 @@ class Weights(str, enum.Enum):
     REFITTABLE = "refittable"
     STRIPPED = "stripped"
 
-    def __str__(self) -> str:
-        return self.value
 
-
-class ProfilingVerbosity(str, enum.Enum):
+class ProfilingVerbosity(StrEnum):
     """How much an engine tells about its layers."""
 
     NONE = "none"
     LAYER_NAMES_ONLY = "layer_names_only"
     DETAILED = "detailed"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 class ComputeCapability(NamedTuple):
@@ -288,8 +277,8 @@ class PrecisionReport:
     `nodes` counts all nodes, `changed_nodes` those that compute in the precision that was asked for. `node_types` and
     `weight_types` tell how many nodes that compute with floats, and how many values of weights, are of which type.
     `kept` lists the nodes that stayed in float32, `weight_only` those that compute in float32 with quantized weights.
-    `largest` has the tensors with the largest magnitudes seen. Sizes are
-    in bytes, of the model before and after the pass.
+    `largest` has the tensors with the largest magnitudes seen. Sizes are in bytes, of the model before and after the
+    pass.
     """
 
     precision: Precision

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from mlflow_trt.artifact import ModelFolder, StoredModel
 from mlflow_trt.errors import EngineMismatchError, RecipeError
@@ -19,6 +20,14 @@ BACKENDS = ("tensorrt", "onnxruntime")
 _VERSION_FOLDER = "1"
 # ONNX Runtime has few kernels for these, so it gets the model as it was before.
 _SOURCE_FOR_ONNXRUNTIME = {Precision.BF16, Precision.FP8}
+
+
+class _Written(NamedTuple):
+    """The files of a model's version, as `Layout` names them, and what to say about them."""
+
+    default_file: str
+    files_by_capability: Mapping[str, str]
+    remarks: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +75,18 @@ def export_triton(
     if target.exists():
         raise RecipeError(f"{target} exists already; name another repository, or another name=", option="repository")
     check_target(target)
-    layout = Layout(name=name, backend=backend, default_file="", instances=instances, queue_delay=queue_delay)
     with opened_folder(model_uri) as folder, written_aside(target) as aside:
         (aside / _VERSION_FOLDER).mkdir()
         write = _write_engines if backend == "tensorrt" else _write_onnx
-        layout, remarks = write(folder, aside / _VERSION_FOLDER, layout)
+        default_file, files_by_capability, remarks = write(folder, aside / _VERSION_FOLDER)
+        layout = Layout(
+            name=name,
+            backend=backend,
+            default_file=default_file,
+            files_by_capability=files_by_capability,
+            instances=instances,
+            queue_delay=queue_delay,
+        )
         (aside / "config.pbtxt").write_text(config_text(folder.record, layout))
         for file, content in warmup_files(folder.record).items():
             (aside / "warmup").mkdir(exist_ok=True)
@@ -91,7 +107,7 @@ def _name_of(model_uri: str) -> str:
     raise RecipeError(f"{model_uri} tells no name for the model; give one with name=", option="name")
 
 
-def _write_engines(folder: ModelFolder, target: Path, layout: Layout) -> tuple[Layout, tuple[str, ...]]:
+def _write_engines(folder: ModelFolder, target: Path) -> _Written:
     """The engines that one Triton can load, each under the compute capabilities that it was built for."""
     chosen, left_out = _loadable(folder.record.engines)
     if not chosen:
@@ -103,19 +119,23 @@ def _write_engines(folder: ModelFolder, target: Path, layout: Layout) -> tuple[L
         )
     names: dict[str, str] = {}
     default = ""
-    for engine in chosen:
-        file = "model.plan" if len(chosen) == 1 else PurePosixPath(engine.file).name
-        (target / file).write_bytes(folder.read_plan(engine))
-        if engine.is_ampere_plus or len(chosen) == 1:
-            default = default or file
-        for capability in () if len(chosen) == 1 else engine.compute_capabilities:
-            parsed = ComputeCapability.parse(capability)
-            names.setdefault(f"{parsed.major}.{parsed.minor}", file)
-    layout = replace(layout, default_file=default or next(iter(names.values())), files_by_capability=names)
+    if len(chosen) == 1:
+        default = "model.plan"
+        (target / default).write_bytes(folder.read_plan(chosen[0]))
+    else:
+        for engine in chosen:
+            file = PurePosixPath(engine.file).name
+            (target / file).write_bytes(folder.read_plan(engine))
+            if engine.is_ampere_plus:
+                default = default or file
+            for capability in engine.compute_capabilities:
+                parsed = ComputeCapability.parse(capability)
+                names.setdefault(f"{parsed.major}.{parsed.minor}", file)
     needs = f"needs a Triton with TensorRT {_release(chosen[0])}"
     if all(engine.version_compatible for engine in chosen):
         needs += " or a later minor release, started with --backend-config=tensorrt,version-compatible=true"
-    return layout, (needs, *(f"left out {reason}" for reason in left_out))
+    remarks = (needs, *(f"left out {reason}" for reason in left_out))
+    return _Written(default or next(iter(names.values())), names, remarks)
 
 
 def _loadable(engines: Sequence[EngineRecord]) -> tuple[list[EngineRecord], list[str]]:
@@ -153,7 +173,7 @@ def _release(engine: EngineRecord) -> str:
     return ".".join(engine.version.split(".")[:3])
 
 
-def _write_onnx(folder: ModelFolder, target: Path, layout: Layout) -> tuple[Layout, tuple[str, ...]]:
+def _write_onnx(folder: ModelFolder, target: Path) -> _Written:
     record = folder.record
     use_source = record.recipe.precision in _SOURCE_FOR_ONNXRUNTIME
     stored: StoredModel = record.source if use_source else record.typed
@@ -164,4 +184,4 @@ def _write_onnx(folder: ModelFolder, target: Path, layout: Layout) -> tuple[Layo
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder.path / file, place)
     remarks = (f"the source model, since ONNX Runtime has few kernels for {record.recipe.precision}",)
-    return replace(layout, default_file="model.onnx"), remarks if use_source else ()
+    return _Written("model.onnx", {}, remarks if use_source else ())

@@ -113,7 +113,9 @@ def _tensor(spec: TensorSpec, batch: int, *, is_shape: bool = False) -> Fields:
 
 def _type(spec: TensorSpec) -> Symbol:
     if spec.dtype not in _TYPES:
-        raise UnsupportedModelError(f"{spec.name!r} is of dtype {spec.dtype}, which Triton does not have")
+        raise UnsupportedModelError(
+            f"{spec.name!r} is of dtype {spec.dtype}, which Triton does not have; cast it in the model"
+        )
     return Symbol(_TYPES[spec.dtype])
 
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from mlflow_trt import trt_api, trt_callbacks
-from mlflow_trt._logging import get_logger
 from mlflow_trt.spec import ComputeCapability, Distribution, HardwareCompatibility, ProfilingVerbosity
 
 DISTRIBUTION_VARIABLE = "MLFLOW_TRT_DISTRIBUTION"
@@ -35,8 +34,6 @@ _DTYPES = {
     "INT64": "int64",
     "BOOL": "bool",
 }
-
-_log = get_logger(__name__)
 
 
 def is_installed(module: str) -> bool:

@@ -72,7 +72,11 @@ def parquet_request(inputs: Inputs) -> Request:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise _missing("pyarrow") from error
+        from mlflow_trt.errors import MissingDependencyError
+
+        raise MissingDependencyError(
+            "pyarrow is not installed: `pip install 'mlflow-trt[client]'`", packages=("pyarrow",)
+        ) from error
 
     columns = {name: _column(name, value, pa) for name, value in inputs.items()}
     fields = [pa.field(name, column.type, nullable=False) for name, column in columns.items()]
@@ -243,12 +247,4 @@ def _no_table() -> Exception:
     return InputError(
         "these inputs do not fit a table, which parquet and bytes need: each must be an array or a list of bytes, all "
         "with the same number of rows, which is not 0"
-    )
-
-
-def _missing(package: str) -> ImportError:
-    from mlflow_trt.errors import MissingDependencyError
-
-    return MissingDependencyError(
-        f"{package} is not installed: `pip install 'mlflow-trt[client]'`", packages=(package,)
     )

@@ -12,6 +12,7 @@ from real_models import RealModel
 
 from mlflow_trt.convert.onnx_model import OnnxModel, read_onnx
 from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
+from mlflow_trt.spec import ComputeCapability, Gpu
 
 
 class Store:
@@ -30,6 +31,13 @@ class Store:
 
     def is_untouched(self) -> bool:
         return not self.logged_models() and not self.client.search_registered_models()
+
+
+def gpu(target: str) -> Gpu:
+    """A GPU of this compute capability, which no machine has."""
+    return Gpu(
+        ordinal=0, name="a GPU", compute_capability=ComputeCapability.parse(target), memory=1 << 30, uuid="GPU-1"
+    )
 
 
 def reference(source: OnnxModel) -> OnnxRuntimeSession:

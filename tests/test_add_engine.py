@@ -10,6 +10,7 @@ import mlflow
 import networks
 import numpy as np
 import pytest
+from helpers import gpu
 from mlflow.artifacts import download_artifacts
 from test_cli import run
 from test_lineage import failing, registry_state
@@ -20,7 +21,7 @@ from mlflow_trt.add_engine import _widen_requirements
 from mlflow_trt.add_engine import add_engine as add
 from mlflow_trt.artifact import add_engine_file, read_folder
 from mlflow_trt.fitting import why_not
-from mlflow_trt.spec import ComputeCapability, Distribution, Gpu
+from mlflow_trt.spec import Distribution
 
 
 @pytest.fixture
@@ -29,10 +30,6 @@ def registered(store):
     mlflow_trt.convert_model_version("models:/p/1", "p-trt", batch=(1, 4, 8), targets="sm86", tags={"team": "a"})
     store.client.update_model_version("p-trt", "1", "described")
     return store
-
-
-def gpu(text: str) -> Gpu:
-    return Gpu(ordinal=0, name="a GPU", compute_capability=ComputeCapability.parse(text), memory=1 << 30, uuid="")
 
 
 def digests(folder: Path) -> dict[str, bytes]:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 
 from mlflow_trt import ArtifactError, FormatError, IntegrityError
 from mlflow_trt.artifact import RECORD_FILE, read_folder
 from mlflow_trt.convert.onnx_model import sha256_of
-from mlflow_trt.fitting import why_not
-from mlflow_trt.spec import ComputeCapability, Distribution, EngineRecord, Gpu, HardwareCompatibility
 
 
 @pytest.fixture
@@ -116,45 +113,3 @@ def test_other_folders_are_refused(tmp_path):
     (tmp_path / RECORD_FILE).write_text("{")
     with pytest.raises(ArtifactError, match="is damaged"):
         read_folder(tmp_path)
-
-
-def gpu(name: str) -> Gpu:
-    return Gpu(ordinal=0, name="a GPU", compute_capability=ComputeCapability.parse(name), memory=1, uuid="GPU-1")
-
-
-RTX = EngineRecord(file="e.plan", sha256="", size=1, distribution=Distribution.TENSORRT_RTX, version="1.7.1.116")
-TRT = replace(RTX, distribution=Distribution.TENSORRT, version="10.13.2.6", compute_capabilities=("sm86",), gpu="a GPU")
-SAME = HardwareCompatibility.SAME_COMPUTE_CAPABILITY
-
-
-@pytest.mark.parametrize(
-    ("engine", "version", "capability", "reason"),
-    [
-        (RTX, "1.7.1.116", "sm86", None),
-        (RTX, "1.7.1.116", "sm120", None),
-        (RTX, "1.7.1.116", "sm75", "it was built for sm80plus, and this GPU is a GPU (sm75)"),
-        (RTX, "1.6.1.120", "sm86", "it was built by TensorRT-RTX 1.7.1.116, and this is 1.6.1.120"),
-        (replace(RTX, compute_capabilities=("sm86", "sm89")), "1.7.1.116", "sm89", None),
-        (replace(RTX, compute_capabilities=("sm86",)), "1.7.1.116", "sm89", "built for sm86, and this GPU is"),
-        (TRT, "10.13.2.6", "sm86", None),
-        (TRT, "10.13.2.6", "sm89", "it was built for sm86"),
-        (replace(TRT, gpu="another"), "10.13.2.6", "sm86", "it was built on another, and this GPU is a GPU (sm86)"),
-        (replace(TRT, gpu="another", hardware_compatibility=SAME), "10.13.2.6", "sm86", None),
-        (replace(RTX, gpu="another"), "1.7.1.116", "sm86", None),
-        (TRT, "10.14.0.1", "sm86", "it was built by TensorRT 10.13.2.6, and this is 10.14.0.1"),
-        (replace(TRT, version_compatible=True), "10.14.0.1", "sm86", None),
-        (replace(TRT, version_compatible=True), "10.12.0.1", "sm86", "it was built by"),
-        (replace(TRT, version_compatible=True), "11.0.0.1", "sm86", "it was built by"),
-        (replace(TRT, hardware_compatibility=HardwareCompatibility.AMPERE_PLUS), "10.13.2.6", "sm120", None),
-        (replace(TRT, hardware_compatibility=HardwareCompatibility.AMPERE_PLUS), "10.13.2.6", "sm75", "sm80plus"),
-    ],
-)
-def test_which_engine_fits(engine, version, capability, reason):
-    found = why_not(engine, engine.distribution, version, gpu(capability))
-    assert found is None if reason is None else reason in found
-
-
-def test_the_other_distribution_does_not_fit():
-    assert why_not(RTX, Distribution.TENSORRT, "1.7.1.116", gpu("sm86")) == (
-        "it was built by TensorRT-RTX, and this is TensorRT"
-    )

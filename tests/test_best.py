@@ -13,6 +13,7 @@ import networks
 import numpy as np
 import pytest
 from compare import relative_error
+from helpers import gpu
 from real_models import MAGIKA, TRANSFORMER, calibration_data
 from test_cli import run
 from typer.testing import CliRunner
@@ -41,7 +42,6 @@ from mlflow_trt.measuring import measured_on, usual_feeds
 from mlflow_trt.planning import plan_conversion
 from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
 from mlflow_trt.selection import Fate
-from mlflow_trt.spec import ComputeCapability, Gpu
 
 DATA = {"x": networks.rows(32)}
 WITHOUT_GPU = pytest.mark.skipif(probe().problem is None, reason="is about machines without a GPU")
@@ -53,8 +53,7 @@ class Stopwatch:
     description = "a stopwatch"
 
     def __init__(self, target="sm86", **milliseconds):
-        capability = ComputeCapability.parse(target)
-        self.gpu = Gpu(ordinal=0, name="a GPU", compute_capability=capability, memory=1 << 30, uuid="")
+        self.gpu = gpu(target)
         self.milliseconds = {"fp32": 4.0, "fp16": 2.0, "bf16": 3.0, "int8": 1.0, "fp8": 1.0} | milliseconds
         self.order: list[str] = []
         self.open: set[str] = set()

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
-from serving import _free_port, served
+from serving import free_port, served
 
 import mlflow_trt
 from mlflow_trt import wire
@@ -203,7 +203,7 @@ class TestTryingAgain:
         assert len(received) == 1
 
     def test_no_server(self):
-        with Client(f"http://127.0.0.1:{_free_port()}", retries=1, backoff=0.01) as client:
+        with Client(f"http://127.0.0.1:{free_port()}", retries=1, backoff=0.01) as client:
             assert not client.ping()
             with pytest.raises(ServerUnavailableError, match="no server answers after 2 attempts .ConnectError"):
                 client.predict(ROW)
@@ -221,7 +221,7 @@ class TestTryingAgain:
         with scripted(BUSY) as (address, _), pytest.raises(ServerError, match="503"):
             asyncio.run(predict(address))
         with pytest.raises(ServerUnavailableError):
-            asyncio.run(predict(f"http://127.0.0.1:{_free_port()}"))
+            asyncio.run(predict(f"http://127.0.0.1:{free_port()}"))
 
 
 class TestFallingBack:

@@ -8,13 +8,12 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import networks
 import numpy as np
 import pytest
-from serving import _free_port
+from serving import ServerProcess, free_port, running
 from test_cli import run
 
 import mlflow_trt
@@ -73,7 +72,7 @@ def test_the_context_has_all_that_is_copied(folder, wheel, tmp_path):
 
 
 def test_what_the_image_runs_serves_the_model(folder, tmp_path):
-    port = _free_port()
+    port = free_port()
     write_image_context(str(folder), tmp_path / "image", ImageOptions(model_config=SETTINGS, port=port))
     found = dict(instructions((tmp_path / "image" / "Dockerfile").read_text()))
     variables = dict(item.split("=", 1) for item in shlex.split(found["ENV"]))
@@ -86,27 +85,16 @@ def test_what_the_image_runs_serves_the_model(folder, tmp_path):
     local = {"/opt/model": str(tmp_path / "image" / "model"), "0.0.0.0": "127.0.0.1"}
     environment = {
         **os.environ,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "MLFLOW_PYFUNC_INFERENCE_CONFIG": variables["MLFLOW_PYFUNC_INFERENCE_CONFIG"],
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}",
     }
     assert subprocess.run(healthy, capture_output=True, check=False).returncode == 1
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(
-            [local.get(part, part) for part in command], env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-        try:
-            deadline = time.monotonic() + 120
-            while subprocess.run(healthy, capture_output=True, check=False).returncode:
-                assert server.poll() is None, (tmp_path / "log").read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
-            x = networks.rows(3)
-            with Client(f"http://127.0.0.1:{port}") as client:
-                served = client.predict({"x": x})["y"]
-        finally:
-            os.killpg(server.pid, 15)
-            server.wait(timeout=30)
+    address = f"http://127.0.0.1:{port}"
+    x = networks.rows(3)
+    command = [local.get(part, part) for part in command]
+    with running(ServerProcess(command, environment, ready=f"{address}/ping")), Client(address) as client:
+        assert subprocess.run(healthy, capture_output=True, check=False).returncode == 0
+        served = client.predict({"x": x})["y"]
     with mlflow_trt.load_model(str(folder), runtime="onnxruntime") as session:
         assert np.array_equal(served, session.run({"x": x})["y"])
 

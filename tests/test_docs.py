@@ -74,6 +74,15 @@ def test_the_code_in_the_guide_runs(in_folder, capsys):
     assert "ONNX Runtime" in capsys.readouterr().out
 
 
+def test_the_code_in_the_page_about_precision_runs(store, in_folder):
+    (in_folder / "model.onnx").write_bytes(image_model().SerializeToString())
+    np.savez("inputs.npz", images=np.random.default_rng(1).standard_normal((8, 3, 16, 16)).astype(np.float32))
+    (code,) = blocks("docs/precision.md", "python")
+    exec(code, {})
+    (logged,) = store.logged_models()
+    assert logged.tags["mlflow_trt.precision"] == "fp16"
+
+
 def test_the_client_in_the_page_about_deploying_runs(in_folder):
     mlflow_trt.save_model(image_model(), "model", batch=(1, 4, 8), verify=False)
     (code,) = blocks("docs/deploy.md", "python")
@@ -107,6 +116,11 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+def test_the_guide_names_every_error():
+    text = (ROOT / "docs" / "guide.md").read_text()
+    assert {name for name in mlflow_trt.__all__ if name.endswith("Error")} <= set(re.findall(r"`(\w+Error)`", text))
 
 
 def test_the_table_of_load_settings_is_complete():

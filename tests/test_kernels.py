@@ -9,6 +9,7 @@ from pathlib import Path
 import mlflow
 import networks
 import pytest
+from helpers import gpu
 from mlflow.artifacts import download_artifacts
 from test_cli import run
 from typer.testing import CliRunner
@@ -37,13 +38,7 @@ from mlflow_trt.kernels import check_kernels, compiled_on
 from mlflow_trt.loading import shipped_kernels
 from mlflow_trt.planning import plan_conversion
 from mlflow_trt.runtime import device
-from mlflow_trt.spec import ComputeCapability, Distribution, Gpu
-
-
-def gpu(target: str) -> Gpu:
-    return Gpu(
-        ordinal=0, name="a GPU", compute_capability=ComputeCapability.parse(target), memory=1 << 30, uuid="GPU-1"
-    )
+from mlflow_trt.spec import Distribution
 
 
 class Compiler:

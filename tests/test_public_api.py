@@ -89,6 +89,7 @@ BASE = {
     "comparison",
     "dtypes",
     "errors",
+    "files",
     "fitting",
     "hardware",
     "inputs",
@@ -128,11 +129,13 @@ ALLOWED = {
     "progress": CONVERT,
     "signatures": BASE,
     "doctor": CONVERT | RUNTIME | {"cache"},
-    "packaging": CONVERT | {"artifact", "kernels", "report", "selection_plot", "signatures", "verify"},
+    "packaging": CONVERT | {"artifact", "kernels", "making", "report", "selection_plot", "signatures", "verify"},
     "registration": BASE,
     "lineage": CONVERT | {"cache", "registration"},
     "sources": CONVERT | {"sources"},
-    "flavor": CONVERT | RUNTIME | {"artifact", "loading", "making", "metrics", "packaging", "registration", "verify"},
+    "flavor": CONVERT
+    | RUNTIME
+    | {"artifact", "loading", "making", "metrics", "packaging", "progress", "registration", "verify"},
     "pyfunc": BASE | RUNTIME | {"artifact", "loading", "progress"},
     "registry": CONVERT | {"best", "flavor", "kernels", "lineage", "packaging", "registration", "sources"},
     "planning": CONVERT | {"lineage", "registry", "packaging", "signatures", "sources"},

@@ -10,7 +10,7 @@ from pathlib import Path
 import networks
 import onnx
 import pytest
-from serving import _free_port
+from serving import free_port
 
 from benchmarks.load import Answer, drive, summarized
 from mlflow_trt import wire
@@ -29,7 +29,7 @@ def test_what_clients_see():
 
 def test_clients_that_nobody_answers():
     request = wire.Request(content=b"", content_type=wire.JSON)
-    load = drive(f"http://127.0.0.1:{_free_port()}", request, 3, 0.05)
+    load = drive(f"http://127.0.0.1:{free_port()}", request, 3, 0.05)
     assert load.requests == 0
     assert load.failures >= 3
     assert "ConnectionRefusedError" in load.problem

@@ -117,7 +117,7 @@ def convert(
         given["register_as"] = register_as = register_as or default_name(source)
     if bool(register_as) + (output is not None) > 1 or not (register_as or output or save_engine or all_ or dry_run):
         raise typer.BadParameter("give either --register-as NAME or --output DIR")
-    if given["store_kernels"] and save_engine and not (register_as or output):
+    if store_kernels and save_engine and not (register_as or output):
         raise typer.BadParameter("--store-kernels stores them with a model: give --register-as NAME or --output DIR")
     if alias and not (register_as or all_):
         raise typer.BadParameter("--alias needs --register-as NAME")
@@ -129,6 +129,15 @@ def convert(
     command(given, source or onnx, recipe)
 
 
+def _asked(given: dict[str, Any]) -> dict[str, Any]:
+    """What every way of converting wants to know besides the recipe."""
+    return {
+        "calibration_data": given["calibration_data"],
+        "verify": not given["no_verify"],
+        "store_kernels": given["store_kernels"],
+    }
+
+
 def _convert_one(given: dict[str, Any], source: str, recipe: Any) -> None:
     from mlflow_trt.artifact import read_folder, record_to_dict
     from mlflow_trt.export import save_engine
@@ -136,11 +145,7 @@ def _convert_one(given: dict[str, Any], source: str, recipe: Any) -> None:
     from mlflow_trt.registry import convert_model_version, convert_to_folder
 
     name, alias, force = given["register_as"], given["alias"] or None, given["force"]
-    asked: dict[str, Any] = {
-        "calibration_data": given["calibration_data"],
-        "verify": not given["no_verify"],
-        "store_kernels": given["store_kernels"],
-    }
+    asked = _asked(given)
     with results_on_stdout(given["as_json"]), tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
         if name:
             version = convert_model_version(source, name, recipe=recipe, alias=alias, force=force, **asked)
@@ -171,10 +176,8 @@ def _plan(given: dict[str, Any], source: str, recipe: Any) -> None:
             recipe,
             registered_model_name=name,
             path=path,
-            calibration_data=given["calibration_data"],
-            verify=not given["no_verify"],
-            store_kernels=given["store_kernels"],
             force=given["force"],
+            **_asked(given),
         )
     if given["as_json"]:
         print_json(asdict(plan))
@@ -193,12 +196,10 @@ def _convert_all(given: dict[str, Any], _source: str, recipe: Any) -> None:
                 recipe,
                 name_pattern=given["register_as"] or "{name}-trt",
                 alias=given["alias"] or None,
-                calibration_data=given["calibration_data"],
-                verify=not given["no_verify"],
-                store_kernels=given["store_kernels"],
                 force=given["force"],
                 dry_run=given["dry_run"],
                 on_outcome=outcomes.append,
+                **_asked(given),
             )
     except KeyboardInterrupt:  # what was converted before it stays
         _render_outcomes(given, outcomes)

@@ -56,7 +56,7 @@ def parse_shapes(text: str, option: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def parse_settings(text: str) -> dict[str, Any] | None:
+def parse_settings(text: str, option: str) -> dict[str, Any] | None:
     """`{"runtime": "auto"}`, or nothing."""
     if not text:
         return None
@@ -65,7 +65,7 @@ def parse_settings(text: str) -> dict[str, Any] | None:
     except ValueError:
         settings = None
     if not isinstance(settings, dict):
-        raise typer.BadParameter(f'--model-config: {text!r}: expected JSON like {{"runtime": "auto"}}')
+        raise typer.BadParameter(f'{option}: {text!r}: expected JSON like {{"runtime": "auto"}}')
     return settings
 
 

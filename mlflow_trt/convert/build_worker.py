@@ -19,7 +19,8 @@ from typing import Any
 
 from mlflow_trt import trt_api
 from mlflow_trt.convert.build_failure import BuildFailure
-from mlflow_trt.convert.timing_cache import TimingCacheFile, write_whole
+from mlflow_trt.convert.timing_cache import TimingCacheFile
+from mlflow_trt.files import write_whole
 from mlflow_trt.hardware import probe
 from mlflow_trt.spec import ComputeCapability, Distribution, HardwareCompatibility, ProfilingVerbosity, Weights
 from mlflow_trt.trt import TensorRT, import_distribution

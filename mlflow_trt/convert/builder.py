@@ -16,15 +16,12 @@ from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
 from mlflow_trt import trt
-from mlflow_trt._logging import get_logger
 from mlflow_trt.convert.build_worker import Job
 from mlflow_trt.convert.limits import check_recipe
 from mlflow_trt.convert.onnx_model import sha256_of
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import BuildError, RecipeError, RuntimeUnavailableError, UnsupportedModelError
 from mlflow_trt.spec import Distribution, EngineRecord, Precision, ShapeProfile
-
-_log = get_logger(__name__)
 
 _WORKER = """
 import json, sys

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,22 +14,19 @@ from mlflow_trt.convert.profiles import Profiles
 from mlflow_trt.dtypes import numpy_dtype
 from mlflow_trt.errors import InputError, InputShapeError
 from mlflow_trt.inputs import Array, Feeds, prepare_feeds
-from mlflow_trt.spec import Shape, TensorSpec
+from mlflow_trt.spec import Shape, StrEnum, TensorSpec
 
 _ROWS_AT_ONCE = 8
 _GENERATED_FEEDS = 2
 
 
-class SampleOrigin(str, enum.Enum):
+class SampleOrigin(StrEnum):
     """Where sample inputs are from, in the words that messages use. Noise is no evidence of what real inputs do."""
 
     CALIBRATION_DATA = "calibration data"
     INPUT_EXAMPLE = "the input example"
     GENERATED = "generated noise"
     GOLDEN = "the golden sample"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True, kw_only=True)

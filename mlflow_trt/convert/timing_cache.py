@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from mlflow_trt import trt_api
 from mlflow_trt.convert.build_failure import BuildFailure
+from mlflow_trt.files import write_whole
 from mlflow_trt.trt import TensorRT
 
 
@@ -51,12 +50,3 @@ class TimingCacheFile:
         with self._path.with_name(f"{self._path.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
-
-
-def write_whole(path: Path, memory: Any) -> None:
-    """Write aside, then replace: whoever reads the path sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(memoryview(memory))
-    partial.replace(path)
