@@ -58,6 +58,9 @@ def open_session(folder: ModelFolder, settings: LoadSettings, progress: Progress
         return _open_tensorrt(folder, settings, progress)
     except (RuntimeUnavailableError, EngineMismatchError, BuildError, ExecutionError) as error:
         if settings.runtime != "auto":
+            if isinstance(error, RuntimeUnavailableError):
+                hint = "Use runtime='onnxruntime' to run the source model on the CPU."
+                raise error.retold(f"{error.message.rstrip('.')}. {hint}") from error
             raise
         _log.warning("Running on ONNX Runtime, on the CPU, since TensorRT cannot run here: %s", error.message)
         session = _open_onnxruntime(folder, settings)

@@ -198,9 +198,9 @@ def work(names: list[str], out: Path, until: float) -> None:
     number = int(out.stem)
     cpus = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cpus[number % len(cpus)]})  # or each worker would start a thread for every CPU
-    gpus = gpu_count()
+    gpus = visible_gpus()
     if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
     cases = {case.name: case for case in (*operator_cases(), *real_cases())}
     with out.open("a") as lines:
         for name in names:
@@ -216,10 +216,11 @@ def work(names: list[str], out: Path, until: float) -> None:
                     break
 
 
-def gpu_count() -> int:
-    """Asked of a process of its own: this one must not have seen them before it chooses one."""
-    command = "from mlflow_trt.hardware import probe; print(len(probe().gpus))"
-    return int(subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout)
+def visible_gpus() -> list[str]:
+    """UUIDs, asked of a process of its own: this one must not have seen GPUs before it chooses one."""
+    command = "from mlflow_trt.hardware import probe; print(*(gpu.uuid for gpu in probe().gpus))"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    return done.stdout.split()
 
 
 def supervise(names: list[str], out: Path, until: float) -> list[Finding]:

@@ -37,10 +37,7 @@ def open_device(ordinal: int) -> Device:
 
 def _find(hardware: Hardware, ordinal: int) -> Gpu:
     if hardware.problem is not None:
-        raise RuntimeUnavailableError(
-            f"TensorRT needs an NVIDIA GPU: {hardware.problem}. "
-            "Use runtime='onnxruntime' to run the source model on the CPU."
-        )
+        raise RuntimeUnavailableError(f"TensorRT needs an NVIDIA GPU: {hardware.problem}")
     for gpu in hardware.gpus:
         if gpu.ordinal == ordinal:
             return gpu
