@@ -177,8 +177,7 @@ class MicroBatcher(Generic[AnySlot]):
             self._close_batch(batch)
             size = first.sizes.hold(batch.rows)
             try:
-                slot.load_tray(batch.tray, batch.rows, size, first.feeds, first.profile)
-                slot.launch()
+                slot.launch_tray(batch.tray, batch.rows, size, first.feeds, first.profile)
                 launched = self._launched = time.monotonic()
                 outputs = slot.finish()
                 # The shortest of late: what goes beyond it was spent waiting for the interpreter lock.

@@ -45,7 +45,7 @@ class Scheduler(Generic[AnySlot]):
 
     Args:
         make_slot: makes one more slot; called when it is needed.
-        make_tray: makes memory for so many rows of these inputs, which `Slot.load_tray` understands.
+        make_tray: makes memory for so many rows of these inputs, which `Slot.launch_tray` understands.
         profiles: what the engine accepts. Empty: anything, as ONNX Runtime does.
         axis: the batch axis, if the model has one.
         largest: the largest batch to run at once where there are no profiles; None for no limit, and then calls are
