@@ -60,7 +60,7 @@ class Driver:
         self.check_current()
         if sum(map(len, self.blocks.values())) + nbytes > self.room:
             raise self.MemoryError("out of memory")
-        address = self.freed.pop() if self.freed else next(self._numbers) << 32
+        address = self.freed.pop(0) if self.freed else next(self._numbers) << 32
         self.blocks[address] = np.full(nbytes, GARBAGE, np.uint8)
         return Allocation(self, address)
 

@@ -6,6 +6,7 @@ it, and every shape wants an execution context and a CUDA graph of its own.
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -81,7 +82,7 @@ class FewSizes:
         return (self.largest,) * whole + (_cover(rest, self.all) if rest or not whole else ())
 
     def hold(self, rows: int) -> int:
-        return next(size for size in self.all if size >= rows)
+        return self.all[bisect.bisect_left(self.all, rows)]
 
     def smaller(self) -> FewSizes | None:
         if len(self.all) == 1:
