@@ -48,17 +48,18 @@ class DoublingSlot:
         for part, start, stop in rows.copies("x"):
             self.x[start:stop] = part
 
-    def load_tray(self, tray, rows, size, feeds, profile):
-        self.check(size)
-        tray.pad(rows, size)
-        self.x = tray.arrays["x"][:size].copy()
-
     def check(self, size):
         if size > self.gate.most_rows:
             raise OutOfMemoryError("no room")
 
     def launch(self):
         self.gate.started.release()
+
+    def launch_tray(self, tray, rows, size, feeds, profile):
+        self.check(size)
+        tray.pad(rows, size)
+        self.x = tray.arrays["x"][:size].copy()
+        self.launch()
 
     def finish(self):
         assert self.gate.open.wait(10)

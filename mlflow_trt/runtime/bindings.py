@@ -10,7 +10,7 @@ from mlflow_trt.errors import ExecutionError, InputShapeError
 from mlflow_trt.runtime.batching import Shapes
 from mlflow_trt.runtime.buffers import Buffers
 from mlflow_trt.runtime.device import Event, Stream
-from mlflow_trt.runtime.engine import Context, Engine
+from mlflow_trt.runtime.engine import UNBOUND, Context, Engine
 
 MOST_CONTEXTS = 16
 """Each keeps its shapes, its bindings and its CUDA graph, so that a shape that comes again costs nothing but a launch.
@@ -42,17 +42,20 @@ class Bindings:
 
         Raises InputShapeError where TensorRT finds that the shapes do not go together.
         """
-        values = (self._values(name, shapes) for name in self._engine.on_host)
-        key = (profile, *shapes.values(), *values)
+        key: tuple[Hashable, ...] = (profile, *shapes.values())
+        if self._engine.on_host:
+            key += tuple(self._values(name, shapes) for name in self._engine.on_host)
+        context = self._contexts.get(key)
+        if context is not None and context.moves == self._buffers.moves.count:
+            self._contexts.move_to_end(key)
+            return context, False
         context = self._contexts.pop(key, None)
         if context is None:
             if len(self._contexts) < MOST_CONTEXTS:
                 context = self._engine.new_context()
             else:
                 _, context = self._contexts.popitem(last=False)
-            self.set_shapes(context, profile, shapes)
-        elif context.addresses != self._buffers.addresses():
-            self.set_shapes(context, profile, shapes)
+        self.set_shapes(context, profile, shapes)
         self._contexts[key] = context
         return context, self._engine.is_new(key)
 
@@ -78,7 +81,10 @@ class Bindings:
 
     def output_shapes(self, context: Context) -> Shapes:
         """The shapes of all outputs, after a run that came to its end."""
-        return {name: self._allocated[name] if shape is None else shape for name, shape in context.outputs.items()}
+        if not context.late:
+            return context.outputs
+        found = {**self._allocated, **context.outputs}
+        return {name: found[name] for name in self._engine.outputs}
 
     def clear(self) -> None:
         """Let go of everything, while the device is current: pycuda frees an event when nobody refers to it."""
@@ -89,7 +95,7 @@ class Bindings:
     def set_shapes(self, context: Context, profile: int, shapes: Shapes) -> None:
         """Bind a context to the buffers for these shapes."""
         raw, engine = context.raw, self._engine
-        context.addresses = ()
+        context.moves = UNBOUND
         context.runs = 0
         if profile != context.profile:
             if not raw.set_optimization_profile_async(profile, self._stream.handle):
@@ -109,25 +115,26 @@ class Bindings:
         if missing:
             raise engine.failure(f"infer the output shapes, since {', '.join(missing)} is not specified")
         found = {name: tuple(raw.get_tensor_shape(name)) for name in engine.outputs}
-        context.outputs = {name: None if depends_on_data(shape) else shape for name, shape in found.items()}
-        if None in context.outputs.values() and engine.uses_cuda_graphs:
+        context.late = [name for name, shape in found.items() if depends_on_data(shape)]
+        context.outputs = {name: shape for name, shape in found.items() if name not in context.late}
+        if context.late and engine.uses_cuda_graphs:
             # A graph would replay the allocations of the run that it was captured from.
             engine.uses_cuda_graphs = False
             context.replace(engine.new_context())
             self.set_shapes(context, profile, shapes)
             return
-        for name, known in context.outputs.items():
-            self._bind_output(context, name, known)
+        self._bind_outputs(context)
         context.scratch_bytes = raw.update_device_memory_size_for_shapes()
-        context.addresses = self._buffers.addresses()
+        context.moves = self._buffers.moves.count
 
-    def _bind_output(self, context: Context, name: str, shape: tuple[int, ...] | None) -> None:
-        """Give an output its memory; one of unknown shape asks the allocator for it while the engine runs."""
-        if shape is None:
+    def _bind_outputs(self, context: Context) -> None:
+        """Give the outputs their memory; for that of a late one TensorRT asks the allocator while the engine runs."""
+        for name, shape in context.outputs.items():
+            if not context.raw.set_tensor_address(name, self._buffers.reserve(name, shape)):
+                raise self._engine.failure(f"bind output {name!r}")
+        for name in context.late:
             if not context.raw.set_output_allocator(name, self._allocator):
                 raise self._engine.failure(f"set an output allocator for {name!r}")
-        elif not context.raw.set_tensor_address(name, self._buffers.reserve(name, shape)):
-            raise self._engine.failure(f"bind output {name!r}")
 
     def _values(self, name: str, shapes: Shapes) -> bytes:
         """The values of an input that shapes are computed from."""

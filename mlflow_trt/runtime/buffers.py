@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-
-import numpy as np
 
 from mlflow_trt.dtypes import numpy_dtype
 from mlflow_trt.inputs import Array, Feeds
-from mlflow_trt.runtime.device import Device, DeviceBuffer, PinnedBuffer
+from mlflow_trt.runtime.device import Device, DeviceBuffer, Moves, PinnedBuffer
 from mlflow_trt.runtime.engine import Engine
 from mlflow_trt.runtime.slots import Tray
 
@@ -17,23 +16,26 @@ class Buffers:
     """Grow when more is needed, and are kept. Tensors that TensorRT has on the host have no `memory`.
 
     All methods but `nbytes` want the device to be current.
+
+    Attributes:
+        moves: of the memory that TensorRT knows. CUDA graphs and contexts are good while their count stays the same.
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
         names = (*engine.inputs, *engine.outputs)
         device = engine.device
-        self.host: dict[str, PinnedBuffer] = {name: device.pinned_buffer() for name in names}
+        self._dtypes = {name: numpy_dtype(engine.dtypes[name]) for name in names}
+        self.moves = Moves()
+        self.host: dict[str, PinnedBuffer] = {
+            name: device.pinned_buffer(self.moves if name in engine.on_host else None) for name in names
+        }
         self.memory: dict[str, DeviceBuffer] = {
-            name: device.device_buffer() for name in names if name not in engine.on_host
+            name: device.device_buffer(self.moves) for name in names if name not in engine.on_host
         }
 
     def nbytes(self, name: str, shape: Sequence[int]) -> int:
         """How much memory a tensor takes."""
-        count = 1
-        for size in shape:
-            count *= size
-        return count * numpy_dtype(self._engine.dtypes[name]).itemsize
+        return math.prod(shape) * self._dtypes[name].itemsize
 
     def reserve(self, name: str, shape: tuple[int, ...]) -> int:
         """Make room for a tensor on both sides; returns the address that TensorRT is to use."""
@@ -43,14 +45,10 @@ class Buffers:
 
     def array(self, name: str, shape: tuple[int, ...]) -> Array:
         """A tensor's pinned memory; not a copy."""
-        return self.host[name].array(shape, numpy_dtype(self._engine.dtypes[name]))
+        return self.host[name].array(shape, self._dtypes[name])
 
     def address(self, name: str) -> int:
         return (self.memory if name in self.memory else self.host)[name].address
-
-    def addresses(self) -> tuple[int, ...]:
-        """Those of all tensors: CUDA graphs and contexts are good for as long as these stay the same."""
-        return tuple([self.address(name) for name in self.host])
 
     def free(self) -> None:
         for pinned in self.host.values():
@@ -70,7 +68,7 @@ class PinnedTray(Tray):
             for name, array in feeds.items():
                 shape = (rows, *array.shape[1:])
                 self.buffers[name] = buffer = device.pinned_buffer()
-                buffer.reserve(int(np.prod(shape, dtype=np.int64)) * array.itemsize)
+                buffer.reserve(math.prod(shape) * array.itemsize)
                 arrays[name] = buffer.array(shape, array.dtype)
         super().__init__(arrays, rows)
 

@@ -7,7 +7,6 @@ the calling thread and pops it again. Memory is allocated and freed only inside 
 
 from __future__ import annotations
 
-import math
 import threading
 from types import TracebackType
 from typing import Any, ClassVar
@@ -131,11 +130,11 @@ class Device:
     def event(self) -> Event:
         return Event(self._driver.Event())
 
-    def device_buffer(self) -> DeviceBuffer:
-        return DeviceBuffer(self._driver)
+    def device_buffer(self, moves: Moves | None = None) -> DeviceBuffer:
+        return DeviceBuffer(self._driver, moves)
 
-    def pinned_buffer(self) -> PinnedBuffer:
-        return PinnedBuffer(self._driver)
+    def pinned_buffer(self, moves: Moves | None = None) -> PinnedBuffer:
+        return PinnedBuffer(self._driver, moves)
 
 
 class Current:
@@ -166,21 +165,18 @@ class Stream:
     """A CUDA stream of its own, not the default one, and the copies on it."""
 
     def __init__(self, stream: Any, driver: Any) -> None:
+        self.handle = int(stream.handle)
         self._stream = stream
         self._driver = driver
-
-    @property
-    def handle(self) -> int:
-        return int(self._stream.handle)
 
     def upload(self, source: PinnedBuffer, target: DeviceBuffer, start: int, stop: int) -> None:
         """Copy these bytes of one to the same place in the other."""
         if stop > start:
-            self._driver.memcpy_htod_async(target.address + start, source.view(stop)[start:], self._stream)
+            self._driver.memcpy_htod_async(target.address + start, source.view(start, stop), self._stream)
 
     def download(self, source: DeviceBuffer, target: PinnedBuffer, nbytes: int) -> None:
         if nbytes:
-            self._driver.memcpy_dtoh_async(target.view(nbytes), source.address, self._stream)
+            self._driver.memcpy_dtoh_async(target.view(0, nbytes), source.address, self._stream)
 
     def copy(self, source: int, target: int, nbytes: int) -> None:
         """Copy from one address on the GPU to another."""
@@ -218,12 +214,25 @@ class Event:
         return float(self.raw.time_since(earlier.raw))
 
 
+class Moves:
+    """Counts how often buffers got memory or gave it back: their addresses are good while the count stays the same.
+
+    Comparing addresses would not do: freed memory may come back at the same address, and be smaller.
+    """
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
 class DeviceBuffer:
     """Memory on the GPU that grows when more is needed and is kept for the next call."""
 
-    def __init__(self, driver: Any) -> None:
+    def __init__(self, driver: Any, moves: Moves | None = None) -> None:
         self.address = 0
         self._driver = driver
+        self._moves = moves or Moves()
         self._memory: Any = None
         self.nbytes = 0
 
@@ -232,6 +241,7 @@ class DeviceBuffer:
         if self._memory is None or nbytes > self.nbytes:
             with Device.allocating:
                 self.free()
+                self._moves.count += 1
                 self._memory = self._driver.mem_alloc(max(nbytes, 1))
             self.nbytes = nbytes
             self.address = int(self._memory)
@@ -239,6 +249,7 @@ class DeviceBuffer:
 
     def free(self) -> None:
         if self._memory is not None:
+            self._moves.count += 1
             with Device.allocating:
                 self._memory.free()
             self._memory = None
@@ -248,35 +259,34 @@ class DeviceBuffer:
 class PinnedBuffer:
     """Page-locked host memory, which the GPU copies from and to at full speed; grows like DeviceBuffer."""
 
-    def __init__(self, driver: Any) -> None:
+    def __init__(self, driver: Any, moves: Moves | None = None) -> None:
         self.address = 0
         self._driver = driver
+        self._moves = moves or Moves()
         self._memory: Any = None
-        self._array: npt.NDArray[np.generic] | None = None  # the last one: the next is mostly the same
 
     def reserve(self, nbytes: int) -> int:
         """Make room for `nbytes`, whose contents are undefined, and return the host address. Never zero."""
         if self._memory is None or nbytes > self._memory.nbytes:
             with Device.allocating:
                 self.free()
+                self._moves.count += 1
                 self._memory = self._driver.pagelocked_empty(max(nbytes, 1), np.uint8)
             self.address = int(self._memory.ctypes.data)
         return self.address
 
-    def view(self, nbytes: int) -> npt.NDArray[np.uint8]:
-        view: npt.NDArray[np.uint8] = self._memory[:nbytes]
+    def view(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        view: npt.NDArray[np.uint8] = self._memory[start:stop]
         return view
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
         """The beginning of the buffer as an array of that shape; not a copy."""
-        array = self._array
-        if array is None or array.shape != shape or array.dtype != dtype:
-            array = self._array = self.view(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
-        return array
+        return np.ndarray(shape, dtype, buffer=self._memory.data)
 
     def free(self) -> None:
         if self._memory is not None:
+            self._moves.count += 1
             with Device.allocating:
                 self._memory.base.free()
-            self._memory = self._array = None
+            self._memory = None
             self.address = 0

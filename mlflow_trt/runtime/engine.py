@@ -24,6 +24,8 @@ from mlflow_trt.spec import InputRange, ShapeProfile, TensorSpec
 from mlflow_trt.trt import TensorRT
 
 FIRST_RUNS = 3
+UNBOUND = -1
+_NOTHING = contextlib.nullcontext()
 _log = get_logger(__name__)
 
 
@@ -40,22 +42,23 @@ class KernelStore(Protocol):
 class Context:
     """An execution context with shapes, and what follows from them.
 
-    `outputs` are None where their shape depends on data. `addresses` are those of all tensors; empty: none are bound.
-    `runs` are those since shapes or addresses changed.
+    `outputs` are the shapes of all outputs but the `late` ones, whose shape depends on data. `moves` is what the
+    buffers had counted when it was bound to them; UNBOUND: it is not. `runs` are those since then.
     """
 
     def __init__(self, raw: trt_api.IExecutionContext) -> None:
         self.raw = raw
         self.profile = 0
-        self.addresses: tuple[int, ...] = ()
-        self.outputs: dict[str, tuple[int, ...] | None] = {}
+        self.moves = UNBOUND
+        self.outputs: dict[str, tuple[int, ...]] = {}
+        self.late: list[str] = []
         self.scratch_bytes = 0
         self.scratch_address = 0
         self.runs = 0
 
     def replace(self, other: Context) -> None:
         """Be another context, which has no shapes yet."""
-        self.raw, self.profile, self.addresses, self.scratch_address, self.runs = other.raw, 0, (), 0, 0
+        self.raw, self.profile, self.moves, self.scratch_address, self.runs = other.raw, 0, UNBOUND, 0, 0
 
 
 class Engine:
@@ -140,7 +143,7 @@ class Engine:
             self._last = (stream, done)
             try:
                 # The first runs of a context may compile, allocate, and capture its graph.
-                with self.device.allocating if context.runs < FIRST_RUNS else contextlib.nullcontext():
+                with self.device.allocating if context.runs < FIRST_RUNS else _NOTHING:
                     if not context.raw.execute_async_v3(stream.handle):
                         raise self.failure("run the engine")
                 context.runs += 1

@@ -50,7 +50,11 @@ class EngineSlot:
             for name in self.engine.inputs:
                 self._load(name, rows)
 
-    def load_tray(self, tray: Tray, rows: int, size: int, feeds: Feeds, profile: int) -> None:
+    def launch(self) -> None:
+        with self._device.current():
+            self._launch()
+
+    def launch_tray(self, tray: Tray, rows: int, size: int, feeds: Feeds, profile: int) -> None:
         self.profile = profile
         self.shapes = {
             name: (size, *array.shape[1:]) if name in tray.arrays else array.shape for name, array in feeds.items()
@@ -63,23 +67,17 @@ class EngineSlot:
                 else:
                     part = tray.arrays[name][:size] if name in tray.arrays else feeds[name]
                     self._load(name, Rows([{name: part}], None, 0))
-
-    def launch(self) -> None:
-        with self._device.current():
-            self.execute()
-            for name, shape in self._context.outputs.items():
-                if shape is not None:
-                    self.download(name, shape)
+            self._launch()
 
     def finish(self) -> Outputs:
+        context = self._context
         with self._device.current():
             self.wait()
-            shapes = self.bindings.output_shapes(self._context)
-            late = [name for name, shape in self._context.outputs.items() if shape is None]
-            for name in late:
+            shapes = self.bindings.output_shapes(context)
+            for name in context.late:
                 self.buffers.host[name].reserve(self.buffers.nbytes(name, shapes[name]))
                 self.download(name, shapes[name])
-            if late:
+            if context.late:
                 self.stream.synchronize()
         return {name: self.buffers.array(name, shape) for name, shape in shapes.items()}
 
@@ -131,6 +129,11 @@ class EngineSlot:
         """Fetch an output, unless TensorRT writes it on the host."""
         if name in self.buffers.memory:
             self.stream.download(self.buffers.memory[name], self.buffers.host[name], self.buffers.nbytes(name, shape))
+
+    def _launch(self) -> None:
+        self.execute()
+        for name, shape in self._context.outputs.items():
+            self.download(name, shape)
 
     @property
     def _context(self) -> Context:

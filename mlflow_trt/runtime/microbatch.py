@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Generic
 
 from mlflow_trt.inputs import Feeds
@@ -26,38 +26,57 @@ MOST_TRAYS = 4
 CHEAP_BYTES = 4 << 20
 
 
-class Request:
-    """One caller's batch. Requests with the same `key` may run together; `sizes` are those of `profile`."""
+class Kind:
+    """What is the same for all requests of some shapes, so that it is found out only once.
 
-    __slots__ = ("feeds", "key", "profile", "rows", "sizes", "start", "wake")
+    Attributes:
+        profile, sizes: they run on this profile, in one of its sizes.
+        row: the dtypes and shapes of a row, which tell what trays are good for them.
+        cheap_rows: how many rows cost so little memory that every tray has them.
+    """
 
-    def __init__(self, feeds: Feeds, rows: int, *, profile: int, sizes: Sizes, key: Hashable) -> None:
-        self.feeds = feeds
-        self.rows = rows
+    __slots__ = ("cheap_rows", "profile", "row", "sizes")
+
+    def __init__(self, feeds: Feeds, batched: Sequence[str], profile: int, sizes: Sizes) -> None:
+        arrays = [feeds[name] for name in batched]
+        row_bytes = sum(math.prod(array.shape[1:]) * array.itemsize for array in arrays)
         self.profile = profile
         self.sizes = sizes
+        self.row: Hashable = tuple([(array.dtype, array.shape[1:]) for array in arrays])
+        self.cheap_rows = sizes.largest if sizes.largest * row_bytes <= CHEAP_BYTES else 1
+
+
+class Request:
+    """One caller's batch. Requests with the same `key` may run together; their kinds have one profile and row."""
+
+    __slots__ = ("feeds", "key", "kind", "outputs", "rows", "start", "wake")
+
+    def __init__(self, feeds: Feeds, rows: int, kind: Kind, key: Hashable) -> None:
+        self.feeds = feeds
+        self.rows = rows
+        self.kind = kind
         self.key = key
         self.start = 0
+        self.outputs: Outputs | None = None
         # Held until the outputs are there: a bare lock costs a tenth of an Event, and this is the hot path.
         self.wake = threading.Lock()
         self.wake.acquire()
 
 
 class _Batch:
-    """Requests that run together, and the memory that their rows are copied to.
+    """Requests that run together, and the memory that their rows are copied to. All methods want the lock."""
 
-    `changed` is for its leader alone: waking up threads that have nothing to do is what costs most here.
-    """
+    __slots__ = ("_changed", "_lock", "capacity", "copying", "is_shut", "requests", "rows", "tray")
 
     def __init__(self, tray: Tray, largest: int, lock: threading.Lock) -> None:
         self.tray = tray
-        self.changed = threading.Condition(lock)
         self.is_shut = False
         self.capacity = min(tray.rows, largest)
         self.rows = 0
         self.requests: list[Request] = []
         self.copying = 0
-        self.outputs: Outputs | None = None
+        self._lock = lock
+        self._changed: threading.Condition | None = None  # most leaders wait for nobody
 
     def has_room(self, rows: int) -> bool:
         return self.rows + rows <= self.capacity
@@ -67,6 +86,17 @@ class _Batch:
         self.rows += request.rows
         self.requests.append(request)
         self.copying += 1
+
+    def wait(self, seconds: float | None = None) -> None:
+        """For a change. Only the leader waits: waking up threads that have nothing to do is what costs most here."""
+        if self._changed is None:
+            self._changed = threading.Condition(self._lock)
+        self._changed.wait(seconds)
+
+    def tell(self) -> None:
+        """The leader, if it waits, that something changed."""
+        if self._changed is not None:
+            self._changed.notify()
 
 
 class MicroBatcher(Generic[AnySlot]):
@@ -92,7 +122,7 @@ class MicroBatcher(Generic[AnySlot]):
         max_delay: float,
     ) -> None:
         self._slots = slots
-        self._trays = _Trays(make_tray)
+        self._trays = _Trays(make_tray, batched)
         self._batched = batched
         self._run_alone = run_alone
         self._ran = ran
@@ -121,17 +151,15 @@ class MicroBatcher(Generic[AnySlot]):
                 self._dissolve(batch)
         if not leads:
             request.wake.acquire()
-        if batch.outputs is None:
-            return self._run_alone(request)
-        if len(batch.requests) == 1:
-            return batch.outputs
-        stop = request.start + request.rows
-        return {name: output[request.start : stop].copy() for name, output in batch.outputs.items()}
+        return self._run_alone(request) if request.outputs is None else request.outputs
 
-    def prepare(self, feeds: Feeds, sizes: Sizes, count: int) -> None:
+    def kind(self, feeds: Feeds, profile: int, sizes: Sizes) -> Kind:
+        """That of requests with such feeds."""
+        return Kind(feeds, self._batched, profile, sizes)
+
+    def prepare(self, feeds: Feeds, kind: Kind, count: int) -> None:
         """Make memory for so many of the largest batches with rows like those of `feeds`."""
-        batched = {name: feeds[name] for name in self._batched}
-        for tray in [self._trays.take(batched, sizes, rows=sizes.largest) for _ in range(count)]:
+        for tray in [self._trays.take(feeds, kind, kind.sizes.largest) for _ in range(count)]:
             self._trays.put_back(tray)
 
     def close(self) -> None:
@@ -144,13 +172,12 @@ class MicroBatcher(Generic[AnySlot]):
             if batch is not None and batch.has_room(request.rows):
                 self._seat(request, batch)
                 if not self._is_expecting(batch):
-                    batch.changed.notify()
+                    batch.tell()
                 return batch
             was_full = batch is not None
-        batched = {name: request.feeds[name] for name in self._batched}
-        tray = self._trays.take(batched, request.sizes, rows=request.rows, was_full=was_full)
+        tray = self._trays.take(request.feeds, request.kind, request.rows, was_full=was_full)
+        batch = _Batch(tray, request.kind.sizes.largest, self._lock)
         with self._lock:
-            batch = _Batch(tray, request.sizes.largest, self._lock)
             self._seat(request, batch)
             # Who comes from now on joins this one. One that is full, or was opened in the same moment, runs as it is.
             self._open[request.key] = batch
@@ -162,29 +189,30 @@ class MicroBatcher(Generic[AnySlot]):
 
     def _copy(self, request: Request, batch: _Batch) -> None:
         try:
+            start, stop = request.start, request.start + request.rows
             for name in self._batched:
-                target = batch.tray.arrays[name][request.start : request.start + request.rows]
-                copy_small(request.feeds[name], target)
+                copy_small(request.feeds[name], batch.tray.arrays[name][start:stop])
         finally:
             with self._lock:
                 batch.copying -= 1
                 if batch.is_shut and not batch.copying:
-                    batch.changed.notify()
+                    batch.tell()
 
     def _run_batch(self, first: Request, batch: _Batch) -> None:
         slot = self._slots.acquire()
         try:
             self._close_batch(batch)
-            size = first.sizes.hold(batch.rows)
+            size = first.kind.sizes.hold(batch.rows)
             try:
-                slot.load_tray(batch.tray, batch.rows, size, first.feeds, first.profile)
-                slot.launch()
+                slot.launch_tray(batch.tray, batch.rows, size, first.feeds, first.kind.profile)
                 launched = self._launched = time.monotonic()
                 outputs = slot.finish()
                 # The shortest of late: what goes beyond it was spent waiting for the interpreter lock.
                 self._seconds = min(1.2 * self._seconds, time.monotonic() - launched)
                 check_rows(outputs, size)
-                batch.outputs = {name: output[: batch.rows].copy() for name, output in outputs.items()}
+                for request in batch.requests:
+                    start, stop = request.start, request.start + request.rows
+                    request.outputs = {name: output[start:stop].copy() for name, output in outputs.items()}
             except BaseException:
                 slot.abandon()
                 raise
@@ -203,11 +231,12 @@ class MicroBatcher(Generic[AnySlot]):
         """
         with self._lock:
             self._usual_callers = max(self._callers, 0.8 * self._usual_callers)
-            now = time.monotonic()
-            half_done = self._launched + self._seconds / 2 if self._running else 0.0
-            until = min(now + self._max_delay, max(half_done, now + self._seconds / 4))
-            while self._is_expecting(batch) and (left := until - time.monotonic()) > 0:
-                batch.changed.wait(left)
+            if self._is_expecting(batch):
+                now = time.monotonic()
+                half_done = self._launched + self._seconds / 2 if self._running else 0.0
+                until = min(now + self._max_delay, max(half_done, now + self._seconds / 4))
+                while self._is_expecting(batch) and (left := until - time.monotonic()) > 0:
+                    batch.wait(left)
             self._shut(batch)
             self._running += len(batch.requests)
 
@@ -221,7 +250,7 @@ class MicroBatcher(Generic[AnySlot]):
             del self._open[key]
         batch.is_shut = True
         while batch.copying:
-            batch.changed.wait()
+            batch.wait()
 
     def _dissolve(self, batch: _Batch) -> None:
         """Let everybody go, whether there are outputs or not."""
@@ -238,20 +267,19 @@ class _Trays:
     number of callers, since a lone one needs a single row.
     """
 
-    def __init__(self, make: Callable[[Feeds, int], Tray]) -> None:
+    def __init__(self, make: Callable[[Feeds, int], Tray], batched: Sequence[str]) -> None:
         self._make = make
+        self._batched = batched
         self._lock = threading.Lock()
         self._kept: list[Tray] = []
         self._wanted: dict[Hashable, int] = {}
         self._closed = False
 
-    def take(self, feeds: Feeds, sizes: Sizes, *, rows: int, was_full: bool = False) -> Tray:
+    def take(self, feeds: Feeds, kind: Kind, rows: int, *, was_full: bool = False) -> Tray:
         """Memory for `rows` like those of `feeds`; for more where it was cheap, needed before, or the last was full."""
-        key = tuple((array.dtype, array.shape[1:]) for array in feeds.values())
-        row_bytes = sum(array[:1].nbytes for array in feeds.values())
-        cheap = sizes.largest if sizes.largest * row_bytes <= CHEAP_BYTES else 1
+        key, sizes = kind.row, kind.sizes
         with self._lock:
-            wanted = max(self._wanted.get(key, cheap), sizes.hold(rows))
+            wanted = max(self._wanted.get(key, kind.cheap_rows), sizes.hold(rows))
             if was_full:
                 wanted = min(2 * wanted, sizes.largest)
             if len(self._wanted) > MOST_TRAYS:
@@ -261,17 +289,18 @@ class _Trays:
                 if tray.key == key and tray.rows >= wanted:
                     self._kept.remove(tray)
                     return tray
-        tray = self._make(feeds, wanted)
+        tray = self._make({name: feeds[name] for name in self._batched}, wanted)
         tray.key = key
         return tray
 
     def put_back(self, tray: Tray) -> None:
         with self._lock:
-            self._kept.append(tray)
-            excess = self._kept if self._closed else self._kept[:-MOST_TRAYS]
-            self._kept = [] if self._closed else self._kept[-MOST_TRAYS:]
-        for old in excess:
-            old.close()
+            excess: Tray | None = tray
+            if not self._closed:
+                self._kept.append(tray)
+                excess = self._kept.pop(0) if len(self._kept) > MOST_TRAYS else None
+        if excess is not None:
+            excess.close()
 
     def close(self) -> None:
         with self._lock:

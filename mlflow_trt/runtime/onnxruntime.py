@@ -97,12 +97,12 @@ class OnnxRuntimeSlot:
                 pass
             self._feeds[name] = array
 
-    def load_tray(self, tray: Tray, rows: int, size: int, feeds: Feeds, _profile: int) -> None:
-        tray.pad(rows, size)
-        self._feeds = {name: tray.arrays[name][:size] if name in tray.arrays else feeds[name] for name in feeds}
-
     def launch(self) -> None:
         """ONNX Runtime has nothing to start ahead of time."""
+
+    def launch_tray(self, tray: Tray, rows: int, size: int, feeds: Feeds, _profile: int) -> None:
+        tray.pad(rows, size)
+        self._feeds = {name: tray.arrays[name][:size] if name in tray.arrays else feeds[name] for name in feeds}
 
     def finish(self) -> Outputs:
         return self._model.run(self._outputs, self._feeds)

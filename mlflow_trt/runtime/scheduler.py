@@ -21,7 +21,7 @@ from mlflow_trt.runtime.batching import (
     batch_size,
     take,
 )
-from mlflow_trt.runtime.microbatch import MicroBatcher, Request
+from mlflow_trt.runtime.microbatch import Kind, MicroBatcher, Request
 from mlflow_trt.runtime.profiles import choose_profile
 from mlflow_trt.runtime.slots import AnySlot, Slots, Tray
 from mlflow_trt.runtime.work import Work
@@ -41,7 +41,7 @@ class Scheduler(Generic[AnySlot]):
 
     Args:
         make_slot: makes one more slot; called when it is needed.
-        make_tray: makes memory for so many rows of these inputs, which `Slot.load_tray` understands.
+        make_tray: makes memory for so many rows of these inputs, which `Slot.launch_tray` understands.
         profiles: what the engine accepts. Empty: anything, as ONNX Runtime does.
         axis: the batch axis, if the model has one.
         largest: the largest batch to run at once where there are no profiles; None for no limit, and then calls are
@@ -138,7 +138,7 @@ class Scheduler(Generic[AnySlot]):
         """Make the memory that calls of several threads are put together in, for rows like those of `feeds`."""
         sizes = self.sizes_of(profile)
         if self._batches and sizes is not None:
-            self._batcher.prepare(feeds, sizes, MOST_SLOTS)
+            self._batcher.prepare(feeds, self._batcher.kind(feeds, profile, sizes), MOST_SLOTS)
 
     def close(self) -> None:
         """Refuse new calls, and wait for those that run."""
@@ -184,19 +184,20 @@ class Scheduler(Generic[AnySlot]):
         )
         key = (profile, *(feeds[name].shape[name in axis.inputs :] for name in feeds)) if together else None
         large = sum(array.nbytes for array in feeds.values()) > _LARGE_BYTES
-        return _Plan(profile, fits, rows, sizes, key, shared, large)
+        kind = self._batcher.kind(feeds, profile, sizes)
+        return _Plan(profile, fits, rows, sizes, key, kind, shared, large)
 
     def _run_rows(self, feeds: Feeds, plan: _Plan, *, alone: bool) -> Outputs:
         # A large batch with nobody to share the GPU with is better copied and uploaded at the same time.
-        if plan.key is None or plan.sizes is None or (alone and plan.large):
+        if plan.key is None or plan.kind is None or (alone and plan.large):
             return self._run_in_pieces(feeds, plan.rows, plan.profile)
         key: Hashable = plan.key
         if plan.shared:
             key = (key, *(feeds[name].tobytes() for name in plan.shared))
-        return self._batcher.run(Request(feeds, plan.rows, profile=plan.profile, sizes=plan.sizes, key=key))
+        return self._batcher.run(Request(feeds, plan.rows, plan.kind, key))
 
     def _run_alone(self, request: Request) -> Outputs:
-        return self._run_in_pieces(request.feeds, request.rows, request.profile)
+        return self._run_in_pieces(request.feeds, request.rows, request.kind.profile)
 
     def _run_whole(self, feeds: Feeds, profile: int) -> Outputs:
         with self.slots.lent() as slot:
@@ -269,5 +270,6 @@ class _Plan(NamedTuple):
     rows: int = 0
     sizes: Sizes | None = None
     key: Hashable = None
+    kind: Kind | None = None
     shared: tuple[str, ...] = ()
     large: bool = False

@@ -38,11 +38,11 @@ class Slot(Protocol):
     def load(self, rows: Rows, profile: int) -> None:
         """Copy the inputs to where the runtime reads them. Nothing else runs in this slot."""
 
-    def load_tray(self, tray: Tray, rows: int, size: int, feeds: Feeds, profile: int) -> None:
-        """Take `rows` from a tray, run as `size`, and from `feeds` the inputs that have no rows."""
-
     def launch(self) -> None:
         """Start the run; where the runtime can, without waiting for its end."""
+
+    def launch_tray(self, tray: Tray, rows: int, size: int, feeds: Feeds, profile: int) -> None:
+        """Load and launch `rows` of a tray, run as `size`, and the inputs of `feeds` that have no rows."""
 
     def finish(self) -> Outputs:
         """Wait for the end. The arrays are the slot's own: the next `load` overwrites them."""

@@ -1,0 +1,282 @@
+"""A GPU and a TensorRT that exist only in host memory, for what a session does with its memory and its streams.
+
+They are strict where a real one lets mistakes pass: nothing runs before somebody waits for it, freed memory is
+overwritten and its address given away again, and whatever reaches beyond its memory or comes without a current context
+is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import types
+
+import numpy as np
+
+from mlflow_trt.runtime.device import Device
+from mlflow_trt.runtime.tensorrt import TensorRTSession
+from mlflow_trt.spec import BatchAxis, ComputeCapability, Gpu, TensorSpec
+
+GARBAGE = 0xA5
+
+
+class Driver:
+    """What `Device` uses of `pycuda.driver`."""
+
+    class Error(Exception):
+        pass
+
+    class MemoryError(Error):  # noqa: A001  # as pycuda calls it
+        pass
+
+    def __init__(self):
+        self.blocks = {}
+        self.freed = []
+        self.streams = {}
+        self.running = threading.RLock()
+        self.room = 1 << 40
+        self._numbers = itertools.count(1)
+        self._pushed = threading.local()
+        self.Context = types.SimpleNamespace(pop=self._pop, synchronize=lambda: None)
+
+    def init(self):
+        pass
+
+    def Device(self, _ordinal):  # noqa: N802
+        context = types.SimpleNamespace(push=self._push)
+        return types.SimpleNamespace(retain_primary_context=lambda: context)
+
+    def Stream(self):  # noqa: N802
+        self.check_current()
+        stream = FakeStream(self, next(self._numbers))
+        self.streams[stream.handle] = stream
+        return stream
+
+    def Event(self):  # noqa: N802
+        return FakeEvent()
+
+    def mem_alloc(self, nbytes):
+        self.check_current()
+        if sum(map(len, self.blocks.values())) + nbytes > self.room:
+            raise self.MemoryError("out of memory")
+        address = self.freed.pop(0) if self.freed else next(self._numbers) << 32
+        self.blocks[address] = np.full(nbytes, GARBAGE, np.uint8)
+        return Allocation(self, address)
+
+    def pagelocked_empty(self, nbytes, _dtype):
+        self.check_current()
+        return np.asarray(Pinned(nbytes))
+
+    def memcpy_htod_async(self, address, source, stream):
+        stream.enqueue(lambda: np.copyto(self.at(address, source.nbytes), source))
+
+    def memcpy_dtoh_async(self, target, address, stream):
+        stream.enqueue(lambda: np.copyto(target, self.at(address, target.nbytes)))
+
+    def at(self, address, nbytes):
+        """The memory there. An error where it is nobody's."""
+        for start, block in self.blocks.items():
+            if start <= address and address + nbytes <= start + len(block):
+                return block[address - start : address - start + nbytes]
+        raise self.Error(f"{nbytes} bytes at {address:#x} are not allocated")
+
+    def check_current(self):
+        if not getattr(self._pushed, "depth", 0):
+            raise self.Error("no context is current")
+
+    def _push(self):
+        self._pushed.depth = getattr(self._pushed, "depth", 0) + 1
+
+    def _pop(self):
+        self.check_current()
+        self._pushed.depth -= 1
+
+
+class Allocation:
+    def __init__(self, driver, address):
+        self._driver = driver
+        self._address = address
+
+    def __int__(self):
+        return self._address
+
+    def free(self):
+        self._driver.check_current()
+        del self._driver.blocks[self._address]
+        self._driver.freed.append(self._address)
+
+
+class Pinned:
+    """What pycuda's arrays in pinned memory have as their base."""
+
+    def __init__(self, nbytes):
+        self._memory = np.full(nbytes, GARBAGE, np.uint8)
+        self.__array_interface__ = self._memory.__array_interface__
+
+    def free(self):
+        self._memory[:] = GARBAGE
+
+
+class FakeStream:
+    """Work that is done when somebody waits for it."""
+
+    def __init__(self, driver, handle):
+        self.handle = handle
+        self._driver = driver
+        self._work = []
+        self._done = 0
+
+    def enqueue(self, work):
+        self._driver.check_current()
+        self._work.append(work)
+
+    def run(self, until=None):
+        with self._driver.running:
+            while self._done < (len(self._work) if until is None else until):
+                work, self._work[self._done] = self._work[self._done], None
+                self._done += 1
+                work()
+
+    def position(self):
+        return len(self._work)
+
+    def wait_for_event(self, event):
+        stream, position = event.recorded
+        self.enqueue(lambda: stream.run(position))
+
+    def synchronize(self):
+        self._driver.check_current()
+        self.run()
+
+
+class FakeEvent:
+    recorded = None
+
+    def record(self, stream):
+        self.recorded = stream, stream.position()
+
+    def synchronize(self):
+        stream, position = self.recorded
+        stream.run(position)
+
+
+class FakeTensorRT:
+    """An engine for y = 2 x of two dimensions, and z, the first of each row, whose shape may depend on data."""
+
+    is_rtx = True
+    largest = 16
+
+    def __init__(self, driver, *, late=False):
+        self.driver = driver
+        self.late = late
+        self.made = 0
+        self.log = types.SimpleNamespace(errors=list, last_error=lambda: "nothing")
+
+    def __str__(self):
+        return "a TensorRT of the tests"
+
+    def runtime(self, **_):
+        engine = types.SimpleNamespace(
+            num_io_tensors=3,
+            num_optimization_profiles=1,
+            get_tensor_name=lambda index: "xyz"[index],
+            get_tensor_shape=lambda name: {"x": (-1, -1), "y": (-1, -1), "z": (-1,)}[name],
+            get_tensor_profile_shape=lambda *_: [(1, 1), (4, 2), (self.largest, 64)],
+        )
+        return types.SimpleNamespace(deserialize_cuda_engine=lambda _: engine)
+
+    def engine_validity(self, *_):
+        return None
+
+    def dtype(self, _engine, _name):
+        return "float32"
+
+    def is_on_host(self, _engine, _name):
+        return False
+
+    def is_input(self, _engine, name):
+        return name == "x"
+
+    def output_allocator(self, reallocate, notify_shape):
+        return types.SimpleNamespace(reallocate=reallocate, notify_shape=notify_shape)
+
+    def contexts(self, *_):
+        def new(**_):
+            self.made += 1
+            return FakeContext(self)
+
+        return types.SimpleNamespace(new=new, close=lambda: None, kernels=lambda: None)
+
+
+class FakeContext:
+    def __init__(self, tensorrt):
+        self._tensorrt = tensorrt
+        self._shape = ()
+        self._addresses = {}
+        self._allocator = None
+
+    def set_input_shape(self, _name, shape):
+        self._shape = shape
+        return True
+
+    def set_tensor_address(self, name, address):
+        self._addresses[name] = address
+        return True
+
+    def set_output_allocator(self, _name, allocator):
+        self._allocator = allocator
+        return True
+
+    def infer_shapes(self):
+        return []
+
+    def get_tensor_shape(self, name):
+        if name == "z":
+            return (-1,) if self._tensorrt.late else self._shape[:1]
+        return self._shape
+
+    def update_device_memory_size_for_shapes(self):
+        return 64
+
+    def set_device_memory(self, address, nbytes):
+        self._tensorrt.driver.at(address, nbytes)
+
+    def execute_async_v3(self, handle):
+        driver, (rows, columns) = self._tensorrt.driver, self._shape
+        if self._allocator is not None:
+            self._addresses["z"] = self._allocator.reallocate("z", rows * 4)
+            self._allocator.notify_shape("z", (rows,))
+        addresses = dict(self._addresses)
+
+        def work():
+            x, y, z = (
+                driver.at(addresses[name], count * 4).view(np.float32)
+                for name, count in (("x", rows * columns), ("y", rows * columns), ("z", rows))
+            )
+            y[:] = x * 2
+            z[:] = x.reshape(rows, columns)[:, 0]
+
+        driver.streams[handle].enqueue(work)
+        return True
+
+
+@contextlib.contextmanager
+def session(*, late=False, **settings):
+    """A session on such a GPU, and the GPU's driver and TensorRT."""
+    driver = Driver()
+    tensorrt = FakeTensorRT(driver, late=late)
+    gpu = Gpu(ordinal=0, name="a GPU of the tests", compute_capability=ComputeCapability(9, 0), memory=0, uuid="")
+    opened = TensorRTSession(
+        b"",
+        tensorrt=tensorrt,
+        device=Device(gpu, None, driver),
+        inputs=[TensorSpec(name="x", dtype="float32", shape=("rows", "columns"))],
+        outputs=[TensorSpec(name=name, dtype="float32", shape=shape)
+                 for name, shape in (("y", ("rows", "columns")), ("z", ("rows",)))],
+        batch_axis=BatchAxis(inputs=("x",), splits=True, declared=True),
+        **settings,
+    )  # fmt: skip
+    with opened:
+        yield opened, driver, tensorrt
+    assert not driver.blocks

@@ -1,0 +1,96 @@
+"""A session's memory, contexts and streams, on a GPU that exists only here: what goes in comes out doubled."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+
+import fake_gpu
+import numpy as np
+import pytest
+
+from mlflow_trt.errors import OutOfMemoryError
+from mlflow_trt.runtime.bindings import MOST_CONTEXTS
+
+TOGETHER = pytest.mark.parametrize("delay", [0, 5.0], ids=["each by itself", "together"])
+LATE = pytest.mark.parametrize("late", [False, True], ids=["shapes known", "shapes late"])
+
+
+def rows(count, columns=2, seed=0):
+    return np.random.default_rng(seed).standard_normal((count, columns)).astype(np.float32)
+
+
+def check(session, x):
+    outputs = session.run({"x": x})
+    assert np.array_equal(outputs["y"], x * 2)
+    assert np.array_equal(outputs["z"], x[:, 0])
+    return outputs
+
+
+@TOGETHER
+@LATE
+def test_buffers_grow_and_are_used_again(delay, late):
+    with fake_gpu.session(late=late, max_batch_delay_ms=delay) as (session, _, _):
+        for seed, (count, columns) in enumerate([(1, 1), (16, 2), (3, 2), (16, 64), (1, 1), (40, 64), (3, 2)]):
+            check(session, rows(count, columns, seed))
+
+
+@TOGETHER
+def test_freed_memory_that_comes_back_smaller_at_the_same_address_is_bound_again(delay):
+    """A context is not good for what its addresses happen to be, but for the memory that it was bound to."""
+    with fake_gpu.session(max_batch_delay_ms=delay) as (session, _, _):
+        check(session, rows(4, 64))
+        session._scheduler.slots.trim()
+        check(session, rows(1, 1))
+        check(session, rows(4, 64, seed=1))
+
+
+def test_contexts_are_kept_for_the_shapes_that_came_last():
+    with fake_gpu.session() as (session, _, tensorrt):
+        for columns in range(1, 2 * MOST_CONTEXTS):
+            check(session, rows(4, 64 - columns))
+        made = tensorrt.made
+        assert made <= MOST_CONTEXTS
+        for columns in range(1, 2 * MOST_CONTEXTS):
+            check(session, rows(4, columns))
+        assert tensorrt.made == made
+
+
+def test_results_are_the_callers():
+    with fake_gpu.session(max_batch_delay_ms=5.0) as (session, _, _):
+        x = rows(3)
+        first = check(session, x)
+        check(session, rows(3, seed=1))
+        session._scheduler.slots.trim()
+        assert np.array_equal(first["y"], x * 2)
+        assert all(output.base is None for output in first.values())
+
+
+def test_too_little_memory_passes():
+    with fake_gpu.session(max_batch_delay_ms=5.0) as (session, driver, _):
+        check(session, rows(1))
+        driver.room = 300
+        with pytest.raises(OutOfMemoryError):
+            session.run({"x": rows(16, 64)})
+        check(session, rows(1))
+        driver.room = 1 << 20
+        check(session, rows(16, 64))
+
+
+@TOGETHER
+@LATE
+def test_stress(delay, late):
+    """Threads, sizes and shapes mixed; buffers grow and are freed meanwhile."""
+    with fake_gpu.session(late=late, max_batch_delay_ms=delay) as (session, _, _):
+        barrier = threading.Barrier(8)
+
+        def work(thread):
+            random = np.random.default_rng(thread)
+            barrier.wait(10)
+            for n in range(150):
+                check(session, rows(random.integers(1, 20), random.choice([1, 2, 64]), seed=n))
+                if n % 40 == thread:
+                    session._scheduler.slots.trim()
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
