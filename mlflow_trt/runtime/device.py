@@ -60,8 +60,8 @@ class Device:
     """One GPU and its primary context in this process. Get it from `open_device`.
 
     Attributes:
-        allocating: held while memory is allocated or freed. CUDA refuses that to all threads while one of them
-            captures a graph, and makes the capture fail: whoever may capture holds it too.
+        allocating: held while memory is allocated or freed, or the whole GPU waited for. CUDA refuses that to all
+            threads while one of them captures a graph, and makes the capture fail: whoever may capture holds it too.
     """
 
     allocating: ClassVar[threading.RLock] = threading.RLock()
@@ -108,10 +108,11 @@ class Device:
         https://docs.nvidia.com/cuda/cuda-driver-api/, at CUresult.
         """
         try:
-            with self.current():
+            with self.allocating, self.current():
                 self.synchronize()
         except ExecutionError as error:
-            return error.message
+            # Another library of this process captures a graph, and nobody may wait for the GPU meanwhile.
+            return None if "captur" in error.message else error.message
         return None
 
     def fetch(
