@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,25 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
         return PyfuncModel(open_session(folder, settings, progress), answers=settings.answers)
 
 
+class _WithSignature:
+    """A method whose signature is at hand. MLflow asks for that of `predict` at every call, and Python makes the one of
+    a bound method anew each time.
+    """
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self._method = method
+        signature = inspect.signature(method)
+        _, *parameters = signature.parameters.values()
+        self._signature = signature.replace(parameters=parameters)
+
+    def __get__(self, instance: object, _owner: type) -> Callable[..., Any]:
+        if instance is None:
+            return self._method
+        bound = functools.partial(self._method, instance)
+        bound.__signature__ = self._signature  # type: ignore[attr-defined]
+        return bound
+
+
 class PyfuncModel:
     """Takes a dict of arrays, an array, or a DataFrame; gives a dict of arrays, or for a DataFrame a DataFrame.
 
@@ -44,6 +64,7 @@ class PyfuncModel:
         self._packs = answers == "base64"
         self._bfloat16 = [spec.name for spec in session.outputs if spec.dtype == "bfloat16"]
 
+    @_WithSignature
     def predict(self, data: Any, params: Mapping[str, Any] | None = None) -> Any:
         """Run the model. There are no `params`.
 
@@ -88,10 +109,6 @@ class PyfuncModel:
         for name in self._bfloat16:
             outputs[name] = outputs[name].astype(np.float32)
         return outputs
-
-
-# MLflow asks for the signature of `predict` at every call; kept, it takes a tenth of the time.
-PyfuncModel.predict.__signature__ = inspect.signature(PyfuncModel.predict)  # type: ignore[attr-defined]
 
 
 def feeds_from_frame(frame: pd.DataFrame, specs: tuple[TensorSpec, ...]) -> dict[str, Array]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import mlflow
 import networks
 import numpy as np
@@ -92,6 +94,11 @@ class TestWithASignature:
     def test_params_are_refused(self, model):
         with pytest.raises(InputError, match="takes no params, and got temperature"):
             model.unwrap = model._model_impl.predict(X, params={"temperature": 1})
+
+    def test_mlflow_finds_the_signature_of_predict_at_hand(self, model):
+        predict = model._model_impl.predict
+        assert list(inspect.signature(predict).parameters) == ["data", "params"]
+        assert inspect.signature(predict) is inspect.signature(predict)
 
 
 class TestWithoutASignature:
