@@ -31,7 +31,7 @@ from rich.table import Table
 import mlflow_trt
 from benchmarks.load import Load, drive
 from benchmarks.resnet50 import resnet50
-from examples.serving import served
+from examples.serving import Server, running
 from mlflow_trt import wire
 from mlflow_trt.artifact import Record, read_folder
 from mlflow_trt.cli.options import parse_batch, parse_numbers, parse_settings
@@ -40,6 +40,7 @@ from mlflow_trt.model_inputs import sample
 TARGETS = ("floor", "mlflow-trt", "mlflow.onnx")
 ENCODERS = {"json": wire.json_request, "parquet": wire.parquet_request}
 _TOLERANCE = 0.02  # of the largest value: fp16 passes, another model's numbers do not
+_QUOTED = 5000  # characters of a log
 Feeds = dict[str, npt.NDArray[np.generic]]
 
 
@@ -108,8 +109,13 @@ class Models:
         config = self._settings if target == "mlflow-trt" else {}
         environment = {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
         store = f"sqlite:///{self._folder / 'mlflow.db'}"
-        with served(str(self._folder / target), store, config, workers=workers, environment=environment) as address:
-            yield address
+        server = Server(str(self._folder / target), store, config, workers=workers, environment=environment)
+        with running(server):
+            try:
+                yield server.address
+            except requests.ConnectionError as error:
+                said = server.log()[-_QUOTED:]
+                raise RuntimeError(f"the server of {target} answers no more. It printed:\n{said}") from error
 
 
 def measure(models: Models, target: str, plan: Plan, workers: int, console: Console) -> Iterator[Measured]:
@@ -128,6 +134,8 @@ def measure(models: Models, target: str, plan: Plan, workers: int, console: Cons
                         continue
                     console.print(f"{target}: {clients} clients, {images} images as {kind} ...")
                     load = drive(address, request, clients, plan.seconds)
+                    if load.failures:
+                        console.print(f"{load.failures} requests failed, the first with {load.problem}", markup=False)
                     yield Measured(target=target, wire=kind, images=images, megabytes=megabytes, load=load)
 
 
@@ -218,8 +226,13 @@ def main(
     source = resnet50() if model is None else onnx.load(model)
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as folder:
         models = Models(Path(folder), source, plan, options)
-        rows = [row for target in chosen for row in measure(models, target, plan, workers, console)]
-    console.print(table(rows), *faster_than_json(rows), sep="\n")
+        rows: list[Measured] = []
+        try:
+            for target in chosen:
+                for row in measure(models, target, plan, workers, console):
+                    rows.append(row)  # noqa: PERF402  # one by one: they are shown if the next one fails
+        finally:
+            console.print(table(rows), *faster_than_json(rows), sep="\n")
     if output is not None:
         found = [asdict(row) | {"images_per_second": row.images_per_second} for row in rows]
         about = {"machine": platform.machine(), "cpus": os.cpu_count(), "workers": workers, **options}
