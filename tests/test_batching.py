@@ -9,8 +9,9 @@ from helpers import read, reference
 from real_models import MAGIKA
 
 from mlflow_trt import InputShapeError
+from mlflow_trt.dtypes import numpy_dtype
 from mlflow_trt.runtime.batching import START_COST, AnySize, FewSizes, Piece, Rows, pieces
-from mlflow_trt.runtime.copying import LEAST_BYTES, THREADS, copy_rows
+from mlflow_trt.runtime.copying import LEAST_BYTES, THREADS, copies, copy_rows
 from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession, make_tray
 from mlflow_trt.runtime.scheduler import Scheduler
 from mlflow_trt.spec import BatchAxis, InputRange, ShapeProfile
@@ -111,6 +112,20 @@ def test_copies_by_several_threads_are_copies(row_bytes, counts):
     assert len(arrived) <= THREADS + 1
     expected = np.concatenate([part["x"] for part in parts])
     assert np.array_equal(target, np.concatenate([expected, expected[-1:], expected[-1:]]))
+
+
+@pytest.mark.parametrize("nbytes", [0, 24, LEAST_BYTES, LEAST_BYTES + 8, 5 * LEAST_BYTES + 16])
+@pytest.mark.parametrize("dtype", ["float32", "int64", "bool", "bfloat16"])
+def test_copies_are_new_arrays_whatever_their_size(nbytes, dtype):
+    kind = numpy_dtype(dtype)
+    whole = np.random.default_rng(0).integers(0, 2, 2 * nbytes, dtype=np.uint8).view(kind).reshape(2, -1)
+    sources = [whole[:1], whole[1:], np.empty((0, 3), kind), whole[1:, :0]]
+    results = copies(sources)
+    for source, result in zip(sources, results, strict=True):
+        assert result.dtype == kind
+        assert result.shape == source.shape
+        assert np.array_equal(result.view(np.uint8), source.view(np.uint8))
+        assert result.base is None
 
 
 def test_an_error_in_a_copy_reaches_the_caller():

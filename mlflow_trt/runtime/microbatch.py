@@ -17,7 +17,7 @@ from typing import Generic
 
 from mlflow_trt.inputs import Feeds
 from mlflow_trt.runtime.batching import Outputs, Sizes, check_rows
-from mlflow_trt.runtime.copying import copy_small
+from mlflow_trt.runtime.copying import copies, copy_small
 from mlflow_trt.runtime.slots import AnySlot, Slots, Tray
 
 MOST_TRAYS = 4
@@ -210,9 +210,7 @@ class MicroBatcher(Generic[AnySlot]):
                 # The shortest of late: what goes beyond it was spent waiting for the interpreter lock.
                 self._seconds = min(1.2 * self._seconds, time.monotonic() - launched)
                 check_rows(outputs, size)
-                for request in batch.requests:
-                    start, stop = request.start, request.start + request.rows
-                    request.outputs = {name: output[start:stop].copy() for name, output in outputs.items()}
+                _hand_out(outputs, batch.requests)
             except BaseException:
                 slot.abandon()
                 raise
@@ -260,6 +258,14 @@ class MicroBatcher(Generic[AnySlot]):
         self._trays.put_back(batch.tray)
         for request in batch.requests[1:]:
             request.wake.release()
+
+
+def _hand_out(outputs: Outputs, requests: Sequence[Request]) -> None:
+    """Give every request a copy of its rows."""
+    parts = [output[one.start : one.start + one.rows] for one in requests for output in outputs.values()]
+    copied = iter(copies(parts))
+    for request in requests:
+        request.outputs = {name: next(copied) for name in outputs}
 
 
 class _Trays:
