@@ -18,7 +18,7 @@ from mlflow_trt.errors import ExecutionError, InputDtypeError, InputError, Input
 from mlflow_trt.loading import open_session
 from mlflow_trt.progress import shown_progress
 from mlflow_trt.runtime.session import Session
-from mlflow_trt.server import end_server, in_server
+from mlflow_trt.server import end_server, explain_crashes, in_server
 from mlflow_trt.settings import LoadSettings
 from mlflow_trt.spec import TensorSpec
 from mlflow_trt.wire import packed
@@ -28,6 +28,7 @@ Array = npt.NDArray[np.generic]
 
 def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyfuncModel:
     """What `mlflow.pyfunc.load_model` and `mlflow models serve` call: the model folder and its load settings."""
+    explain_crashes()
     folder = read_folder(Path(path))
     settings = LoadSettings.of(model_config)
     with shown_progress("Loading the model") as progress:

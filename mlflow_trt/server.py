@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import os
 import signal
 import threading
@@ -16,6 +18,13 @@ _ending = threading.Lock()
 def in_server() -> bool:
     """Whether this process is MLflow's scoring server, which sets a variable for the models that it runs."""
     return os.environ.get("_MLFLOW_IS_IN_SERVING_ENVIRONMENT") == "true"
+
+
+def explain_crashes() -> None:
+    """Let a native library that crashes leave the stacks of all threads in the server's log, not only silence."""
+    if in_server() and not faulthandler.is_enabled():
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # standard error may be no file
+            faulthandler.enable()
 
 
 def end_server(reason: str) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -219,6 +220,17 @@ def test_a_server_whose_gpu_is_lost(workers, tmp_path, module_store):
             with Client(server.address, retries=5) as client:
                 for _ in range(20):
                     assert np.allclose(client.predict({"x": x})["y"], expected)
+    finally:
+        server.stop()
+
+
+def test_a_server_that_crashes_says_where(folder, module_store):
+    server = Server(str(folder), module_store.uri, CPU)
+    try:
+        server.wait_until_ready()
+        os.kill(int(re.search(r"Started server process \[(\d+)\]", server.log())[1]), signal.SIGSEGV)
+        wait_for(lambda: server.has_ended)
+        assert re.search(r"Fatal Python error: Segmentation fault(.|\n)*thread 0x", server.log())
     finally:
         server.stop()
 
