@@ -10,14 +10,17 @@ import threading
 
 from mlflow_trt._logging import get_logger
 
+_MODEL_PATH = "__pyfunc_model_path__"  # mlflow.pyfunc.scoring_server._SERVER_MODEL_PATH
 _PATIENCE = 30.0
 _log = get_logger(__name__)
 _ending = threading.Lock()
 
 
 def in_server() -> bool:
-    """Whether this process is MLflow's scoring server, which sets a variable for the models that it runs."""
-    return os.environ.get("_MLFLOW_IS_IN_SERVING_ENVIRONMENT") == "true"
+    """Whether this process is MLflow's scoring server, by the variables that it sets: one before it loads the model,
+    the other when it has.
+    """
+    return _MODEL_PATH in os.environ or os.environ.get("_MLFLOW_IS_IN_SERVING_ENVIRONMENT") == "true"
 
 
 def explain_crashes() -> None:
