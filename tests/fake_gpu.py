@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+import time
 import types
 
 import numpy as np
@@ -171,6 +172,8 @@ class FakeTensorRT:
         self.driver = driver
         self.late = late
         self.made = 0
+        self.compiled = set()
+        self._compiling = threading.Lock()
         self.log = types.SimpleNamespace(errors=list, last_error=lambda: "nothing")
 
     def __str__(self):
@@ -206,7 +209,28 @@ class FakeTensorRT:
             self.made += 1
             return FakeContext(self)
 
-        return types.SimpleNamespace(new=new, close=lambda: None, kernels=lambda: None)
+        return types.SimpleNamespace(new=new, close=lambda: None, kernels=self._kernels)
+
+    def compile(self, shape):
+        """Into a cache that is not safe for several threads."""
+        if shape not in self.compiled:
+            with self._alone():
+                time.sleep(0.002)
+                self.compiled.add(shape)
+
+    def _kernels(self, _others):
+        with self._alone():
+            time.sleep(0.002)
+            return str(sorted(self.compiled)).encode()
+
+    @contextlib.contextmanager
+    def _alone(self):
+        if not self._compiling.acquire(blocking=False):
+            raise self.driver.Error("the cache of kernels is read and written at the same time")
+        try:
+            yield
+        finally:
+            self._compiling.release()
 
 
 class FakeContext:
@@ -244,6 +268,7 @@ class FakeContext:
 
     def execute_async_v3(self, handle):
         driver, (rows, columns) = self._tensorrt.driver, self._shape
+        self._tensorrt.compile(self._shape)
         if self._allocator is not None:
             self._addresses["z"] = self._allocator.reallocate("z", rows * 4)
             self._allocator.notify_shape("z", (rows,))

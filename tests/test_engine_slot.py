@@ -94,3 +94,28 @@ def test_stress(delay, late):
 
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             list(pool.map(work, range(8)))
+
+
+def test_kernels_are_not_read_while_others_compile():
+    class Store:
+        kept = b""
+
+        def read(self):
+            return []
+
+        def update(self, merge):
+            self.kept = merge([])
+
+    store = Store()
+    with fake_gpu.session(kernel_store=store) as (session, _, tensorrt):
+        barrier = threading.Barrier(4)
+
+        def work(thread):
+            barrier.wait(10)
+            for columns in range(1, 30):
+                check(session, rows(4, 2 * columns + thread % 2, seed=thread))
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+        assert len(tensorrt.compiled) >= 58
+        assert store.kept == str(sorted(tensorrt.compiled)).encode()

@@ -159,7 +159,7 @@ class Engine:
     def keep_kernels(self) -> None:
         """Store what was compiled, for the next process."""
         if self._store is not None:
-            self._store.update(self._contexts.kernels)
+            self._store.update(self._kernels)
 
     def layer_information(self, context: Context) -> str:
         """What TensorRT's engine inspector tells about the layers, as JSON."""
@@ -180,6 +180,11 @@ class Engine:
         self.raw = None
         self._runtime = None
         self._scratch.free()
+
+    def _kernels(self, others: list[bytes]) -> bytes | None:
+        # No context may compile meanwhile into what is read here.
+        with self._turn, self.device.allocating:
+            return self._contexts.kernels(others)
 
     def _deserialize(self, runtime: trt_api.Runtime, plan: bytes) -> trt_api.ICudaEngine:
         tensorrt, gpu = self.tensorrt, self.device.gpu

@@ -77,6 +77,18 @@ def left_free(nbytes):
             hog.free()
 
 
+class Store:
+    """Keeps kernels for another session of this process."""
+
+    kept = None
+
+    def read(self):
+        return [self.kept] if self.kept else []
+
+    def update(self, merge):
+        self.kept = merge(self.read())
+
+
 def same(session, expected, feeds, tolerance=TF32):
     outputs = session.run(feeds)
     assert relative_error(outputs, expected.run(feeds)) <= tolerance
@@ -309,7 +321,8 @@ class TestSpeedChangesNothing:
     @pytest.mark.parametrize("delay", [0, 2.0], ids=["each by itself", "together"])
     def test_stress(self, graphs, delay, opened, batches):
         """Threads, sizes and bad inputs mixed, for a minute in all."""
-        settings = {"cuda_graphs": graphs, "max_batch_delay_ms": delay}
+        # Kernels are compiled, and read to be kept, while the threads run.
+        settings = {"cuda_graphs": graphs, "max_batch_delay_ms": delay, "kernel_store": Store()}
         session, _ = opened(networks.product(), batch=(1, 4, 8), settings=settings)
         alone, _ = opened(networks.product(), batch=(1, 4, 8), settings={"cuda_graphs": False})
         expected = [alone.run(feeds)["y"] for feeds in batches]
@@ -354,15 +367,6 @@ class TestSpeedChangesNothing:
             same(session, expected, {"x": networks.rows(rows)})
 
     def test_kernels_are_kept_for_the_next_session(self, opened, tmp_path):
-        class Store:
-            kept = None
-
-            def read(self):
-                return [self.kept] if self.kept else []
-
-            def update(self, merge):
-                self.kept = merge(self.read())
-
         store = Store()
         first, expected = opened(networks.product(), batch=(1, 4, 8), settings={"kernel_store": store})
         same(first, expected, {"x": networks.rows(4)})
