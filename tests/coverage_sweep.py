@@ -37,9 +37,11 @@ for folder in ("", "examples", "tests"):
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 REAL_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-OUTCOMES = ("correct", "built", "refused", "wrong", "not built", "not run", "crashed")
+OUTCOMES = ("correct", "built", "refused", "wrong", "not built", "not run", "crashed", "hung")
 """Right on a GPU; built, where there is no GPU; refused by the accuracy gate, with the numbers; wrong although it was
-not refused; no engine; an engine that cannot be loaded or run; the end of the process."""
+not refused; no engine; an engine that cannot be loaded or run; the end of the process; not a word from it for PATIENCE
+seconds."""
+PATIENCE = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,26 +226,43 @@ def visible_gpus() -> list[str]:
 
 
 def supervise(names: list[str], out: Path, until: float) -> list[Finding]:
-    """Run a worker until all its cases are done, or time is up; one that ends it counts as crashed."""
+    """Run a worker until all its cases are done, or time is up; one that ends it counts as crashed, or as hung."""
     findings: list[Finding] = []
     left = list(names)
     while left and time.time() < until:
         before = out.read_text() if out.exists() else ""
         command = [sys.executable, __file__, "--work", str(out), "--until", str(until)]
-        done = subprocess.run(command, input=json.dumps(left), text=True, capture_output=True, check=False)
+        failure = _watched(command, json.dumps(left), out)
         lines = [json.loads(line) for line in out.read_text().removeprefix(before).splitlines()]
         begun = [line["begun"] for line in lines if "begun" in line]
         findings += [Finding(**line) for line in lines if "begun" not in line]
         left = left[len(begun) :]
-        if done.returncode != 0:
+        if failure:
             last = begun[-1] if begun else left.pop(0)
             seen = {finding.precision for finding in findings if finding.case == last}
             findings += [
-                Finding(case=last, precision=precision, outcome="crashed")
+                Finding(case=last, precision=precision, outcome=failure)
                 for precision in PRECISIONS
                 if precision not in seen
             ]
     return findings
+
+
+def _watched(command: list[str], text: str, out: Path) -> str:
+    """Run a worker for as long as it writes to `out`. How it failed; empty where it did not."""
+    out.touch()
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True
+    ) as worker:
+        worker.stdin.write(text)
+        worker.stdin.close()
+        started = time.time()
+        while worker.poll() is None:
+            if time.time() - max(started, out.stat().st_mtime) > PATIENCE:
+                worker.kill()
+                return "hung"
+            time.sleep(0.2)
+        return "crashed" if worker.returncode else ""
 
 
 def sweep(names: list[str], workers: int, folder: Path, until: float = math.inf) -> list[Finding]:
