@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import mlflow
@@ -38,6 +39,14 @@ def gpu(target: str) -> Gpu:
     return Gpu(
         ordinal=0, name="a GPU", compute_capability=ComputeCapability.parse(target), memory=1 << 30, uuid="GPU-1"
     )
+
+
+def wait_for(condition) -> None:
+    """Wait until it holds, a minute at most."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def reference(source: OnnxModel) -> OnnxRuntimeSession:

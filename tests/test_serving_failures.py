@@ -10,7 +10,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
@@ -20,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import requests
+from helpers import wait_for
 from serving import Server, served
 
 import mlflow_trt
@@ -233,13 +233,6 @@ def test_a_server_that_crashes_says_where(folder, module_store):
         assert re.search(r"Fatal Python error: Segmentation fault(.|\n)*thread 0x", server.log())
     finally:
         server.stop()
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_two_workers_and_a_limit(folder, module_store):

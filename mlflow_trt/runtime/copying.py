@@ -27,18 +27,7 @@ def copy_rows(parts: Iterable[tuple[Array, int, int]], target: Array) -> Iterato
 
     A part of a single row fills all of its rows. Yields how many rows have arrived, all of them when it ends.
     """
-    (rows, copies), *others = _shared_out(parts, target)
-    running: list[tuple[int, Future[None]]] = [(end, _threads().submit(_copy, job)) for end, job in others]
-    try:
-        _copy(copies)  # the caller takes its share: it would only wait
-        yield rows
-        for end, job in running:
-            job.result()
-            yield end
-    finally:
-        # Whoever stops listening gets back memory that nobody writes to any more.
-        for _, job in running:
-            job.exception()
+    return _by_threads(_shared_out(parts, target))
 
 
 def copy_small(source: Array, target: Array) -> None:
@@ -60,27 +49,31 @@ def copies(sources: Sequence[Array]) -> list[Array]:
     if sum(source.nbytes for source in sources) <= LEAST_BYTES:
         return [source.copy() for source in sources]
     targets = [np.empty(source.shape, source.dtype) for source in sources]
-    pairs = [(_bytes(source), _bytes(target)) for source, target in zip(sources, targets, strict=True)]
+    pairs = [(_flat(source), _flat(target)) for source, target in zip(sources, targets, strict=True)]
     blocks = [
         (source[start : start + LEAST_BYTES], target[start : start + LEAST_BYTES])
         for source, target in pairs
         for start in range(0, len(source), LEAST_BYTES)
     ]
-    own, *others = [blocks[thread::THREADS] for thread in range(min(THREADS, len(blocks)))]
-    running = [_threads().submit(_copy_bytes, job) for job in others]
-    try:
-        _copy_bytes(own)
-    finally:
-        for job in running:
-            job.exception()
-    for job in running:
-        job.result()
+    for _ in _by_threads((0, blocks[thread::THREADS]) for thread in range(min(THREADS, len(blocks)))):
+        pass
     return targets
 
 
-def _copy_bytes(blocks: Sequence[tuple[memoryview, memoryview]]) -> None:
-    for source, target in blocks:
-        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+def _by_threads(groups: Iterable[tuple[int, list[Copy]]]) -> Iterator[int]:
+    """Make each group of copies in a thread, the first in the caller's; yields the number of each that is done."""
+    (first, own), *others = groups
+    running: list[tuple[int, Future[None]]] = [(number, _threads().submit(_copy, group)) for number, group in others]
+    try:
+        _copy(own)  # the caller takes its share: it would only wait
+        yield first
+        for number, job in running:
+            job.result()
+            yield number
+    finally:
+        # Whoever stops listening gets back memory that nobody writes to any more.
+        for _, job in running:
+            job.exception()
 
 
 def _shared_out(parts: Iterable[tuple[Array, int, int]], target: Array) -> Iterator[tuple[int, list[Copy]]]:
@@ -117,6 +110,10 @@ def _threads() -> ThreadPoolExecutor:
         return _pool
 
 
+def _flat(array: Array) -> Array:
+    return array.reshape(-1).view(np.uint8)
+
+
 def _bytes(array: Array) -> memoryview:
-    view: memoryview = array.reshape(-1).view(np.uint8).data
+    view: memoryview = _flat(array).data
     return view

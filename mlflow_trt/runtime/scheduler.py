@@ -182,14 +182,14 @@ class Scheduler(Generic[AnySlot]):
             and len(sizes.cut(rows)) == 1
             and sum(feeds[name].nbytes for name in shared) <= _MOST_SHARED_BYTES
         )
-        key = (profile, *(feeds[name].shape[name in axis.inputs :] for name in feeds)) if together else None
+        key = (profile, *(feeds[name].shape[name in axis.inputs :] for name in feeds))
         large = sum(array.nbytes for array in feeds.values()) > _LARGE_BYTES
-        kind = self._batcher.kind(feeds, profile, sizes)
+        kind = self._batcher.kind(feeds, profile, sizes) if together else None
         return _Plan(profile, fits, rows, sizes, key, kind, shared, large)
 
     def _run_rows(self, feeds: Feeds, plan: _Plan, *, alone: bool) -> Outputs:
         # A large batch with nobody to share the GPU with is better copied and uploaded at the same time.
-        if plan.key is None or plan.kind is None or (alone and plan.large):
+        if plan.kind is None or (alone and plan.large):
             return self._run_in_pieces(feeds, plan.rows, plan.profile)
         key: Hashable = plan.key
         if plan.shared:
@@ -261,8 +261,8 @@ class Scheduler(Generic[AnySlot]):
 class _Plan(NamedTuple):
     """What to do with feeds of some shapes.
 
-    Without `sizes` they run as they are, alone. With a `key`, together with others of the same key and the same values
-    of the `shared` inputs, which have no rows.
+    Without `sizes` they run as they are, alone. With a `kind`, together with others of the same `key` and the
+    same values of the `shared` inputs, which have no rows.
     """
 
     profile: int

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import mlflow
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import requests
 from compare import relative_error
+from helpers import wait_for
 from real_models import CLS
 from serving import Server
 
@@ -158,13 +158,6 @@ def ask(server, x):
 
 def gpus_of_workers(server):
     return [int(ordinal) for ordinal in re.findall(r"This process uses CUDA device (\d+)", server.log())]
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 def test_a_gpu_that_is_lost_says_so(folder):
