@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,11 +52,11 @@ def _load(folder: Path, model: str, *, pyfunc: bool = False) -> dict[str, float]
     import mlflow_trt
     import mlflow_trt.flavor
     import mlflow_trt.runtime.tensorrt
-    from benchmarks.models import models
+    from benchmarks.models import MODELS
     from mlflow_trt import trt
     from mlflow_trt.runtime.device import open_device
 
-    feeds = models()[model].feeds(1)
+    feeds = MODELS[model]().feeds(1)
     trt.load()
     device = open_device(0)
     with device.current():
@@ -82,12 +84,12 @@ def _bare(folder: Path, model: str, kernels: str) -> dict[str, float]:
     """TensorRT-RTX without this package: read plan and kernels, deserialize, make a context, execute once."""
     import pycuda.driver as cuda
 
-    from benchmarks.models import models
+    from benchmarks.models import MODELS
     from mlflow_trt import trt
     from mlflow_trt.artifact import read_folder
     from mlflow_trt.runtime.device import open_device
 
-    feeds = models()[model].feeds(1)
+    feeds = MODELS[model]().feeds(1)
     record = read_folder(folder).record
     module = trt.load()._module
     with open_device(0).current():
@@ -136,7 +138,18 @@ def _bare(folder: Path, model: str, kernels: str) -> dict[str, float]:
     return {**dict(zip(names, np.diff(marks).tolist(), strict=True)), "memory": memory}
 
 
+_MEASUREMENTS: dict[str, Callable[..., dict[str, float]]] = {
+    "load": _load,
+    "pyfunc": partial(_load, pyfunc=True),
+    "bare": _bare,
+}
+
 if __name__ == "__main__":
-    what, folder, *rest = sys.argv[1:]
-    print(json.dumps({"load": _load, "pyfunc": partial(_load, pyfunc=True), "bare": _bare}[what](Path(folder), *rest)))
+    parser = argparse.ArgumentParser(description="One measurement of `python -m benchmarks.runtime`, which starts it.")
+    parser.add_argument("what", choices=_MEASUREMENTS)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("model")
+    parser.add_argument("kernels", nargs="*")
+    options = parser.parse_args()
+    print(json.dumps(_MEASUREMENTS[options.what](options.folder, options.model, *options.kernels)))
     sys.stdout.flush()

@@ -5,6 +5,7 @@ They are threads in a few processes, and use nothing but the standard library: w
 
 from __future__ import annotations
 
+import argparse
 import http.client
 import json
 import os
@@ -137,6 +138,12 @@ def _ask(connection: http.client.HTTPConnection, request: Request) -> Answer:
 
 
 if __name__ == "__main__":
-    _, address, body, content_type, clients, seconds = sys.argv
-    request = Request(content=Path(body).read_bytes(), content_type=content_type)
-    json.dump(ask(address, request, int(clients), float(seconds)), sys.stdout)
+    parser = argparse.ArgumentParser(description="Clients of `python -m benchmarks.serving`, which starts them.")
+    parser.add_argument("address")
+    parser.add_argument("body", type=Path)
+    parser.add_argument("content_type")
+    parser.add_argument("clients", type=int)
+    parser.add_argument("seconds", type=float)
+    options = parser.parse_args()
+    content = Request(content=options.body.read_bytes(), content_type=options.content_type)
+    json.dump(ask(options.address, content, options.clients, options.seconds), sys.stdout)

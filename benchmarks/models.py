@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,34 +38,46 @@ def _repeated(make: Callable[[int], Feeds], most: int) -> Callable[[int], Feeds]
     return feeds
 
 
-def models() -> dict[str, BenchmarkModel]:
-    """By name."""
+def _resnet50() -> BenchmarkModel:
+    return BenchmarkModel(
+        name="resnet50",
+        source=resnet50,
+        feeds=lambda rows: {"image": images(rows)},
+        bulk=4096,
+        recipe={"precision": "fp16", "batch": (1, 8, 128), "calibration_data": {"image": images(4)}},
+    )
+
+
+def _rec() -> BenchmarkModel:
+    real_models = _real_models()
+    return BenchmarkModel(
+        name="rec",
+        source=real_models.REC.path,
+        feeds=_repeated(real_models.lines, 64),
+        bulk=512,
+        recipe={"batch": (1, 8, 32), "shapes": {"x": ((-1, 3, 48, 320),) * 3}},
+    )
+
+
+def _magika() -> BenchmarkModel:
+    real_models = _real_models()
+    return BenchmarkModel(
+        name="magika",
+        source=real_models.MAGIKA.path,
+        feeds=_repeated(real_models.files, 64),
+        bulk=8192,
+        recipe={"precision": "fp16", "batch": (1, 8, 128), "calibration_data": real_models.files(16)},
+    )
+
+
+@functools.cache
+def _real_models() -> Any:
+    """The tests' own module: wheels are fetched when their models are asked for."""
     root = Path(__file__).resolve().parent.parent
     sys.path[:0] = [str(root / "tests"), str(root / "examples")]
-    import real_models  # the tests' own: their wheels are fetched when asked for
+    import real_models
 
-    wide = ((-1, 3, 48, 320),) * 3
-    found = [
-        BenchmarkModel(
-            name="resnet50",
-            source=resnet50,
-            feeds=lambda rows: {"image": images(rows)},
-            bulk=4096,
-            recipe={"precision": "fp16", "batch": (1, 8, 128), "calibration_data": {"image": images(4)}},
-        ),
-        BenchmarkModel(
-            name="rec",
-            source=real_models.REC.path,
-            feeds=_repeated(real_models.lines, 64),
-            bulk=512,
-            recipe={"batch": (1, 8, 32), "shapes": {"x": wide}},
-        ),
-        BenchmarkModel(
-            name="magika",
-            source=real_models.MAGIKA.path,
-            feeds=_repeated(real_models.files, 64),
-            bulk=8192,
-            recipe={"precision": "fp16", "batch": (1, 8, 128), "calibration_data": real_models.files(16)},
-        ),
-    ]
-    return {model.name: model for model in found}
+    return real_models
+
+
+MODELS: dict[str, Callable[[], BenchmarkModel]] = {"resnet50": _resnet50, "rec": _rec, "magika": _magika}

@@ -21,7 +21,7 @@ import mlflow
 import numpy as np
 
 import mlflow_trt
-from benchmarks.models import models
+from benchmarks.models import MODELS
 from benchmarks.runtime import call_from_threads, print_table, seconds
 from mlflow_trt.hardware import probe
 
@@ -33,7 +33,7 @@ HEADINGS = ("case", "1 GPU, rows/s", "all, rows/s", "ratio", "GPUs")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.replicas", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="resnet50", help="one of those that benchmarks.runtime measures")
+    parser.add_argument("--model", default="resnet50", choices=MODELS, help="what is measured")
     parser.add_argument("--repeats", type=int, default=5, help="of each measurement; the median counts")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each repeat with callers")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if count < 2:
         print(f"This compares one GPU with several, and there are {count}.", file=sys.stderr)
         return 2
-    model = models()[options.model]
+    model = MODELS[options.model]()
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-benchmark-") as workdir:
         folder = Path(workdir) / model.name
         mlflow_trt.save_model(model.source(), folder, verify=False, **model.recipe)

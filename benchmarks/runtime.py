@@ -32,7 +32,8 @@ import numpy as np
 import mlflow_trt
 from benchmarks.alternatives import alternatives
 from benchmarks.fresh import fresh
-from benchmarks.models import BenchmarkModel, Feeds, models
+from benchmarks.models import MODELS, BenchmarkModel, Feeds
+from benchmarks.options import parse_names
 from mlflow_trt.hardware import probe
 from mlflow_trt.runtime.batching import Rows, pieces
 from mlflow_trt.runtime.copying import copy_rows
@@ -41,6 +42,8 @@ from mlflow_trt.runtime.tensorrt import TensorRTSession
 
 BATCHES = (8, 32, 128)
 THREADS = (1, 8, 16, 64)
+LOADED = ("bulk", "one", "batches", "threads")
+CASES = (*LOADED, "load", "alternatives")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +83,10 @@ HEADINGS = ("model", "case", "limit", "measured", "ratio", "goal", "note")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the tables and write the files that are asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.runtime", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default="resnet50,rec,magika", help="which, separated by commas")
-    parser.add_argument("--cases", default="bulk,one,batches,threads,load,alternatives", help="which, likewise")
+    parser.add_argument("--models", type=partial(parse_names, known=MODELS), default=",".join(MODELS),
+                        help="which, separated by commas")  # fmt: skip
+    parser.add_argument("--cases", type=partial(parse_names, known=CASES), default=",".join(CASES),
+                        help="which, likewise")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5, help="of each measurement; the median counts")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each repeat of a short measurement")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes a minute")
@@ -95,22 +100,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     others: list[dict[str, Any]] = []
     about = {}
-    cases = options.cases.split(",")
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-benchmark-") as workdir:
-        for name in options.models.split(","):
-            model = models()[name]
+        for name in options.models:
+            model = MODELS[name]()
             folder = Path(workdir) / name
             mlflow_trt.save_model(model.source(), folder, verify=False, **model.recipe)
             loaded = mlflow.pyfunc.load_model(str(folder), model_config={"warm_up": "on"})
             with loaded.get_raw_model() as session:
                 about = {"runtime": session.description, "driver": hardware.driver, "numpy": np.__version__}
                 bench = Bench(model, loaded, session, options.repeats, options.seconds)
-                for case in cases:
-                    if case in ("bulk", "one", "batches", "threads"):
+                for case in options.cases:
+                    if case in LOADED:
                         rows += getattr(bench, case)()
-            if "load" in cases:
+            if "load" in options.cases:
                 rows += load_rows(model, folder, options.repeats)
-            if "alternatives" in cases and name == "resnet50":
+            if "alternatives" in options.cases and name == "resnet50":
                 others += alternatives(folder, model, options.seconds, compiled=not options.no_compile)
     print("; ".join(f"{key} {value}" for key, value in about.items()))
     print_table(HEADINGS, [row.cells() for row in rows])

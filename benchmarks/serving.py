@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import tempfile
+from argparse import ArgumentTypeError
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,11 +31,13 @@ from rich.table import Table
 
 import mlflow_trt
 from benchmarks.load import Load, drive
+from benchmarks.options import parse_names
 from benchmarks.resnet50 import resnet50
 from examples.serving import Server, running
 from mlflow_trt import wire
 from mlflow_trt.artifact import Record, read_folder
 from mlflow_trt.cli.options import parse_batch, parse_numbers, parse_settings
+from mlflow_trt.errors import OnnxModelError, RecipeError
 from mlflow_trt.model_inputs import sample
 
 TARGETS = ("floor", "mlflow-trt", "mlflow.onnx")
@@ -73,17 +76,22 @@ class Plan:
 class Models:
     """The three models as folders of MLflow, with one signature."""
 
-    def __init__(self, folder: Path, model: onnx.ModelProto, plan: Plan, options: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, model: Path | onnx.ModelProto, plan: Plan, options: Mapping[str, Any]) -> None:
         self._folder = folder
         self._answers = options["answers"]
-        self._settings = {**options["settings"], "runtime": options["runtime"], "answers": options["answers"]}
         mlflow_trt.save_model(
-            model, folder / "mlflow-trt", precision=options["precision"], batch=options["batch"], verify=False
+            model,
+            folder / "mlflow-trt",
+            precision=options["precision"],
+            batch=options["batch"],
+            verify=False,
+            model_config={**options["settings"], "runtime": options["runtime"], "answers": options["answers"]},
         )
         self.record: Record = read_folder(folder / "mlflow-trt").record
         signature = mlflow.models.Model.load(str(folder / "mlflow-trt")).signature
         if "mlflow.onnx" in options["targets"]:
-            mlflow.onnx.save_model(model, str(folder / "mlflow.onnx"), signature=signature, pip_requirements=["onnx"])
+            proto = onnx.load(model) if isinstance(model, Path) else model
+            mlflow.onnx.save_model(proto, str(folder / "mlflow.onnx"), signature=signature, pip_requirements=["onnx"])
         self._write_floor(signature, max(plan.images))
 
     def _write_floor(self, signature: ModelSignature, rows: int) -> None:
@@ -106,10 +114,9 @@ class Models:
 
     @contextmanager
     def served(self, target: str, workers: int) -> Iterator[str]:
-        config = self._settings if target == "mlflow-trt" else {}
         environment = {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
         store = f"sqlite:///{self._folder / 'mlflow.db'}"
-        server = Server(str(self._folder / target), store, config, workers=workers, environment=environment)
+        server = Server(str(self._folder / target), store, {}, workers=workers, environment=environment)
         with running(server):
             try:
                 yield server.address
@@ -210,22 +217,26 @@ def main(
 ) -> None:
     """Serve three models one after the other and measure what clients see."""
     console = Console(width=160)
-    kinds = tuple(kind for kind in wires.split(",") if kind != "parquet" or importlib.util.find_spec("pyarrow"))
+    try:
+        kinds, chosen = parse_names(wires, ENCODERS), parse_names(targets, TARGETS)
+    except ArgumentTypeError as error:
+        raise typer.BadParameter(str(error)) from None
     plan = Plan(
-        wires=kinds,
+        wires=tuple(kind for kind in kinds if kind != "parquet" or importlib.util.find_spec("pyarrow")),
         images=tuple(parse_numbers(images, "--images")),
         clients=tuple(parse_numbers(clients, "--clients")),
         seconds=seconds,
         megabytes_at_once=megabytes_at_once,
     )
-    chosen = [target for target in TARGETS if target in targets.split(",")]
     options = {
         "runtime": runtime, "precision": precision, "batch": parse_batch(batch), "answers": answers, "targets": chosen,
         "settings": parse_settings(settings, "--settings") or {},
     }  # fmt: skip
-    source = resnet50() if model is None else onnx.load(model)
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as folder:
-        models = Models(Path(folder), source, plan, options)
+        try:
+            models = Models(Path(folder), model or resnet50(), plan, options)
+        except (OnnxModelError, RecipeError) as error:
+            raise typer.BadParameter(error.message) from None
         rows: list[Measured] = []
         try:
             for target in chosen:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 
-from benchmarks import runtime
+from benchmarks import replicas, runtime
 from benchmarks.resnet50 import images, resnet50
 from mlflow_trt.hardware import probe
 
@@ -36,6 +40,31 @@ def test_images_repeat_after_sixty_four():
 def test_without_a_gpu_it_says_so(capsys):
     assert runtime.main([]) == 2
     assert "there is none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        (runtime, ["--models", "rec,bert"], "argument --models: there is no 'bert'; choose from resnet50, rec, magika"),
+        (runtime, ["--cases", "all"], "argument --cases: there is no 'all'; choose from bulk, one, batches"),
+        (replicas, ["--model", "bert"], "argument --model: invalid choice: 'bert'"),
+    ],
+)
+def test_names_that_nothing_has(command, options, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(options)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["fresh", "load"])
+def test_parts_tell_which_command_starts_them(part):
+    command = [sys.executable, "-m", f"benchmarks.{part}"]
+    root = Path(runtime.__file__).parent.parent
+    bare = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert bare.returncode == 2
+    assert bare.stderr.startswith("usage:")
+    told = subprocess.run([*command, "--help"], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert re.search("`python -m benchmarks.(runtime|serving)`, which starts (it|them)", told)
 
 
 def test_calls_from_threads_are_all_counted():

@@ -10,8 +10,11 @@ from pathlib import Path
 import networks
 import onnx
 import pytest
+import typer
 from serving import free_port
+from typer.testing import CliRunner
 
+from benchmarks import serving
 from benchmarks.load import Answer, drive, summarized
 from mlflow_trt import wire
 
@@ -56,3 +59,23 @@ def test_a_short_run(tmp_path):
         for clients in (1, 3)
     }
     assert all(row["load"]["requests"] > 0 and not row["load"]["failures"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "missing.onnx"], "missing.onnx does not exist; expected an ONNX file"),
+        (["--model", __file__], "test_serving_benchmark.py is no ONNX model"),
+        (["--wires", "json,xml"], "there is no 'xml'; choose from json, parquet"),
+        (["--targets", "triton"], "there is no 'triton'; choose from floor, mlflow-trt, mlflow.onnx"),
+        (["--precision", "fp64"], "unknown precision 'fp64'; choose one of fp32"),
+        (["--runtime", "numpy"], "runtime is 'numpy'; choose one of tensorrt"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_anything_is_served(options, message):
+    app = typer.Typer()
+    app.command()(serving.main)
+    result = CliRunner().invoke(app, options, env={"COLUMNS": "500"})
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stdout == ""
