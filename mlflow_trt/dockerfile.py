@@ -22,6 +22,8 @@ from mlflow_trt.spec import Distribution
 
 CUDA_IMAGE = "nvidia/cuda:13.0.1-{kind}-ubuntu24.04"
 """Where the image starts from: `kind` is `devel`, to compile pycuda, and `runtime`, to run."""
+CACHE = "/var/cache/mlflow-trt"
+"""Where the image keeps what is made on its host."""
 
 _HEALTH = "import urllib.request; urllib.request.urlopen('http://127.0.0.1:{port}/ping', timeout=5)"
 
@@ -44,13 +46,13 @@ RUN apt-get update \\
  && apt-get install --yes --no-install-recommends python3 \\
  && rm -rf /var/lib/apt/lists/* \\
  && useradd --create-home --uid 10001 mlflow \\
- && install --directory --owner=mlflow /var/cache/mlflow-trt
+ && install --directory --owner=mlflow {cache}
 COPY --from=build /opt/venv /opt/venv
 COPY model/ /opt/model/
 ENV PATH=/opt/venv/bin:$PATH \\
-    MLFLOW_TRT_CACHE_DIR=/var/cache/mlflow-trt{settings}
-# Engines that are rebuilt for the GPU of this host are kept here.
-VOLUME /var/cache/mlflow-trt
+    MLFLOW_TRT_CACHE_DIR={cache}{settings}
+# Engines that are rebuilt for the GPU of this host, and the kernels that it compiled, are kept here.
+VOLUME {cache}
 # By number, so that Kubernetes can tell that it is not root.
 USER 10001
 EXPOSE {port}
@@ -129,6 +131,7 @@ def dockerfile_text(options: ImageOptions, *, has_constraints: bool = False) -> 
         build_image=options.base.replace("{kind}", "devel"),
         image=options.base.replace("{kind}", "runtime"),
         copies="\n".join(copies),
+        cache=CACHE,
         find_links="--find-links /tmp/wheels " if options.wheels else "",
         settings=f" \\\n    MLFLOW_PYFUNC_INFERENCE_CONFIG={shlex.quote(settings)}" if settings else "",
         port=options.port,

@@ -124,8 +124,12 @@ def test_nothing_is_written_over(folder, tmp_path):
 def test_from_the_command_line(folder, tmp_path):
     code, output, errors = run("dockerfile", folder, "--output", tmp_path / "image", "--base", "my/cuda:1-{kind}")
     assert code == 0, errors
-    assert "docker run --gpus all -p 8080:8080" in output
-    assert "FROM my/cuda:1-devel AS build" in (tmp_path / "image" / "Dockerfile").read_text()
+    text = (tmp_path / "image" / "Dockerfile").read_text()
+    assert "FROM my/cuda:1-devel AS build" in text
+    found = dict(instructions(text))
+    cache = dict(item.split("=", 1) for item in shlex.split(found["ENV"]))["MLFLOW_TRT_CACHE_DIR"]
+    assert found["VOLUME"] == cache
+    assert f"docker run --gpus all -p 8080:8080 -v NAME-cache:{cache} NAME" in output
     code, _, errors = run("dockerfile", folder, "--output", tmp_path / "other", "--model-config", "auto")
     assert code == 2
     assert 'expected JSON like {"runtime": "auto"}' in " ".join(errors.split())

@@ -21,11 +21,10 @@ def dockerfile(
     ] = None,
 ) -> None:
     """Write a Dockerfile and all it needs for an image that serves a model on a GPU."""
-    from mlflow_trt.dockerfile import CUDA_IMAGE, ImageOptions, write_image_context
+    from mlflow_trt.dockerfile import CACHE, CUDA_IMAGE, ImageOptions, write_image_context
 
     settings = parse_settings(model_config, "--model-config")
     options = ImageOptions(port=port, base=base or CUDA_IMAGE, model_config=settings, wheels=wheel or ())
     remarks = write_image_context(uri, output, options)
-    typer.echo(
-        "\n".join([*remarks, f"docker build --tag NAME {output}", f"docker run --gpus all -p {port}:{port} NAME"])
-    )
+    serve = f"docker run --gpus all -p {port}:{port} -v NAME-cache:{CACHE} NAME"
+    typer.echo("\n".join([*remarks, f"docker build --tag NAME {output}", serve]))
