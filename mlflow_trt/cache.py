@@ -81,8 +81,8 @@ def only_one(key: str) -> Iterator[None]:
         yield
 
 
-def find_engine(key: str) -> bytes | None:
-    """The plan stored under `key`. One that is incomplete or was changed is removed: it can be built again."""
+def find_engine(key: str) -> tuple[EngineRecord, bytes] | None:
+    """The engine stored under `key`. One that is incomplete or was changed is removed: it can be built again."""
     folder = directory() / "engines" / key
     try:
         if not folder.is_dir():
@@ -95,7 +95,7 @@ def find_engine(key: str) -> bytes | None:
         _log.warning("The cached engine in %s is damaged and is built again", folder)
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    return plan
+    return record, plan
 
 
 def store_engine(key: str, record: EngineRecord, plan: Path) -> None:

@@ -73,8 +73,8 @@ class GpuCompiler:
         store = _Memory()
         with session_of(
             folder,
+            engine,
             folder.read_plan(engine),
-            engine.weights,
             tensorrt=self._tensorrt,
             device=self._device,
             settings=self._settings,

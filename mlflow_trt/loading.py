@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,12 +118,12 @@ def _open_on(ordinal: int, folder: ModelFolder, settings: LoadSettings, progress
     tensorrt = trt.load(_distribution_for(folder))
     device = open_device(ordinal)
 
-    def session(plan: bytes, weights: Weights = Weights.INCLUDED, kernels: tuple[bytes, ...] = ()) -> Session:
-        store = KernelFile(_kernels_key(plan, tensorrt, device), shipped=kernels)
-        opened = session_of(folder, plan, weights, tensorrt=tensorrt, device=device, settings=settings, store=store)
+    def session(engine: EngineRecord, plan: bytes, kernels: tuple[bytes, ...] = ()) -> Session:
+        store = kernel_file(engine, tensorrt, device, shipped=kernels)
+        opened = session_of(folder, engine, plan, tensorrt=tensorrt, device=device, settings=settings, store=store)
         try:
             if settings.self_test:
-                self_test.check(opened, folder, _identity(plan, kernels, tensorrt, device, settings))
+                self_test.check(opened, folder, _identity(engine, kernels, tensorrt, device, settings))
             if settings.warm_up == "on" or (settings.warm_up == "auto" and in_server()):
                 opened.warm_up()
         except BaseException:
@@ -138,7 +139,7 @@ def _open_on(ordinal: int, folder: ModelFolder, settings: LoadSettings, progress
         if reason is None:
             try:
                 shipped = shipped_kernels(folder, engine, tensorrt.version, device.gpu)
-                return session(folder.read_plan(engine), engine.weights, shipped)
+                return session(engine, folder.read_plan(engine), shipped)
             except EngineMismatchError as error:
                 reason = error.message
         reasons.append(f"{engine.file}: {reason}")
@@ -148,7 +149,7 @@ def _open_on(ordinal: int, folder: ModelFolder, settings: LoadSettings, progress
             f"{problem}. Load with on_mismatch='rebuild', or log the model on a machine like this one.",
             reasons=reasons,
         )
-    return session(_rebuilt_plan(folder, tensorrt, device, problem, progress))
+    return session(*_rebuilt(folder, tensorrt, device, problem, progress))
 
 
 def shipped_kernels(folder: ModelFolder, engine: EngineRecord, version: str, gpu: Gpu) -> tuple[bytes, ...]:
@@ -164,15 +165,15 @@ def shipped_kernels(folder: ModelFolder, engine: EngineRecord, version: str, gpu
 
 def session_of(
     folder: ModelFolder,
+    engine: EngineRecord,
     plan: bytes,
-    weights: Weights,
     *,
     tensorrt: trt.TensorRT,
     device: Device,
     settings: LoadSettings,
     store: KernelStore,
 ) -> TensorRTSession:
-    """A session on a plan for the model in a folder. Raises what TensorRTSession raises."""
+    """A session on an engine for the model in a folder. Raises what TensorRTSession raises."""
     record = folder.record
     return session_on(
         plan,
@@ -182,7 +183,7 @@ def session_of(
         inputs=record.inputs,
         outputs=record.outputs,
         batch_axis=record.batch_axis,
-        weights_from=folder.checked_model(record.typed) if weights is Weights.STRIPPED else None,
+        weights_from=folder.checked_model(record.typed) if engine.weights is Weights.STRIPPED else None,
         weight_streaming=record.recipe.weight_streaming,
         store=store,
     )
@@ -197,11 +198,11 @@ def session_on(
     inputs: tuple[TensorSpec, ...],
     outputs: tuple[TensorSpec, ...],
     batch_axis: BatchAxis | None,
+    store: KernelStore,
     weights_from: Path | None = None,
     weight_streaming: bool = False,
-    store: KernelStore | None = None,
 ) -> TensorRTSession:
-    """A session on a plan, which is trusted. Compiled kernels are kept in `store`, or else in the user's cache.
+    """A session on a plan, which is trusted. Compiled kernels are kept in `store`.
 
     Raises what TensorRTSession raises.
     """
@@ -225,26 +226,29 @@ def session_on(
         allow_engine_host_code=settings.allow_engine_host_code,
         weights_from=weights_from,
         weight_streaming=weight_streaming,
-        kernel_store=store or KernelFile(_kernels_key(plan, tensorrt, device)),
+        kernel_store=store,
     )
 
 
-def _kernels_key(plan: bytes, tensorrt: trt.TensorRT, device: Device) -> str:
+def kernel_file(
+    engine: EngineRecord, tensorrt: trt.TensorRT, device: Device, shipped: Sequence[bytes] = ()
+) -> KernelFile:
+    """Where the kernels of an engine are kept in the user's cache. `shipped` are those that came with the model."""
     identity = {
-        "engine": hashlib.sha256(plan).hexdigest(),
+        "engine": engine.sha256,
         "tensorrt": str(tensorrt),
         "gpu": str(device.gpu),
         "driver": device.hardware.driver,
     }
-    return cache.key_of(identity)
+    return KernelFile(cache.key_of(identity), shipped)
 
 
 def _identity(
-    plan: bytes, kernels: tuple[bytes, ...], tensorrt: trt.TensorRT, device: Device, settings: LoadSettings
+    engine: EngineRecord, kernels: tuple[bytes, ...], tensorrt: trt.TensorRT, device: Device, settings: LoadSettings
 ) -> dict[str, object]:
     """Everything that may make the same model answer differently."""
     return {
-        "engine": hashlib.sha256(plan).hexdigest(),
+        "engine": engine.sha256,
         "tensorrt": str(tensorrt),
         "gpu": device.gpu.uuid,
         "driver": device.hardware.driver,
@@ -260,9 +264,9 @@ def _distribution_for(folder: ModelFolder) -> Distribution | None:
     return next((distribution for distribution in trt.installed() if distribution in built), None)
 
 
-def _rebuilt_plan(
+def _rebuilt(
     folder: ModelFolder, tensorrt: trt.TensorRT, device: Device, problem: str, progress: Progress | None
-) -> bytes:
+) -> tuple[EngineRecord, bytes]:
     record = folder.record
     recipe = _for_this_machine(record.recipe, tensorrt, device)
     key = cache.key_of(
@@ -294,7 +298,7 @@ def _rebuilt_plan(
         )
         cache.store_engine(key, engine, plan)
         _log.info("Built %s in %.1f s", engine, engine.build_seconds)
-        return plan.read_bytes()
+        return engine, plan.read_bytes()
 
 
 def _for_this_machine(recipe: Recipe, tensorrt: trt.TensorRT, device: Device) -> Recipe:

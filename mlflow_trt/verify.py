@@ -16,7 +16,7 @@ from mlflow_trt.errors import AccuracyError, ExecutionError, InputError, Runtime
 from mlflow_trt.fitting import why_not
 from mlflow_trt.golden import Golden, golden_of
 from mlflow_trt.inputs import Feeds
-from mlflow_trt.loading import session_on
+from mlflow_trt.loading import kernel_file, session_on
 from mlflow_trt.runtime.device import open_device
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.settings import LoadSettings
@@ -153,6 +153,7 @@ def engine_session(conversion: Conversion, settings: LoadSettings) -> TensorRTSe
         inputs=conversion.typed.inputs,
         outputs=conversion.typed.outputs,
         batch_axis=conversion.profiles.batch_axis,
+        store=kernel_file(conversion.engine, tensorrt, device),
         weights_from=conversion.typed.path if conversion.engine.weights is Weights.STRIPPED else None,
         weight_streaming=conversion.recipe.weight_streaming,
     )

@@ -165,7 +165,7 @@ def _execute(case: Case, conversion, tolerance) -> tuple[str, str]:
     from mlflow_trt import MlflowTrtError, RuntimeUnavailableError, trt
     from mlflow_trt.comparison import compare
     from mlflow_trt.convert.typed_model import reference_outputs
-    from mlflow_trt.loading import session_on
+    from mlflow_trt.loading import kernel_file, session_on
     from mlflow_trt.runtime.device import open_device
     from mlflow_trt.settings import LoadSettings
 
@@ -174,14 +174,16 @@ def _execute(case: Case, conversion, tolerance) -> tuple[str, str]:
     except RuntimeUnavailableError:
         return "built", ""
     try:
+        tensorrt = trt.load()
         session = session_on(
             conversion.plan.read_bytes(),
-            tensorrt=trt.load(),
+            tensorrt=tensorrt,
             device=device,
             settings=LoadSettings(),
             inputs=conversion.typed.inputs,
             outputs=conversion.typed.outputs,
             batch_axis=conversion.profiles.batch_axis,
+            store=kernel_file(conversion.engine, tensorrt, device),
         )
         with session:
             feeds = conversion.samples.feeds

@@ -29,7 +29,7 @@ def plan(tmp_path) -> Path:
 def test_keeps_engines(plan):
     assert cache.find_engine("key") is None
     cache.store_engine("key", RECORD, plan)
-    assert cache.find_engine("key") == PLAN
+    assert cache.find_engine("key") == (RECORD, PLAN)
 
 
 def test_the_key_changes_with_every_part():
@@ -50,7 +50,7 @@ def test_a_damaged_engine_is_dropped(damage, plan, messages):
 def test_many_may_store_the_same_at_once(plan):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: cache.store_engine("key", RECORD, plan), range(32)))
-    assert cache.find_engine("key") == PLAN
+    assert cache.find_engine("key") == (RECORD, PLAN)
     assert [path.name for path in (cache.directory() / "engines").iterdir()] == ["key"]
 
 
@@ -79,7 +79,7 @@ def test_one_builds_while_the_others_wait(plan):
             return cache.find_engine("key")
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(load, range(8))) == [PLAN] * 8
+        assert list(pool.map(load, range(8))) == [(RECORD, PLAN)] * 8
     assert len(built) == 1
 
 
