@@ -19,28 +19,32 @@ from mlflow_trt.spec import TensorSpec
 
 
 def sample_data_of(calibration_data: Any, input_example: Any, inputs: Sequence[TensorSpec]) -> SampleData | None:
-    """The calibration data, else the input example, else None.
+    """The calibration data, in any form that `arrays_of` knows, else the input example, else None.
 
-    `calibration_data` may be the path of an `.npz` file with an array for each input, or of an `.npy` file for a model
-    with one; an array, a mapping of arrays, an iterable of such mappings; a DataFrame, such as an evaluation table,
-    with a column for each input; or an MLflow dataset of one of these.
-
-    Raises InputError for a file that cannot be read or a dataset without arrays.
+    Raises InputError for calibration data that cannot be read.
     """
     if calibration_data is not None:
-        return SampleData(arrays=_arrays(calibration_data, inputs), origin=SampleOrigin.CALIBRATION_DATA)
+        return SampleData(arrays=arrays_of(calibration_data, inputs), origin=SampleOrigin.CALIBRATION_DATA)
     example = input_example[0] if isinstance(input_example, tuple) else input_example  # MLflow's form with params
     if isinstance(example, list) and len(inputs) == 1:
         example = np.asarray(example)
     if isinstance(example, (np.ndarray, Mapping, pd.DataFrame)):
         try:
-            return SampleData(arrays=_arrays(example, inputs), origin=SampleOrigin.INPUT_EXAMPLE)
+            return SampleData(arrays=arrays_of(example, inputs), origin=SampleOrigin.INPUT_EXAMPLE)
         except InputError:
             return None  # MLflow says what is wrong with an example
     return None
 
 
-def _arrays(data: Any, inputs: Sequence[TensorSpec]) -> Any:
+def arrays_of(data: Any, inputs: Sequence[TensorSpec]) -> Any:
+    """The arrays in what a user gave, in a form that `cut_samples` takes.
+
+    `data` may be the path of an `.npz` file with an array for each input, or of an `.npy` file for a model with one;
+    an array, a mapping of arrays, an iterable of such mappings; a DataFrame, such as an evaluation table, with a column
+    for each input; or an MLflow dataset of one of these.
+
+    Raises InputError for a file that cannot be read or a dataset without arrays.
+    """
     if isinstance(data, (str, os.PathLike)):
         return read_arrays(Path(data))
     if isinstance(data, Dataset):

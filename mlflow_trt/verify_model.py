@@ -19,7 +19,7 @@ from mlflow_trt.errors import InputError, RuntimeUnavailableError
 from mlflow_trt.loading import open_session
 from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
 from mlflow_trt.runtime.session import Session
-from mlflow_trt.sample_data import sample_data_of
+from mlflow_trt.sample_data import arrays_of
 from mlflow_trt.settings import LoadSettings
 from mlflow_trt.verify import compare_sessions
 
@@ -60,9 +60,8 @@ def verify_model(
 def _samples(folder: ModelFolder, source: OnnxModel, data: Any) -> Samples:
     record = folder.record
     profiles = Profiles(profiles=record.profiles, batch_axis=record.batch_axis, remarks=())
-    given = sample_data_of(data, None, source.inputs)
-    if given is not None:
-        return cut_samples(given.arrays, given.origin, source, profiles)
+    if data is not None:
+        return cut_samples(arrays_of(data, source.inputs), SampleOrigin.GIVEN_DATA, source, profiles)
     if record.golden is None:
         raise InputError("this model has no golden sample; give data to verify it on")
     golden = folder.read_golden(record.golden)

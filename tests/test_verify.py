@@ -210,8 +210,15 @@ def test_the_command_verifies_what_was_logged(fp16_folder, tmp_path, data):
     assert code == 0, errors
     found = json.loads(output)
     assert found["verdict"] == "passed"
-    assert found["inputs"] == ("50 rows of calibration data" if data else "8 rows of the golden sample")
+    assert found["inputs"] == ("50 rows of the given data" if data else "8 rows of the golden sample")
     assert 0 < found["outputs"][0]["relative_error"] < 1e-3
+
+
+def test_the_command_names_the_data_that_does_not_fit(fp16_folder, tmp_path):
+    np.savez(tmp_path / "inputs.npz", y=networks.rows(50))
+    code, _, errors = run("verify", fp16_folder, "--data", tmp_path / "inputs.npz")
+    assert code == 1
+    assert errors.startswith("Error: the given data: input 'x' is missing")
 
 
 def test_the_command_fails_where_the_model_does(fp16_folder):

@@ -24,6 +24,7 @@ class SampleOrigin(StrEnum):
     """Where sample inputs are from, in the words that messages use. Noise is no evidence of what real inputs do."""
 
     CALIBRATION_DATA = "calibration data"
+    GIVEN_DATA = "the given data"
     INPUT_EXAMPLE = "the input example"
     GENERATED = "generated noise"
     GOLDEN = "the golden sample"
