@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from onnx import numpy_helper
 
 from benchmarks.models import BenchmarkModel, Feeds
 from mlflow_trt.artifact import read_folder
+from mlflow_trt.runtime.timing import measure
 from mlflow_trt.trt import is_installed
 
 BATCHES = (1, 8, 32, 128)
@@ -41,21 +42,9 @@ def alternatives(folder: Path, model: BenchmarkModel, seconds: float, *, compile
             choices.append(("mlflow.onnx on ONNX Runtime's CUDA provider", lambda: _onnxruntime(folder)))
     for what, make in choices:
         with make() as predict:
-            times = {size: _milliseconds(predict, model.feeds(size), seconds) for size in BATCHES}
+            times = {size: measure(partial(predict, model.feeds(size)), seconds).p50 for size in BATCHES}
         found.append({"what": what, "milliseconds": times})
     return found
-
-
-def _milliseconds(predict: Predict, feeds: Feeds, seconds: float) -> float:
-    for _ in range(5):
-        predict(feeds)
-    times = []
-    end = time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < end:
-        started = time.perf_counter()
-        predict(feeds)
-        times.append(time.perf_counter() - started)
-    return 1e3 * float(np.median(times))
 
 
 @contextmanager

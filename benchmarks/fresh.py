@@ -96,7 +96,7 @@ def _bare(folder: Path, model: str, kernels: str) -> dict[str, float]:
         before = cuda.mem_get_info()[0]
         marks = [time.perf_counter()]
         plan = (folder / record.engines[0].file).read_bytes()
-        stored = Path(kernels).read_bytes()[32:]
+        stored = Path(kernels).read_bytes()[32:]  # after its sha256, as `mlflow_trt.kernel_file` writes it
         marks.append(time.perf_counter())
         runtime = module.Runtime(module.Logger(module.Logger.ERROR))
         engine = runtime.deserialize_cuda_engine(plan)

@@ -48,7 +48,10 @@ CASES = (*LOADED, "load", "alternatives")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table. `goal` bounds measured / limit: from above for times and sizes, from below for rates."""
+    """One line of the table. `goal` bounds measured / limit: from above for times and sizes, from below for rates.
+
+    `spread` is half of what lies between the smallest and the largest value, as a part of `measured`.
+    """
 
     model: str
     case: str
@@ -59,6 +62,12 @@ class Row:
     goal: float | None = None
     higher_is_better: bool = False
     note: str = ""
+
+    @classmethod
+    def of(cls, values: Any, **rest: Any) -> Row:
+        """The median of `values`, and their spread."""
+        median = float(np.median(values))
+        return cls(measured=median, spread=float((np.max(values) - np.min(values)) / 2 / median), **rest)
 
     @property
     def ratio(self) -> float:
@@ -119,7 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("; ".join(f"{key} {value}" for key, value in about.items()))
     print_table(HEADINGS, [row.cells() for row in rows])
     if others:
-        print_table(("what", *(f"batch {size}" for size in (1, *BATCHES))), [cells_of(other) for other in others])
+        headings = ("what", *(f"batch {size}" for size in others[0]["milliseconds"]))
+        print_table(headings, [cells_of(other) for other in others])
     result = {"about": about, "rows": [asdict(row) | {"ratio": row.ratio} for row in rows], "alternatives": others}
     if options.json:
         options.json.write_text(json.dumps(result, indent=2))
@@ -138,7 +148,7 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def cells_of(other: dict[str, Any]) -> tuple[str, ...]:
-    return (other["what"], *(f"{ms:.3g} ms" if ms else "-" for ms in other["milliseconds"].values()))
+    return (other["what"], *(f"{ms:.3g} ms" for ms in other["milliseconds"].values()))
 
 
 class Bench:
@@ -260,10 +270,8 @@ class Bench:
 
     def row(self, case: str, unit: str, limit: float, values: Any, goal: float | None, note: str, *,
             higher_is_better: bool = False) -> Row:  # fmt: skip
-        median = float(np.median(values))
-        spread = float((np.max(values) - np.min(values)) / 2 / median)
-        return Row(model=self.model.name, case=case, unit=unit, limit=float(limit), measured=median, spread=spread,
-                   goal=goal, higher_is_better=higher_is_better, note=note)  # fmt: skip
+        return Row.of(values, model=self.model.name, case=case, unit=unit, limit=float(limit), goal=goal,
+                      higher_is_better=higher_is_better, note=note)  # fmt: skip
 
 
 _pinned: dict[str, Any] = {}
@@ -320,11 +328,9 @@ def load_rows(model: BenchmarkModel, folder: Path, repeats: int) -> list[Row]:
     runs = [fresh(folder, model.name) for _ in range(max(1, repeats // 2))]
 
     def row(case: str, unit: str, measured: str, limit: str, goal: float | None, note: str = "") -> Row:
-        values = np.array([run[measured] for run in runs])
-        median = float(np.median(values))
-        return Row(model=model.name, case=case, unit=unit, limit=float(np.median([run[limit] for run in runs])),
-                   measured=median, spread=float((values.max() - values.min()) / 2 / median), goal=goal,
-                   note=note)  # fmt: skip
+        limits = [run[limit] for run in runs]
+        return Row.of([run[measured] for run in runs], model=model.name, case=case, unit=unit,
+                      limit=float(np.median(limits)), goal=goal, note=note)  # fmt: skip
 
     parts = ", ".join(f"{name} {np.median([run[name] for run in runs]):.2f}" for name in
                       ("bare_read", "bare_deserialize", "bare_context", "bare_first"))  # fmt: skip

@@ -82,6 +82,12 @@ ROWS = [
 ]  # fmt: skip
 
 
+def test_a_row_sums_up_its_values():
+    row = runtime.Row.of([3.0, 2.0, 2.4], model="m", case="one", unit="ms", limit=2.0)
+    assert (row.measured, row.ratio) == (2.4, 1.2)
+    assert row.cells()[3] == "2.4 ± 21%"
+
+
 def test_goals_are_met_or_not():
     assert [row.met for row in ROWS] == [True, False, None]
     assert ROWS[0].cells()[4:6] == ("0.95", "≥ 0.9 met")
