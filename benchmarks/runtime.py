@@ -234,8 +234,7 @@ class Bench:
 
     def replay_seconds(self, feeds: Feeds) -> float:
         with self.session._loaded(feeds) as slot:
-            slot.launch()
-            slot.finish()
+            replay(slot)
             return self.median_of(lambda: replay(slot))
 
     def stages(self, feeds: Feeds, rows: int) -> dict[str, float]:

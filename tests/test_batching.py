@@ -12,7 +12,7 @@ from mlflow_trt import InputShapeError
 from mlflow_trt.dtypes import numpy_dtype
 from mlflow_trt.runtime.batching import START_COST, AnySize, FewSizes, Piece, Rows, pieces
 from mlflow_trt.runtime.copying import LEAST_BYTES, THREADS, copies, copy_rows
-from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession, make_tray
+from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
 from mlflow_trt.runtime.scheduler import Scheduler
 from mlflow_trt.spec import BatchAxis, InputRange, ShapeProfile
 
@@ -128,9 +128,10 @@ def test_copies_are_new_arrays_whatever_their_size(nbytes, dtype):
         assert result.base is None
 
 
-def test_an_error_in_a_copy_reaches_the_caller():
-    with pytest.raises(ValueError, match="broadcast"):
-        list(copy_rows([(np.ones((4, 2)), 0, 4)], np.ones((4, 3))))
+@pytest.mark.parametrize(("columns", "message"), [(2, "different structures"), (LEAST_BYTES, "broadcast")])
+def test_an_error_in_a_copy_reaches_the_caller(columns, message):
+    with pytest.raises(ValueError, match=message):
+        list(copy_rows([(np.ones((4, columns), np.uint8), 0, 4)], np.ones((4, columns + 1), np.uint8)))
 
 
 def test_inputs_without_the_axis_are_passed_whole(tmp_path):
@@ -156,11 +157,8 @@ def test_a_real_model_in_pieces(tmp_path):
 class WholeSlot:
     """A runtime whose output has one number for the whole batch, whatever the model's graph says."""
 
-    def load(self, rows, profile):
+    def launch(self, rows, profile):
         self.shape = rows.shapes["x"]
-
-    def launch(self):
-        pass
 
     def finish(self):
         return {"y": np.array([self.shape[0]])}
@@ -174,7 +172,7 @@ class WholeSlot:
 
 def test_an_output_without_rows_is_found_and_whole_batches_go_on():
     profile = ShapeProfile(ranges={"x": InputRange(min=(2, 1), opt=(4, 1), max=(8, 1))})
-    scheduler = Scheduler(WholeSlot, make_tray, profiles=[profile], axis=AXIS)
+    scheduler = Scheduler(WholeSlot, profiles=[profile], axis=AXIS)
     with pytest.raises(InputShapeError, match=r"output 'y' has the shape \(1,\) for 8 rows of input"):
         scheduler.run({"x": np.ones((9, 1))})
     assert scheduler.run({"x": np.ones((5, 1))})["y"].tolist() == [5]

@@ -13,7 +13,7 @@ import pytest
 from helpers import read, reference
 
 from mlflow_trt import ExecutionError, InputError, OutOfMemoryError, SessionClosedError
-from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession, make_tray
+from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
 from mlflow_trt.runtime.scheduler import MOST_SLOTS, Scheduler
 from mlflow_trt.runtime.slots import Slots
 from mlflow_trt.spec import BatchAxis, InputRange, ShapeProfile
@@ -42,24 +42,13 @@ class DoublingSlot:
     def __init__(self, gate):
         self.gate = gate
 
-    def load(self, rows, profile):
-        self.check(rows.size)
+    def launch(self, rows, profile):
+        if rows.size > self.gate.most_rows:
+            raise OutOfMemoryError("no room")
         self.x = np.empty(rows.shapes["x"], rows.parts[0]["x"].dtype)
         for part, start, stop in rows.copies("x"):
             self.x[start:stop] = part
-
-    def check(self, size):
-        if size > self.gate.most_rows:
-            raise OutOfMemoryError("no room")
-
-    def launch(self):
         self.gate.started.release()
-
-    def launch_tray(self, tray, rows, size, feeds, profile):
-        self.check(size)
-        tray.pad(rows, size)
-        self.x = tray.arrays["x"][:size].copy()
-        self.launch()
 
     def finish(self):
         assert self.gate.open.wait(10)
@@ -85,7 +74,7 @@ def gate():
 
 @pytest.fixture
 def scheduler(gate):
-    scheduler = Scheduler(lambda: DoublingSlot(gate), make_tray, profiles=[PROFILE], axis=AXIS, max_batch_delay=5.0)
+    scheduler = Scheduler(lambda: DoublingSlot(gate), profiles=[PROFILE], axis=AXIS, max_batch_delay=5.0)
     yield scheduler
     gate.open.set()
     scheduler.close()
@@ -162,7 +151,7 @@ def test_a_call_that_is_alone_does_not_wait(scheduler):
 
 
 def test_the_delay_ends(pool, gate):
-    scheduler = Scheduler(lambda: DoublingSlot(gate), make_tray, profiles=[PROFILE], axis=AXIS, max_batch_delay=0.01)
+    scheduler = Scheduler(lambda: DoublingSlot(gate), profiles=[PROFILE], axis=AXIS, max_batch_delay=0.01)
     gate.open.clear()
     scheduler._batcher._usual_callers = 50.0  # of whom none comes
     for value in range(MOST_SLOTS):
@@ -174,7 +163,7 @@ def test_the_delay_ends(pool, gate):
 
 def test_shapes_that_differ_are_kept_apart(pool, gate):
     wide = ShapeProfile(ranges={"x": InputRange(min=(1, 1), opt=(4, 2), max=(16, 8))})
-    scheduler = Scheduler(lambda: DoublingSlot(gate), make_tray, profiles=[wide], axis=AXIS, max_batch_delay=5.0)
+    scheduler = Scheduler(lambda: DoublingSlot(gate), profiles=[wide], axis=AXIS, max_batch_delay=5.0)
     first = occupied(pool, scheduler, gate)
     batches = [np.full((1, 1 + n % 3), n, np.float32) for n in range(9)]
     futures = [pool.submit(scheduler.run, {"x": batch}) for batch in batches]

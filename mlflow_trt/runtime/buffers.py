@@ -6,10 +6,9 @@ import math
 from collections.abc import Sequence
 
 from mlflow_trt.dtypes import numpy_dtype
-from mlflow_trt.inputs import Array, Feeds
-from mlflow_trt.runtime.device import Device, DeviceBuffer, Moves, PinnedBuffer
+from mlflow_trt.inputs import Array
+from mlflow_trt.runtime.device import DeviceBuffer, Moves, PinnedBuffer
 from mlflow_trt.runtime.engine import Engine
-from mlflow_trt.runtime.slots import Tray
 
 
 class Buffers:
@@ -55,25 +54,3 @@ class Buffers:
             pinned.free()
         for memory in self.memory.values():
             memory.free()
-
-
-class PinnedTray(Tray):
-    """A tray that the GPU copies from at full speed."""
-
-    def __init__(self, device: Device, feeds: Feeds, rows: int) -> None:
-        self._device = device
-        self.buffers: dict[str, PinnedBuffer] = {}
-        arrays = {}
-        with device.current():
-            for name, array in feeds.items():
-                shape = (rows, *array.shape[1:])
-                self.buffers[name] = buffer = device.pinned_buffer()
-                buffer.reserve(math.prod(shape) * array.itemsize)
-                arrays[name] = buffer.array(shape, array.dtype)
-        super().__init__(arrays, rows)
-
-    def close(self) -> None:
-        super().close()
-        with self._device.current():
-            for buffer in self.buffers.values():
-                buffer.free()

@@ -15,6 +15,9 @@ THREADS = min(8, os.cpu_count() or 1)
 LEAST_BYTES = 1 << 20
 """What is worth a thread's while: waking one takes about as long as copying a few hundred kilobytes."""
 
+HELD_BYTES = 8 << 20
+"""Up to which the small rows of several callers are copied by one thread that keeps the interpreter lock."""
+
 Copy = tuple[Array, Array]
 """Where from and where to; a source of one row fills every row of its target."""
 
@@ -27,17 +30,24 @@ def copy_rows(parts: Iterable[tuple[Array, int, int]], target: Array) -> Iterato
 
     A part of a single row fills all of its rows. Yields how many rows have arrived, all of them when it ends.
     """
-    return _by_threads(_shared_out(parts, target))
+    parts = list(parts)
+    if target.nbytes > HELD_BYTES or any(source.nbytes > LEAST_BYTES for source, _, _ in parts):
+        yield from _by_threads(_shared_out(parts, target))
+        return
+    for source, start, stop in parts:
+        if len(source) == stop - start:
+            _copy_held(source, target[start:stop])
+        else:
+            target[start:stop] = source
+    yield len(target)
 
 
-def copy_small(source: Array, target: Array) -> None:
-    """Copy a contiguous array into another of its shape and dtype, without letting go of the interpreter lock.
+def _copy_held(source: Array, target: Array) -> None:
+    """Copy into an array of the same shape and dtype, both contiguous, without letting go of the interpreter lock.
 
     numpy lets go of it, and among many threads it takes longer to get it back than to copy a megabyte.
     """
-    if source.nbytes > LEAST_BYTES:
-        np.copyto(target, source)
-    elif source.nbytes:
+    if source.nbytes:
         _bytes(target)[:] = _bytes(source)
 
 

@@ -8,14 +8,11 @@ from typing import cast
 import numpy as np
 
 from mlflow_trt._logging import get_logger
-from mlflow_trt.inputs import Feeds
 from mlflow_trt.runtime.batching import Outputs, Rows, Shapes
 from mlflow_trt.runtime.bindings import Bindings
-from mlflow_trt.runtime.buffers import Buffers, PinnedTray
+from mlflow_trt.runtime.buffers import Buffers
 from mlflow_trt.runtime.copying import copy_rows
-from mlflow_trt.runtime.device import PinnedBuffer
 from mlflow_trt.runtime.engine import Context, Engine
-from mlflow_trt.runtime.slots import Tray
 
 UPLOAD_BYTES = 1 << 20
 _log = get_logger(__name__)
@@ -43,31 +40,10 @@ class EngineSlot:
 
     # ---- what every slot can do
 
-    def load(self, rows: Rows, profile: int) -> None:
-        self.profile = profile
-        self.shapes = rows.shapes
+    def launch(self, rows: Rows, profile: int) -> None:
         with self._device.current():
-            for name in self.engine.inputs:
-                self._load(name, rows)
-
-    def launch(self) -> None:
-        with self._device.current():
-            self._launch()
-
-    def launch_tray(self, tray: Tray, rows: int, size: int, feeds: Feeds, profile: int) -> None:
-        self.profile = profile
-        self.shapes = {
-            name: (size, *array.shape[1:]) if name in tray.arrays else array.shape for name, array in feeds.items()
-        }
-        tray.pad(rows, size)
-        with self._device.current():
-            for name in self.engine.inputs:
-                if name in tray.arrays and name in self.buffers.memory:
-                    self.upload(name, cast("PinnedTray", tray).buffers[name])
-                else:
-                    part = tray.arrays[name][:size] if name in tray.arrays else feeds[name]
-                    self._load(name, Rows([{name: part}], None, 0))
-            self._launch()
+            self.load(rows, profile)
+            self.start()
 
     def finish(self) -> Outputs:
         context = self._context
@@ -103,6 +79,19 @@ class EngineSlot:
 
     # ---- steps
 
+    def load(self, rows: Rows, profile: int) -> None:
+        """Copy inputs into pinned memory, and from there to the GPU as they come."""
+        self.profile = profile
+        self.shapes = rows.shapes
+        for name in self.engine.inputs:
+            self._load(name, rows)
+
+    def start(self) -> None:
+        """Enqueue a run of what was loaded, and the way back of its outputs."""
+        self.execute()
+        for name, shape in self._context.outputs.items():
+            self.download(name, shape)
+
     def execute(self) -> None:
         """Enqueue a run of what was loaded."""
         self.context, self._is_new = self.bindings.bind(self.profile, self.shapes)
@@ -117,30 +106,22 @@ class EngineSlot:
         for line in self.engine.tensorrt.log.errors():
             _log.warning("TensorRT ran, but reported: %s", line)
 
-    def upload(self, name: str, source: PinnedBuffer | None = None) -> None:
-        """Send an input, unless TensorRT reads it on the host, from pinned memory: its own, or another."""
+    def upload(self, name: str) -> None:
+        """Send an input from its pinned memory, unless TensorRT reads it there."""
         if name in self.buffers.memory:
             nbytes = self.buffers.nbytes(name, self.shapes[name])
-            memory = self.buffers.memory[name]
-            memory.reserve(nbytes)
-            self.stream.upload(source or self.buffers.host[name], memory, 0, nbytes)
+            self.stream.upload(self.buffers.host[name], self.buffers.memory[name], 0, nbytes)
 
     def download(self, name: str, shape: tuple[int, ...]) -> None:
         """Fetch an output, unless TensorRT writes it on the host."""
         if name in self.buffers.memory:
             self.stream.download(self.buffers.memory[name], self.buffers.host[name], self.buffers.nbytes(name, shape))
 
-    def _launch(self) -> None:
-        self.execute()
-        for name, shape in self._context.outputs.items():
-            self.download(name, shape)
-
     @property
     def _context(self) -> Context:
         return cast("Context", self.context)  # launch comes before whoever asks
 
     def _load(self, name: str, rows: Rows) -> None:
-        """Copy an input into pinned memory, and from there to the GPU as it comes."""
         shape = self.shapes[name]
         self.buffers.reserve(name, shape)
         target = self.buffers.array(name, shape)

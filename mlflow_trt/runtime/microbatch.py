@@ -1,10 +1,10 @@
 """The micro-batcher: requests that several callers send at the same time run together.
 
-There is no thread of its own. A caller takes seats in the batch that is being filled and copies its rows there, at the
-same time as others do. Who came first leads: it waits for a slot, closes the batch and runs it; then every caller takes
-its rows. Meanwhile the next batch is filled. A caller that is alone waits for nobody.
+There is no thread of its own. A caller joins the batch that is open, or opens one. Who opened it leads: it waits for a
+slot, closes the batch, runs it, and gives every caller its rows, while they sleep. Meanwhile the next batch fills. A
+caller that is alone waits for nobody.
 
-Python's interpreter lock decides how fast this is, so whoever leads does as few things as possible that let go of it.
+Python's interpreter lock decides how fast this is: callers hold it as shortly, and let go of it as rarely as possible.
 """
 
 from __future__ import annotations
@@ -16,47 +16,23 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Generic
 
 from mlflow_trt.inputs import Feeds
-from mlflow_trt.runtime.batching import Outputs, Sizes, check_rows
-from mlflow_trt.runtime.copying import copies, copy_small
-from mlflow_trt.runtime.slots import AnySlot, Slots, Tray
-
-MOST_TRAYS = 4
-"""Two that run and two that are filled, for shapes that differ."""
-
-CHEAP_BYTES = 4 << 20
-
-
-class Kind:
-    """What is the same for all requests of some shapes, so that it is found out only once.
-
-    Attributes:
-        profile, sizes: they run on this profile, in one of its sizes.
-        row: the dtypes and shapes of a row, which tell what trays are good for them.
-        cheap_rows: how many rows cost so little memory that every tray has them.
-    """
-
-    __slots__ = ("cheap_rows", "profile", "row", "sizes")
-
-    def __init__(self, feeds: Feeds, batched: Sequence[str], profile: int, sizes: Sizes) -> None:
-        arrays = [feeds[name] for name in batched]
-        row_bytes = sum(math.prod(array.shape[1:]) * array.itemsize for array in arrays)
-        self.profile = profile
-        self.sizes = sizes
-        self.row: Hashable = tuple([(array.dtype, array.shape[1:]) for array in arrays])
-        self.cheap_rows = sizes.largest if sizes.largest * row_bytes <= CHEAP_BYTES else 1
+from mlflow_trt.runtime.batching import Outputs, Rows, Sizes, check_rows
+from mlflow_trt.runtime.copying import copies
+from mlflow_trt.runtime.slots import AnySlot, Slots
+from mlflow_trt.spec import BatchAxis
 
 
 class Request:
-    """One caller's batch. Requests with the same `key` may run together; their kinds have one profile and row."""
+    """One caller's batch. Requests with the same `key` may run together; they have one profile and its sizes."""
 
-    __slots__ = ("feeds", "key", "kind", "outputs", "rows", "start", "wake")
+    __slots__ = ("feeds", "key", "outputs", "profile", "rows", "sizes", "wake")
 
-    def __init__(self, feeds: Feeds, rows: int, kind: Kind, key: Hashable) -> None:
+    def __init__(self, feeds: Feeds, rows: int, profile: int, sizes: Sizes, key: Hashable) -> None:
         self.feeds = feeds
         self.rows = rows
-        self.kind = kind
+        self.profile = profile
+        self.sizes = sizes
         self.key = key
-        self.start = 0
         self.outputs: Outputs | None = None
         # Held until the outputs are there: a bare lock costs a tenth of an Event, and this is the hot path.
         self.wake = threading.Lock()
@@ -64,30 +40,28 @@ class Request:
 
 
 class _Batch:
-    """Requests that run together, and the memory that their rows are copied to. All methods want the lock."""
+    """Requests that run together. All methods want the lock."""
 
-    __slots__ = ("_changed", "_lock", "capacity", "copying", "is_shut", "requests", "rows", "tray")
+    __slots__ = ("_changed", "_lock", "requests", "rows")
 
-    def __init__(self, tray: Tray, largest: int, lock: threading.Lock) -> None:
-        self.tray = tray
-        self.is_shut = False
-        self.capacity = min(tray.rows, largest)
+    def __init__(self, lock: threading.Lock) -> None:
         self.rows = 0
         self.requests: list[Request] = []
-        self.copying = 0
         self._lock = lock
         self._changed: threading.Condition | None = None  # most leaders wait for nobody
 
-    def has_room(self, rows: int) -> bool:
-        return self.rows + rows <= self.capacity
+    @property
+    def leader(self) -> Request:
+        return self.requests[0]
 
-    def seat(self, request: Request) -> None:
-        request.start = self.rows
+    def has_room(self, rows: int) -> bool:
+        return self.rows + rows <= self.leader.sizes.largest
+
+    def add(self, request: Request) -> None:
         self.rows += request.rows
         self.requests.append(request)
-        self.copying += 1
 
-    def wait(self, seconds: float | None = None) -> None:
+    def wait(self, seconds: float) -> None:
         """For a change. Only the leader waits: waking up threads that have nothing to do is what costs most here."""
         if self._changed is None:
             self._changed = threading.Condition(self._lock)
@@ -104,8 +78,7 @@ class MicroBatcher(Generic[AnySlot]):
 
     Args:
         slots: where batches run.
-        make_tray: makes memory for so many rows of these inputs.
-        batched: the inputs that have rows; of the others all requests of one key have the same.
+        axis: along which requests are put one after another; of inputs without it all requests of a key have the same.
         run_alone: runs one request by itself: what happens to each of a batch that failed, so that every caller gets
             its own result or its own error.
         ran: told the size of each batch.
@@ -115,15 +88,13 @@ class MicroBatcher(Generic[AnySlot]):
     def __init__(
         self,
         slots: Slots[AnySlot],
-        make_tray: Callable[[Feeds, int], Tray],
-        batched: tuple[str, ...],
+        axis: BatchAxis | None,
         run_alone: Callable[[Request], Outputs],
         ran: Callable[[int], None],
         max_delay: float,
     ) -> None:
         self._slots = slots
-        self._trays = _Trays(make_tray, batched)
-        self._batched = batched
+        self._axis = axis
         self._run_alone = run_alone
         self._ran = ran
         self._max_delay = max_delay
@@ -137,74 +108,39 @@ class MicroBatcher(Generic[AnySlot]):
 
     def run(self, request: Request) -> Outputs:
         """The outputs for the request's rows. Raises what running it alone raises."""
-        batch = self._take_seats(request)
-        leads = batch.requests[0] is request
-        try:
-            self._copy(request, batch)
-            if leads:
-                self._run_batch(request, batch)
-        except Exception:
-            if not leads or len(batch.requests) == 1:
-                raise
-        finally:
-            if leads:
-                self._dissolve(batch)
-        if not leads:
+        batch = self._join(request)
+        if batch.leader is not request:
             request.wake.acquire()
+        else:
+            try:
+                self._run_batch(batch)
+            except Exception:
+                if len(batch.requests) == 1:
+                    raise
+            finally:
+                self._dissolve(batch)
         return self._run_alone(request) if request.outputs is None else request.outputs
 
-    def kind(self, feeds: Feeds, profile: int, sizes: Sizes) -> Kind:
-        """That of requests with such feeds."""
-        return Kind(feeds, self._batched, profile, sizes)
-
-    def prepare(self, feeds: Feeds, kind: Kind, count: int) -> None:
-        """Make memory for so many of the largest batches with rows like those of `feeds`."""
-        for tray in [self._trays.take(feeds, kind, kind.sizes.largest) for _ in range(count)]:
-            self._trays.put_back(tray)
-
-    def close(self) -> None:
-        """Free the memory of batches, none of which is running any more."""
-        self._trays.close()
-
-    def _take_seats(self, request: Request) -> _Batch:
+    def _join(self, request: Request) -> _Batch:
         with self._lock:
+            self._callers += 1
             batch = self._open.get(request.key)
-            if batch is not None and batch.has_room(request.rows):
-                self._seat(request, batch)
-                if not self._is_expecting(batch):
-                    batch.tell()
-                return batch
-            was_full = batch is not None
-        tray = self._trays.take(request.feeds, request.kind, request.rows, was_full=was_full)
-        batch = _Batch(tray, request.kind.sizes.largest, self._lock)
-        with self._lock:
-            self._seat(request, batch)
-            # Who comes from now on joins this one. One that is full, or was opened in the same moment, runs as it is.
-            self._open[request.key] = batch
+            if batch is None or not batch.has_room(request.rows):
+                # Who comes from now on joins this one. One that is full runs as it is.
+                batch = self._open[request.key] = _Batch(self._lock)
+            batch.add(request)
+            if not self._is_expecting(batch):
+                batch.tell()
         return batch
 
-    def _seat(self, request: Request, batch: _Batch) -> None:
-        self._callers += 1
-        batch.seat(request)
-
-    def _copy(self, request: Request, batch: _Batch) -> None:
-        try:
-            start, stop = request.start, request.start + request.rows
-            for name in self._batched:
-                copy_small(request.feeds[name], batch.tray.arrays[name][start:stop])
-        finally:
-            with self._lock:
-                batch.copying -= 1
-                if batch.is_shut and not batch.copying:
-                    batch.tell()
-
-    def _run_batch(self, first: Request, batch: _Batch) -> None:
+    def _run_batch(self, batch: _Batch) -> None:
+        first = batch.leader
         slot = self._slots.acquire()
         try:
-            self._close_batch(batch)
-            size = first.kind.sizes.hold(batch.rows)
+            self._close(batch)
+            size = first.sizes.hold(batch.rows)
             try:
-                slot.launch_tray(batch.tray, batch.rows, size, first.feeds, first.kind.profile)
+                slot.launch(Rows([request.feeds for request in batch.requests], self._axis, size), first.profile)
                 launched = self._launched = time.monotonic()
                 outputs = slot.finish()
                 # The shortest of late: what goes beyond it was spent waiting for the interpreter lock.
@@ -221,7 +157,7 @@ class MicroBatcher(Generic[AnySlot]):
         finally:
             self._slots.release(slot)
 
-    def _close_batch(self, batch: _Batch) -> None:
+    def _close(self, batch: _Batch) -> None:
         """Wait for as many as usually come, but no longer than is worth it.
 
         That is until the batch before this one is half done, when it is time to send this one off for the GPU to find
@@ -242,75 +178,27 @@ class MicroBatcher(Generic[AnySlot]):
         return batch.has_room(1) and len(batch.requests) < self._usual_callers - self._running
 
     def _shut(self, batch: _Batch) -> None:
-        """Let no more requests in, and wait until those that are in have copied their rows."""
-        key = batch.requests[0].key
+        key = batch.leader.key
         if self._open.get(key) is batch:
             del self._open[key]
-        batch.is_shut = True
-        while batch.copying:
-            batch.wait()
 
     def _dissolve(self, batch: _Batch) -> None:
         """Let everybody go, whether there are outputs or not."""
         with self._lock:
             self._shut(batch)
             self._callers -= len(batch.requests)
-        self._trays.put_back(batch.tray)
         for request in batch.requests[1:]:
             request.wake.release()
 
 
 def _hand_out(outputs: Outputs, requests: Sequence[Request]) -> None:
     """Give every request a copy of its rows."""
-    parts = [output[one.start : one.start + one.rows] for one in requests for output in outputs.values()]
+    parts = []
+    start = 0
+    for request in requests:
+        stop = start + request.rows
+        parts += [output[start:stop] for output in outputs.values()]
+        start = stop
     copied = iter(copies(parts))
     for request in requests:
         request.outputs = {name: next(copied) for name in outputs}
-
-
-class _Trays:
-    """Trays that wait for their next batch. They hold the largest size where that is cheap; else they grow with the
-    number of callers, since a lone one needs a single row.
-    """
-
-    def __init__(self, make: Callable[[Feeds, int], Tray], batched: Sequence[str]) -> None:
-        self._make = make
-        self._batched = batched
-        self._lock = threading.Lock()
-        self._kept: list[Tray] = []
-        self._wanted: dict[Hashable, int] = {}
-        self._closed = False
-
-    def take(self, feeds: Feeds, kind: Kind, rows: int, *, was_full: bool = False) -> Tray:
-        """Memory for `rows` like those of `feeds`; for more where it was cheap, needed before, or the last was full."""
-        key, sizes = kind.row, kind.sizes
-        with self._lock:
-            wanted = max(self._wanted.get(key, kind.cheap_rows), sizes.hold(rows))
-            if was_full:
-                wanted = min(2 * wanted, sizes.largest)
-            if len(self._wanted) > MOST_TRAYS:
-                self._wanted.clear()
-            self._wanted[key] = wanted
-            for tray in reversed(self._kept):
-                if tray.key == key and tray.rows >= wanted:
-                    self._kept.remove(tray)
-                    return tray
-        tray = self._make({name: feeds[name] for name in self._batched}, wanted)
-        tray.key = key
-        return tray
-
-    def put_back(self, tray: Tray) -> None:
-        with self._lock:
-            excess: Tray | None = tray
-            if not self._closed:
-                self._kept.append(tray)
-                excess = self._kept.pop(0) if len(self._kept) > MOST_TRAYS else None
-        if excess is not None:
-            excess.close()
-
-    def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            kept, self._kept = self._kept, []
-        for tray in kept:
-            tray.close()

@@ -15,7 +15,6 @@ from mlflow_trt.runtime.batching import Outputs, Rows
 from mlflow_trt.runtime.copying import copy_rows
 from mlflow_trt.runtime.scheduler import Scheduler
 from mlflow_trt.runtime.session import Session
-from mlflow_trt.runtime.slots import Tray
 from mlflow_trt.spec import BatchAxis, TensorSpec
 
 
@@ -53,7 +52,6 @@ class OnnxRuntimeSession(Session):
         super().__init__(
             Scheduler(
                 lambda: OnnxRuntimeSlot(loaded, names),
-                make_tray,
                 profiles=(),
                 axis=batch_axis,
                 largest=largest_batch,
@@ -68,11 +66,6 @@ class OnnxRuntimeSession(Session):
         return f"ONNX Runtime {self._version} on {'CUDA' if self.device == 'CUDA' else 'the CPU'}"
 
 
-def make_tray(feeds: Feeds, rows: int) -> Tray:
-    """Plain arrays."""
-    return Tray({name: np.empty((rows, *array.shape[1:]), array.dtype) for name, array in feeds.items()}, rows)
-
-
 class OnnxRuntimeSlot:
     """Arrays, and the model that is run on them."""
 
@@ -81,7 +74,7 @@ class OnnxRuntimeSlot:
         self._outputs = outputs
         self._feeds: Feeds = {}
 
-    def load(self, rows: Rows, _profile: int) -> None:
+    def launch(self, rows: Rows, _profile: int) -> None:
         shapes = rows.shapes
         if all(array.shape == shapes[name] for name, array in rows.parts[0].items()):
             self._feeds = rows.parts[0]  # one batch as it is
@@ -96,13 +89,6 @@ class OnnxRuntimeSlot:
             for _ in copy_rows(rows.copies(name), array):
                 pass
             self._feeds[name] = array
-
-    def launch(self) -> None:
-        """ONNX Runtime has nothing to start ahead of time."""
-
-    def launch_tray(self, tray: Tray, rows: int, size: int, feeds: Feeds, _profile: int) -> None:
-        tray.pad(rows, size)
-        self._feeds = {name: tray.arrays[name][:size] if name in tray.arrays else feeds[name] for name in feeds}
 
     def finish(self) -> Outputs:
         return self._model.run(self._outputs, self._feeds)

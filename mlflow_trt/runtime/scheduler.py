@@ -21,9 +21,9 @@ from mlflow_trt.runtime.batching import (
     batch_size,
     take,
 )
-from mlflow_trt.runtime.microbatch import Kind, MicroBatcher, Request
+from mlflow_trt.runtime.microbatch import MicroBatcher, Request
 from mlflow_trt.runtime.profiles import choose_profile
-from mlflow_trt.runtime.slots import AnySlot, Slots, Tray
+from mlflow_trt.runtime.slots import AnySlot, Slots
 from mlflow_trt.runtime.work import Work
 from mlflow_trt.spec import BatchAxis, ShapeProfile
 
@@ -41,7 +41,6 @@ class Scheduler(Generic[AnySlot]):
 
     Args:
         make_slot: makes one more slot; called when it is needed.
-        make_tray: makes memory for so many rows of these inputs, which `Slot.launch_tray` understands.
         profiles: what the engine accepts. Empty: anything, as ONNX Runtime does.
         axis: the batch axis, if the model has one.
         largest: the largest batch to run at once where there are no profiles; None for no limit, and then calls are
@@ -52,7 +51,6 @@ class Scheduler(Generic[AnySlot]):
     def __init__(
         self,
         make_slot: Callable[[], AnySlot],
-        make_tray: Callable[[Feeds, int], Tray],
         *,
         profiles: Sequence[ShapeProfile],
         axis: BatchAxis | None,
@@ -66,8 +64,7 @@ class Scheduler(Generic[AnySlot]):
         self._sizes = [self._sizes_for(profile) for profile in self._profiles]
         if not self._profiles:
             self._sizes = [AnySize(largest) if largest and self._axis else None]
-        batched = self._axis.inputs if self._axis else ()
-        self._batcher = MicroBatcher(self.slots, make_tray, batched, self._run_alone, self._count, max_batch_delay)
+        self._batcher = MicroBatcher(self.slots, self._axis, self._run_alone, self._count, max_batch_delay)
         self._batches = max_batch_delay > 0
         self._plans: dict[Hashable, _Plan] = {}
         self._values_matter = any(limits.is_values for profile in profiles for limits in profile.ranges.values())
@@ -134,16 +131,9 @@ class Scheduler(Generic[AnySlot]):
         """The batch sizes that a profile is run in; None where its batches are not cut."""
         return self._sizes[profile] if self._axis is not None else None
 
-    def prepare(self, feeds: Feeds, profile: int) -> None:
-        """Make the memory that calls of several threads are put together in, for rows like those of `feeds`."""
-        sizes = self.sizes_of(profile)
-        if self._batches and sizes is not None:
-            self._batcher.prepare(feeds, self._batcher.kind(feeds, profile, sizes), MOST_SLOTS)
-
     def close(self) -> None:
         """Refuse new calls, and wait for those that run."""
         self.slots.close()
-        self._batcher.close()
 
     def _sizes_for(self, profile: ShapeProfile) -> Sizes | None:
         limits = profile.ranges.get(self._axis.inputs[0]) if self._axis else None
@@ -184,25 +174,23 @@ class Scheduler(Generic[AnySlot]):
         )
         key = (profile, *(feeds[name].shape[name in axis.inputs :] for name in feeds))
         large = sum(array.nbytes for array in feeds.values()) > _LARGE_BYTES
-        kind = self._batcher.kind(feeds, profile, sizes) if together else None
-        return _Plan(profile, fits, rows, sizes, key, kind, shared, large)
+        return _Plan(profile, fits, rows, sizes, key, together, shared, large)
 
     def _run_rows(self, feeds: Feeds, plan: _Plan, *, alone: bool) -> Outputs:
         # A large batch with nobody to share the GPU with is better copied and uploaded at the same time.
-        if plan.kind is None or (alone and plan.large):
+        if plan.sizes is None or not plan.together or (alone and plan.large):
             return self._run_in_pieces(feeds, plan.rows, plan.profile)
         key: Hashable = plan.key
         if plan.shared:
             key = (key, *(feeds[name].tobytes() for name in plan.shared))
-        return self._batcher.run(Request(feeds, plan.rows, plan.kind, key))
+        return self._batcher.run(Request(feeds, plan.rows, plan.profile, plan.sizes, key))
 
     def _run_alone(self, request: Request) -> Outputs:
-        return self._run_in_pieces(request.feeds, request.rows, request.kind.profile)
+        return self._run_in_pieces(request.feeds, request.rows, request.profile)
 
     def _run_whole(self, feeds: Feeds, profile: int) -> Outputs:
         with self.slots.lent() as slot:
-            slot.load(Rows([feeds], None, 0), profile)
-            slot.launch()
+            slot.launch(Rows([feeds], None, 0), profile)
             outputs = {name: output.copy() for name, output in slot.finish().items()}
         self._count(0)
         return outputs
@@ -240,8 +228,7 @@ class Scheduler(Generic[AnySlot]):
                     self.slots.release(slot)
                     break
                 running.append((slot, piece))
-                slot.load(Rows([take(work.feeds, axis, piece.start, piece.stop)], axis, piece.size), work.profile)
-                slot.launch()
+                slot.launch(Rows([take(work.feeds, axis, piece.start, piece.stop)], axis, piece.size), work.profile)
             while running:
                 finish_oldest()
         except BaseException:
@@ -261,8 +248,8 @@ class Scheduler(Generic[AnySlot]):
 class _Plan(NamedTuple):
     """What to do with feeds of some shapes.
 
-    Without `sizes` they run as they are, alone. With a `kind`, together with others of the same `key` and the
-    same values of the `shared` inputs, which have no rows.
+    Without `sizes` they run as they are, alone. `together`: with others of the same `key` and the same values of the
+    `shared` inputs, which have no rows.
     """
 
     profile: int
@@ -270,6 +257,6 @@ class _Plan(NamedTuple):
     rows: int = 0
     sizes: Sizes | None = None
     key: Hashable = None
-    kind: Kind | None = None
+    together: bool = False
     shared: tuple[str, ...] = ()
     large: bool = False

@@ -28,8 +28,7 @@ def replay(slot: EngineSlot) -> None:
 
 def time_phases(slot: EngineSlot, runs: int) -> list[Phases]:
     """Of so many runs, after one that does not count."""
-    slot.launch()
-    slot.finish()
+    _run(slot)
     times = []
     with slot.engine.device.current():
         events = [slot.engine.device.event() for _ in range(4)]
@@ -55,8 +54,7 @@ def time_layers(slot: EngineSlot, runs: int) -> dict[str, float]:
     def report(name: str, milliseconds: float) -> None:
         totals[name] = totals.get(name, 0.0) + milliseconds
 
-    slot.launch()  # so that `layer_information` finds a context with these shapes
-    slot.finish()
+    _run(slot)  # so that `layer_information` finds a context with these shapes
     profiler = slot.engine.tensorrt.profiler(report)
     with slot.engine.device.current():
         # Of its own, since a context cannot be told to stop profiling.
@@ -76,6 +74,12 @@ def layer_information(slot: EngineSlot) -> str:
     """What TensorRT's engine inspector tells about the layers, as JSON."""
     with slot.engine.device.current():
         return slot.engine.layer_information(slot.context or slot.engine.new_context())
+
+
+def _run(slot: EngineSlot) -> None:
+    with slot.engine.device.current():
+        slot.start()
+    slot.finish()
 
 
 def _download(slot: EngineSlot) -> None:

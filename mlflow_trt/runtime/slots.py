@@ -4,48 +4,24 @@ from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Generic, NoReturn, Protocol, TypeVar
 
 from mlflow_trt.errors import SessionClosedError
-from mlflow_trt.inputs import Feeds
 from mlflow_trt.runtime.batching import Outputs, Rows
-
-
-class Tray:
-    """Memory from which a slot takes its inputs: arrays of so many rows, which several callers fill."""
-
-    def __init__(self, arrays: Feeds, rows: int) -> None:
-        self.arrays = arrays
-        self.rows = rows
-        self.key: Hashable = None
-
-    def pad(self, rows: int, size: int) -> None:
-        """Repeat the last of `rows` until there are `size`."""
-        if size > rows:
-            for array in self.arrays.values():
-                array[rows:size] = array[rows - 1]
-
-    def close(self) -> None:
-        """Free the memory."""
-        self.arrays = {}
 
 
 class Slot(Protocol):
     """Memory for the inputs and outputs of one run, and what is needed to run it."""
 
-    def load(self, rows: Rows, profile: int) -> None:
-        """Copy the inputs to where the runtime reads them. Nothing else runs in this slot."""
-
-    def launch(self) -> None:
-        """Start the run; where the runtime can, without waiting for its end."""
-
-    def launch_tray(self, tray: Tray, rows: int, size: int, feeds: Feeds, profile: int) -> None:
-        """Load and launch `rows` of a tray, run as `size`, and the inputs of `feeds` that have no rows."""
+    def launch(self, rows: Rows, profile: int) -> None:
+        """Copy the inputs to where the runtime reads them, and start the run; where the runtime can, without waiting
+        for its end. Nothing else runs in this slot.
+        """
 
     def finish(self) -> Outputs:
-        """Wait for the end. The arrays are the slot's own: the next `load` overwrites them."""
+        """Wait for the end. The arrays are the slot's own: the next `launch` overwrites them."""
 
     def abandon(self) -> None:
         """Wait until nothing reads or writes the slot's memory any more, after an error. Never raises."""

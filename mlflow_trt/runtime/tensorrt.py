@@ -18,7 +18,6 @@ from mlflow_trt.errors import ExecutionError, InputShapeError
 from mlflow_trt.inputs import prepare_feeds
 from mlflow_trt.runtime import on_device, slot_timing
 from mlflow_trt.runtime.batching import Rows
-from mlflow_trt.runtime.buffers import PinnedTray
 from mlflow_trt.runtime.device import Device
 from mlflow_trt.runtime.device_array import DeviceArray
 from mlflow_trt.runtime.engine import Engine, KernelStore
@@ -94,7 +93,6 @@ class TensorRTSession(Session):
             )
         scheduler: Scheduler[EngineSlot] = Scheduler(
             lambda: EngineSlot(engine),
-            lambda feeds, rows: PinnedTray(device, feeds, rows),
             profiles=engine.profiles,
             axis=batch_axis,
             max_batch_delay=max_batch_delay_ms / 1e3,
@@ -145,11 +143,8 @@ class TensorRTSession(Session):
                 for size in reversed(sizes.all) if sizes else (None,):
                     feeds = {spec.name: self._usual(spec, profile, size) for spec in self.inputs}
                     for slot in slots:
-                        slot.load(Rows([feeds], None, 0), number)
-                        slot.launch()
+                        slot.launch(Rows([feeds], None, 0), number)
                         slot.finish()
-                    if sizes and size == sizes.largest:
-                        self._scheduler.prepare(feeds, number)
 
     def _usual(self, spec: TensorSpec, profile: ShapeProfile, rows: int | None) -> npt.NDArray[np.generic]:
         """An input that the profile takes: zeros, and for a shape tensor the usual values."""
@@ -190,7 +185,8 @@ class TensorRTSession(Session):
         if choice.rows is not None:
             raise InputShapeError(f"the engine runs this batch in pieces of {choice.rows[0]} to {choice.rows[1]} rows")
         with self._scheduler.slots.lent() as slot:
-            slot.load(Rows([feeds], None, 0), choice.profile)
+            with self._device.current():
+                slot.load(Rows([feeds], None, 0), choice.profile)
             yield slot
 
     def _release(self) -> None:
