@@ -36,12 +36,14 @@ from benchmarks.models import MODELS, BenchmarkModel, Feeds
 from benchmarks.options import parse_names
 from mlflow_trt.hardware import probe
 from mlflow_trt.runtime.batching import Rows, pieces
-from mlflow_trt.runtime.copying import copy_rows
+from mlflow_trt.runtime.copying import copies, copy_rows
 from mlflow_trt.runtime.slot_timing import replay
 from mlflow_trt.runtime.tensorrt import TensorRTSession
 
 BATCHES = (8, 32, 128)
 THREADS = (1, 8, 16, 64)
+WAY_IN = ("host copy", "upload")
+WAY_OUT = ("download", "results' copy")
 LOADED = ("bulk", "one", "batches", "threads")
 CASES = (*LOADED, "load", "alternatives")
 
@@ -239,21 +241,24 @@ class Bench:
 
     def stages(self, feeds: Feeds, rows: int) -> dict[str, float]:
         """Milliseconds of each stage for the whole batch, in the pieces that it is run in."""
-        found = {"host copy": 0.0, "transfer": 0.0, "engine": 0.0}
-        sizes = self.session._scheduler.sizes_of(0)
-        for piece in pieces(rows, sizes):
+        found = dict.fromkeys((*WAY_IN, "engine", *WAY_OUT), 0.0)
+        for piece in pieces(rows, self.session._scheduler.sizes_of(0)):
             part = {name: array[piece.start : piece.stop] for name, array in feeds.items()}
             found["host copy"] += 1e3 * self.median_of(lambda part=part, piece=piece: host_copy(part, piece.size))
             phases = self.session.time_phases(self.model.feeds(piece.size), 30)
-            found["transfer"] += float(np.median([phase.copy_in for phase in phases]))
-            found["engine"] += float(np.median([phase.engine for phase in phases]))
+            for name, times in zip(("upload", "engine", "download"), zip(*phases, strict=True), strict=True):
+                found[name] += float(np.median(times))
+            results = list(self.session.run(part).values())
+            found["results' copy"] += 1e3 * self.median_of(lambda results=results: copies(results))
         return found
 
     def pipeline_seconds(self, feeds: Feeds, rows: int) -> float:
+        """What the slowest stage takes, and the way of the first piece there and of the last one back."""
         stages = self.stages(feeds, rows)
-        first = next(iter(pieces(rows, self.session._scheduler.sizes_of(0))))
-        filling = (stages["host copy"] + stages["transfer"]) * first.size / rows
-        return (max(stages.values()) + filling) / 1e3
+        cut = list(pieces(rows, self.session._scheduler.sizes_of(0)))
+        filling = sum(stages[name] for name in WAY_IN) * cut[0].size / rows
+        emptying = sum(stages[name] for name in WAY_OUT) * cut[-1].size / rows
+        return (max(stages.values()) + filling + emptying) / 1e3
 
     def median_of(self, call: Callable[[], object]) -> float:
         times = []

@@ -48,7 +48,7 @@ def _copy_held(source: Array, target: Array) -> None:
     numpy lets go of it, and among many threads it takes longer to get it back than to copy a megabyte.
     """
     if source.nbytes:
-        _bytes(target)[:] = _bytes(source)
+        _memory(target)[:] = _memory(source)
 
 
 def copies(sources: Sequence[Array]) -> list[Array]:
@@ -56,9 +56,11 @@ def copies(sources: Sequence[Array]) -> list[Array]:
 
     The system hands out new memory page by page, at the first touch, which takes longer than the copy itself.
     """
-    if sum(source.nbytes for source in sources) <= LEAST_BYTES:
-        return [source.copy() for source in sources]
     targets = [np.empty(source.shape, source.dtype) for source in sources]
+    if sum(source.nbytes for source in sources) <= LEAST_BYTES:
+        for source, target in zip(sources, targets, strict=True):
+            _copy_held(source, target)
+        return targets
     pairs = [(_flat(source), _flat(target)) for source, target in zip(sources, targets, strict=True)]
     blocks = [
         (source[start : start + LEAST_BYTES], target[start : start + LEAST_BYTES])
@@ -124,6 +126,8 @@ def _flat(array: Array) -> Array:
     return array.reshape(-1).view(np.uint8)
 
 
-def _bytes(array: Array) -> memoryview:
-    view: memoryview = _flat(array).data
+def _memory(array: Array) -> memoryview:
+    flat = array.ravel()
+    # Python's memoryview knows no types that other packages add, such as bfloat16.
+    view: memoryview = (flat if flat.dtype.isbuiltin == 1 else flat.view(np.uint8)).data
     return view
