@@ -190,6 +190,19 @@ class TestOptions:
         assert caught.value.option == "weights"
 
 
+@pytest.mark.parametrize(
+    ("recipe", "rows"),
+    [
+        ({"batch": (1, 4, 8)}, -1),
+        ({"batch": 4}, 4),
+        ({"shapes": [{"x": ((4, 16),) * 3}, {"x": ((8, 16),) * 3}]}, -1),
+        ({"shapes": [{"x": ((8, 16),) * 3}, {"x": ((8, 16),) * 3}]}, 8),
+    ],
+)
+def test_the_shapes_of_the_network_are_told(recipe, rows, tmp_path):
+    assert build(networks.product(), tmp_path, **recipe).shapes == {"x": (rows, 16), "y": (rows, 8)}
+
+
 def test_a_static_dimension_makes_another_engine(tmp_path):
     (tmp_path / "a").mkdir()
     static = build(MAGIKA, tmp_path / "a", batch=8)
@@ -457,7 +470,7 @@ class TestInterruption:
 def test_the_engine_is_the_file_that_its_record_describes(tmp_path):
     source = read(networks.product(batch=2), tmp_path)
     plan = tmp_path / "deep" / "engine.plan"
-    record = build_engine(source.path, plan, Recipe(), [])
+    record = build_engine(source.path, plan, Recipe(), []).engine
     assert record.file == "engine.plan"
     assert record.sha256 == sha256_of(plan)
     assert list(plan.parent.iterdir()) == [plan]
