@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import networks
+import numpy as np
 import pytest
 from helpers import read
 from onnx import TensorProto, helper
@@ -256,6 +257,42 @@ class TestFailures:
         assert caught.value.nodes == ("decode (Attention)",)
         del model.graph.node[0].input[3:]
         limits.check_nodes(model)
+
+    @pytest.mark.parametrize(("operator", "gates"), [("RNN", 1), ("GRU", 3), ("LSTM", 4)])
+    def test_batches_before_the_sequence_are_refused(self, operator, gates, tmp_path):
+        def recurrent(**layout):
+            return networks.model(
+                [helper.make_node(operator, ["x", "w", "r"], ["y"], name="recur", hidden_size=5, **layout)],
+                [networks.value("x", networks.FLOAT, [3, 2, 4])],
+                [networks.value("y", networks.FLOAT, [None, None, None, 5])],
+                [
+                    networks.constant("w", np.ones((1, gates * 5, 4), np.float32)),
+                    networks.constant("r", np.ones((1, gates * 5, 5), np.float32)),
+                ],
+            )
+
+        with pytest.raises(UnsupportedModelError, match=rf"ignores layout=1, .* at recur \({operator}\).*layout=0"):
+            build(recurrent(layout=1), tmp_path)
+        for layout in ({}, {"layout": 0}):
+            assert build(recurrent(**layout), tmp_path).shapes == {"x": (3, 2, 4), "y": (3, 1, 2, 5)}
+
+    def test_the_other_order_of_space_to_depth_is_refused(self, tmp_path):
+        def to_depth(opset, **mode):
+            model = networks.model(
+                [helper.make_node("SpaceToDepth", ["x"], ["y"], name="fold", blocksize=2, **mode)],
+                [networks.value("x", networks.FLOAT, [1, 3, 4, 6])],
+                [networks.value("y", networks.FLOAT, [1, 12, 2, 3])],
+            )
+            model.opset_import[0].version = opset
+            return model
+
+        with pytest.raises(
+            UnsupportedModelError, match=r"ignores mode=CRD, at fold \(SpaceToDepth\).*Reshape"
+        ) as caught:
+            build(to_depth(28, mode="CRD"), tmp_path)
+        assert caught.value.nodes == ("fold (SpaceToDepth)",)
+        assert build(to_depth(28, mode="DCR"), tmp_path).engine.size > 0
+        assert build(to_depth(17), tmp_path).engine.size > 0
 
     def test_means_that_a_model_brings_in_16_bits_are_named(self, tmp_path):
         model = networks.model(
