@@ -22,6 +22,7 @@ from mlflow_trt import hardware, kernels, trt
 from mlflow_trt._logging import get_logger
 from mlflow_trt.artifact import ModelFolder, Record, add_engine_file, mark_extended, read_folder
 from mlflow_trt.convert.builder import Progress, build_engine
+from mlflow_trt.convert.output_shapes import check_output_shapes
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import EngineMismatchError, RecipeError, RuntimeUnavailableError
 from mlflow_trt.fitting import why_not
@@ -147,7 +148,7 @@ def _built(
 ) -> EngineRecord:
     record = folder.record
     with told_progress("Building another TensorRT engine", progress) as shown:
-        return build_engine(
+        built = build_engine(
             folder.checked_model(record.typed),
             workdir / "engine.plan",
             recipe,
@@ -155,6 +156,10 @@ def _built(
             distribution=tensorrt.distribution,
             progress=shown,
         )
+    if record.golden is not None:
+        golden = folder.read_golden(record.golden)
+        check_output_shapes(built.engine, built.shapes, [(golden.feeds, golden.outputs)], record.batch_axis)
+    return built.engine
 
 
 def _try(path: Path) -> None:

@@ -4,7 +4,7 @@
     ├── OnnxModelError (ValueError)                   400  the source model cannot be read or is not supported
     ├── RecipeError (ValueError)                      400  a precision, shape, batch or builder option makes no sense
     ├── BuildError (RuntimeError)                     500  TensorRT did not build an engine
-    │   └── UnsupportedModelError                     400  ... because of nodes it cannot run
+    │   └── UnsupportedModelError                     400  ... because of nodes it cannot run, or would misread
     ├── ArtifactError (ValueError)                    500  a model folder is not one of ours
     │   ├── FormatError                               500  ... or was written by a newer version
     │   └── IntegrityError                            500  ... or a file in it is not the one that was logged

@@ -102,7 +102,8 @@ def save_model(
     Raises:
         OnnxModelError: the model cannot be read, lacks weights, or has inputs or outputs that TensorRT cannot have.
         RecipeError: the recipe contradicts itself or the model.
-        BuildError: TensorRT built no engine; UnsupportedModelError names the nodes it cannot run.
+        BuildError: TensorRT built no engine; UnsupportedModelError names the nodes it cannot run, or the output that
+            would be wrong.
         InputError: the calibration data does not fit the model.
         AccuracyError: the converted model is too far from the source model.
         MissingDependencyError: no TensorRT is installed, or no ONNX Runtime where the precision needs it.

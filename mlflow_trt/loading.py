@@ -295,7 +295,7 @@ def _rebuilt(
             distribution=tensorrt.distribution,
             gpu=device.gpu.uuid,
             progress=progress,
-        )
+        ).engine
         cache.store_engine(key, engine, plan)
         _log.info("Built %s in %.1f s", engine, engine.build_seconds)
         return engine, plan.read_bytes()

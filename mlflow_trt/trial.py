@@ -86,6 +86,8 @@ def tried(attempt: Attempt) -> Trial:
         verification = measure_conversion(conversion, tolerance, attempt.settings, demanded=demanded)
     except (ExecutionError, EngineMismatchError) as error:
         return lost(precision, Fate.NOT_RUN, error.message, error)
+    except UnsupportedModelError as error:
+        return lost(precision, Fate.FAILED_GATE, error.message, error)
     return _judged(conversion, verification, demanded=demanded)
 
 

@@ -37,8 +37,10 @@ class ITensor(Protocol):
 
 class INetworkDefinition(Protocol):
     num_inputs: int
+    num_outputs: int
 
     def get_input(self, index: int) -> ITensor: ...
+    def get_output(self, index: int) -> ITensor: ...
 
 
 class IOptimizationProfile(Protocol):

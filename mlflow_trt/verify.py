@@ -10,6 +10,7 @@ from mlflow_trt import trt
 from mlflow_trt._logging import get_logger
 from mlflow_trt.comparison import Comparison, Outputs, Tolerance, Verdict, compare
 from mlflow_trt.convert.conversion import Conversion
+from mlflow_trt.convert.output_shapes import check_output_shapes
 from mlflow_trt.convert.samples import Samples
 from mlflow_trt.convert.typed_model import reference_outputs
 from mlflow_trt.errors import AccuracyError, ExecutionError, InputError, RuntimeUnavailableError
@@ -59,6 +60,7 @@ def verify_conversion(
 
     Raises:
         AccuracyError: something is beyond the tolerance, or proves nothing although it was demanded.
+        UnsupportedModelError: TensorRT's network has outputs of other shapes than the source model.
     """
     verification = measure_conversion(conversion, tolerance, settings, demanded=demanded)
     judge(verification, demanded=demanded, is_evidence=conversion.samples.is_evidence)
@@ -81,6 +83,8 @@ def measure_conversion(
             raise
         _log.warning("The model is not verified: %s", error.message)
         return Verification(tolerance=tolerance, remarks=(f"not verified: {error.message}",))
+    samples = zip(conversion.samples.feeds, reference, strict=False)
+    check_output_shapes(conversion.engine, conversion.shapes, samples, conversion.profiles.batch_axis)
     golden = golden_of(conversion, reference[0])
     if golden is None:
         remarks.append("there is no golden sample for a self-test, since a single row is too large to be stored")

@@ -2,13 +2,16 @@
 
     python tests/coverage_sweep.py                    # every case; on a machine with a GPU, engines are run too
     python tests/coverage_sweep.py --sample 20        # every 20th case
+    python tests/coverage_sweep.py --cases test_relu  # these alone: names, or files of names, one a line
     python tests/coverage_sweep.py --findings DIR     # keep the findings there, as they come
     python tests/coverage_sweep.py --seconds 400      # begin no case after that
+    python tests/coverage_sweep.py --patience 60      # give a worker up that is silent for so long
 
 The cases are those of `onnx.backend.test` with float32 inputs, which come with expected outputs, and the real models of
 the tests. In 16 bits, each float input of a case passes through a product with 1, so that its operator is not left in
 float32 for lack of neighbours. Each goes the whole way: precision pass, engine, and where there is a GPU a session,
-whose outputs are compared with the expected ones within the default tolerance of the precision.
+whose outputs are compared with the expected ones within the default tolerance of the precision. As at log time, what
+fails the accuracy gate, or has outputs of other shapes than on ONNX Runtime, is refused before it is run.
 
 What does not build in fp32 is not tried in another precision. Each worker is a process of its own that writes a line
 for every case, so that one which crashes TensorRT costs itself; where there are several GPUs, they are shared out.
@@ -38,10 +41,11 @@ for folder in ("", "examples", "tests"):
 PRECISIONS = ("fp32", "fp16", "bf16")
 REAL_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 OUTCOMES = ("correct", "built", "refused", "wrong", "not built", "not run", "crashed", "hung")
-"""Right on a GPU; built, where there is no GPU; refused by the accuracy gate, with the numbers; wrong although it was
-not refused; no engine; an engine that cannot be loaded or run; the end of the process; not a word from it for PATIENCE
-seconds."""
+"""Right on a GPU; built, where there is no GPU; refused before it answers, by the accuracy gate or for the shapes of
+its outputs; wrong although it was not refused; no engine; an engine that cannot be loaded or run; the end of the
+process; not a word from it for as long as `--patience` says."""
 PATIENCE = 300.0
+"""Seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +110,14 @@ def real_cases() -> list[Case]:
     ]
 
 
+def cases_by_name(names: list[str]) -> dict[str, Case]:
+    """All that there are; but the real models, which may have to be fetched, only where one of them is named."""
+    cases = {case.name: case for case in operator_cases()}
+    if not cases.keys() >= set(names):
+        cases |= {case.name: case for case in real_cases()}
+    return cases
+
+
 def examine(case: Case, precision: str) -> Finding:
     from mlflow_trt import BuildError, MlflowTrtError, Precision, Recipe, Tolerance
     from mlflow_trt.convert.conversion import convert
@@ -131,8 +143,30 @@ def examine(case: Case, precision: str) -> Finding:
         comparison = conversion.typed.comparison
         if comparison is not None and comparison.problems:
             return finding("refused", "; ".join(comparison.problems), kept)
+        other_shapes = _other_shapes(conversion)
+        if other_shapes:
+            return finding("refused", other_shapes, kept)
         outcome, detail = _execute(case, conversion, tolerance)
         return finding(outcome, detail, kept)
+
+
+def _other_shapes(conversion) -> str:
+    """What is wrong with the shapes of the engine's outputs; empty, as at log time, where ONNX Runtime knows none."""
+    from mlflow_trt import MlflowTrtError, UnsupportedModelError
+    from mlflow_trt.convert.output_shapes import check_output_shapes
+    from mlflow_trt.convert.typed_model import reference_outputs
+
+    feeds, names = conversion.samples.feeds, [spec.name for spec in conversion.source.outputs]
+    try:
+        reference = conversion.typed.reference or reference_outputs(conversion.source.path, names, feeds)
+    except MlflowTrtError:
+        return ""
+    try:
+        pairs = zip(feeds, reference, strict=False)
+        check_output_shapes(conversion.engine, conversion.shapes, pairs, conversion.profiles.batch_axis)
+    except UnsupportedModelError as error:
+        return error.message
+    return ""
 
 
 def _with_neighbours(model):
@@ -158,6 +192,8 @@ def _with_neighbours(model):
     del graph.node[:]
     graph.node.extend(nodes)
     graph.initializer.append(helper.make_tensor("the_one", TensorProto.FLOAT, [], [1.0]))
+    if changed.ir_version < 4:  # where an initializer had to be an input too
+        graph.input.append(helper.make_tensor_value_info("the_one", TensorProto.FLOAT, []))
     return changed
 
 
@@ -205,7 +241,7 @@ def work(names: list[str], out: Path, until: float) -> None:
     gpus = visible_gpus()
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
-    cases = {case.name: case for case in (*operator_cases(), *real_cases())}
+    cases = cases_by_name(names)
     with out.open("a") as lines:
         for name in names:
             if time.time() > until:
@@ -227,14 +263,14 @@ def visible_gpus() -> list[str]:
     return done.stdout.split()
 
 
-def supervise(names: list[str], out: Path, until: float) -> list[Finding]:
+def supervise(names: list[str], out: Path, until: float, patience: float) -> list[Finding]:
     """Run a worker until all its cases are done, or time is up; one that ends it counts as crashed, or as hung."""
     findings: list[Finding] = []
     left = list(names)
     while left and time.time() < until:
         before = out.read_text() if out.exists() else ""
         command = [sys.executable, __file__, "--work", str(out), "--until", str(until)]
-        failure = _watched(command, json.dumps(left), out)
+        failure = _watched(command, json.dumps(left), out, patience)
         lines = [json.loads(line) for line in out.read_text().removeprefix(before).splitlines()]
         begun = [line["begun"] for line in lines if "begun" in line]
         findings += [Finding(**line) for line in lines if "begun" not in line]
@@ -250,7 +286,7 @@ def supervise(names: list[str], out: Path, until: float) -> list[Finding]:
     return findings
 
 
-def _watched(command: list[str], text: str, out: Path) -> str:
+def _watched(command: list[str], text: str, out: Path, patience: float) -> str:
     """Run a worker for as long as it writes to `out`. How it failed; empty where it did not."""
     out.touch()
     with subprocess.Popen(
@@ -260,20 +296,28 @@ def _watched(command: list[str], text: str, out: Path) -> str:
         worker.stdin.close()
         started = time.time()
         while worker.poll() is None:
-            if time.time() - max(started, out.stat().st_mtime) > PATIENCE:
+            if time.time() - max(started, out.stat().st_mtime) > patience:
                 worker.kill()
                 return "hung"
             time.sleep(0.2)
         return "crashed" if worker.returncode else ""
 
 
-def sweep(names: list[str], workers: int, folder: Path, until: float = math.inf) -> list[Finding]:
-    shards = [names[start::workers] for start in range(workers)]
+def sweep(
+    names: list[str], workers: int, folder: Path, until: float = math.inf, patience: float = PATIENCE
+) -> list[Finding]:
+    shards = [shard for start in range(workers) if (shard := names[start::workers])]
     folder.mkdir(parents=True, exist_ok=True)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         outs = [folder / f"{number}.jsonl" for number in range(workers)]
-        results = pool.map(supervise, [shard for shard in shards if shard], outs, itertools.repeat(until))
+        results = pool.map(supervise, shards, outs, itertools.repeat(until), itertools.repeat(patience))
         return [finding for findings in results for finding in findings]
+
+
+def names_in(arguments: list[str]) -> list[str]:
+    """Names of cases, each given as it is or in a file."""
+    files = {text: Path(text).read_text().split() for text in arguments if Path(text).is_file()}
+    return list(dict.fromkeys(name for text in arguments for name in files.get(text, [text])))
 
 
 def print_table(findings: list[Finding]) -> None:
@@ -299,19 +343,28 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--operators", action="store_true", help="leave the real models out")
     parser.add_argument("--findings", type=Path, help="keep the workers' findings in this new folder")
+    parser.add_argument("--cases", nargs="+", default=[], help="these alone: names, or files of names, one a line")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after so many")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds without a word before one is killed")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, default=math.inf, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
         work(json.load(sys.stdin), arguments.work, arguments.until)
         return
-    names = [case.name for case in operator_cases()][arguments.skip :: arguments.sample]
-    if not arguments.operators:
-        names += [case.name for case in real_cases()]
+    if arguments.cases:
+        names = names_in(arguments.cases)
+        unknown = sorted({*names} - cases_by_name(names).keys())
+        if unknown:
+            parser.error(f"there is no case {', '.join(unknown)}")
+    else:
+        names = [case.name for case in operator_cases()][arguments.skip :: arguments.sample]
+        if not arguments.operators:
+            names += [case.name for case in real_cases()]
     with tempfile.TemporaryDirectory() as folder:
         until = time.time() + arguments.seconds
-        print_table(sweep(names, arguments.workers, arguments.findings or Path(folder), until))
+        findings = sweep(names, arguments.workers, arguments.findings or Path(folder), until, arguments.patience)
+        print_table(findings)
 
 
 if __name__ == "__main__":

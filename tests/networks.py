@@ -30,6 +30,18 @@ def product(batch: int | str | None = "batch", width: int = 16) -> onnx.ModelPro
     )
 
 
+def pooled(height: int = 2) -> onnx.ModelProto:
+    """Every second value of an image of this height. For an even one, TensorRT counts a window that lies outside.
+
+    The model declares the output that TensorRT would make.
+    """
+    return model(
+        [helper.make_node("MaxPool", ["x"], ["y"], name="pool", kernel_shape=[1, 1], strides=[2, 2], ceil_mode=1)],
+        [value("x", FLOAT, ["batch", 3, height, height])],
+        [value("y", FLOAT, ["batch", 3, height // 2 + 1, height // 2 + 1])],
+    )
+
+
 def mean(count: int) -> onnx.ModelProto:
     """The mean of x times 1, x times 2, and so on: products, so that there is something else to compute in 16 bits."""
     names = [f"p{number}" for number in range(count)]

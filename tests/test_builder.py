@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import networks
+import numpy as np
 import pytest
 from helpers import read
 from onnx import TensorProto, helper
@@ -190,6 +191,19 @@ class TestOptions:
         assert caught.value.option == "weights"
 
 
+@pytest.mark.parametrize(
+    ("recipe", "rows"),
+    [
+        ({"batch": (1, 4, 8)}, -1),
+        ({"batch": 4}, 4),
+        ({"shapes": [{"x": ((4, 16),) * 3}, {"x": ((8, 16),) * 3}]}, -1),
+        ({"shapes": [{"x": ((8, 16),) * 3}, {"x": ((8, 16),) * 3}]}, 8),
+    ],
+)
+def test_the_shapes_of_the_network_are_told(recipe, rows, tmp_path):
+    assert build(networks.product(), tmp_path, **recipe).shapes == {"x": (rows, 16), "y": (rows, 8)}
+
+
 def test_a_static_dimension_makes_another_engine(tmp_path):
     (tmp_path / "a").mkdir()
     static = build(MAGIKA, tmp_path / "a", batch=8)
@@ -243,6 +257,42 @@ class TestFailures:
         assert caught.value.nodes == ("decode (Attention)",)
         del model.graph.node[0].input[3:]
         limits.check_nodes(model)
+
+    @pytest.mark.parametrize(("operator", "gates"), [("RNN", 1), ("GRU", 3), ("LSTM", 4)])
+    def test_batches_before_the_sequence_are_refused(self, operator, gates, tmp_path):
+        def recurrent(**layout):
+            return networks.model(
+                [helper.make_node(operator, ["x", "w", "r"], ["y"], name="recur", hidden_size=5, **layout)],
+                [networks.value("x", networks.FLOAT, [3, 2, 4])],
+                [networks.value("y", networks.FLOAT, [None, None, None, 5])],
+                [
+                    networks.constant("w", np.ones((1, gates * 5, 4), np.float32)),
+                    networks.constant("r", np.ones((1, gates * 5, 5), np.float32)),
+                ],
+            )
+
+        with pytest.raises(UnsupportedModelError, match=rf"ignores layout=1, .* at recur \({operator}\).*layout=0"):
+            build(recurrent(layout=1), tmp_path)
+        for layout in ({}, {"layout": 0}):
+            assert build(recurrent(**layout), tmp_path).shapes == {"x": (3, 2, 4), "y": (3, 1, 2, 5)}
+
+    def test_the_other_order_of_space_to_depth_is_refused(self, tmp_path):
+        def to_depth(opset, **mode):
+            model = networks.model(
+                [helper.make_node("SpaceToDepth", ["x"], ["y"], name="fold", blocksize=2, **mode)],
+                [networks.value("x", networks.FLOAT, [1, 3, 4, 6])],
+                [networks.value("y", networks.FLOAT, [1, 12, 2, 3])],
+            )
+            model.opset_import[0].version = opset
+            return model
+
+        with pytest.raises(
+            UnsupportedModelError, match=r"ignores mode=CRD, at fold \(SpaceToDepth\).*Reshape"
+        ) as caught:
+            build(to_depth(28, mode="CRD"), tmp_path)
+        assert caught.value.nodes == ("fold (SpaceToDepth)",)
+        assert build(to_depth(28, mode="DCR"), tmp_path).engine.size > 0
+        assert build(to_depth(17), tmp_path).engine.size > 0
 
     def test_means_that_a_model_brings_in_16_bits_are_named(self, tmp_path):
         model = networks.model(
@@ -457,7 +507,7 @@ class TestInterruption:
 def test_the_engine_is_the_file_that_its_record_describes(tmp_path):
     source = read(networks.product(batch=2), tmp_path)
     plan = tmp_path / "deep" / "engine.plan"
-    record = build_engine(source.path, plan, Recipe(), [])
+    record = build_engine(source.path, plan, Recipe(), []).engine
     assert record.file == "engine.plan"
     assert record.sha256 == sha256_of(plan)
     assert list(plan.parent.iterdir()) == [plan]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 import coverage_sweep
+import onnx
 import pytest
 
 EXPLAINED = {"refused"}
@@ -33,3 +35,30 @@ def test_neighbours_change_nothing_but_are_there(cases):
     changed = coverage_sweep._with_neighbours(case.model)
     assert [node.op_type for node in changed.graph.node] == ["Mul", "Relu"]
     assert coverage_sweep.examine(case, "fp16").kept == 0
+
+
+def test_neighbours_of_a_model_whose_initializers_are_inputs(cases):
+    case = next(case for case in cases if case.name == "test_scan_sum")
+    assert case.model.ir_version < 4
+    onnx.checker.check_model(coverage_sweep._with_neighbours(case.model))
+
+
+def test_an_engine_with_outputs_of_other_shapes_is_refused_before_it_is_run(cases, monkeypatch):
+    monkeypatch.setattr(coverage_sweep, "_execute", None)
+    case = next(case for case in cases if case.name == "test_maxpool_2d_ceil_output_size_reduce_by_one")
+    for precision in ("fp32", "fp16"):
+        finding = coverage_sweep.examine(case, precision)
+        assert finding.outcome == "refused"
+        assert "output 'y' has the shape (1, 1, 2, 2)" in finding.detail
+
+
+def test_cases_are_named_by_themselves_or_in_files(tmp_path):
+    (tmp_path / "names").write_text("test_relu\ntest_abs\n")
+    names = coverage_sweep.names_in(["test_abs", str(tmp_path / "names")])
+    assert names == ["test_abs", "test_relu"]
+    assert coverage_sweep.cases_by_name(names).keys() >= set(names)
+
+
+def test_a_worker_that_is_silent_for_too_long_is_given_up(tmp_path):
+    silent = [sys.executable, "-c", "import time; time.sleep(600)"]
+    assert coverage_sweep._watched(silent, "", tmp_path / "0.jsonl", 0.5) == "hung"

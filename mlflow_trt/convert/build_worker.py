@@ -111,10 +111,19 @@ def build(tensorrt: TensorRT, job: Job, report: Any) -> dict[str, Any]:
         "version": tensorrt.version,
         "seconds": seconds,
         "timing_cache": digest,
+        "shapes": {tensor.name: list(tensor.shape) for tensor in (*_inputs(network), *_outputs(network))},
         "compute_capabilities": job.targets if tensorrt.is_rtx else [str(gpu.compute_capability)] if gpu else [],
         "gpu": gpu.name if gpu else None,
         "driver": hardware.driver,
     }
+
+
+def _inputs(network: trt_api.INetworkDefinition) -> list[trt_api.ITensor]:
+    return [network.get_input(index) for index in range(network.num_inputs)]
+
+
+def _outputs(network: trt_api.INetworkDefinition) -> list[trt_api.ITensor]:
+    return [network.get_output(index) for index in range(network.num_outputs)]
 
 
 def _parser_failure(tensorrt: TensorRT, parser: trt_api.OnnxParser) -> BuildFailure:
@@ -170,7 +179,7 @@ def _add_profiles(
     config: trt_api.IBuilderConfig,
     profiles: list[dict[str, dict[str, Any]]],
 ) -> None:
-    inputs = {tensor.name: tensor for tensor in (network.get_input(index) for index in range(network.num_inputs))}
+    inputs = {tensor.name: tensor for tensor in _inputs(network)}
     values = {name for profile in profiles for name, limits in profile.items() if limits["is_values"]}
     for name, tensor in inputs.items():
         if tensor.is_shape_tensor and name not in values:

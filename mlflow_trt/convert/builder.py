@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn, cast
+from typing import IO, Any, NamedTuple, NoReturn, cast
 
 from mlflow_trt import trt
 from mlflow_trt.convert.build_worker import Job
@@ -21,7 +21,7 @@ from mlflow_trt.convert.limits import check_recipe
 from mlflow_trt.convert.onnx_model import sha256_of
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import BuildError, RecipeError, RuntimeUnavailableError, UnsupportedModelError
-from mlflow_trt.spec import Distribution, EngineRecord, Precision, ShapeProfile
+from mlflow_trt.spec import Distribution, EngineRecord, Precision, Shape, ShapeProfile
 
 _WORKER = """
 import json, sys
@@ -43,6 +43,13 @@ class BuildProgress:
 Progress = Callable[[BuildProgress], None]
 
 
+class Built(NamedTuple):
+    """An engine, and the shapes that TensorRT's network gives its inputs and outputs, -1 for what varies."""
+
+    engine: EngineRecord
+    shapes: Mapping[str, Shape]
+
+
 def build_engine(
     model: Path,
     plan: Path,
@@ -52,7 +59,7 @@ def build_engine(
     distribution: Distribution | None = None,
     gpu: str | None = None,
     progress: Progress | None = None,
-) -> EngineRecord:
+) -> Built:
     """Build an engine from the typed model at `model` and write it to `plan`.
 
     Args:
@@ -76,7 +83,7 @@ def build_engine(
         raise BuildError(_crash_text(tensorrt, worker.status, words), log=words)
     if outcome["event"] == "failed":
         _raise(tensorrt, outcome, words)
-    return EngineRecord(
+    engine = EngineRecord(
         file=plan.name,
         sha256=sha256_of(plan),
         size=plan.stat().st_size,
@@ -91,6 +98,7 @@ def build_engine(
         weights=recipe.weights,
         timing_cache=outcome["timing_cache"],
     )
+    return Built(engine, {name: tuple(shape) for name, shape in outcome["shapes"].items()})
 
 
 def _job(model: Path, plan: Path, recipe: Recipe, profiles: Sequence[ShapeProfile], distribution: Distribution) -> Job:

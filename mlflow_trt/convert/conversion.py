@@ -9,7 +9,7 @@ from pathlib import Path
 from mlflow_trt import trt
 from mlflow_trt._logging import get_logger
 from mlflow_trt.comparison import Tolerance
-from mlflow_trt.convert.builder import Progress, build_engine
+from mlflow_trt.convert.builder import Built, Progress, build_engine
 from mlflow_trt.convert.limits import check_nodes, check_recipe, weight_only_operators
 from mlflow_trt.convert.onnx_model import OnnxModel, subgraphs_of
 from mlflow_trt.convert.profiles import Profiles, resolve_profiles
@@ -27,7 +27,8 @@ _log = get_logger(__name__)
 class Conversion:
     """A source model and everything that was made of it. `plan` is the engine's file; `samples` were used on the way.
 
-    `remarks` is what the user was told about choices made for them.
+    `remarks` is what the user was told about choices made for them. `shapes` are those that TensorRT's network gives
+    its inputs and outputs, -1 for what varies.
     """
 
     source: OnnxModel
@@ -37,6 +38,7 @@ class Conversion:
     samples: Samples
     remarks: tuple[str, ...]
     engine: EngineRecord
+    shapes: Mapping[str, Shape]
     plan: Path
 
 
@@ -76,13 +78,13 @@ def convert(
     )
     plan = workdir / "engine.plan"
 
-    def build(typed: TypedModel) -> EngineRecord:
+    def build(typed: TypedModel) -> Built:
         return build_engine(
             typed.path, plan, recipe, profiles.profiles, distribution=tensorrt.distribution, progress=progress
         )
 
     try:
-        typed, engine = build_with_retreat(maker, build, source)
+        typed, built = build_with_retreat(maker, build, source)
     except BuildError as error:
         raise _naming_control_flow(error, source) from error
     remarks = (
@@ -100,7 +102,8 @@ def convert(
         profiles=profiles,
         samples=samples,
         remarks=remarks,
-        engine=engine,
+        engine=built.engine,
+        shapes=built.shapes,
         plan=plan,
     )
 

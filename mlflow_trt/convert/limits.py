@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
-from onnx import ModelProto, TensorProto, shape_inference
+from onnx import ModelProto, NodeProto, TensorProto, shape_inference
 
 from mlflow_trt import hardware, trt
 from mlflow_trt._logging import get_logger
@@ -17,7 +18,41 @@ _log = get_logger(__name__)
 FIRST_WITH_FP8 = ComputeCapability(8, 9)
 
 _NONPAD_KV_SEQLEN = 6
-"""The position of this input of Attention, since opset 24. TensorRT-RTX 1.6.1 and 1.7.1 parse it into nothing."""
+"""The position of this input of Attention, since opset 24."""
+
+
+def _ignores_lengths(node: NodeProto) -> bool:
+    return node.op_type == "Attention" and any(node.input[_NONPAD_KV_SEQLEN:])
+
+
+def _ignores_layout(node: NodeProto) -> bool:
+    is_given = any(attribute.name == "layout" and attribute.i == 1 for attribute in node.attribute)
+    return node.op_type in ("RNN", "GRU", "LSTM") and is_given
+
+
+def _ignores_mode(node: NodeProto) -> bool:
+    is_given = any(attribute.name == "mode" and attribute.s == b"CRD" for attribute in node.attribute)
+    return node.op_type == "SpaceToDepth" and is_given
+
+
+_IGNORED: tuple[tuple[Callable[[NodeProto], bool], str, str], ...] = (
+    (
+        _ignores_lengths,
+        "nonpad_kv_seqlen, the lengths of the rows",
+        "attend to the padding; export the model with attn_mask instead",
+    ),
+    (
+        _ignores_layout,
+        "layout=1, which puts the batch before the sequence",
+        "take the one for the other; export the model with layout=0, and a Transpose before and after",
+    ),
+    (
+        _ignores_mode,
+        "mode=CRD",
+        "order the channels as DCR; export the model with Reshape, Transpose and Reshape instead",
+    ),
+)
+"""What TensorRT-RTX 1.6.1 and 1.7.1 parse into nothing, and what an engine would do then."""
 
 
 def check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
@@ -43,18 +78,14 @@ def check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
 def check_nodes(model: ModelProto) -> None:
     """Raise UnsupportedModelError for nodes that TensorRT's parser takes, and does not compute as they say."""
     bodies = [model.graph, *subgraphs_of(model.graph.node), *model.functions]
-    ignored = [
-        f"{node.name or 'unnamed'} ({node.op_type})"
-        for body in bodies
-        for node in body.node
-        if node.op_type == "Attention" and not node.domain and any(node.input[_NONPAD_KV_SEQLEN:])
-    ]
-    if ignored:
-        raise UnsupportedModelError(
-            f"TensorRT's parser ignores nonpad_kv_seqlen, the lengths of the rows, at {', '.join(ignored)}, and the "
-            "engine would attend to the padding; export the model with attn_mask instead",
-            nodes=ignored,
-        )
+    for is_ignored, what, effect in _IGNORED:
+        nodes = [node for body in bodies for node in body.node if not node.domain and is_ignored(node)]
+        if nodes:
+            ignored = [f"{node.name or 'unnamed'} ({node.op_type})" for node in nodes]
+            raise UnsupportedModelError(
+                f"TensorRT's parser ignores {what}, at {', '.join(ignored)}, and the engine would {effect}",
+                nodes=ignored,
+            )
     misread = _means_in_16_bits(model)
     if misread:
         raise UnsupportedModelError(

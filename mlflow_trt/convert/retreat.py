@@ -11,19 +11,19 @@ import re
 from collections.abc import Callable, Iterable
 
 from mlflow_trt._logging import get_logger
+from mlflow_trt.convert.builder import Built
 from mlflow_trt.convert.onnx_model import OnnxModel
 from mlflow_trt.convert.typed_model import TypedModel, TypedModelMaker
 from mlflow_trt.errors import BuildError
-from mlflow_trt.spec import EngineRecord
 
 _log = get_logger(__name__)
 _NAMED_RETRIES = 4
 _GROUPS_TRIED = 12
 
-Build = Callable[[TypedModel], EngineRecord]
+Build = Callable[[TypedModel], Built]
 
 
-def build_with_retreat(maker: TypedModelMaker, build: Build, source: OnnxModel) -> tuple[TypedModel, EngineRecord]:
+def build_with_retreat(maker: TypedModelMaker, build: Build, source: OnnxModel) -> tuple[TypedModel, Built]:
     """The typed model with the fewest nodes in float32 that TensorRT builds an engine of, and that engine.
 
     1. Nodes that the error names go back to float32, a few times over.
@@ -52,7 +52,7 @@ def build_with_retreat(maker: TypedModelMaker, build: Build, source: OnnxModel) 
 
 def _released(
     maker: TypedModelMaker, build: Build, source: OnnxModel, resisting: TypedModel, kept: dict[str, str]
-) -> tuple[TypedModel, EngineRecord]:
+) -> tuple[TypedModel, Built]:
     """Steps 2 and 3."""
     operators = {node.name: node.op_type for node in source.proto.graph.node}
     groups: dict[str, list[str]] = collections.defaultdict(list)
