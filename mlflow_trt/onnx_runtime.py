@@ -50,7 +50,7 @@ class CpuModel:
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=[*cuda, "CPUExecutionProvider"])
         except Exception as error:  # its exceptions share no base class
-            raise ExecutionError(f"ONNX Runtime {self.version} cannot load {path.name}: {error}") from error
+            raise ExecutionError(f"ONNX Runtime {self.version} cannot run this model: {error}") from error
         # Asked, since a provider that does not work is left out without an error.
         self.device = "CUDA" if _CUDA in self._session.get_providers() else "CPU"
 

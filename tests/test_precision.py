@@ -13,7 +13,7 @@ from helpers import read
 from onnx import TensorProto, helper
 from real_models import CLS, DET_DYNAMIC, MAGIKA, REC, SILERO, TRANSFORMER, calibration_data
 
-from mlflow_trt import Precision, Recipe, RecipeError, Tolerance
+from mlflow_trt import Precision, Recipe, RecipeError, Tolerance, UnsupportedModelError
 from mlflow_trt.comparison import Verdict, compare
 from mlflow_trt.convert.builder import build_engine
 from mlflow_trt.convert.conversion import Conversion, convert
@@ -188,6 +188,29 @@ def test_functions_and_constants_of_a_model_are_retyped_too(tmp_path):
     model.opset_import.append(helper.make_opsetid("custom", 1))
     typed = typed_model(model, tmp_path, "fp16")
     assert typed.report.node_types == {"float16": 1}
+
+
+def test_a_model_that_onnx_converts_into_another_one_stays_as_it_is(tmp_path):
+    """To a newer opset, which bf16 needs, onnx takes the batch axis off the inputs of such a model."""
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 8]>
+        sums (float[1, 2] initial, float[1, 3, 2] x) => (float[1, 2] last, float[1, 3, 2] all) {
+            last, all = Scan ("", initial, x) <num_scan_inputs = 1, body = step (float[2] sum, float[2] next)
+                => (float[2] sum_out, float[2] scan_out) { sum_out = Add (sum, next) scan_out = Identity (sum_out) }>
+        }
+    """)
+    typed = typed_model(model, tmp_path, "bf16")
+    assert [spec.shape for spec in typed.inputs] == [(1, 2), (1, 3, 2)]
+    assert "nothing of this model runs in bf16" in typed.report.remarks[-1]
+    assert typed.comparison.relative_error == 0
+
+
+def test_what_onnxruntime_cannot_run_cannot_be_converted(tmp_path):
+    model = networks.product()
+    model.graph.node[0].domain = "no.such.domain"
+    model.opset_import.append(helper.make_opsetid("no.such.domain", 1))
+    with pytest.raises(UnsupportedModelError, match=r"values in this model, on which fp16 depends.*Take fp32 or tf32"):
+        typed_model(model, tmp_path, "fp16")
 
 
 def test_external_weights_are_retyped(tmp_path):

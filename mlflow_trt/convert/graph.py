@@ -146,7 +146,12 @@ def _raise_opset(model: ModelProto, opset: int) -> ModelProto:
         onnx.checker.check_model(raised)
     except (RuntimeError, ValueError, EncodeError, onnx.checker.ValidationError):
         return model
-    return raised
+    # onnx takes the batch axis off a model with Scan of opset 8.
+    return raised if _interface(raised) == _interface(model) else model
+
+
+def _interface(model: ModelProto) -> list[tuple[str, onnx.TypeProto]]:
+    return [(value.name, value.type) for value in (*model.graph.input, *model.graph.output)]
 
 
 def _name_nodes(graph: GraphProto) -> None:

@@ -22,7 +22,7 @@ from mlflow_trt.convert.precision.typed_graph import PrecisionPass, TypedGraph
 from mlflow_trt.convert.profiles import Profiles
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.convert.samples import Samples
-from mlflow_trt.errors import RecipeError
+from mlflow_trt.errors import ExecutionError, OutOfMemoryError, RecipeError, UnsupportedModelError
 from mlflow_trt.inputs import Feeds
 from mlflow_trt.onnx_runtime import CpuModel, calibrated_magnitudes
 from mlflow_trt.spec import CalibrationMethod, Precision, PrecisionReport, TensorSpec
@@ -82,6 +82,7 @@ def maker_for(
 
     Raises:
         RecipeError: the precision needs calibration data and there is too little; `keep_float32` names nothing.
+        UnsupportedModelError: the precision follows from the model's values, and ONNX Runtime cannot run it.
         MissingDependencyError: the precision needs ONNX Runtime, and it is not installed.
     """
     told_apart = tell_apart(source.proto, profiles.profiles)
@@ -167,12 +168,20 @@ class _Retyped:
         self._refines = tolerance is not None
         self._flat = flatten(told_apart, source.path.parent, precision_pass.minimum_opset)
         self._excluded = _excluded_nodes(self._flat, recipe)
-        evidence = gather_evidence(self._flat, samples, workdir)
+        self._names = [spec.name for spec in source.outputs]
+        try:
+            evidence = gather_evidence(self._flat, samples, workdir)
+            self._reference = reference_outputs(source.path, self._names, samples.feeds)
+        except OutOfMemoryError:
+            raise
+        except ExecutionError as error:
+            raise UnsupportedModelError(
+                f"nothing is known of the values in this model, on which {recipe.precision} depends: {error.message}. "
+                "Take fp32 or tf32, or a release of ONNX Runtime that can run the model"
+            ) from error
         if recipe.precision in _QUANTIZED:
             evidence = _calibrated(self._flat, evidence, recipe.calibration_method, workdir)
         self._make = precision_pass.on(self._flat, evidence)
-        self._names = [spec.name for spec in source.outputs]
-        self._reference = reference_outputs(source.path, self._names, samples.feeds)
 
     def make(self, kept: Mapping[str, str]) -> TypedModel:
         stays = self._excluded | dict(kept)
