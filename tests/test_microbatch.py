@@ -202,7 +202,27 @@ def test_too_little_memory_makes_smaller_batches(scheduler, gate, messages):
     with pytest.raises(OutOfMemoryError, match="no room"):
         scheduler.run(x)
     gate.most_rows = 4
+    gate.sizes.clear()
     assert np.array_equal(scheduler.run(x)["y"], x["x"] * 2)
+    assert max(gate.sizes) == 4
+
+
+def test_too_little_memory_for_any_size_leaves_the_sizes_as_they_are(scheduler, gate):
+    x = rows(*range(16))
+    gate.most_rows = 0
+    with pytest.raises(OutOfMemoryError, match="no room"):
+        scheduler.run(x)
+    gate.most_rows = 16
+    assert np.array_equal(scheduler.run(x)["y"], x["x"] * 2)
+    assert gate.sizes == [16]
+
+
+def test_too_little_memory_for_a_small_call_makes_pieces_of_it(scheduler, gate, messages):
+    gate.most_rows = 4
+    x = rows(*range(10))
+    assert np.array_equal(scheduler.run(x)["y"], x["x"] * 2)
+    assert gate.sizes == [4, 4, 2]
+    assert "at most 4 rows at once from now on" in messages.text
 
 
 def test_too_little_memory_for_calls_together_too(pool, scheduler, gate):

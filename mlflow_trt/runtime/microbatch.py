@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Generic
 
+from mlflow_trt.errors import OutOfMemoryError
 from mlflow_trt.inputs import Feeds
 from mlflow_trt.runtime.batching import Outputs, Rows, Sizes, check_rows
 from mlflow_trt.runtime.copying import copies
@@ -114,6 +115,8 @@ class MicroBatcher(Generic[AnySlot]):
         else:
             try:
                 self._run_batch(batch)
+            except OutOfMemoryError:
+                pass  # there may be room for less than a batch, or for smaller pieces
             except Exception:
                 if len(batch.requests) == 1:
                     raise

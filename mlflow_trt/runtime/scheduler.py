@@ -111,6 +111,7 @@ class Scheduler(Generic[AnySlot]):
 
         Raises what the runtime raises, after giving back what was not finished.
         """
+        usual = self._sizes[work.profile]
         while True:
             sizes = self._sizes[work.profile]
             assert sizes is not None  # noqa: S101  # for the type checker
@@ -118,14 +119,17 @@ class Scheduler(Generic[AnySlot]):
                 self._pipeline(work, sizes)
             except OutOfMemoryError as error:
                 smaller = sizes.smaller()
+                self._set_sizes(work.profile, smaller or usual)  # where no size helps, it is not the size
                 if smaller is None:
                     raise
                 _log.warning("Running at most %d rows at once from now on: %s", smaller.largest, error.message)
-                self._sizes[work.profile] = smaller
-                self._plans.clear()
                 self.slots.trim()
             else:
                 return
+
+    def _set_sizes(self, profile: int, sizes: Sizes | None) -> None:
+        self._sizes[profile] = sizes
+        self._plans.clear()
 
     def sizes_of(self, profile: int) -> Sizes | None:
         """The batch sizes that a profile is run in; None where its batches are not cut."""
