@@ -8,8 +8,8 @@
     python tests/coverage_sweep.py --patience 60      # give a worker up that is silent for so long
 
 The cases are those of `onnx.backend.test` with float32 inputs, which come with expected outputs, and the real models of
-the tests. In 16 bits, each float input of a case passes through a product with 1, so that its operator is not left in
-float32 for lack of neighbours. Each goes the whole way: precision pass, engine, and where there is a GPU a session,
+the tests. In 16 bits, each float input of a case passes through a product with 1 where TensorRT takes it, so that its
+operator is not left in float32 for lack of neighbours. Each goes the whole way: precision pass, engine, and where there is a GPU a session,
 whose outputs are compared with the expected ones within the default tolerance of the precision. As at log time, what
 fails the accuracy gate, or has outputs of other shapes than on ONNX Runtime, is refused before it is run.
 

@@ -161,6 +161,17 @@ def test_the_delay_ends(pool, gate):
     scheduler.close()
 
 
+@pytest.mark.parametrize(("interval", "waits"), [(0.01, True), (30.0, False)])
+def test_a_batch_waits_only_for_callers_who_come_often(interval, waits, scheduler):
+    batcher = scheduler._batcher
+    batcher._usual_callers = 50.0
+    batcher._seconds = 0.8  # of which it waits a quarter
+    batcher._interval, batcher._joined = interval, time.monotonic()
+    started = time.monotonic()
+    scheduler.run(rows(1))
+    assert (time.monotonic() - started > 0.15) == waits
+
+
 def test_shapes_that_differ_are_kept_apart(pool, gate):
     wide = ShapeProfile(ranges={"x": InputRange(min=(1, 1), opt=(4, 2), max=(16, 8))})
     scheduler = Scheduler(lambda: DoublingSlot(gate), profiles=[wide], axis=AXIS, max_batch_delay=5.0)

@@ -104,6 +104,8 @@ class MicroBatcher(Generic[AnySlot]):
         self._callers = 0  # in here
         self._usual_callers = 0.0  # of late
         self._running = 0  # of their requests
+        self._joined = 0.0
+        self._interval = 0.0  # seconds from one caller to the next, of late
         self._launched = 0.0
         self._seconds = math.inf  # that a run takes; not known yet
 
@@ -125,8 +127,11 @@ class MicroBatcher(Generic[AnySlot]):
         return self._run_alone(request) if request.outputs is None else request.outputs
 
     def _join(self, request: Request) -> _Batch:
+        now = time.monotonic()
         with self._lock:
             self._callers += 1
+            self._interval += 0.2 * (min(now - self._joined, 1.0) - self._interval)
+            self._joined = now
             batch = self._open.get(request.key)
             if batch is None or not batch.has_room(request.rows):
                 # Who comes from now on joins this one. One that is full runs as it is.
@@ -164,11 +169,12 @@ class MicroBatcher(Generic[AnySlot]):
         """Wait for as many as usually come, but no longer than is worth it.
 
         That is until the batch before this one is half done, when it is time to send this one off for the GPU to find
-        it ready; or, for who comes later than that, a quarter of a run.
+        it ready; or, for who comes later than that, a quarter of a run. Nobody is worth waiting for where callers come
+        further apart than a run takes.
         """
         with self._lock:
             self._usual_callers = max(self._callers, 0.8 * self._usual_callers)
-            if self._is_expecting(batch):
+            if self._interval < self._seconds and self._is_expecting(batch):
                 now = time.monotonic()
                 half_done = self._launched + self._seconds / 2 if self._running else 0.0
                 until = min(now + self._max_delay, max(half_done, now + self._seconds / 4))
