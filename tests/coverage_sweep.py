@@ -9,9 +9,10 @@
 
 The cases are those of `onnx.backend.test` with float32 inputs, which come with expected outputs, and the real models of
 the tests. In 16 bits, each float input of a case passes through a product with 1 where TensorRT takes it, so that its
-operator is not left in float32 for lack of neighbours. Each goes the whole way: precision pass, engine, and where there is a GPU a session,
-whose outputs are compared with the expected ones within the default tolerance of the precision. As at log time, what
-fails the accuracy gate, or has outputs of other shapes than on ONNX Runtime, is refused before it is run.
+operator is not left in float32 for lack of neighbours. Each goes the whole way: precision pass, engine, and where there
+is a GPU a session, whose outputs are compared with the expected ones within the default tolerance of the precision. As
+at log time, what fails the accuracy gate, or has outputs of other shapes than on ONNX Runtime, is refused before it is
+run.
 
 What does not build in fp32 is not tried in another precision. Each worker is a process of its own that writes a line
 for every case, so that one which crashes TensorRT costs itself; where there are several GPUs, they are shared out.
