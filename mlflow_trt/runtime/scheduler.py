@@ -21,6 +21,7 @@ from mlflow_trt.runtime.batching import (
     batch_size,
     take,
 )
+from mlflow_trt.runtime.copying import copies
 from mlflow_trt.runtime.microbatch import MicroBatcher, Request
 from mlflow_trt.runtime.profiles import choose_profile
 from mlflow_trt.runtime.slots import AnySlot, Slots
@@ -195,9 +196,10 @@ class Scheduler(Generic[AnySlot]):
     def _run_whole(self, feeds: Feeds, profile: int) -> Outputs:
         with self.slots.lent() as slot:
             slot.launch(Rows([feeds], None, 0), profile)
-            outputs = {name: output.copy() for name, output in slot.finish().items()}
+            outputs = slot.finish()
+            results = dict(zip(outputs, copies(list(outputs.values())), strict=True))
         self._count(0)
-        return outputs
+        return results
 
     def _run_in_pieces(self, feeds: Feeds, rows: int, profile: int) -> Outputs:
         work = Work(feeds, rows, profile)
