@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import networks
 import numpy as np
 import pytest
@@ -126,6 +128,25 @@ def test_copies_are_new_arrays_whatever_their_size(nbytes, dtype):
         assert result.shape == source.shape
         assert np.array_equal(result.view(np.uint8), source.view(np.uint8))
         assert result.base is None
+
+
+EQUAL = [
+    np.arange(6, dtype=np.longlong),
+    pickle.loads(pickle.dumps(np.arange(6, dtype=np.float32))),
+    np.arange(6, dtype=np.dtype("f4", metadata={"from": "elsewhere"})),
+    np.frombuffer(bytearray(25), np.uint8)[1:].view(np.float32),
+    np.arange(6) > 2,
+    np.arange(6).astype(numpy_dtype("bfloat16")),
+]
+
+
+@pytest.mark.parametrize("array", EQUAL, ids=["longlong", "pickled", "metadata", "unaligned", "bool", "bfloat16"])
+def test_arrays_of_equal_dtypes_are_copied_whatever_python_calls_them(array):
+    x = array.reshape(3, 2)
+    target = np.empty((4, 2), np.dtype(array.dtype.name) if array.dtype.kind != "V" else array.dtype)
+    list(copy_rows(Rows([{"x": x[:1]}, {"x": x[1:]}], AXIS, 4).copies("x"), target))
+    assert np.array_equal(target, np.concatenate([x, x[-1:]]))
+    assert np.array_equal(copies([x])[0], x)
 
 
 @pytest.mark.parametrize(("columns", "message"), [(2, "different structures"), (LEAST_BYTES, "broadcast")])

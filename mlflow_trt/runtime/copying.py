@@ -127,7 +127,6 @@ def _flat(array: Array) -> Array:
 
 
 def _memory(array: Array) -> memoryview:
-    flat = array.ravel()
-    # Python's memoryview knows no types that other packages add, such as bfloat16.
-    view: memoryview = (flat if flat.dtype.isbuiltin == 1 else flat.view(np.uint8)).data
+    # As bytes: memoryviews of equal dtypes may be in different formats, and those of others in none, such as bfloat16.
+    view: memoryview = _flat(array).data
     return view
