@@ -20,6 +20,7 @@ from mlflow_trt.runtime.tensorrt import TensorRTSession
 from mlflow_trt.spec import BatchAxis, ComputeCapability, Gpu, TensorSpec
 
 GARBAGE = 0xA5
+BATCH_AXIS = BatchAxis(inputs=("x",), splits=True, declared=True)
 
 
 class Driver:
@@ -287,7 +288,7 @@ class FakeContext:
 
 
 @contextlib.contextmanager
-def session(*, late=False, **settings):
+def session(*, late=False, batch_axis=BATCH_AXIS, **settings):
     """A session on such a GPU, and the GPU's driver and TensorRT."""
     driver = Driver()
     tensorrt = FakeTensorRT(driver, late=late)
@@ -299,7 +300,7 @@ def session(*, late=False, **settings):
         inputs=[TensorSpec(name="x", dtype="float32", shape=("rows", "columns"))],
         outputs=[TensorSpec(name=name, dtype="float32", shape=shape)
                  for name, shape in (("y", ("rows", "columns")), ("z", ("rows",)))],
-        batch_axis=BatchAxis(inputs=("x",), splits=True, declared=True),
+        batch_axis=batch_axis,
         **settings,
     )  # fmt: skip
     with opened:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
+import time
 
 import fake_gpu
 import numpy as np
@@ -75,6 +76,40 @@ def test_too_little_memory_passes():
         check(session, rows(1))
         driver.room = 1 << 20
         check(session, rows(16, 64))
+
+
+def test_pinned_memory_that_is_lacking_for_outputs_is_made_again():
+    with fake_gpu.session(batch_axis=None) as (session, driver, _):
+        check(session, rows(1))
+        whole = driver.pagelocked_empty
+        made = []
+
+        def for_inputs_only(nbytes, dtype):
+            made.append(nbytes)
+            if len(made) > 1:
+                raise driver.MemoryError("pinned memory")
+            return whole(nbytes, dtype)
+
+        driver.pagelocked_empty = for_inputs_only
+        with pytest.raises(OutOfMemoryError):
+            session.run({"x": rows(16, 64)})
+        driver.pagelocked_empty = whole
+        check(session, rows(1))
+        check(session, rows(16, 64))
+
+
+def test_two_may_warm_up_at_the_same_time():
+    with fake_gpu.session(max_batch_delay_ms=5.0) as (session, _, _):
+        make = session._scheduler.slots._make
+
+        def slowly():
+            time.sleep(0.02)
+            return make()
+
+        session._scheduler.slots._make = slowly
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            for future in [pool.submit(session.warm_up) for _ in range(2)]:
+                future.result(timeout=10)
 
 
 @TOGETHER

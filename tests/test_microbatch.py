@@ -165,7 +165,7 @@ def test_the_delay_ends(pool, gate):
 def test_a_batch_waits_only_for_callers_who_come_often(interval, waits, scheduler):
     batcher = scheduler._batcher
     batcher._usual_callers = 50.0
-    batcher._seconds = 0.8  # of which it waits a quarter
+    batcher._seconds = batcher._batch_seconds = 0.8  # of which it waits a quarter
     batcher._interval, batcher._joined = interval, time.monotonic()
     started = time.monotonic()
     scheduler.run(rows(1))
@@ -236,12 +236,39 @@ def test_too_little_memory_for_a_small_call_makes_pieces_of_it(scheduler, gate, 
     assert "at most 4 rows at once from now on" in messages.text
 
 
-def test_too_little_memory_for_calls_together_too(pool, scheduler, gate):
+def test_too_little_memory_for_calls_together_too(pool, scheduler, gate, messages):
     gate.most_rows = 2
     occupied(pool, scheduler, gate)
     futures = send(pool, scheduler, range(8))
     gate.open.set()
     assert [future.result()["y"][0, 0] for future in futures] == [2 * value for value in range(8)]
+    assert "at most 8 rows at once from now on" in messages.text
+
+
+def test_too_little_memory_for_anybody_teaches_no_sizes(pool, scheduler, gate):
+    gate.most_rows = 0
+    occupied_by = [pool.submit(scheduler.run, rows(*range(n))) for n in range(1, 9)]
+    assert all(isinstance(future.exception(timeout=10), OutOfMemoryError) for future in occupied_by)
+    gate.most_rows = 16
+    scheduler.run(rows(*range(16)))
+    assert gate.sizes == [16]
+
+
+def test_an_interrupted_leader_leaves_nobody_waiting(pool, scheduler, gate, monkeypatch):
+    first = occupied(pool, scheduler, gate)
+    leader, *others = send(pool, scheduler, range(3))
+    launch = DoublingSlot.launch
+
+    def interrupted(slot, rows, profile):
+        monkeypatch.setattr(DoublingSlot, "launch", launch)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DoublingSlot, "launch", interrupted)
+    gate.open.set()
+    assert isinstance(leader.exception(timeout=10), KeyboardInterrupt)
+    assert [future.result(timeout=10)["y"][0, 0] for future in others] == [2, 4]
+    concurrent.futures.wait(first)
+    assert scheduler.run(rows(5))["y"][0, 0] == 10
 
 
 def test_close_waits_for_what_runs_and_refuses_what_waits(pool, scheduler, gate):
@@ -283,6 +310,21 @@ def test_a_slot_that_cannot_be_made_is_one_callers_error(pool, gate):
     assert slots.acquire() is first
     slots.release(first)
     slots.close()
+
+
+def test_slots_that_cannot_be_trimmed_are_not_lost(gate, monkeypatch):
+    slots = Slots(lambda: DoublingSlot(gate), 2)
+    for slot in (slots.acquire(), slots.acquire()):
+        slots.release(slot)
+
+    def fails(_slot):
+        raise ExecutionError("the GPU is lost")
+
+    monkeypatch.setattr(DoublingSlot, "trim", fails)
+    with pytest.raises(ExecutionError, match="lost"):
+        slots.trim()
+    slots.close()
+    assert gate.closed == 2
 
 
 def test_slots_are_lent_in_the_order_in_which_they_were_asked_for(pool, gate):

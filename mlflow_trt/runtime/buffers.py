@@ -26,7 +26,9 @@ class Buffers:
         self._dtypes = {name: numpy_dtype(engine.dtypes[name]) for name in names}
         self.moves = Moves()
         self.host: dict[str, PinnedBuffer] = {
-            name: device.pinned_buffer(self.moves if name in engine.on_host else None) for name in names
+            # Those of outputs count too: they are reserved only where a context is bound.
+            name: device.pinned_buffer(self.moves if name in engine.on_host or name in engine.outputs else None)
+            for name in names
         }
         self.memory: dict[str, DeviceBuffer] = {
             name: device.device_buffer(self.moves) for name in names if name not in engine.on_host

@@ -26,7 +26,7 @@ from mlflow_trt.spec import BatchAxis
 class Request:
     """One caller's batch. Requests with the same `key` may run together; they have one profile and its sizes."""
 
-    __slots__ = ("feeds", "key", "outputs", "profile", "rows", "sizes", "wake")
+    __slots__ = ("batch", "feeds", "key", "no_room", "outputs", "profile", "rows", "sizes", "wake")
 
     def __init__(self, feeds: Feeds, rows: int, profile: int, sizes: Sizes, key: Hashable) -> None:
         self.feeds = feeds
@@ -34,6 +34,8 @@ class Request:
         self.profile = profile
         self.sizes = sizes
         self.key = key
+        self.batch: _Batch | None = None
+        self.no_room = ""  # for the whole batch: what was said
         self.outputs: Outputs | None = None
         # Held until the outputs are there: a bare lock costs a tenth of an Event, and this is the hot path.
         self.wake = threading.Lock()
@@ -59,6 +61,7 @@ class _Batch:
         return self.rows + rows <= self.leader.sizes.largest
 
     def add(self, request: Request) -> None:
+        request.batch = self
         self.rows += request.rows
         self.requests.append(request)
 
@@ -82,6 +85,7 @@ class MicroBatcher(Generic[AnySlot]):
         axis: along which requests are put one after another; of inputs without it all requests of a key have the same.
         run_alone: runs one request by itself: what happens to each of a batch that failed, so that every caller gets
             its own result or its own error.
+        had_no_room: told the first request of a batch for which memory was lacking, but not for the request alone.
         ran: told the size of each batch.
         max_delay: seconds for which a batch stays open at most while another one runs.
     """
@@ -91,12 +95,14 @@ class MicroBatcher(Generic[AnySlot]):
         slots: Slots[AnySlot],
         axis: BatchAxis | None,
         run_alone: Callable[[Request], Outputs],
+        had_no_room: Callable[[Request, str], None],
         ran: Callable[[int], None],
         max_delay: float,
     ) -> None:
         self._slots = slots
         self._axis = axis
         self._run_alone = run_alone
+        self._had_no_room = had_no_room
         self._ran = ran
         self._max_delay = max_delay
         self._lock = threading.Lock()
@@ -108,23 +114,27 @@ class MicroBatcher(Generic[AnySlot]):
         self._interval = 0.0  # seconds from one caller to the next, of late
         self._launched = 0.0
         self._seconds = math.inf  # that a run takes; not known yet
+        self._batch_seconds = math.inf  # the same with the copies before it
 
     def run(self, request: Request) -> Outputs:
         """The outputs for the request's rows. Raises what running it alone raises."""
-        batch = self._join(request)
-        if batch.leader is not request:
-            request.wake.acquire()
-        else:
-            try:
-                self._run_batch(batch)
-            except OutOfMemoryError:
-                pass  # there may be room for less than a batch, or for smaller pieces
-            except Exception:
-                if len(batch.requests) == 1:
-                    raise
-            finally:
-                self._dissolve(batch)
-        return self._run_alone(request) if request.outputs is None else request.outputs
+        try:
+            batch = self._join(request)
+            if batch.leader is not request:
+                request.wake.acquire()
+            else:
+                self._lead(batch)
+        finally:
+            # Also where Ctrl-C came in between: others may have joined.
+            led = request.batch
+            if led is not None and led.leader is request:
+                self._dissolve(led)
+        if request.outputs is not None:
+            return request.outputs
+        outputs = self._run_alone(request)
+        if request.no_room:  # while there was some for one request: it was the size
+            self._had_no_room(request, request.no_room)
+        return outputs
 
     def _join(self, request: Request) -> _Batch:
         now = time.monotonic()
@@ -133,13 +143,29 @@ class MicroBatcher(Generic[AnySlot]):
             self._interval += 0.2 * (min(now - self._joined, 1.0) - self._interval)
             self._joined = now
             batch = self._open.get(request.key)
-            if batch is None or not batch.has_room(request.rows):
-                # Who comes from now on joins this one. One that is full runs as it is.
-                batch = self._open[request.key] = _Batch(self._lock)
+            if batch is not None and batch.has_room(request.rows):
+                batch.add(request)
+                if not self._is_expecting(batch):
+                    batch.tell()
+                return batch
+            # Who comes from now on joins this one. One that is full runs as it is.
+            full, batch = batch, _Batch(self._lock)
             batch.add(request)
-            if not self._is_expecting(batch):
-                batch.tell()
+            self._open[request.key] = batch
+            if full is not None:
+                full.tell()
         return batch
+
+    def _lead(self, batch: _Batch) -> None:
+        try:
+            self._run_batch(batch)
+        except OutOfMemoryError as error:
+            # There may be room for less than a batch, or for smaller pieces of a single request.
+            if len(batch.requests) > 1:
+                batch.leader.no_room = error.message
+        except Exception:
+            if len(batch.requests) == 1:
+                raise
 
     def _run_batch(self, batch: _Batch) -> None:
         first = batch.leader
@@ -147,12 +173,15 @@ class MicroBatcher(Generic[AnySlot]):
         try:
             self._close(batch)
             size = first.sizes.hold(batch.rows)
+            begun = time.monotonic()
             try:
                 slot.launch(Rows([request.feeds for request in batch.requests], self._axis, size), first.profile)
                 launched = self._launched = time.monotonic()
                 outputs = slot.finish()
                 # The shortest of late: what goes beyond it was spent waiting for the interpreter lock.
-                self._seconds = min(1.2 * self._seconds, time.monotonic() - launched)
+                ended = time.monotonic()
+                self._seconds = min(1.2 * self._seconds, ended - launched)
+                self._batch_seconds = min(1.2 * self._batch_seconds, ended - begun)
                 check_rows(outputs, size)
                 _hand_out(outputs, batch.requests)
             except BaseException:
@@ -170,11 +199,11 @@ class MicroBatcher(Generic[AnySlot]):
 
         That is until the batch before this one is half done, when it is time to send this one off for the GPU to find
         it ready; or, for who comes later than that, a quarter of a run. Nobody is worth waiting for where callers come
-        further apart than a run takes.
+        further apart than a batch takes.
         """
         with self._lock:
             self._usual_callers = max(self._callers, 0.8 * self._usual_callers)
-            if self._interval < self._seconds and self._is_expecting(batch):
+            if self._interval < self._batch_seconds and self._is_expecting(batch):
                 now = time.monotonic()
                 half_done = self._launched + self._seconds / 2 if self._running else 0.0
                 until = min(now + self._max_delay, max(half_done, now + self._seconds / 4))
@@ -184,7 +213,11 @@ class MicroBatcher(Generic[AnySlot]):
             self._running += len(batch.requests)
 
     def _is_expecting(self, batch: _Batch) -> bool:
-        return batch.has_room(1) and len(batch.requests) < self._usual_callers - self._running
+        return (
+            len(batch.requests) < self._usual_callers - self._running
+            and batch.has_room(1)
+            and self._open.get(batch.leader.key) is batch
+        )
 
     def _shut(self, batch: _Batch) -> None:
         key = batch.leader.key
@@ -196,7 +229,8 @@ class MicroBatcher(Generic[AnySlot]):
         with self._lock:
             self._shut(batch)
             self._callers -= len(batch.requests)
-        for request in batch.requests[1:]:
+        for request in batch.requests:
+            request.batch = None  # or their arrays would stay until Python looks for cycles
             request.wake.release()
 
 

@@ -65,7 +65,9 @@ class Scheduler(Generic[AnySlot]):
         self._sizes = [self._sizes_for(profile) for profile in self._profiles]
         if not self._profiles:
             self._sizes = [AnySize(largest) if largest and self._axis else None]
-        self._batcher = MicroBatcher(self.slots, self._axis, self._run_alone, self._count, max_batch_delay)
+        self._batcher = MicroBatcher(
+            self.slots, self._axis, self._run_alone, self._had_no_room, self._count, max_batch_delay
+        )
         self._batches = max_batch_delay > 0
         self._plans: dict[Hashable, _Plan] = {}
         self._values_matter = any(limits.is_values for profile in profiles for limits in profile.ranges.values())
@@ -112,25 +114,38 @@ class Scheduler(Generic[AnySlot]):
 
         Raises what the runtime raises, after giving back what was not finished.
         """
-        usual = self._sizes[work.profile]
+        sizes, failure = self._sizes[work.profile], ""
         while True:
-            sizes = self._sizes[work.profile]
             assert sizes is not None  # noqa: S101  # for the type checker
             try:
                 self._pipeline(work, sizes)
             except OutOfMemoryError as error:
                 smaller = sizes.smaller()
-                self._set_sizes(work.profile, smaller or usual)  # where no size helps, it is not the size
                 if smaller is None:
                     raise
-                _log.warning("Running at most %d rows at once from now on: %s", smaller.largest, error.message)
+                sizes, failure = smaller, error.message
                 self.slots.trim()
             else:
+                if failure:
+                    self._limit(work.profile, sizes.largest, failure)
                 return
 
-    def _set_sizes(self, profile: int, sizes: Sizes | None) -> None:
-        self._sizes[profile] = sizes
-        self._plans.clear()
+    def _limit(self, profile: int, largest: int, cause: str) -> None:
+        """Run no more rows at once from now on, if there is a size that small."""
+        with self._counting:
+            sizes = self._sizes[profile]
+            while sizes is not None and sizes.largest > largest:
+                sizes = sizes.smaller()
+            if sizes is None or sizes is self._sizes[profile]:
+                return
+            self._sizes[profile] = sizes
+            self._plans.clear()
+        _log.warning("Running at most %d rows at once from now on: %s", sizes.largest, cause)
+
+    def _had_no_room(self, request: Request, cause: str) -> None:
+        """For a batch of several requests: the next one is to be smaller."""
+        self._limit(request.profile, request.sizes.largest - 1, cause)
+        self.slots.trim()
 
     def sizes_of(self, profile: int) -> Sizes | None:
         """The batch sizes that a profile is run in; None where its batches are not cut."""
@@ -151,9 +166,11 @@ class Scheduler(Generic[AnySlot]):
         if plan is None:
             plan = self._new_plan(feeds)
             if not self._values_matter:
-                if len(self._plans) >= _MOST_PLANS:
-                    self._plans.clear()
-                self._plans[shapes] = plan
+                with self._counting:
+                    if len(self._plans) >= _MOST_PLANS:
+                        self._plans.clear()
+                    if plan.sizes is None or plan.sizes is self._sizes[plan.profile]:
+                        self._plans[shapes] = plan
         return plan
 
     def _new_plan(self, feeds: Feeds) -> _Plan:

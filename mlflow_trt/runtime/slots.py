@@ -78,9 +78,10 @@ class Slots(Generic[AnySlot]):
         """Let the slots that nobody uses free what they need not keep."""
         with self._lock:
             idle, self._free = self._free, []
-        for slot in idle:
-            slot.trim()
-            self.release(slot)
+        with ExitStack() as stack:  # all of them come back, whatever one of them raises
+            for slot in idle:
+                stack.callback(self.release, slot)
+                stack.callback(slot.trim)
 
     def release(self, slot: AnySlot) -> None:
         with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -104,6 +105,7 @@ class TensorRTSession(Session):
         self._finalizer = weakref.finalize(self, _close, scheduler, engine)
         self._scheduler = scheduler
         self._batch_axis = batch_axis
+        self._warming = threading.Lock()  # or two of them would wait for each other's slots
         self.profiles = engine.profiles
 
     @property
@@ -135,7 +137,7 @@ class TensorRTSession(Session):
         After it no call compiles kernels or makes contexts, unless it brings other shapes.
         """
         self._check_open()
-        with contextlib.ExitStack() as stack:
+        with self._warming, contextlib.ExitStack() as stack:
             slots = [stack.enter_context(self._scheduler.slots.lent()) for _ in range(MOST_SLOTS)]
             for number, profile in enumerate(self.profiles):
                 # The largest first, so that no buffer grows later and takes the CUDA graphs' addresses with it.
