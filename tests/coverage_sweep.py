@@ -151,26 +151,33 @@ def _examined(case: Case, precision: str, model) -> Finding:
         comparison = conversion.typed.comparison
         if comparison is not None and comparison.problems:
             return finding("refused", "; ".join(comparison.problems), kept)
-        other_shapes = _other_shapes(conversion)
+        reference = _reference(conversion)
+        other_shapes = _other_shapes(conversion, reference)
         if other_shapes:
             return finding("refused", other_shapes, kept)
-        outcome, detail = _execute(case, conversion, tolerance)
+        outcome, detail = _execute(conversion, reference if case.expected is None else [case.expected], tolerance)
         return finding(outcome, detail, kept)
 
 
-def _other_shapes(conversion) -> str:
-    """What is wrong with the shapes of the engine's outputs; empty, as at log time, where ONNX Runtime knows none."""
-    from mlflow_trt import MlflowTrtError, UnsupportedModelError
-    from mlflow_trt.convert.output_shapes import check_output_shapes
+def _reference(conversion) -> tuple:
+    """What ONNX Runtime computes; nothing where it cannot."""
+    from mlflow_trt import MlflowTrtError
     from mlflow_trt.convert.typed_model import reference_outputs
 
-    feeds, names = conversion.samples.feeds, [spec.name for spec in conversion.source.outputs]
+    names = [spec.name for spec in conversion.source.outputs]
     try:
-        reference = conversion.typed.reference or reference_outputs(conversion.source.path, names, feeds)
+        return conversion.typed.reference or reference_outputs(conversion.source.path, names, conversion.samples.feeds)
     except MlflowTrtError:
-        return ""
+        return ()
+
+
+def _other_shapes(conversion, reference) -> str:
+    """What is wrong with the shapes of the engine's outputs; empty, as at log time, where there is no reference."""
+    from mlflow_trt import UnsupportedModelError
+    from mlflow_trt.convert.output_shapes import check_output_shapes
+
     try:
-        pairs = zip(feeds, reference, strict=False)
+        pairs = zip(conversion.samples.feeds, reference, strict=False)
         check_output_shapes(conversion.engine, conversion.shapes, pairs, conversion.profiles.batch_axis)
     except UnsupportedModelError as error:
         return error.message
@@ -205,36 +212,20 @@ def _with_neighbours(model):
     return changed
 
 
-def _execute(case: Case, conversion, tolerance) -> tuple[str, str]:
-    from mlflow_trt import MlflowTrtError, RuntimeUnavailableError, trt
+def _execute(conversion, expected, tolerance) -> tuple[str, str]:
+    from mlflow_trt import MlflowTrtError, RuntimeUnavailableError
     from mlflow_trt.comparison import compare
-    from mlflow_trt.convert.typed_model import reference_outputs
-    from mlflow_trt.loading import kernel_file, session_on
     from mlflow_trt.runtime.device import open_device
     from mlflow_trt.settings import LoadSettings
+    from mlflow_trt.verify import engine_session
 
     try:
-        device = open_device(0)
+        open_device(0)
     except RuntimeUnavailableError:
         return "built", ""
     try:
-        tensorrt = trt.load()
-        session = session_on(
-            conversion.plan.read_bytes(),
-            tensorrt=tensorrt,
-            device=device,
-            settings=LoadSettings(),
-            inputs=conversion.typed.inputs,
-            outputs=conversion.typed.outputs,
-            batch_axis=conversion.profiles.batch_axis,
-            store=kernel_file(conversion.engine, tensorrt, device),
-        )
-        with session:
-            feeds = conversion.samples.feeds
-            actual = [session.run(one) for one in feeds]
-        expected = [case.expected] if case.expected is not None else reference_outputs(
-            conversion.source.path, [spec.name for spec in conversion.source.outputs], feeds
-        )  # fmt: skip
+        with engine_session(conversion, LoadSettings()) as session:
+            actual = [session.run(one) for one in conversion.samples.feeds]
         comparison = compare("engine", "case", zip(actual, expected, strict=True), tolerance)
     except (MlflowTrtError, ValueError) as error:
         return "not run", str(error)

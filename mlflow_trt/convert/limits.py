@@ -9,7 +9,7 @@ from onnx import ModelProto, NodeProto, TensorProto, shape_inference
 
 from mlflow_trt import hardware, trt
 from mlflow_trt._logging import get_logger
-from mlflow_trt.convert.onnx_model import subgraphs_of
+from mlflow_trt.convert.onnx_model import attribute_of, subgraphs_of
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import RecipeError, UnsupportedModelError
 from mlflow_trt.spec import ComputeCapability, HardwareCompatibility, Precision, Weights
@@ -26,13 +26,11 @@ def _ignores_lengths(node: NodeProto) -> bool:
 
 
 def _ignores_layout(node: NodeProto) -> bool:
-    is_given = any(attribute.name == "layout" and attribute.i == 1 for attribute in node.attribute)
-    return node.op_type in ("RNN", "GRU", "LSTM") and is_given
+    return node.op_type in ("RNN", "GRU", "LSTM") and attribute_of(node, "layout").i == 1
 
 
 def _ignores_mode(node: NodeProto) -> bool:
-    is_given = any(attribute.name == "mode" and attribute.s == b"CRD" for attribute in node.attribute)
-    return node.op_type == "SpaceToDepth" and is_given
+    return node.op_type == "SpaceToDepth" and attribute_of(node, "mode").s == b"CRD"
 
 
 _IGNORED: tuple[tuple[Callable[[NodeProto], bool], str, str], ...] = (

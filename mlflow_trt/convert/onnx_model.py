@@ -159,6 +159,11 @@ def subgraphs_of(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
             yield from attribute.graphs
 
 
+def attribute_of(node: NodeProto, name: str) -> AttributeProto:
+    """The attribute of that name; an empty one where the node has none."""
+    return next((attribute for attribute in node.attribute if attribute.name == name), AttributeProto())
+
+
 def _write_proto(proto: ModelProto, workdir: Path) -> Path:
     for tensor in tensors_of(proto):
         if tensor.data_location == TensorProto.EXTERNAL:

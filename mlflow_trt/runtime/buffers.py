@@ -17,7 +17,7 @@ class Buffers:
     All methods but `nbytes` want the device to be current.
 
     Attributes:
-        moves: of the memory that TensorRT knows. CUDA graphs and contexts are good while their count stays the same.
+        moves: of all this memory. CUDA graphs and contexts are good while their count stays the same.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -25,11 +25,7 @@ class Buffers:
         device = engine.device
         self._dtypes = {name: numpy_dtype(engine.dtypes[name]) for name in names}
         self.moves = Moves()
-        self.host: dict[str, PinnedBuffer] = {
-            # Those of outputs count too: they are reserved only where a context is bound.
-            name: device.pinned_buffer(self.moves if name in engine.on_host or name in engine.outputs else None)
-            for name in names
-        }
+        self.host: dict[str, PinnedBuffer] = {name: device.pinned_buffer(self.moves) for name in names}
         self.memory: dict[str, DeviceBuffer] = {
             name: device.device_buffer(self.moves) for name in names if name not in engine.on_host
         }

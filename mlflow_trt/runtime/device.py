@@ -134,7 +134,7 @@ class Device:
     def device_buffer(self, moves: Moves | None = None) -> DeviceBuffer:
         return DeviceBuffer(self._driver, moves)
 
-    def pinned_buffer(self, moves: Moves | None = None) -> PinnedBuffer:
+    def pinned_buffer(self, moves: Moves) -> PinnedBuffer:
         return PinnedBuffer(self._driver, moves)
 
 
@@ -260,10 +260,10 @@ class DeviceBuffer:
 class PinnedBuffer:
     """Page-locked host memory, which the GPU copies from and to at full speed; grows like DeviceBuffer."""
 
-    def __init__(self, driver: Any, moves: Moves | None = None) -> None:
+    def __init__(self, driver: Any, moves: Moves) -> None:
         self.address = 0
         self._driver = driver
-        self._moves = moves or Moves()
+        self._moves = moves
         self._memory: Any = None
 
     def reserve(self, nbytes: int) -> int:

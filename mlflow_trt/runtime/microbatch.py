@@ -213,16 +213,14 @@ class MicroBatcher(Generic[AnySlot]):
             self._running += len(batch.requests)
 
     def _is_expecting(self, batch: _Batch) -> bool:
-        return (
-            len(batch.requests) < self._usual_callers - self._running
-            and batch.has_room(1)
-            and self._open.get(batch.leader.key) is batch
-        )
+        return len(batch.requests) < self._usual_callers - self._running and batch.has_room(1) and self._is_open(batch)
+
+    def _is_open(self, batch: _Batch) -> bool:
+        return self._open.get(batch.leader.key) is batch
 
     def _shut(self, batch: _Batch) -> None:
-        key = batch.leader.key
-        if self._open.get(key) is batch:
-            del self._open[key]
+        if self._is_open(batch):
+            del self._open[batch.leader.key]
 
     def _dissolve(self, batch: _Batch) -> None:
         """Let everybody go, whether there are outputs or not."""

@@ -115,8 +115,8 @@ class Scheduler(Generic[AnySlot]):
         Raises what the runtime raises, after giving back what was not finished.
         """
         sizes, failure = self._sizes[work.profile], ""
+        assert sizes is not None  # noqa: S101  # for the type checker
         while True:
-            assert sizes is not None  # noqa: S101  # for the type checker
             try:
                 self._pipeline(work, sizes)
             except OutOfMemoryError as error:

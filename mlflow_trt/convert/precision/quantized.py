@@ -21,6 +21,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from mlflow_trt.convert.evidence import Evidence
 from mlflow_trt.convert.graph import FlatModel, copy_of, outer_names
+from mlflow_trt.convert.onnx_model import attribute_of
 from mlflow_trt.convert.precision.report import report_of
 from mlflow_trt.convert.precision.typed_graph import TypedGraph
 from mlflow_trt.spec import CalibrationMethod, Precision
@@ -257,5 +258,5 @@ def _channel_axis(node: NodeProto, dimensions: int) -> int | None:
     if node.op_type == "ConvTranspose":
         return 1
     if node.op_type == "Gemm":
-        return 0 if any(attribute.name == "transB" and attribute.i for attribute in node.attribute) else 1
+        return 0 if attribute_of(node, "transB").i else 1
     return 1 if dimensions == 2 else None
