@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import threading
 import time
 import types
@@ -38,6 +39,7 @@ class Driver:
         self.streams = {}
         self.running = threading.RLock()
         self.room = 1 << 40
+        self.gives_addresses_again = True
         self._numbers = itertools.count(1)
         self._pushed = threading.local()
         self.Context = types.SimpleNamespace(pop=self._pop, synchronize=lambda: None)
@@ -62,7 +64,7 @@ class Driver:
         self.check_current()
         if sum(map(len, self.blocks.values())) + nbytes > self.room:
             raise self.MemoryError("out of memory")
-        address = self.freed.pop(0) if self.freed else next(self._numbers) << 32
+        address = self.freed.pop(0) if self.freed and self.gives_addresses_again else next(self._numbers) << 32
         self.blocks[address] = np.full(nbytes, GARBAGE, np.uint8)
         return Allocation(self, address)
 
@@ -167,11 +169,12 @@ class FakeTensorRT:
     """An engine for y = 2 x of two dimensions, and z, the first of each row, whose shape may depend on data."""
 
     is_rtx = True
-    largest = 16
+    profiles = (((1, 1), (4, 2), (16, 64)),)
 
-    def __init__(self, driver, *, late=False):
+    def __init__(self, driver, *, late=False, profiles=profiles):
         self.driver = driver
         self.late = late
+        self.profiles = profiles
         self.made = 0
         self.compiled = set()
         self._compiling = threading.Lock()
@@ -183,10 +186,10 @@ class FakeTensorRT:
     def runtime(self, **_):
         engine = types.SimpleNamespace(
             num_io_tensors=3,
-            num_optimization_profiles=1,
+            num_optimization_profiles=len(self.profiles),
             get_tensor_name=lambda index: "xyz"[index],
             get_tensor_shape=lambda name: {"x": (-1, -1), "y": (-1, -1), "z": (-1,)}[name],
-            get_tensor_profile_shape=lambda *_: [(1, 1), (4, 2), (self.largest, 64)],
+            get_tensor_profile_shape=lambda _name, index: self.profiles[index],
         )
         return types.SimpleNamespace(deserialize_cuda_engine=lambda _: engine)
 
@@ -206,9 +209,9 @@ class FakeTensorRT:
         return types.SimpleNamespace(reallocate=reallocate, notify_shape=notify_shape)
 
     def contexts(self, *_):
-        def new(**_):
+        def new(*, cuda_graphs):
             self.made += 1
-            return FakeContext(self)
+            return FakeContext(self, captures=cuda_graphs)
 
         return types.SimpleNamespace(new=new, close=lambda: None, kernels=self._kernels)
 
@@ -235,14 +238,23 @@ class FakeTensorRT:
 
 
 class FakeContext:
-    def __init__(self, tensorrt):
+    """Captures a graph in its second run, which from then on uses the scratch memory it was captured with."""
+
+    def __init__(self, tensorrt, *, captures):
         self._tensorrt = tensorrt
+        self._captures = captures
         self._shape = ()
         self._addresses = {}
         self._allocator = None
+        self._scratch = 0
+        self._runs = {}
+        self._graphs = {}
 
     def set_input_shape(self, _name, shape):
         self._shape = shape
+        return True
+
+    def set_optimization_profile_async(self, _index, _handle):
         return True
 
     def set_tensor_address(self, name, address):
@@ -262,10 +274,11 @@ class FakeContext:
         return self._shape
 
     def update_device_memory_size_for_shapes(self):
-        return 64
+        return 4 * math.prod(self._shape)
 
     def set_device_memory(self, address, nbytes):
         self._tensorrt.driver.at(address, nbytes)
+        self._scratch = address
 
     def execute_async_v3(self, handle):
         driver, (rows, columns) = self._tensorrt.driver, self._shape
@@ -274,8 +287,15 @@ class FakeContext:
             self._addresses["z"] = self._allocator.reallocate("z", rows * 4)
             self._allocator.notify_shape("z", (rows,))
         addresses = dict(self._addresses)
+        scratch = self._scratch
+        if self._captures:
+            run = (self._shape, *addresses.values())
+            self._runs[run] = self._runs.get(run, 0) + 1
+            if self._runs[run] > 1:
+                scratch = self._graphs.setdefault(run, scratch)
 
         def work():
+            driver.at(scratch, 4 * rows * columns)[:] = GARBAGE
             x, y, z = (
                 driver.at(addresses[name], count * 4).view(np.float32)
                 for name, count in (("x", rows * columns), ("y", rows * columns), ("z", rows))
@@ -288,10 +308,10 @@ class FakeContext:
 
 
 @contextlib.contextmanager
-def session(*, late=False, batch_axis=BATCH_AXIS, **settings):
+def session(*, late=False, batch_axis=BATCH_AXIS, profiles=FakeTensorRT.profiles, **settings):
     """A session on such a GPU, and the GPU's driver and TensorRT."""
     driver = Driver()
-    tensorrt = FakeTensorRT(driver, late=late)
+    tensorrt = FakeTensorRT(driver, late=late, profiles=profiles)
     gpu = Gpu(ordinal=0, name="a GPU of the tests", compute_capability=ComputeCapability(9, 0), memory=0, uuid="")
     opened = TensorRTSession(
         b"",

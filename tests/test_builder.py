@@ -294,6 +294,15 @@ class TestFailures:
         assert build(to_depth(28, mode="DCR"), tmp_path).engine.size > 0
         assert build(to_depth(17), tmp_path).engine.size > 0
 
+    def test_a_cache_that_is_updated_in_place_is_refused(self, tmp_path):
+        names, shape = ("past", "new", "present"), ([2, 8, 4], [2, 1, 4], [2, 8, 4])
+        past, new, present = (networks.value(n, networks.FLOAT, s) for n, s in zip(names, shape, strict=True))
+        scatter = helper.make_node("TensorScatter", ["past", "new"], ["present"], name="append", axis=1)
+        model = networks.model([scatter], [past, new], [present])
+        model.opset_import[0].version = 24
+        with pytest.raises(UnsupportedModelError, match=r"the cache of append \(TensorScatter\).*without a cache"):
+            build(model, tmp_path)
+
     def test_means_that_a_model_brings_in_16_bits_are_named(self, tmp_path):
         model = networks.model(
             [

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mlflow_trt.errors import OutOfMemoryError
+from mlflow_trt.runtime.batching import Rows
 from mlflow_trt.runtime.bindings import MOST_CONTEXTS
 
 TOGETHER = pytest.mark.parametrize("delay", [0, 5.0], ids=["each by itself", "together"])
@@ -44,6 +45,23 @@ def test_freed_memory_that_comes_back_smaller_at_the_same_address_is_bound_again
         session._scheduler.slots.trim()
         check(session, rows(1, 1))
         check(session, rows(4, 64, seed=1))
+
+
+def test_a_graph_never_uses_scratch_memory_that_grew_in_another_slot():
+    def double(slot, x):
+        slot.launch(Rows([{"x": x}], None, 0), 0)
+        return slot.finish()["y"]
+
+    with fake_gpu.session() as (session, driver, tensorrt), session._scheduler.slots.lent() as slot:
+        driver.gives_addresses_again = False
+        for seed in range(3):
+            assert np.array_equal(double(slot, rows(2, seed=seed)), 2 * rows(2, seed=seed))
+        with session._scheduler.slots.lent() as other:
+            double(other, rows(16, 64))
+        made = tensorrt.made
+        for seed in range(3):
+            assert np.array_equal(double(slot, rows(2, seed=seed)), 2 * rows(2, seed=seed))
+        assert tensorrt.made == made + 1
 
 
 def test_contexts_are_kept_for_the_shapes_that_came_last():
@@ -110,6 +128,18 @@ def test_two_may_warm_up_at_the_same_time():
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             for future in [pool.submit(session.warm_up) for _ in range(2)]:
                 future.result(timeout=10)
+
+
+def test_warm_means_that_no_context_is_made_again():
+    """Not even for a profile that was run before a larger one made the scratch memory grow."""
+    profiles = (((1, 1), (1, 2), (4, 2)), ((1, 32), (2, 64), (8, 64)))
+    with fake_gpu.session(profiles=profiles) as (session, driver, tensorrt):
+        driver.gives_addresses_again = False
+        session.warm_up()
+        made = tensorrt.made
+        for shape in ((1, 2), (4, 2), (2, 64), (8, 64)):
+            check(session, rows(*shape))
+        assert tensorrt.made == made
 
 
 @TOGETHER

@@ -33,24 +33,29 @@ def _ignores_mode(node: NodeProto) -> bool:
     return node.op_type == "SpaceToDepth" and attribute_of(node, "mode").s == b"CRD"
 
 
-_IGNORED: tuple[tuple[Callable[[NodeProto], bool], str, str], ...] = (
-    (
-        _ignores_lengths,
-        "nonpad_kv_seqlen, the lengths of the rows",
-        "attend to the padding; export the model with attn_mask instead",
+def _updates_in_place(node: NodeProto) -> bool:
+    return node.op_type == "TensorScatter"
+
+
+_REFUSED: dict[Callable[[NodeProto], bool], str] = {
+    _ignores_lengths: (
+        "TensorRT's parser ignores nonpad_kv_seqlen, the lengths of the rows, at {nodes}, and the engine would attend "
+        "to the padding; export the model with attn_mask instead"
     ),
-    (
-        _ignores_layout,
-        "layout=1, which puts the batch before the sequence",
-        "take the one for the other; export the model with layout=0, and a Transpose before and after",
+    _ignores_layout: (
+        "TensorRT's parser ignores layout=1, which puts the batch before the sequence, at {nodes}, and the engine "
+        "would take the one for the other; export the model with layout=0, and a Transpose before and after"
     ),
-    (
-        _ignores_mode,
-        "mode=CRD",
-        "order the channels as DCR; export the model with Reshape, Transpose and Reshape instead",
+    _ignores_mode: (
+        "TensorRT's parser ignores mode=CRD, at {nodes}, and the engine would order the channels as DCR; export the "
+        "model with Reshape, Transpose and Reshape instead"
     ),
-)
-"""What TensorRT-RTX 1.6.1 and 1.7.1 parse into nothing, and what an engine would do then."""
+    _updates_in_place: (
+        "TensorRT updates the cache of {nodes} in place, which takes input and output in one memory, and a session "
+        "keeps them apart; export the model without a cache that comes in and goes out"
+    ),
+}
+"""What TensorRT-RTX 1.6.1 and 1.7.1 build an engine from that answers wrongly, or cannot be run."""
 
 
 def check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
@@ -74,16 +79,13 @@ def check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
 
 
 def check_nodes(model: ModelProto) -> None:
-    """Raise UnsupportedModelError for nodes that TensorRT's parser takes, and does not compute as they say."""
+    """Raise UnsupportedModelError for nodes that TensorRT's parser takes, and whose engine is no good."""
     bodies = [model.graph, *subgraphs_of(model.graph.node), *model.functions]
-    for is_ignored, what, effect in _IGNORED:
-        nodes = [node for body in bodies for node in body.node if not node.domain and is_ignored(node)]
+    for is_refused, reason in _REFUSED.items():
+        nodes = [node for body in bodies for node in body.node if not node.domain and is_refused(node)]
         if nodes:
-            ignored = [f"{node.name or 'unnamed'} ({node.op_type})" for node in nodes]
-            raise UnsupportedModelError(
-                f"TensorRT's parser ignores {what}, at {', '.join(ignored)}, and the engine would {effect}",
-                nodes=ignored,
-            )
+            refused = [f"{node.name or 'unnamed'} ({node.op_type})" for node in nodes]
+            raise UnsupportedModelError(reason.format(nodes=", ".join(refused)), nodes=refused)
     misread = _means_in_16_bits(model)
     if misread:
         raise UnsupportedModelError(

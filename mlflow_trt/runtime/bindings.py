@@ -63,7 +63,9 @@ class Bindings:
         """Enqueue a run. Raises ExecutionError; OutOfMemoryError where an output found no room."""
         self._allocation_error = None
         try:
-            self._execute(context)
+            if not self._execute(context):
+                self._replace(context, profile, shapes, cuda_graphs=True)
+                self._execute(context)
         except ExecutionError as error:
             if self._allocation_error is not None:
                 raise self._allocation_error from None
@@ -71,13 +73,16 @@ class Bindings:
                 raise
             # Another library of this process allocated memory meanwhile, which CUDA forbids and we cannot prevent.
             _log.warning("A CUDA graph could not be captured, and its shapes run without: %s", error.message)
-            context.replace(self._engine.new_context(cuda_graphs=False))
-            self.set_shapes(context, profile, shapes)
+            self._replace(context, profile, shapes, cuda_graphs=False)
             self._execute(context)
 
-    def _execute(self, context: Context) -> None:
+    def _replace(self, context: Context, profile: int, shapes: Shapes, *, cuda_graphs: bool) -> None:
+        context.replace(self._engine.new_context(cuda_graphs=cuda_graphs))
+        self.set_shapes(context, profile, shapes)
+
+    def _execute(self, context: Context) -> bool:
         assert self._done is not None  # noqa: S101  # for the type checker: only a closed slot has none
-        self._engine.execute(context, self._stream, self._done)
+        return self._engine.execute(context, self._stream, self._done)
 
     def output_shapes(self, context: Context) -> Shapes:
         """The shapes of all outputs, after a run that came to its end."""
@@ -120,8 +125,7 @@ class Bindings:
         if context.late and engine.uses_cuda_graphs:
             # A graph would replay the allocations of the run that it was captured from.
             engine.uses_cuda_graphs = False
-            context.replace(engine.new_context())
-            self.set_shapes(context, profile, shapes)
+            self._replace(context, profile, shapes, cuda_graphs=False)
             return
         self._bind_outputs(context)
         context.scratch_bytes = raw.update_device_memory_size_for_shapes()

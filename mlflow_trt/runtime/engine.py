@@ -43,11 +43,14 @@ class Context:
     """An execution context with shapes, and what follows from them.
 
     `outputs` are the shapes of all outputs but the `late` ones, whose shape depends on data. `moves` is what the
-    buffers had counted when it was bound to them; UNBOUND: it is not. `runs` are those since then.
+    buffers had counted when it was bound to them; UNBOUND: it is not. `runs` are those since then. `has_graph`: it may
+    have captured a CUDA graph, in which the address of its scratch memory stands.
     """
 
-    def __init__(self, raw: trt_api.IExecutionContext) -> None:
+    def __init__(self, raw: trt_api.IExecutionContext, *, captures: bool) -> None:
         self.raw = raw
+        self.captures = captures
+        self.has_graph = False
         self.profile = 0
         self.moves = UNBOUND
         self.outputs: dict[str, tuple[int, ...]] = {}
@@ -58,7 +61,8 @@ class Context:
 
     def replace(self, other: Context) -> None:
         """Be another context, which has no shapes yet."""
-        self.raw, self.profile, self.moves, self.scratch_address, self.runs = other.raw, 0, UNBOUND, 0, 0
+        self.raw, self.captures, self.has_graph = other.raw, other.captures, False
+        self.profile, self.moves, self.scratch_address, self.runs = 0, UNBOUND, 0, 0
 
 
 class Engine:
@@ -122,14 +126,19 @@ class Engine:
 
     def new_context(self, *, cuda_graphs: bool = True) -> Context:
         """A context without scratch memory, which `execute` gives it."""
+        captures = cuda_graphs and self.uses_cuda_graphs
         with self.device.allocating:
-            context = self._contexts.new(cuda_graphs=cuda_graphs and self.uses_cuda_graphs)
+            context = self._contexts.new(cuda_graphs=captures)
         if context is None:
             raise self.failure("make an execution context")
-        return Context(context)
+        return Context(context, captures=captures)
 
-    def execute(self, context: Context, stream: Stream, done: Event) -> None:
-        """Enqueue a run after all earlier ones, and record `done`. Raises ExecutionError."""
+    def execute(self, context: Context, stream: Stream, done: Event) -> bool:
+        """Enqueue a run after all earlier ones, and record `done`. Raises ExecutionError.
+
+        Returns False, and does nothing, where the context has a graph that would use scratch memory of before: then it
+        has to be replaced.
+        """
         with self._turn:
             if self._last is not None and self._last[0] is not stream:
                 stream.wait_for(self._last[1])
@@ -137,6 +146,8 @@ class Engine:
                 self._last[1].synchronize()  # before its memory goes
             address = self._scratch.reserve(context.scratch_bytes)
             if address != context.scratch_address:
+                if context.has_graph:
+                    return False
                 context.raw.set_device_memory(address, self._scratch.nbytes)
                 context.scratch_address = address
                 context.runs = 0
@@ -147,8 +158,10 @@ class Engine:
                     if not context.raw.execute_async_v3(stream.handle):
                         raise self.failure("run the engine")
                 context.runs += 1
+                context.has_graph = context.captures
             finally:
                 done.record(stream)
+        return True
 
     def is_new(self, shapes: Hashable) -> bool:
         """Whether nothing of these shapes ran before, so that TensorRT-RTX has kernels to compile."""

@@ -132,21 +132,26 @@ class TensorRTSession(Session):
                     view.release()
 
     def warm_up(self) -> None:
-        """Run every batch size of every profile once in every slot, other dimensions as they usually are.
+        """Run every batch size of every profile in every slot, other dimensions as they usually are.
 
         After it no call compiles kernels or makes contexts, unless it brings other shapes.
         """
         self._check_open()
         with self._warming, contextlib.ExitStack() as stack:
             slots = [stack.enter_context(self._scheduler.slots.lent()) for _ in range(MOST_SLOTS)]
-            for number, profile in enumerate(self.profiles):
-                # The largest first, so that no buffer grows later and takes the CUDA graphs' addresses with it.
-                sizes = self._scheduler.sizes_of(number)
-                for size in reversed(sizes.all) if sizes else (None,):
-                    feeds = {spec.name: self._usual(spec, profile, size) for spec in self.inputs}
-                    for slot in slots:
-                        slot.launch(Rows([feeds], None, 0), number)
-                        slot.finish()
+            # Twice: a graph is no good any more once a later shape has made the scratch memory grow.
+            for _ in range(2):
+                self._run_every_size(slots)
+
+    def _run_every_size(self, slots: Sequence[EngineSlot]) -> None:
+        for number, profile in enumerate(self.profiles):
+            # The largest first, so that no buffer grows later and takes the CUDA graphs' addresses with it.
+            sizes = self._scheduler.sizes_of(number)
+            for size in reversed(sizes.all) if sizes else (None,):
+                feeds = {spec.name: self._usual(spec, profile, size) for spec in self.inputs}
+                for slot in slots:
+                    slot.launch(Rows([feeds], None, 0), number)
+                    slot.finish()
 
     def _usual(self, spec: TensorSpec, profile: ShapeProfile, rows: int | None) -> npt.NDArray[np.generic]:
         """An input that the profile takes: zeros, and for a shape tensor the usual values."""
