@@ -48,7 +48,7 @@ class Load:
     p99_ms: float
 
 
-def drive(address: str, request: Request, clients: int, seconds: float) -> Load:
+def drive(address: str, request: Request, clients: int, seconds: float) -> list[Answer]:
     """Ask with so many clients for so long, each again as soon as it has an answer.
 
     Each asks once before it counts. A request that was sent in time is waited for, so that slow servers have some.
@@ -73,15 +73,18 @@ def drive(address: str, request: Request, clients: int, seconds: float) -> Load:
         for process in asking:
             cast("TextIO", process.stdin).write("go\n")
             cast("TextIO", process.stdin).flush()
-        answers = [Answer(*answer) for process in asking for answer in json.loads(process.communicate()[0])]
-    return summarized(clients, answers)
+        return [Answer(*answer) for process in asking for answer in json.loads(process.communicate()[0])]
 
 
-def summarized(clients: int, answers: Sequence[Answer]) -> Load:
-    """Requests per second are those answered well, over the time from the first sent to the last answered."""
+def summarized(clients: int, rounds: Sequence[Sequence[Answer]]) -> Load:
+    """What was seen in all rounds together.
+
+    Requests per second are those answered well, over the time from the first sent to the last answered of each round.
+    """
+    answers = [answer for answered in rounds for answer in answered]
     good = [answer for answer in answers if not answer.problem]
     latencies = np.array([answer.answered - answer.sent for answer in good]) * 1e3
-    elapsed = max(answer.answered for answer in answers) - min(answer.sent for answer in answers)
+    elapsed = sum(max(answer.answered for answer in seen) - min(answer.sent for answer in seen) for seen in rounds)
     p50, p99 = np.percentile(latencies, [50, 99]) if good else (float("nan"),) * 2
     return Load(
         clients=clients,

@@ -1,5 +1,7 @@
 """How fast `mlflow models serve` answers: mlflow-trt beside a model that does nothing and beside mlflow.onnx.
 
+All of them are served at the same time, and asked in turns.
+
     python -m benchmarks.serving --runtime onnxruntime --clients 1,8 --images 1 --seconds 2
 
 Needs no network and no httpx. Without pyarrow, only JSON is measured.
@@ -8,13 +10,14 @@ Needs no network and no httpx. Without pyarrow, only JSON is measured.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import platform
 import tempfile
 from argparse import ArgumentTypeError
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mlflow_trt
-from benchmarks.load import Load, drive
+from benchmarks.load import Answer, Load, drive, summarized
 from benchmarks.options import parse_names
 from benchmarks.resnet50 import resnet50
 from examples.serving import Server, running
@@ -64,11 +67,12 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is measured: each wire with each number of images and clients."""
+    """What is measured: each wire with each number of images and clients, in so many rounds of so many seconds."""
 
     wires: tuple[str, ...]
     images: tuple[int, ...]
     clients: tuple[int, ...]
+    rounds: int
     seconds: float
     megabytes_at_once: float
 
@@ -112,44 +116,55 @@ class Models:
         """Noise, the same for every target."""
         return sample(rows, self.record.inputs, self.record.profiles, self.record.batch_axis)
 
-    @contextmanager
-    def served(self, target: str, workers: int) -> Iterator[str]:
+    def server(self, target: str, workers: int) -> Server:
+        """Start a server."""
         environment = {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
         store = f"sqlite:///{self._folder / 'mlflow.db'}"
-        server = Server(str(self._folder / target), store, {}, workers=workers, environment=environment)
-        with running(server):
-            try:
-                yield server.address
-            except requests.ConnectionError as error:
-                said = server.log()[-_QUOTED:]
-                raise RuntimeError(f"the server of {target} answers no more. It printed:\n{said}") from error
+        return Server(str(self._folder / target), store, {}, workers=workers, environment=environment)
 
 
-def measure(models: Models, target: str, plan: Plan, workers: int, console: Console) -> Iterator[Measured]:
-    """Serve one of the models and measure it, after its answer was found to be right."""
-    with models.served(target, workers) as address:
-        for kind in plan.wires:
-            for images in plan.images:
-                request = ENCODERS[kind](models.feeds(images))
-                megabytes = len(request.content) / 1e6
-                check(models, target, address, request, images)
-                for clients in plan.clients:
-                    if clients > 1 and clients * megabytes > plan.megabytes_at_once:
-                        console.print(
-                            f"Left out: {clients} clients with {images} images as {kind}, {megabytes:.0f} MB each"
-                        )
-                        continue
-                    console.print(f"{target}: {clients} clients, {images} images as {kind} ...")
-                    load = drive(address, request, clients, plan.seconds)
+def measure(models: Models, targets: Sequence[str], plan: Plan, workers: int, console: Console) -> Iterator[Measured]:
+    """Serve the models and measure them, each after its answer was found to be right."""
+    servers: dict[str, Server] = {}
+    with ExitStack() as stack:
+        for target in targets:
+            servers[target] = models.server(target, workers)
+            stack.enter_context(running(servers[target]))
+        for kind, images in itertools.product(plan.wires, plan.images):
+            request = ENCODERS[kind](models.feeds(images))
+            for target, server in servers.items():
+                check(models, target, server, request, images)
+            megabytes = len(request.content) / 1e6
+            for clients in plan.clients:
+                case = f"{clients} clients, {images} images as {kind}"
+                if clients > 1 and clients * megabytes > plan.megabytes_at_once:
+                    console.print(f"Left out: {case}, {megabytes:.0f} MB each")
+                    continue
+                console.print(f"{case} ...")
+                for target, load in in_turns(servers, request, clients, plan).items():
                     if load.failures:
-                        console.print(f"{load.failures} requests failed, the first with {load.problem}", markup=False)
+                        said = f"{target}: {load.failures} requests failed, the first with {load.problem}"
+                        console.print(said, markup=False)
                     yield Measured(target=target, wire=kind, images=images, megabytes=megabytes, load=load)
 
 
-def check(models: Models, target: str, address: str, request: wire.Request, images: int) -> None:
+def in_turns(servers: Mapping[str, Server], request: wire.Request, clients: int, plan: Plan) -> dict[str, Load]:
+    """What the clients of each server see, in rounds: a machine that gets slower or faster does so for all."""
+    seen: dict[str, list[list[Answer]]] = {target: [] for target in servers}
+    for _ in range(plan.rounds):
+        for target, server in servers.items():
+            seen[target].append(drive(server.address, request, clients, plan.seconds))
+    return {target: summarized(clients, rounds) for target, rounds in seen.items()}
+
+
+def check(models: Models, target: str, server: Server, request: wire.Request, images: int) -> None:
     """Compare an answer with ONNX Runtime's. The floor's need only have its form."""
     headers = {"Content-Type": request.content_type}
-    response = requests.post(f"{address}/invocations", request.content, headers=headers, timeout=600)
+    try:
+        response = requests.post(f"{server.address}/invocations", request.content, headers=headers, timeout=600)
+    except requests.ConnectionError as error:
+        said = server.log()[-_QUOTED:]
+        raise RuntimeError(f"the server of {target} answers no more. It printed:\n{said}") from error
     if not response.ok:
         raise wire.error_of(response.status_code, response.content)
     answer = wire.decode_answer(response.content)
@@ -208,14 +223,15 @@ def main(
     wires: Annotated[str, typer.Option(help="Which of json and parquet.")] = "json,parquet",
     images: Annotated[str, typer.Option(help="Images in a request.")] = "1,32",
     clients: Annotated[str, typer.Option(help="Clients at the same time.")] = "1,8,32,64",
-    seconds: Annotated[float, typer.Option(help="How long each row of the table is measured.")] = 5.0,
+    rounds: Annotated[int, typer.Option(help="How often each is measured, in turns.", min=1)] = 3,
+    seconds: Annotated[float, typer.Option(help="How long a round is.")] = 2.0,
     workers: Annotated[int, typer.Option(help="Workers of the server.")] = 1,
     megabytes_at_once: Annotated[
         float, typer.Option(help="Leave out what would have more than this on its way at once.")
     ] = 600.0,
     output: Annotated[Path | None, typer.Option(help="Write the numbers to this file, as JSON.")] = None,
 ) -> None:
-    """Serve three models one after the other and measure what clients see."""
+    """Serve three models and measure what clients see."""
     console = Console(width=160)
     try:
         kinds, chosen = parse_names(wires, ENCODERS), parse_names(targets, TARGETS)
@@ -225,6 +241,7 @@ def main(
         wires=tuple(kind for kind in kinds if kind != "parquet" or importlib.util.find_spec("pyarrow")),
         images=tuple(parse_numbers(images, "--images")),
         clients=tuple(parse_numbers(clients, "--clients")),
+        rounds=rounds,
         seconds=seconds,
         megabytes_at_once=megabytes_at_once,
     )
@@ -239,14 +256,20 @@ def main(
             raise typer.BadParameter(error.message) from None
         rows: list[Measured] = []
         try:
-            for target in chosen:
-                for row in measure(models, target, plan, workers, console):
-                    rows.append(row)  # noqa: PERF402  # one by one: they are shown if the next one fails
+            for row in measure(models, chosen, plan, workers, console):
+                rows.append(row)  # noqa: PERF402  # one by one: they are shown if the next one fails
         finally:
             console.print(table(rows), *faster_than_json(rows), sep="\n")
     if output is not None:
         found = [asdict(row) | {"images_per_second": row.images_per_second} for row in rows]
-        about = {"machine": platform.machine(), "cpus": os.cpu_count(), "workers": workers, **options}
+        about = {
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "workers": workers,
+            "rounds": rounds,
+            "seconds": seconds,
+            **options,
+        }
         output.write_text(json.dumps({**about, "rows": found}, indent=2) + "\n")
 
 

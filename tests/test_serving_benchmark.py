@@ -22,9 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_what_clients_see():
-    load = summarized(
-        2, [Answer(1.0, 1.1, ""), Answer(1.0, 1.2, ""), Answer(1.1, 1.4, ""), Answer(1.2, 3.0, "500: no")]
-    )
+    first = [Answer(1.0, 1.1, ""), Answer(1.0, 1.2, "")]
+    load = summarized(2, [first, [Answer(11.1, 11.4, ""), Answer(11.2, 12.9, "500: no")]])
     assert (load.clients, load.requests, load.failures, load.problem) == (2, 3, 1, "500: no")
     assert load.requests_per_second == pytest.approx(1.5)
     assert load.p50_ms == pytest.approx(200)
@@ -32,7 +31,7 @@ def test_what_clients_see():
 
 def test_clients_that_nobody_answers():
     request = wire.Request(content=b"", content_type=wire.JSON)
-    load = drive(f"http://127.0.0.1:{free_port()}", request, 3, 0.05)
+    load = summarized(3, [drive(f"http://127.0.0.1:{free_port()}", request, 3, 0.05)])
     assert load.requests == 0
     assert load.failures >= 3
     assert "ConnectionRefusedError" in load.problem
@@ -42,7 +41,8 @@ def test_a_short_run(tmp_path):
     onnx.save(networks.product(), tmp_path / "product.onnx")
     options = {
         "model": tmp_path / "product.onnx", "runtime": "onnxruntime", "answers": "base64", "images": "1,3",
-        "clients": "1,3", "seconds": "0.2", "targets": "floor,mlflow-trt", "output": tmp_path / "result.json",
+        "clients": "1,3", "rounds": "2", "seconds": "0.2", "targets": "floor,mlflow-trt",
+        "output": tmp_path / "result.json",
     }  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.serving"]
     for name, value in options.items():
