@@ -75,17 +75,21 @@ def copies(sources: Sequence[Array]) -> list[Array]:
 def _by_threads(groups: Iterable[tuple[int, list[Copy]]]) -> Iterator[int]:
     """Make each group of copies in a thread, the first in the caller's; yields the number of each that is done."""
     (first, own), *others = groups
-    running: list[tuple[int, Future[None]]] = [(number, _threads().submit(_copy, group)) for number, group in others]
+    # Our own futures: where the pool cannot start a thread, `submit` raises, and the job still waits for the others.
+    running: list[tuple[int, list[Copy], Future[None]]] = [(number, group, Future()) for number, group in others]
     try:
+        for _, group, job in running:
+            _threads().submit(_work_on, job, group)
         _copy(own)  # the caller takes its share: it would only wait
         yield first
-        for number, job in running:
+        for number, _, job in running:
             job.result()
             yield number
     finally:
-        # Whoever stops listening gets back memory that nobody writes to any more.
-        for _, job in running:
-            job.exception()
+        # Whoever stops listening gets back memory that nobody reads or writes any more.
+        for _, _, job in running:
+            if not job.cancel():
+                job.exception()
 
 
 def _shared_out(parts: Iterable[tuple[Array, int, int]], target: Array) -> Iterator[tuple[int, list[Copy]]]:
@@ -106,6 +110,18 @@ def _shared_out(parts: Iterable[tuple[Array, int, int]], target: Array) -> Itera
                 copies, room = [], share
     if copies or end == 0:
         yield end, copies
+
+
+def _work_on(job: Future[None], copies: list[Copy]) -> None:
+    """Make these copies, unless whoever waits for the job has cancelled it."""
+    if not job.set_running_or_notify_cancel():
+        return
+    try:
+        _copy(copies)
+    except BaseException as error:  # noqa: BLE001  # raised again by `result`
+        job.set_exception(error)
+    else:
+        job.set_result(None)
 
 
 def _copy(copies: list[Copy]) -> None:

@@ -1,0 +1,36 @@
+"""Threads that copy: whoever hands out copies gets back memory that none of them touches any more."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from mlflow_trt.runtime import copying
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), KeyboardInterrupt()], ids=type)
+def test_nothing_is_copied_any_more_after_handing_out_failed(error, monkeypatch):
+    pool = copying._threads()
+    submit, jobs, proceed = pool.submit, [], threading.Event()
+
+    def slowly(*job):
+        proceed.wait(10)
+        job[0](*job[1:])
+
+    def submit_two(*job):
+        jobs.append(submit(slowly, *job))
+        if len(jobs) == 2:  # as the pool does: the job is in its queue when no thread can be started for it
+            raise error
+
+    monkeypatch.setattr(copying, "THREADS", 8)
+    monkeypatch.setattr(pool, "submit", submit_two)
+    source = np.ones((16, copying.LEAST_BYTES), np.uint8)
+    target = np.zeros_like(source)
+    with pytest.raises(type(error)):
+        list(copying.copy_rows([(source, 0, len(source))], target))
+    proceed.set()
+    for job in jobs:
+        job.result(timeout=10)
+    assert not target.any()
