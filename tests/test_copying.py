@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -34,3 +37,16 @@ def test_nothing_is_copied_any_more_after_handing_out_failed(error, monkeypatch)
     for job in jobs:
         job.result(timeout=10)
     assert not target.any()
+
+
+def test_a_forked_process_has_threads_of_its_own(monkeypatch):
+    monkeypatch.setattr(copying, "THREADS", 4)
+    source = np.ones((4, copying.LEAST_BYTES), np.uint8)
+    copying.copies([source])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of threads where a process forks
+        child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        os._exit(0 if np.array_equal(copying.copies([source])[0], source) else 1)
+    assert os.waitpid(child, 0)[1] == 0

@@ -130,7 +130,7 @@ def _copy(copies: list[Copy]) -> None:
 
 
 def _threads() -> ThreadPoolExecutor:
-    global _pool  # noqa: PLW0603  # one for the process, made when first needed: threads do not survive a fork
+    global _pool  # noqa: PLW0603  # one for the process, made when first needed
     with _lock:
         if _pool is None:
             # More than one copy takes: there may be several GPUs, and a copy for each at the same time.
@@ -146,3 +146,11 @@ def _memory(array: Array) -> memoryview:
     # As bytes: memoryviews of equal dtypes may be in different formats, and those of others in none, such as bfloat16.
     view: memoryview = _flat(array).data
     return view
+
+
+def _forget_threads() -> None:
+    global _pool, _lock  # a forked process has neither the threads nor whoever held the lock
+    _pool, _lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_threads)
