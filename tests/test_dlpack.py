@@ -75,3 +75,23 @@ def test_a_capsule_that_nobody_takes_lets_go_by_itself():
     gc.collect()
     assert reference() is None
     assert not dlpack._lent
+
+
+def test_a_tensor_that_is_refused_lets_go_by_itself():
+    """Whoever refuses it destroys the capsule while its own error is on the way."""
+
+    class Array(Owner):
+        def __dlpack_device__(self):
+            return dlpack.CUDA, 0
+
+        def __dlpack__(self, **_):
+            return dlpack.export(self, 4096, "float32", (3,), 0)
+
+    array = Array()
+    reference = weakref.ref(array)
+    with pytest.raises((SystemError, RuntimeError, BufferError)):
+        np.from_dlpack(array)
+    del array
+    gc.collect()
+    assert reference() is None
+    assert not dlpack._lent

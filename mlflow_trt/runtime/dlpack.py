@@ -131,7 +131,11 @@ def _delete(managed: Any) -> None:
 
 def _destroy(capsule: int) -> None:
     """A capsule that nobody used takes its tensor along; one that was used is only a shell."""
-    if _is_valid_at(capsule, _NAME):
+    try:
+        is_unused = _is_valid_at(capsule, _NAME)
+    except BaseException:  # noqa: BLE001  # not ours: of a library that refuses the tensor, raised before it let go
+        is_unused = _is_valid_at(capsule, _NAME)
+    if is_unused:
         _lent.pop(_pointer_at(capsule, _NAME), None)
 
 
