@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
+import textwrap
 import weakref
 
 import numpy as np
@@ -95,3 +98,25 @@ def test_a_tensor_that_is_refused_lets_go_by_itself():
     gc.collect()
     assert reference() is None
     assert not dlpack._lent
+
+
+@pytest.mark.parametrize("keeper", ["sys", "numpy"])
+def test_a_tensor_may_outlive_python(keeper):
+    program = textwrap.dedent(f"""
+        import sys
+        import numpy
+        from mlflow_trt.runtime import dlpack
+        dlpack.CUDA = 3  # pinned memory, which numpy takes
+
+        class Array:
+            array = numpy.arange(4.0, dtype=numpy.float32)
+            def __dlpack_device__(self):
+                return 3, 0
+            def __dlpack__(self, **_):
+                return dlpack.export(self, self.array.ctypes.data, "float32", (4,), 0)
+
+        {keeper}.kept = numpy.from_dlpack(Array())
+        assert numpy.array_equal({keeper}.kept, Array.array)
+    """)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")

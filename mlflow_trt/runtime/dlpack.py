@@ -6,6 +6,7 @@ https://data-apis.org/array-api/latest/design_topics/data_interchange.html. nump
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -141,3 +142,12 @@ def _destroy(capsule: int) -> None:
 
 _deleter = _Deleter(_delete)
 _destructor = _CapsuleDestructor(_destroy)
+
+# Others may let go of a tensor after this module is gone: nothing of ours is called then, and what they read stays.
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(_lent))
+
+
+@atexit.register
+def _leave_the_rest() -> None:
+    for _, managed, _ in list(_lent.values()):
+        managed.deleter = _Deleter()
