@@ -127,6 +127,9 @@ class TensorRTSession(Session):
                 choice = choose_profile(self.profiles, stand_ins, self._batch_axis)
                 sizes = self._scheduler.sizes_of(choice.profile)
                 return on_device.run(slot, given, choice.profile, self._batch_axis, sizes)
+            except BaseException:
+                slot.abandon()  # it may still read the inputs, which their owners get back now
+                raise
             finally:
                 for view in given.values():
                     view.release()

@@ -1,0 +1,58 @@
+"""Inputs and outputs that stay on a GPU, on one that exists only here."""
+
+from __future__ import annotations
+
+import fake_gpu
+import numpy as np
+import pytest
+
+from mlflow_trt.errors import OutOfMemoryError
+from mlflow_trt.runtime import dlpack
+
+
+class Lent:
+    """Another library's array on the GPU, which is freed when nobody uses it any more."""
+
+    def __init__(self, driver, array):
+        self._array = array
+        self._address = next(driver._numbers) << 32
+        self._blocks = driver.blocks
+        driver.blocks[self._address] = array.copy().reshape(-1).view(np.uint8)
+
+    def __dlpack_device__(self):
+        return dlpack.CUDA, 0
+
+    def __dlpack__(self, *, stream):
+        return dlpack.export(Owner(self._blocks, self._address), self._address, "float32", self._array.shape, 0)
+
+
+class Owner:
+    def __init__(self, blocks, address):
+        self._blocks = blocks
+        self._address = address
+
+    def __del__(self):
+        del self._blocks[self._address]
+
+
+def rows(count, columns=2):
+    return np.arange(count * columns, dtype=np.float32).reshape(count, columns)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["shapes known", "shapes late"])
+@pytest.mark.parametrize("count", [1, 3, 16, 37])
+def test_the_same_as_on_the_host(count, late):
+    with fake_gpu.session(late=late) as (session, driver, _):
+        outputs = session.run_on_device({"x": Lent(driver, rows(count))})
+        assert np.array_equal(outputs["y"].numpy(), rows(count) * 2)
+        assert np.array_equal(outputs["z"].numpy(), rows(count)[:, 0])
+        del outputs
+
+
+def test_inputs_are_kept_until_nothing_reads_them_any_more():
+    with fake_gpu.session() as (session, driver, _):
+        session.run({"x": rows(16)})
+        x = Lent(driver, rows(16))
+        driver.room = 0
+        with pytest.raises(OutOfMemoryError):
+            session.run_on_device({"x": x})
