@@ -6,7 +6,7 @@ import fake_gpu
 import numpy as np
 import pytest
 
-from mlflow_trt.errors import OutOfMemoryError
+from mlflow_trt.errors import InputShapeError, OutOfMemoryError
 from mlflow_trt.runtime import dlpack
 
 
@@ -47,6 +47,13 @@ def test_the_same_as_on_the_host(count, late):
         assert np.array_equal(outputs["y"].numpy(), rows(count) * 2)
         assert np.array_equal(outputs["z"].numpy(), rows(count)[:, 0])
         del outputs
+
+
+def test_pieces_whose_outputs_have_rows_of_different_sizes_are_refused():
+    with fake_gpu.session(late=True) as (session, driver, tensorrt):
+        tensorrt.late_shape = lambda rows: (rows, 1 if rows == 16 else 64)
+        with pytest.raises(InputShapeError, match="its size depends on the data"):
+            session.run_on_device({"x": Lent(driver, rows(20))})
 
 
 def test_inputs_are_kept_until_nothing_reads_them_any_more():

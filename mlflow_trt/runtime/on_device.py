@@ -62,6 +62,11 @@ def run(
             if name not in results:
                 whole = shape if axis is None else (rows, *shape[1:])
                 results[name] = DeviceArray(slot.engine.device, slot.engine.dtypes[name], whole)
+            elif shape[1:] != results[name].shape[1:]:
+                raise InputShapeError(
+                    f"output {name!r} has rows of shape {shape[1:]} after rows of {results[name].shape[1:]}: its size "
+                    "depends on the data, so only batches that the engine takes whole can be run"
+                )
             row = slot.buffers.nbytes(name, shape if axis is None else shape[1:])
             first, count = (0, 1) if axis is None else (piece.start, piece.stop - piece.start)
             slot.stream.copy(slot.buffers.memory[name].address, results[name].address + first * row, count * row)
