@@ -257,6 +257,7 @@ class FakeContext:
         self._addresses = {}
         self._allocator = None
         self._scratch = 0
+        self._scratch_bytes = 0
         self._runs = {}
         self._graphs = {}
 
@@ -289,9 +290,12 @@ class FakeContext:
     def set_device_memory(self, address, nbytes):
         self._tensorrt.driver.at(address, nbytes)
         self._scratch = address
+        self._scratch_bytes = nbytes
 
     def execute_async_v3(self, handle):
         driver, (rows, columns) = self._tensorrt.driver, self._shape
+        if self._scratch_bytes < self.update_device_memory_size_for_shapes():
+            return False
         self._tensorrt.compile(self._shape)
         numbers = rows
         if self._allocator is not None:

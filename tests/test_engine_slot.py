@@ -75,6 +75,13 @@ def test_contexts_are_kept_for_the_shapes_that_came_last():
         assert tensorrt.made == made
 
 
+def test_a_context_is_told_of_scratch_memory_that_grew_in_its_place():
+    """It takes no shapes that need more than it was told of, whatever lies at the address."""
+    with fake_gpu.session() as (session, _, _):
+        for columns in range(1, 2 * MOST_CONTEXTS):
+            check(session, rows(4, columns))
+
+
 def test_results_are_the_callers():
     with fake_gpu.session(max_batch_delay_ms=5.0) as (session, _, _):
         x = rows(3)

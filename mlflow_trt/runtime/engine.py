@@ -44,7 +44,7 @@ class Context:
 
     `outputs` are the shapes of all outputs but the `late` ones, whose shape depends on data. `moves` is what the
     buffers had counted when it was bound to them; UNBOUND: it is not. `runs` are those since then. `has_graph`: it may
-    have captured a CUDA graph, in which the address of its scratch memory stands.
+    have captured a CUDA graph, in which the address of its scratch memory stands. `scratch_size` is what it was told.
     """
 
     def __init__(self, raw: trt_api.IExecutionContext, *, captures: bool) -> None:
@@ -57,6 +57,7 @@ class Context:
         self.late: list[str] = []
         self.scratch_bytes = 0
         self.scratch_address = 0
+        self.scratch_size = 0
         self.runs = 0
 
     def replace(self, other: Context) -> None:
@@ -145,11 +146,12 @@ class Engine:
             if context.scratch_bytes > self._scratch.nbytes and self._last is not None:
                 self._last[1].synchronize()  # before its memory goes
             address = self._scratch.reserve(context.scratch_bytes)
-            if address != context.scratch_address:
-                if context.has_graph:
+            has_moved = address != context.scratch_address
+            if has_moved or context.scratch_bytes > context.scratch_size:
+                if has_moved and context.has_graph:
                     return False
                 context.raw.set_device_memory(address, self._scratch.nbytes)
-                context.scratch_address = address
+                context.scratch_address, context.scratch_size = address, self._scratch.nbytes
                 context.runs = 0
             self._last = (stream, done)
             try:
