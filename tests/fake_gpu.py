@@ -248,7 +248,7 @@ class FakeTensorRT:
 
 
 class FakeContext:
-    """Captures a graph in its second run, which from then on uses the scratch memory it was captured with."""
+    """Captures a graph in its second run, which from then on uses the memory it was captured with, late outputs too."""
 
     def __init__(self, tensorrt, *, captures):
         self._tensorrt = tensorrt
@@ -297,19 +297,17 @@ class FakeContext:
         if self._scratch_bytes < self.update_device_memory_size_for_shapes():
             return False
         self._tensorrt.compile(self._shape)
-        numbers = rows
-        if self._allocator is not None:
-            shape = self._tensorrt.late_shape(rows)
-            numbers = math.prod(shape)
-            self._addresses["z"] = self._allocator.reallocate("z", numbers * 4)
-            self._allocator.notify_shape("z", shape)
-        addresses = dict(self._addresses)
-        scratch = self._scratch
-        if self._captures:
-            run = (self._shape, *addresses.values())
+        bound = [address for name, address in self._addresses.items() if name != "z" or self._allocator is None]
+        run = (self._shape, *bound)
+        graph = self._graphs.get(run)
+        if graph is not None:
+            scratch, addresses, numbers = graph
+        else:
+            numbers = rows if self._allocator is None else self._allocate_late(rows)
+            scratch, addresses = self._scratch, dict(self._addresses)
             self._runs[run] = self._runs.get(run, 0) + 1
-            if self._runs[run] > 1:
-                scratch = self._graphs.setdefault(run, scratch)
+            if self._captures and self._runs[run] > 1:
+                self._graphs[run] = scratch, addresses, numbers
 
         def work():
             driver.at(scratch, 4 * rows * columns)[:] = GARBAGE
@@ -322,6 +320,13 @@ class FakeContext:
 
         driver.streams[handle].enqueue(work)
         return True
+
+    def _allocate_late(self, rows):
+        shape = self._tensorrt.late_shape(rows)
+        numbers = math.prod(shape)
+        self._addresses["z"] = self._allocator.reallocate("z", numbers * 4)
+        self._allocator.notify_shape("z", shape)
+        return numbers
 
 
 @contextlib.contextmanager

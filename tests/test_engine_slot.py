@@ -64,6 +64,31 @@ def test_a_graph_never_uses_scratch_memory_that_grew_in_another_slot():
         assert tensorrt.made == made + 1
 
 
+def test_no_graph_is_captured_of_allocations(monkeypatch):
+    """Not even where another slot finds out first that there are some."""
+
+    def check_in(slot, x):
+        slot.launch(Rows([{"x": x}], None, 0), 0)
+        outputs = slot.finish()
+        assert np.array_equal(outputs["z"], x[:, 0])
+
+    infer, others = fake_gpu.FakeContext.infer_shapes, []
+
+    def infer_later(context):
+        if others:
+            check_in(others.pop(), rows(3))
+        return infer(context)
+
+    monkeypatch.setattr(fake_gpu.FakeContext, "infer_shapes", infer_later)
+    with fake_gpu.session(late=True) as (session, driver, _):
+        driver.gives_addresses_again = False
+        slots = session._scheduler.slots
+        with slots.lent() as slot, slots.lent() as other:
+            others.append(other)
+            for count in (8, 8, 8, 2, 8):
+                check_in(slot, rows(count, seed=count))
+
+
 def test_contexts_are_kept_for_the_shapes_that_came_last():
     with fake_gpu.session() as (session, _, tensorrt):
         for columns in range(1, 2 * MOST_CONTEXTS):

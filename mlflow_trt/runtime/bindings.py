@@ -122,7 +122,7 @@ class Bindings:
         found = {name: tuple(raw.get_tensor_shape(name)) for name in engine.outputs}
         context.late = [name for name, shape in found.items() if depends_on_data(shape)]
         context.outputs = {name: shape for name, shape in found.items() if name not in context.late}
-        if context.late and engine.uses_cuda_graphs:
+        if context.late and context.captures:
             # A graph would replay the allocations of the run that it was captured from.
             engine.uses_cuda_graphs = False
             self._replace(context, profile, shapes, cuda_graphs=False)
