@@ -43,7 +43,8 @@ class Driver:
         self.gives_addresses_again = True
         self._numbers = itertools.count(1)
         self._pushed = threading.local()
-        self.Context = types.SimpleNamespace(pop=self._pop, synchronize=lambda: None)
+        self._capturing = 0
+        self.Context = types.SimpleNamespace(pop=self._pop, synchronize=self.check_no_capture)
 
     def init(self):
         pass
@@ -62,7 +63,7 @@ class Driver:
         return FakeEvent()
 
     def mem_alloc(self, nbytes):
-        self.check_current()
+        self.check_no_capture()
         if sum(map(len, self.blocks.values())) + nbytes > self.room:
             raise self.MemoryError("out of memory")
         address = self.freed.pop(0) if self.freed and self.gives_addresses_again else next(self._numbers) << 32
@@ -70,7 +71,7 @@ class Driver:
         return Allocation(self, address)
 
     def pagelocked_empty(self, nbytes, _dtype):
-        self.check_current()
+        self.check_no_capture()
         return np.asarray(Pinned(nbytes))
 
     def memcpy_htod_async(self, address, source, stream):
@@ -83,7 +84,7 @@ class Driver:
         stream.enqueue(lambda: np.copyto(self.at(target, nbytes), self.at(address, nbytes)))
 
     def memcpy_dtoh(self, target, address):
-        self.check_current()
+        self.check_no_capture()
         np.copyto(target, self.at(address, target.nbytes))
 
     def at(self, address, nbytes):
@@ -97,6 +98,17 @@ class Driver:
     def check_current(self):
         if not getattr(self._pushed, "depth", 0):
             raise self.Error("no context is current")
+
+    def check_no_capture(self):
+        """What waits for the whole GPU is refused while a graph is captured, whichever thread does it."""
+        self.check_current()
+        if self._capturing:
+            raise self.Error("operation not permitted when stream is capturing")
+
+    def capture(self):
+        self._capturing += 1
+        time.sleep(0.002)
+        self._capturing -= 1
 
     def _push(self):
         self._pushed.depth = getattr(self._pushed, "depth", 0) + 1
@@ -115,7 +127,7 @@ class Allocation:
         return self._address
 
     def free(self):
-        self._driver.check_current()
+        self._driver.check_no_capture()
         del self._driver.blocks[self._address]
         self._driver.freed.append(self._address)
 
@@ -201,7 +213,12 @@ class FakeTensorRT:
             get_tensor_shape=lambda name: {"x": (-1, -1), "y": (-1, -1), "z": (-1,)}[name],
             get_tensor_profile_shape=lambda _name, index: self.profiles[index],
         )
-        return types.SimpleNamespace(deserialize_cuda_engine=lambda _: engine)
+
+        def deserialize(_plan):
+            self.driver.check_no_capture()
+            return engine
+
+        return types.SimpleNamespace(deserialize_cuda_engine=deserialize)
 
     def engine_validity(self, *_):
         return None
@@ -307,6 +324,7 @@ class FakeContext:
             scratch, addresses = self._scratch, dict(self._addresses)
             self._runs[run] = self._runs.get(run, 0) + 1
             if self._captures and self._runs[run] > 1:
+                driver.capture()
                 self._graphs[run] = scratch, addresses, numbers
 
         def work():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+
 import fake_gpu
 import numpy as np
 import pytest
 
 from mlflow_trt.errors import InputShapeError, OutOfMemoryError
 from mlflow_trt.runtime import dlpack
+from mlflow_trt.runtime.device_array import view
 
 
 class Lent:
@@ -63,3 +66,30 @@ def test_inputs_are_kept_until_nothing_reads_them_any_more():
         driver.room = 0
         with pytest.raises(OutOfMemoryError):
             session.run_on_device({"x": x})
+
+
+class TestWhatNobodyMayDoDuringACapture:
+    @staticmethod
+    def meanwhile(session, action):
+        """Do it again and again while graphs are captured."""
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            captures = pool.submit(lambda: [session.run({"x": rows(4, n // 4)}) for n in range(4, 100)])
+            while not captures.done():
+                action()
+            captures.result()
+
+    def test_reading_an_output(self):
+        with fake_gpu.session() as (session, driver, _):
+            outputs = session.run_on_device({"x": Lent(driver, rows(3))})
+            self.meanwhile(session, outputs["y"].numpy)
+            del outputs
+
+    def test_waiting_for_an_input_of_unknown_origin(self):
+        class Foreign:
+            def __init__(self, array):
+                self.__cuda_array_interface__ = array.__cuda_array_interface__
+
+        with fake_gpu.session() as (session, driver, _):
+            x = session.run_on_device({"x": Lent(driver, rows(3))})["y"]
+            self.meanwhile(session, lambda: view(Foreign(x), session.inputs[0], session._device, None))
+            x = None

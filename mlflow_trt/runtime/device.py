@@ -121,7 +121,7 @@ class Device:
         """A copy of the beginning of a buffer, as an array of that shape."""
         array = np.empty(shape, dtype)
         if array.nbytes:
-            with self.current():
+            with self.allocating, self.current():
                 self._driver.memcpy_dtoh(array.reshape(-1).view(np.uint8), buffer.address)
         return array
 

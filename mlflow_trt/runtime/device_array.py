@@ -114,7 +114,7 @@ def _from_dlpack(value: Any, spec: TensorSpec, device: Device, stream: Stream) -
 
 def _from_interface(interface: dict[str, Any], device: Device) -> dlpack.Imported:
     # The interface names a stream to wait for, which pycuda cannot do with a stream that is not its own.
-    with device.current():
+    with device.allocating, device.current():
         device.synchronize()
     dtype = np.dtype(interface["typestr"])
     strides = interface.get("strides")
