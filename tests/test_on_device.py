@@ -11,6 +11,7 @@ import pytest
 from mlflow_trt.errors import InputShapeError, OutOfMemoryError
 from mlflow_trt.runtime import dlpack
 from mlflow_trt.runtime.device_array import view
+from mlflow_trt.runtime.engine import Engine
 
 
 class Lent:
@@ -93,3 +94,12 @@ class TestWhatNobodyMayDoDuringACapture:
             x = session.run_on_device({"x": Lent(driver, rows(3))})["y"]
             self.meanwhile(session, lambda: view(Foreign(x), session.inputs[0], session._device, None))
             x = None
+
+    def test_loading_another_model(self):
+        with fake_gpu.session() as (session, _, tensorrt):
+
+            def load():
+                with session._device.current():
+                    Engine(b"", tensorrt, session._device).close()
+
+            self.meanwhile(session, load)

@@ -94,16 +94,18 @@ class Engine:
         self._last: tuple[Stream, Event] | None = None
         self._store = kernel_store if tensorrt.is_rtx else None
         tensorrt.log.errors()
-        self._runtime: trt_api.Runtime | None = tensorrt.runtime(allow_engine_host_code=allow_engine_host_code)
-        engine = self._deserialize(self._runtime, plan)
-        if weights_from is not None:
-            problem = tensorrt.refit(engine, str(weights_from))
-            if problem is not None:
-                raise ExecutionError(
-                    f"{tensorrt} could not put the weights of {weights_from.name} into its engine: {problem}"
-                )
-        if weight_streaming:
-            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
+        # Another session of this process may capture a graph meanwhile.
+        with device.allocating:
+            self._runtime: trt_api.Runtime | None = tensorrt.runtime(allow_engine_host_code=allow_engine_host_code)
+            engine = self._deserialize(self._runtime, plan)
+            if weights_from is not None:
+                problem = tensorrt.refit(engine, str(weights_from))
+                if problem is not None:
+                    raise ExecutionError(
+                        f"{tensorrt} could not put the weights of {weights_from.name} into its engine: {problem}"
+                    )
+            if weight_streaming:
+                engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
         self.raw: trt_api.ICudaEngine | None = engine
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self.dtypes = {name: tensorrt.dtype(engine, name) for name in names}
