@@ -148,6 +148,25 @@ def test_pinned_memory_that_is_lacking_for_outputs_is_made_again():
         check(session, rows(16, 64))
 
 
+def test_ctrl_c_while_closing_takes_nothing_from_calls_that_run(monkeypatch):
+    def wait():
+        raise KeyboardInterrupt
+
+    with fake_gpu.session() as (session, _, _):
+        slots, (_, engine) = session._scheduler.slots, session._finalizer.peek()[2]
+        with slots.lent() as slot:
+            slot.launch(Rows([{"x": rows(4)}], None, 0), 0)
+            with monkeypatch.context() as patch:
+                patch.setattr(slots._returned, "wait", wait)
+                with pytest.raises(KeyboardInterrupt):
+                    session.close()
+            assert engine._scratch.nbytes
+            assert np.array_equal(slot.finish()["y"], rows(4) * 2)
+        slots.close()
+        with engine.device.current():
+            engine.close()
+
+
 def test_two_may_warm_up_at_the_same_time():
     with fake_gpu.session(max_batch_delay_ms=5.0) as (session, _, _):
         make = session._scheduler.slots._make

@@ -206,9 +206,13 @@ class TensorRTSession(Session):
 def _close(scheduler: Scheduler[EngineSlot], engine: Engine) -> None:
     """Free everything, after the calls in flight. Where the GPU is lost, that is left to the end of the process."""
     try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(engine.device.current())
-            stack.callback(engine.close)
-            scheduler.close()
+        with engine.device.current():
+            try:
+                scheduler.close()
+            except Exception:
+                engine.close()
+                raise
+            # Not after Ctrl-C: calls that were waited for may still run.
+            engine.close()
     except ExecutionError as error:
         _log.warning("Not everything could be freed: %s", error.message)
