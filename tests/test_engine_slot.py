@@ -89,6 +89,29 @@ def test_no_graph_is_captured_of_allocations(monkeypatch):
                 check_in(slot, rows(count, seed=count))
 
 
+def test_a_graph_is_known_of_after_a_run_that_was_interrupted(monkeypatch):
+    execute = fake_gpu.FakeContext.execute_async_v3
+
+    def interrupted(context, handle):
+        execute(context, handle)
+        execute(context, handle)  # which captures
+        raise KeyboardInterrupt
+
+    with fake_gpu.session() as (session, driver, _):
+        driver.gives_addresses_again = False
+        slots = session._scheduler.slots
+        with monkeypatch.context() as patch, slots.lent() as slot:
+            patch.setattr(fake_gpu.FakeContext, "execute_async_v3", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                slot.launch(Rows([{"x": rows(2)}], None, 0), 0)
+            slot.abandon()
+        with slots.lent() as slot, slots.lent() as other:
+            other.launch(Rows([{"x": rows(16, 64)}], None, 0), 0)
+            other.finish()
+            slot.launch(Rows([{"x": rows(2)}], None, 0), 0)
+            assert np.array_equal(slot.finish()["y"], rows(2) * 2)
+
+
 def test_contexts_are_kept_for_the_shapes_that_came_last():
     with fake_gpu.session() as (session, _, tensorrt):
         for columns in range(1, 2 * MOST_CONTEXTS):

@@ -156,13 +156,13 @@ class Engine:
                 context.scratch_address, context.scratch_size = address, self._scratch.nbytes
                 context.runs = 0
             self._last = (stream, done)
+            context.has_graph = context.captures  # before the run: it may end in an error after the capture
             try:
                 # The first runs of a context may compile, allocate, and capture its graph.
                 with self.device.allocating if context.runs < FIRST_RUNS else _NOTHING:
                     if not context.raw.execute_async_v3(stream.handle):
                         raise self.failure("run the engine")
                 context.runs += 1
-                context.has_graph = context.captures
             finally:
                 done.record(stream)
         return True
