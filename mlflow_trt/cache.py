@@ -68,16 +68,13 @@ def remember_pass(key: str) -> None:
 @contextmanager
 def only_one(key: str) -> Iterator[None]:
     """Let one process at a time make what belongs to `key`: the others wait, and then find it."""
-    try:
-        folder = directory() / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / key).open("w")
-    except OSError:
-        # Nowhere to lock is nowhere to keep: see store_engine.
-        yield
-        return
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        # Nowhere to lock is nowhere to keep: see store_engine. And some file systems have no locks.
+        with contextlib.suppress(OSError):
+            folder = directory() / "locks"
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((folder / key).open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import errno
+import fcntl
 import hashlib
 import time
 from pathlib import Path
@@ -65,6 +67,16 @@ def test_where_nothing_can_be_kept_the_user_is_told(plan, messages, monkeypatch)
         assert cache.find_engine("key") is None
         cache.store_engine("key", RECORD, plan)
     assert "The engine cannot be kept in /proc/no/cache/engines" in messages.text
+
+
+def test_where_files_cannot_be_locked_it_goes_on(monkeypatch, plan):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with cache.only_one("key"):
+        cache.store_engine("key", RECORD, plan)
+        assert cache.find_engine("key") == (RECORD, PLAN)
 
 
 def test_one_builds_while_the_others_wait(plan):
