@@ -75,6 +75,8 @@ def only_one(key: str) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context((folder / key).open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
+            # Closing is not enough: a process that was forked meanwhile has the file open too.
+            stack.callback(fcntl.flock, lock, fcntl.LOCK_UN)
         yield
 
 

@@ -4,7 +4,10 @@ import concurrent.futures
 import errno
 import fcntl
 import hashlib
+import os
+import signal
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -93,6 +96,22 @@ def test_one_builds_while_the_others_wait(plan):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert list(pool.map(load, range(8))) == [(RECORD, PLAN)] * 8
     assert len(built) == 1
+
+
+def test_a_process_forked_meanwhile_does_not_keep_the_lock():
+    pid = 0
+    with cache.only_one("key"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of threads where a process forks
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(30)
+            os._exit(0)
+    try:
+        with (cache.directory() / "locks" / "key").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def test_the_doctor_can_ask_whether_anything_can_be_kept(monkeypatch):
