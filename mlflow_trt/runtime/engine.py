@@ -44,7 +44,8 @@ class Context:
 
     `outputs` are the shapes of all outputs but the `late` ones, whose shape depends on data. `moves` is what the
     buffers had counted when it was bound to them; UNBOUND: it is not. `runs` are those since then. `has_graph`: it may
-    have captured a CUDA graph, in which the address of its scratch memory stands. `scratch_size` is what it was told.
+    have captured a CUDA graph, in which the address of its scratch memory stands. `scratch_size` is what it was told
+    since it got its shapes; UNBOUND: nothing.
     """
 
     def __init__(self, raw: trt_api.IExecutionContext, *, captures: bool) -> None:
