@@ -107,8 +107,10 @@ class Driver:
 
     def capture(self):
         self._capturing += 1
-        time.sleep(0.002)
-        self._capturing -= 1
+        try:
+            time.sleep(0.002)
+        finally:
+            self._capturing -= 1
 
     def _push(self):
         self._pushed.depth = getattr(self._pushed, "depth", 0) + 1
