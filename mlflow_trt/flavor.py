@@ -196,9 +196,9 @@ def log_model(
         validate_serving_input = input_example is not None and _can_run_here(options.settings)
     asked = Asked(request, calibration_data, input_example, verify, options.settings, store_kernels)
     with (
+        undone_on_failure() as undo,  # first, and so last to end: removing the temporary folders may be interrupted too
         converted(onnx_model, asked, progress) as made,
         tempfile.TemporaryDirectory(prefix="mlflow-trt-") as staging,
-        undone_on_failure() as undo,
     ):
         logged = undo_logging(undo, registered_model_name, keep_model=model_id is not None)
         # Written before MLflow hears of it: what cannot be written leaves no half of a logged model.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import mlflow
 import networks
 import numpy as np
@@ -150,6 +152,23 @@ def test_whatever_fails_the_registry_is_as_it_was(step, error, client, monkeypat
         patched.setattr(step, failing(error))
         with pytest.raises(type(error)):
             mlflow_trt.convert_model_version("models:/f/1", "f-trt", batch=4, alias="champion")
+    assert registry_state(client) == before
+
+
+def test_an_interruption_while_temporary_folders_are_removed_is_a_failure_too(client, monkeypatch):
+    register("tidied")
+    before = registry_state(client)
+    cleanup = tempfile.TemporaryDirectory.cleanup
+
+    def interrupted(folder):
+        cleanup(folder)
+        if client.search_registered_models("name = 'tidied-trt'"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tempfile.TemporaryDirectory, "cleanup", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mlflow_trt.convert_model_version("models:/tidied/1", "tidied-trt", batch=4, alias="champion")
     assert registry_state(client) == before
 
 
