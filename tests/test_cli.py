@@ -52,6 +52,20 @@ class TestConvert:
         model = mlflow.pyfunc.load_model("models:/magika-trt/1", model_config={"runtime": "onnxruntime"})
         assert model.predict(MAGIKA.feeds(3))["target_label"].shape == (3, 214)
 
+    def test_sigterm_leaves_nothing_behind(self, tracking, store, onnx_file):
+        program = f"""
+import os, signal, sys
+import mlflow_trt.registry
+mlflow_trt.registry.set_alias = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+sys.argv = ["mlflow-trt", "convert", {str(onnx_file)!r}, "--register-as", "p-trt", "--alias", "champion"]
+from mlflow_trt.cli import main
+main()
+"""
+        environment = {**os.environ, **tracking}
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment, check=False)
+        assert result.returncode == 143, result.stderr
+        assert store.is_untouched()
+
     def test_an_alias_to_a_registered_model(self, tracking, store):
         mlflow.onnx.log_model(networks.product(), name="p", registered_model_name="p", pip_requirements=["onnx"])
         store.client.set_registered_model_alias("p", "champion", "1")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -43,8 +45,15 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
         raise typer.Exit
 
 
+def _terminated(number: int, _frame: object) -> NoReturn:
+    """End as Ctrl-C does, with what was begun taken back; asked a second time, at once."""
+    signal.signal(number, signal.SIG_DFL)
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Run the command line. Errors that users can act on are printed in a line or a few, without a traceback."""
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
     except (OSError, ImportError) as error:  # ImportError: a store that wants a package, such as boto3

@@ -201,7 +201,7 @@ def _convert_all(given: dict[str, Any], _source: str, recipe: Any) -> None:
                 on_outcome=outcomes.append,
                 **_asked(given),
             )
-    except KeyboardInterrupt:  # what was converted before it stays
+    except (KeyboardInterrupt, SystemExit):  # what was converted before it stays
         _render_outcomes(given, outcomes)
         raise
     _render_outcomes(given, outcomes)
