@@ -240,12 +240,17 @@ class TestNothingIsWritten:
             ({"backend": "python"}, "backend is 'python'; choose one of tensorrt, onnxruntime"),
             ({"instances": 0}, "instances is 0; expected 1 or more"),
             ({"queue_delay": -1}, "queue_delay is -1; expected 0 or more"),
+            *(
+                ({"backend": "onnxruntime", "name": name}, "expected the name of a folder in the repository")
+                for name in ("../x", "..", "a/b", "/proc/x")
+            ),
         ],
     )
     def test_where_options_make_no_sense(self, options, message, folder, tmp_path):
+        before = set(tmp_path.rglob("*"))
         with pytest.raises(RecipeError, match=message):
             export_triton(str(folder), tmp_path / "models", **options)
-        assert not (tmp_path / "models").exists()
+        assert set(tmp_path.rglob("*")) == before
 
     def test_over_another_model(self, folder, tmp_path):
         export_triton(str(folder), tmp_path / "models", backend="onnxruntime")
