@@ -61,6 +61,11 @@ def test_the_input_example_serves_where_there_is_no_calibration_data(product):
     assert sample_data_of(None, "text", inputs) is None
 
 
+def test_a_frame_that_the_model_cannot_take_is_said_to_be_no_example(product, messages):
+    assert sample_data_of(None, pd.DataFrame({"x": [[1.0, 2.0], [3.0]]}), product[0].inputs) is None
+    assert "Verifying on generated noise, since the model cannot take the input example: the cells of" in messages.text
+
+
 NAN = networks.rows(4)
 NAN[1, 1] = np.nan
 
