@@ -15,7 +15,7 @@ from mlflow_trt._logging import get_logger
 from mlflow_trt.comparison import Tolerance
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import RecipeError
-from mlflow_trt.lineage import RECIPE_DIGEST_TAG
+from mlflow_trt.lineage import TENSORRT_TAG
 from mlflow_trt.planning import plan_conversion
 from mlflow_trt.registration import exists, versions_of
 from mlflow_trt.registry import convert_model_version, refuse_early
@@ -97,7 +97,7 @@ def _outcome(
         if newest is None:
             return Outcome(source=source, status="skipped", detail="it has no versions")
         source = f"models:/{model.name}/{newest.version}"
-        if RECIPE_DIGEST_TAG in newest.tags:
+        if TENSORRT_TAG in newest.tags:
             return Outcome(source=source, status="skipped", detail="it was made by mlflow-trt")
         if dry_run:
             plan = plan_conversion(source, recipe, registered_model_name=target, **options)

@@ -39,6 +39,9 @@ CONVERTED_TAG = f"{PREFIX}converted_to"
 EXTENDS_TAG = f"{PREFIX}extends"
 """On a version with one more engine: the URI of the version that it has all the others from."""
 
+TENSORRT_TAG = f"{PREFIX}tensorrt"
+"""On every version of this flavor, also on one that was logged and not converted: what built its engine."""
+
 _NOT_IN_DIGEST = frozenset({"timing_cache"})  # how fast an engine is built, not what it is
 
 

@@ -65,8 +65,9 @@ def test_the_same_again_finds_what_is_there(models):
 
 def test_what_was_made_is_not_converted_again(models):
     mlflow_trt.convert_model_version("models:/a/1", "a", batch=4)
+    mlflow_trt.log_model(networks.product(), name="b", registered_model_name="b", batch=4)
     outcomes = convert_all(FILTER, Recipe(batch=4), dry_run=True)
-    assert statuses(outcomes)["models:/a/2"] == "skipped"
+    assert statuses(outcomes)["models:/a/2"] == statuses(outcomes)["models:/b/2"] == "skipped"
 
 
 def test_a_name_for_all_is_refused(models):
