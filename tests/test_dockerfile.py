@@ -122,9 +122,11 @@ def test_nothing_is_written_over(folder, tmp_path):
 
 
 def test_from_the_command_line(folder, tmp_path):
-    code, output, errors = run("dockerfile", folder, "--output", tmp_path / "image", "--base", "my/cuda:1-{kind}")
+    target = tmp_path / "my image"
+    code, output, errors = run("dockerfile", folder, "--output", target, "--base", "my/cuda:1-{kind}")
     assert code == 0, errors
-    text = (tmp_path / "image" / "Dockerfile").read_text()
+    assert ["docker", "build", "--tag", "NAME", str(target)] in [shlex.split(line) for line in output.splitlines()]
+    text = (target / "Dockerfile").read_text()
     assert "FROM my/cuda:1-devel AS build" in text
     found = dict(instructions(text))
     cache = dict(item.split("=", 1) for item in shlex.split(found["ENV"]))["MLFLOW_TRT_CACHE_DIR"]

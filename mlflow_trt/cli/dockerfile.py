@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -27,4 +28,4 @@ def dockerfile(
     options = ImageOptions(port=port, base=base or CUDA_IMAGE, model_config=settings, wheels=wheel or ())
     remarks = write_image_context(uri, output, options)
     serve = f"docker run --gpus all -p {port}:{port} -v NAME-cache:{CACHE} NAME"
-    typer.echo("\n".join([*remarks, f"docker build --tag NAME {output}", serve]))
+    typer.echo("\n".join([*remarks, f"docker build --tag NAME {shlex.quote(str(output))}", serve]))
