@@ -118,7 +118,7 @@ class Client:
 
     Args:
         address: like `http://127.0.0.1:5000`.
-        timeout: seconds to wait for an answer. The first call of a new shape may compile kernels.
+        timeout: seconds to wait for an answer, more than 0. The first call of a new shape may compile kernels.
         retries: how often to try again where no server answers, or where it answers 429, 502 or 503. A timeout is
             not tried again.
         backoff: seconds before the first retry; each further one waits twice as long.
@@ -260,6 +260,10 @@ def _option_error(option: str, value: object, expected: str) -> Exception:
 
 
 def _options(address: str, timeout: float, headers: Mapping[str, str] | None) -> dict[str, Any]:
+    if not address.lower().startswith(("http://", "https://")):
+        raise _option_error("address", address, "an address like http://127.0.0.1:5000")
+    if not timeout > 0:
+        raise _option_error("timeout", timeout, "more than 0 seconds")
     return {
         "base_url": address.removesuffix("/invocations"),
         "timeout": httpx.Timeout(timeout, connect=min(timeout, _CONNECT_SECONDS), pool=None),

@@ -241,10 +241,13 @@ class TestFallingBack:
                 client.predict(ROW)
         assert [content_type for content_type, _ in received] == [wire.PARQUET, wire.JSON]
 
-    @pytest.mark.parametrize("options", [{"wire_format": "arrow"}, {"retries": -1}, {"backoff": -0.5}])
+    @pytest.mark.parametrize(
+        "options",
+        [{"wire_format": "arrow"}, {"retries": -1}, {"backoff": -0.5}, {"timeout": -1}, {"address": "127.0.0.1:1"}],
+    )
     def test_options_that_make_no_sense(self, options):
         with pytest.raises(RecipeError, match=f"{next(iter(options))} is .*; expected"):
-            Client("http://127.0.0.1:1", **options)
+            Client(**{"address": "http://127.0.0.1:1", **options})
 
     @pytest.mark.parametrize("inputs", [{}, np.ones(3)])
     def test_inputs_have_names(self, inputs):
