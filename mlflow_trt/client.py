@@ -150,7 +150,8 @@ class Client:
         """Run the model on arrays by name of input; gives arrays by name of output.
 
         A value is an array of any rank, a number, nested lists, or a list of `bytes` where the model's signature has
-        binary columns. MLflow wants the very dtype of the signature in arrays and converts lists.
+        binary columns. MLflow converts lists to the signature's dtype. Rows that go as parquet it shapes by the
+        signature: with `auto` and `parquet`, an array whose rows have the right size and another shape is not refused.
 
         Raises:
             InputError: the server refused the input, and why.
