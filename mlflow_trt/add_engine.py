@@ -80,7 +80,7 @@ def add_engine(
     )
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir, undone_on_failure() as undo:
         uri = f"models:/{version.name}/{version.version}"
-        folder = read_folder(Path(_download_artifact_from_uri(uri, output_path=workdir)))
+        folder = read_folder(Path(_download_artifact_from_uri(uri, output_path=workdir)), uri)
         tensorrt = trt.load()
         recipe, gpu = _recipe_here(folder.record.recipe, tensorrt, targets)
         there = _engine_that_serves(folder.record, tensorrt, recipe, gpu)

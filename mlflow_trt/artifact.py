@@ -221,13 +221,13 @@ def add_kernels_file(folder: Path, engine: EngineRecord, kernels: bytes, *, gpu:
     return _rewritten(folder, replace(record, engines=tuple(engines)))
 
 
-def read_folder(path: Path) -> ModelFolder:
-    """Read the record of a model folder.
+def read_folder(path: Path, uri: str | None = None) -> ModelFolder:
+    """Read the record of a model folder; `uri` is what the user calls it, where it was downloaded.
 
     Raises ArtifactError where there is none or it makes no sense, FormatError where a newer mlflow-trt wrote it.
     """
     file = path / RECORD_FILE
-    content = _read_json(file)
+    content = _read_json(file, uri)
     version = content.get("format") if isinstance(content, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ArtifactError(f"{file} names no format; it is not a record of mlflow-trt", path=file)
@@ -249,12 +249,12 @@ def read_folder(path: Path) -> ModelFolder:
     return ModelFolder(path=path, record=record)
 
 
-def _read_json(file: Path) -> Any:
+def _read_json(file: Path, uri: str | None) -> Any:
     try:
         return json.loads(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise ArtifactError(
-            f"{file.parent} has no {RECORD_FILE}: it is not a model that mlflow-trt logged. "
+            f"{uri or file.parent} has no {RECORD_FILE}: it is not a model that mlflow-trt logged. "
             "Convert an ONNX model with mlflow_trt.log_model or `mlflow-trt convert`.",
             path=file.parent,
         ) from None

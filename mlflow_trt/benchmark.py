@@ -152,7 +152,7 @@ def opened(model_uri: str, *, device: int = 0, progress: Progress | None = None)
             with opened_source_of(model_uri) as runnable:
                 yield runnable
             return
-        folder = read_folder(path or Path(_download_artifact_from_uri(model_uri, output_path=workdir)))
+        folder = read_folder(path or Path(_download_artifact_from_uri(model_uri, output_path=workdir)), model_uri)
         record = folder.record
         try:
             session, problem = open_session(folder, LoadSettings(device=device), progress), None

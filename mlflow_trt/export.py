@@ -25,7 +25,7 @@ def opened_folder(model_uri: str) -> Iterator[ModelFolder]:
         yield read_folder(local)
         return
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
-        yield read_folder(Path(_download_artifact_from_uri(model_uri, output_path=workdir)))
+        yield read_folder(Path(_download_artifact_from_uri(model_uri, output_path=workdir)), model_uri)
 
 
 def save_engine(model_uri: str, path: Path) -> EngineRecord:

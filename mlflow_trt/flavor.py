@@ -261,7 +261,7 @@ def load_model(
         ArtifactError: it is no model of this flavor; IntegrityError: one of its files is not the one that was logged.
         RuntimeUnavailableError, EngineMismatchError, ExecutionError: it cannot run here, and why.
     """
-    folder = read_folder(Path(_download_artifact_from_uri(model_uri, output_path=dst_path)))
+    folder = read_folder(Path(_download_artifact_from_uri(model_uri, output_path=dst_path)), model_uri)
     given = {
         "runtime": runtime,
         "on_mismatch": on_mismatch,

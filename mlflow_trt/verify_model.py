@@ -43,7 +43,7 @@ def verify_model(
         What loading the model raises, for example where its typed model cannot run on ONNX Runtime.
     """
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
-        folder = read_folder(Path(_download_artifact_from_uri(model_uri, output_path=workdir)))
+        folder = read_folder(Path(_download_artifact_from_uri(model_uri, output_path=workdir)), model_uri)
         record = folder.record
         tolerance = record.golden.tolerance if record.golden else Tolerance.default(record.recipe.precision)
         if relative_error is not None:

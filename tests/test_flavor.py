@@ -23,6 +23,7 @@ import mlflow_trt
 from mlflow_trt import BuildError, OnnxModelError, Recipe, RecipeError, packaging
 from mlflow_trt.convert import builder
 from mlflow_trt.flavor import read_record
+from mlflow_trt.verify_model import verify_model
 
 CPU = {"runtime": "onnxruntime"}
 
@@ -193,6 +194,9 @@ class TestLogging:
         info = mlflow.onnx.log_model(networks.product(), name="onnx", pip_requirements=["onnx"])
         with pytest.raises(mlflow_trt.ArtifactError, match="has the flavors .*, not mlflow_trt"):
             read_record(info.model_uri)
+        for open_it in (mlflow_trt.load_model, verify_model):
+            with pytest.raises(mlflow_trt.ArtifactError, match=f"^{info.model_uri} has no mlflow_trt.json"):
+                open_it(info.model_uri)
 
 
 class TestFailuresLeaveNothing:
