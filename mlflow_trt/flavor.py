@@ -287,6 +287,8 @@ def read_record(model_uri: str) -> Record:
     local = Path(local_file_uri_to_path(model_uri))
     if local.is_dir():
         return read_folder(local).record
+    if local.is_file():
+        raise ArtifactError(f"{model_uri} is a file, not a model of MLflow; make one of it with `mlflow-trt convert`")
     model = Model.load(model_uri)
     if FLAVOR_NAME not in model.flavors:
         raise ArtifactError(

@@ -46,7 +46,7 @@ class Request:
 def fits_table(inputs: Inputs) -> bool:
     """Whether inputs can go as a table, that is as parquet: all are arrays or `bytes` with one number of rows.
 
-    Lists and numbers have no dtype, which MLflow insists on in tables and not in JSON.
+    Lists and numbers have no dtype, and only in JSON does MLflow give them one.
     """
     rows = set()
     for value in inputs.values():

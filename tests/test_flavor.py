@@ -194,6 +194,8 @@ class TestLogging:
         info = mlflow.onnx.log_model(networks.product(), name="onnx", pip_requirements=["onnx"])
         with pytest.raises(mlflow_trt.ArtifactError, match="has the flavors .*, not mlflow_trt"):
             read_record(info.model_uri)
+        with pytest.raises(mlflow_trt.ArtifactError, match="is a file, not a model of MLflow"):
+            read_record(__file__)
         for open_it in (mlflow_trt.load_model, verify_model):
             with pytest.raises(mlflow_trt.ArtifactError, match=f"^{info.model_uri} has no mlflow_trt.json"):
                 open_it(info.model_uri)
