@@ -177,3 +177,12 @@ def check_rows(outputs: Mapping[str, Array], size: int) -> None:
                 "axis, so only batches that the engine takes whole can be run",
                 tensor=name,
             )
+
+
+def check_row_shape(name: str, shape: tuple[int, ...], before: tuple[int, ...]) -> None:
+    """Raise InputShapeError where the rows of an output differ from those that another piece of the batch gave."""
+    if shape[1:] != before[1:]:
+        raise InputShapeError(
+            f"output {name!r} has rows of shape {shape[1:]} after rows of {before[1:]}: its size depends on the data, "
+            "so only batches that the engine takes whole can be run"
+        )

@@ -129,7 +129,7 @@ class Bindings:
             return
         self._bind_outputs(context)
         context.scratch_bytes = raw.update_device_memory_size_for_shapes()
-        context.scratch_size = UNBOUND  # how it is parted has changed, and TensorRT wants to be given it again
+        context.scratch_address = 0  # how it is parted has changed, and TensorRT wants to be given it again
         context.moves = self._buffers.moves.count
 
     def _bind_outputs(self, context: Context) -> None:

@@ -43,28 +43,27 @@ class Context:
     """An execution context with shapes, and what follows from them.
 
     `outputs` are the shapes of all outputs but the `late` ones, whose shape depends on data. `moves` is what the
-    buffers had counted when it was bound to them; UNBOUND: it is not. `runs` are those since then. `has_graph`: it may
-    have captured a CUDA graph, in which the address of its scratch memory stands. `scratch_size` is what it was told
-    since it got its shapes; UNBOUND: nothing.
+    buffers had counted when it was bound to them; UNBOUND: it is not. `runs` are those since then. `scratch_address`
+    is what it was given since it got its shapes, and `graph_scratch` what stands in the CUDA graph that it may have
+    captured, if it `captures`; 0: nothing.
     """
 
     def __init__(self, raw: trt_api.IExecutionContext, *, captures: bool) -> None:
         self.raw = raw
         self.captures = captures
-        self.has_graph = False
         self.profile = 0
         self.moves = UNBOUND
         self.outputs: dict[str, tuple[int, ...]] = {}
         self.late: list[str] = []
         self.scratch_bytes = 0
         self.scratch_address = 0
-        self.scratch_size = 0
+        self.graph_scratch = 0
         self.runs = 0
 
     def replace(self, other: Context) -> None:
         """Be another context, which has no shapes yet."""
-        self.raw, self.captures, self.has_graph = other.raw, other.captures, False
-        self.profile, self.moves, self.scratch_address, self.runs = 0, UNBOUND, 0, 0
+        self.raw, self.captures, self.profile, self.moves = other.raw, other.captures, 0, UNBOUND
+        self.scratch_address, self.graph_scratch, self.runs = 0, 0, 0
 
 
 class Engine:
@@ -149,15 +148,15 @@ class Engine:
             if context.scratch_bytes > self._scratch.nbytes and self._last is not None:
                 self._last[1].synchronize()  # before its memory goes
             address = self._scratch.reserve(context.scratch_bytes)
-            has_moved = address != context.scratch_address
-            if has_moved or context.scratch_bytes > context.scratch_size:
-                if has_moved and context.has_graph:
-                    return False
+            if context.graph_scratch not in (0, address):
+                return False
+            if address != context.scratch_address:
                 context.raw.set_device_memory(address, self._scratch.nbytes)
-                context.scratch_address, context.scratch_size = address, self._scratch.nbytes
+                context.scratch_address = address
                 context.runs = 0
             self._last = (stream, done)
-            context.has_graph = context.captures  # before the run: it may end in an error after the capture
+            if context.captures:
+                context.graph_scratch = address  # before the run: it may end in an error after the capture
             try:
                 # The first runs of a context may compile, allocate, and capture its graph.
                 with self.device.allocating if context.runs < FIRST_RUNS else _NOTHING:

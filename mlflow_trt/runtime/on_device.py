@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlflow_trt.errors import ExecutionError, InputError, InputShapeError
-from mlflow_trt.runtime.batching import Piece, Sizes, pieces
+from mlflow_trt.runtime.batching import Piece, Sizes, check_row_shape, pieces
 from mlflow_trt.runtime.device_array import DeviceArray, View, view
 from mlflow_trt.runtime.engine_slot import EngineSlot
 from mlflow_trt.spec import BatchAxis, TensorSpec
@@ -62,11 +62,7 @@ def run(
             if name not in results:
                 whole = shape if axis is None else (rows, *shape[1:])
                 results[name] = DeviceArray(slot.engine.device, slot.engine.dtypes[name], whole)
-            elif shape[1:] != results[name].shape[1:]:
-                raise InputShapeError(
-                    f"output {name!r} has rows of shape {shape[1:]} after rows of {results[name].shape[1:]}: its size "
-                    "depends on the data, so only batches that the engine takes whole can be run"
-                )
+            check_row_shape(name, shape, results[name].shape)
             row = slot.buffers.nbytes(name, shape if axis is None else shape[1:])
             first, count = (0, 1) if axis is None else (piece.start, piece.stop - piece.start)
             slot.stream.copy(slot.buffers.memory[name].address, results[name].address + first * row, count * row)

@@ -6,9 +6,8 @@ import threading
 
 import numpy as np
 
-from mlflow_trt.errors import InputShapeError
 from mlflow_trt.inputs import Array, Feeds
-from mlflow_trt.runtime.batching import Outputs, Piece, Sizes, check_rows
+from mlflow_trt.runtime.batching import Outputs, Piece, Sizes, check_row_shape, check_rows
 from mlflow_trt.runtime.copying import copy_rows
 
 
@@ -72,11 +71,7 @@ class Work:
 
 
 def _put(name: str, piece: Piece, output: Array, target: Array) -> None:
-    if output.shape[1:] != target.shape[1:]:
-        raise InputShapeError(
-            f"output {name!r} has rows of shape {output.shape[1:]} after rows of {target.shape[1:]}: its size "
-            "depends on the data, so only batches that the engine takes whole can be run"
-        )
+    check_row_shape(name, output.shape, target.shape)
     rows = piece.stop - piece.start
     if rows:
         for _ in copy_rows([(output[:rows], 0, rows)], target[piece.start : piece.stop]):
