@@ -116,6 +116,11 @@ class Models:
         """Noise, the same for every target."""
         return sample(rows, self.record.inputs, self.record.profiles, self.record.batch_axis)
 
+    def expected(self, rows: int) -> Feeds:
+        """What ONNX Runtime makes of the feeds."""
+        with mlflow_trt.load_model(str(self.path("mlflow-trt")), runtime="onnxruntime") as session:
+            return session.run(self.feeds(rows))
+
     def server(self, target: str, workers: int) -> Server:
         """Start a server."""
         environment = {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
@@ -132,8 +137,9 @@ def measure(models: Models, targets: Sequence[str], plan: Plan, workers: int, co
             stack.enter_context(running(servers[target]))
         for kind, images in itertools.product(plan.wires, plan.images):
             request = ENCODERS[kind](models.feeds(images))
+            expected = models.expected(images)
             for target, server in servers.items():
-                check(models, target, server, request, images)
+                check(target, server, request, expected)
             megabytes = len(request.content) / 1e6
             for clients in plan.clients:
                 case = f"{clients} clients, {images} images as {kind}"
@@ -157,7 +163,7 @@ def in_turns(servers: Mapping[str, Server], request: wire.Request, clients: int,
     return {target: summarized(clients, rounds) for target, rounds in seen.items()}
 
 
-def check(models: Models, target: str, server: Server, request: wire.Request, images: int) -> None:
+def check(target: str, server: Server, request: wire.Request, expected: Feeds) -> None:
     """Compare an answer with ONNX Runtime's. The floor's need only have its form."""
     headers = {"Content-Type": request.content_type}
     try:
@@ -168,8 +174,6 @@ def check(models: Models, target: str, server: Server, request: wire.Request, im
     if not response.ok:
         raise wire.error_of(response.status_code, response.content)
     answer = wire.decode_answer(response.content)
-    with mlflow_trt.load_model(str(models.path("mlflow-trt")), runtime="onnxruntime") as session:
-        expected = session.run(models.feeds(images))
     for name, array in expected.items():
         error = float(np.abs(answer[name] - array).max() / np.abs(array).max())
         if answer[name].shape != array.shape or (target != "floor" and not error < _TOLERANCE):

@@ -42,6 +42,7 @@ from mlflow_trt.convert.conversion import Conversion
 from mlflow_trt.convert.onnx_model import MODEL_FILE
 from mlflow_trt.errors import MissingDependencyError, RecipeError
 from mlflow_trt.kernels import store_kernels
+from mlflow_trt.lineage import SOURCE_DIGEST_TAG, TENSORRT_TAG
 from mlflow_trt.making import Made
 from mlflow_trt.report import REPORT_FILE, report_text
 from mlflow_trt.selection import Selection
@@ -193,9 +194,9 @@ def searchable_facts(made: Made) -> dict[str, str]:
     engine, axis = conversion.engine, conversion.profiles.batch_axis
     facts = {
         "mlflow_trt.precision": str(conversion.recipe.precision),
-        "mlflow_trt.tensorrt": f"{engine.distribution} {engine.version}",
+        TENSORRT_TAG: f"{engine.distribution} {engine.version}",
         "mlflow_trt.target": engine.target,
-        "mlflow_trt.source_digest": conversion.source.digest,
+        SOURCE_DIGEST_TAG: conversion.source.digest,
     }
     if made.selection is not None:
         facts["mlflow_trt.precision_asked"] = str(made.selection.asked)

@@ -71,7 +71,7 @@ def export_triton(
         if value < smallest:
             raise RecipeError(f"{option} is {value}; expected {smallest} or more", option=option)
     name = name or _name_of(model_uri)
-    if name in {".", ".."} or Path(name).name != name:
+    if name == ".." or Path(name).name != name:
         raise RecipeError(f"name is {name!r}; expected the name of a folder in the repository", option="name")
     target = Path(repository) / name
     if target.exists():
