@@ -383,7 +383,10 @@ def test_a_model_folder_from_before_has_no_selection(magika_folder, tmp_path):
 @WITHOUT_GPU
 class TestWithoutAGpu:
     def test_it_is_refused_before_any_work(self, store, tmp_path):
-        said = r"on a GPU, and this machine cannot: .*[^.]\. Convert .* or name a precision: fp32, fp16"
+        said = (
+            "precision 'best' measures engines on a GPU, and this machine cannot: "
+            r".*[^.]\. Convert .* or name a precision: fp32, fp16"
+        )
         missing = tmp_path / "missing.onnx"  # nobody looks at it
         with pytest.raises(RuntimeUnavailableError, match=said):
             mlflow_trt.save_model(missing, tmp_path / "m", precision="best")
