@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mlflow_trt._version import __version__
 
 if TYPE_CHECKING:
+    from mlflow_trt.artifact import FLAVOR_NAME
     from mlflow_trt.comparison import Tolerance
     from mlflow_trt.convert.recipe import Recipe
     from mlflow_trt.errors import (
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from mlflow_trt.flavor import load_model, log_model, save_model
-    from mlflow_trt.packaging import FLAVOR_NAME, get_default_pip_requirements
+    from mlflow_trt.packaging import get_default_pip_requirements
     from mlflow_trt.pyfunc import load_pyfunc as _load_pyfunc
     from mlflow_trt.registry import convert_model_version
     from mlflow_trt.runtime.session import Session
@@ -90,7 +91,7 @@ __all__ = [
 
 # Where a name comes from, unless it is an error.
 _MODULES = {
-    "FLAVOR_NAME": "packaging",
+    "FLAVOR_NAME": "artifact",
     "LoadSettings": "settings",
     "Precision": "spec",
     "Recipe": "convert.recipe",

@@ -14,27 +14,28 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model
 from mlflow.models.model import MLMODEL_FILE_NAME
-from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils.file_utils import get_total_file_size
 from mlflow.utils.validation import _validate_model_alias_name
 
 from mlflow_trt import hardware, kernels, trt
 from mlflow_trt._logging import get_logger
-from mlflow_trt.artifact import ModelFolder, Record, add_engine_file, mark_extended, read_folder
+from mlflow_trt.artifact import FLAVOR_NAME, ModelFolder, Record, add_engine_file, mark_extended, read_folder
 from mlflow_trt.convert.builder import Progress, build_engine
 from mlflow_trt.convert.output_shapes import check_output_shapes
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import EngineMismatchError, RecipeError, RuntimeUnavailableError
+from mlflow_trt.fetching import fetch_folder
 from mlflow_trt.fitting import why_not
-from mlflow_trt.lineage import CONVERTED_TAG, EXTENDS_TAG, point_to
+from mlflow_trt.lineage import point_to
 from mlflow_trt.loading import open_session
-from mlflow_trt.packaging import FLAVOR_NAME, check_names, flavor_fields, move_model
+from mlflow_trt.packaging import check_names, flavor_fields, move_model
 from mlflow_trt.progress import told_progress
 from mlflow_trt.registration import set_alias, undo_logging, undone_on_failure
 from mlflow_trt.registry import logged_name
 from mlflow_trt.settings import LoadSettings
 from mlflow_trt.sources.opened import registered_version
 from mlflow_trt.spec import EngineRecord, Gpu, HardwareCompatibility
+from mlflow_trt.tags import CONVERTED_TAG, EXTENDS_TAG, PREFIX, TARGET_TAG
 
 _log = get_logger(__name__)
 
@@ -80,7 +81,7 @@ def add_engine(
     )
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir, undone_on_failure() as undo:
         uri = f"models:/{version.name}/{version.version}"
-        folder = read_folder(Path(_download_artifact_from_uri(uri, output_path=workdir)), uri)
+        folder = fetch_folder(uri, workdir)
         tensorrt = trt.load()
         recipe, gpu = _recipe_here(folder.record.recipe, tensorrt, targets)
         there = _engine_that_serves(folder.record, tensorrt, recipe, gpu)
@@ -99,7 +100,7 @@ def add_engine(
         if gpu is not None:
             _try(folder.path)
         tags = {key: value for key, value in version.tags.items() if not key.startswith("mlflow.")}
-        tags = {**tags, "mlflow_trt.target": ", ".join(e.target for e in extended.engines), EXTENDS_TAG: uri}
+        tags = {**tags, TARGET_TAG: ", ".join(e.target for e in extended.engines), EXTENDS_TAG: uri}
         tags.pop(CONVERTED_TAG, None)
         logged = undo_logging(undo, name)
         made = _logged(folder.path, extended, name, tags, logged)
@@ -189,7 +190,7 @@ def _logged(folder: Path, record: Record, name: str, tags: Mapping[str, str], lo
         flavor=SimpleNamespace(__name__=FLAVOR_NAME, save_model=save),
         registered_model_name=name,
         tags=dict(tags),
-        params={key: value for key, value in tags.items() if key.startswith("mlflow_trt.")},
+        params={key: value for key, value in tags.items() if key.startswith(PREFIX)},
         validate_serving_input=False,
     )
     made = str(info.registered_model_version)

@@ -42,6 +42,7 @@ from mlflow_trt.spec import (
     TensorSpec,
 )
 
+FLAVOR_NAME = "mlflow_trt"
 RECORD_FILE = "mlflow_trt.json"
 FORMAT = 1
 """The newest record format that this version reads and the one that it writes."""

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mlflow.models import Model
-from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 
 from mlflow_trt._logging import get_logger
-from mlflow_trt.artifact import RECORD_FILE, Record, read_folder
+from mlflow_trt.artifact import Record
 from mlflow_trt.convert.builder import BuildProgress, Progress
 from mlflow_trt.convert.onnx_model import read_onnx
 from mlflow_trt.errors import (
@@ -31,6 +30,7 @@ from mlflow_trt.errors import (
     RecipeError,
     RuntimeUnavailableError,
 )
+from mlflow_trt.fetching import is_of_this_flavor, opened_folder
 from mlflow_trt.loading import open_session
 from mlflow_trt.model_inputs import Feeds, sample
 from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
@@ -145,14 +145,11 @@ def opened_source_of(model_uri: str) -> Iterator[Runnable]:
 @contextmanager
 def opened(model_uri: str, *, device: int = 0, progress: Progress | None = None) -> Iterator[Runnable]:
     """A model as it runs here: its engine on a GPU; without one its source on ONNX Runtime, and a word that says so."""
-    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
-        local = Path(model_uri)
-        path = local if (local / RECORD_FILE).is_file() else None
-        if path is None and (":/" not in model_uri or not _is_ours(model_uri)):
-            with opened_source_of(model_uri) as runnable:
-                yield runnable
-            return
-        folder = read_folder(path or Path(_download_artifact_from_uri(model_uri, output_path=workdir)), model_uri)
+    if not is_of_this_flavor(model_uri):
+        with opened_source_of(model_uri) as runnable:
+            yield runnable
+        return
+    with opened_folder(model_uri) as folder:
         record = folder.record
         try:
             session, problem = open_session(folder, LoadSettings(device=device), progress), None
@@ -280,12 +277,6 @@ def _named(example: Any, session: Session) -> Mapping[str, Any] | None:
     if example is not None and hasattr(example, "shape") and len(session.inputs) == 1 and not hasattr(example, "iloc"):
         return {session.inputs[0].name: example}
     return None
-
-
-def _is_ours(model_uri: str) -> bool:
-    from mlflow_trt.packaging import FLAVOR_NAME
-
-    return FLAVOR_NAME in Model.load(model_uri).flavors
 
 
 def _check(batches: Sequence[int], seconds: float) -> None:

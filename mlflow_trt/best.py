@@ -63,8 +63,8 @@ def check_best(recipe: Recipe, settings: LoadSettings, verify: Tolerance | bool)
         bench = open_bench(settings)
     except RuntimeUnavailableError as error:
         raise error.retold(
-            f"precision 'best' measures engines on a GPU, and this machine cannot: {error.message.rstrip('.')}. "
-            "Convert on a GPU machine, or name a precision: fp32, fp16, bf16, int8 or fp8."
+            wanted="precision 'best' measures engines on a GPU",
+            advice="Convert on a GPU machine, or name a precision: fp32, fp16, bf16, int8 or fp8.",
         ) from error
     if recipe.targets or trt.load().is_rtx:  # by default, TensorRT builds for the GPU that it runs on
         check_targets(

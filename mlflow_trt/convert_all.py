@@ -15,10 +15,10 @@ from mlflow_trt._logging import get_logger
 from mlflow_trt.comparison import Tolerance
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import RecipeError
-from mlflow_trt.lineage import TENSORRT_TAG
 from mlflow_trt.planning import plan_conversion
 from mlflow_trt.registration import exists, versions_of
 from mlflow_trt.registry import convert_model_version, refuse_early
+from mlflow_trt.tags import TENSORRT_TAG
 
 _log = get_logger(__name__)
 

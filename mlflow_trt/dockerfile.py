@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_trt.errors import RecipeError
-from mlflow_trt.export import opened_folder
+from mlflow_trt.fetching import opened_folder
 from mlflow_trt.packaging import check_target, written_aside
 from mlflow_trt.settings import LoadSettings
 from mlflow_trt.spec import Distribution

@@ -124,8 +124,12 @@ class IntegrityError(ArtifactError):
 class RuntimeUnavailableError(MlflowTrtError, RuntimeError):
     """The runtime that was asked for cannot run on this machine."""
 
-    def retold(self, message: str) -> RuntimeUnavailableError:
-        """The same error in other words: those of whoever wanted the runtime."""
+    def retold(self, *, advice: str, wanted: str | None = None) -> RuntimeUnavailableError:
+        """The same error for whoever wanted the runtime: what for, and what to do instead."""
+        before = "" if wanted is None else f"{wanted}, and this machine cannot: "
+        return self._saying(f"{before}{self.message.rstrip('.')}. {advice}")
+
+    def _saying(self, message: str) -> RuntimeUnavailableError:
         return RuntimeUnavailableError(message)
 
 
@@ -136,7 +140,7 @@ class MissingDependencyError(RuntimeUnavailableError, ImportError):
         super().__init__(message)
         self.packages = tuple(packages)
 
-    def retold(self, message: str) -> MissingDependencyError:
+    def _saying(self, message: str) -> MissingDependencyError:
         return MissingDependencyError(message, packages=self.packages)
 
 

@@ -12,21 +12,18 @@ from typing import Any
 from mlflow import MlflowClient, pyfunc
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import ModelInfo
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
-from mlflow.tracking.artifact_utils import _download_artifact_from_uri
-from mlflow.utils.file_utils import local_file_uri_to_path
 
-from mlflow_trt.artifact import RECORD_FILE, Record, read_folder
+from mlflow_trt.artifact import FLAVOR_NAME
 from mlflow_trt.comparison import Tolerance
 from mlflow_trt.convert.builder import Progress
 from mlflow_trt.convert.recipe import BatchRequest, Recipe, ShapesRequest
-from mlflow_trt.errors import ArtifactError, MlflowTrtError
+from mlflow_trt.errors import MlflowTrtError
+from mlflow_trt.fetching import fetch_folder
 from mlflow_trt.loading import open_session
 from mlflow_trt.making import Asked, OnnxSource, converted
 from mlflow_trt.metrics import log_metrics
 from mlflow_trt.packaging import (
-    FLAVOR_NAME,
     PackagingOptions,
     check_names,
     check_target,
@@ -261,7 +258,7 @@ def load_model(
         ArtifactError: it is no model of this flavor; IntegrityError: one of its files is not the one that was logged.
         RuntimeUnavailableError, EngineMismatchError, ExecutionError: it cannot run here, and why.
     """
-    folder = read_folder(Path(_download_artifact_from_uri(model_uri, output_path=dst_path)), model_uri)
+    folder = fetch_folder(model_uri, dst_path)
     given = {
         "runtime": runtime,
         "on_mismatch": on_mismatch,
@@ -277,29 +274,6 @@ def load_model(
     settings = LoadSettings.of(logged | {name: value for name, value in given.items() if value is not None})
     with told_progress("Building a TensorRT engine for this machine", progress) as shown:
         return open_session(folder, settings, shown)
-
-
-def read_record(model_uri: str) -> Record:
-    """The record of a model, without downloading its weights and engines.
-
-    Raises ArtifactError where it is no model of this flavor.
-    """
-    local = Path(local_file_uri_to_path(model_uri))
-    if local.is_dir():
-        return read_folder(local).record
-    if local.is_file():
-        raise ArtifactError(f"{model_uri} is a file, not a model of MLflow; make one of it with `mlflow-trt convert`")
-    model = Model.load(model_uri)
-    if FLAVOR_NAME not in model.flavors:
-        raise ArtifactError(
-            f"{model_uri} has the flavors {', '.join(model.flavors)}, not {FLAVOR_NAME}; "
-            "make a model of it with mlflow_trt.log_model or `mlflow-trt convert`"
-        )
-    # A run's URI leads to a logged model, whose files are elsewhere.
-    repository = get_artifact_repository(f"models:/{model.model_id}" if model.model_id else model_uri)
-    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
-        repository.download_artifacts(RECORD_FILE, workdir)
-        return read_folder(Path(workdir)).record
 
 
 def _tag_version(name: str, version: str, tags: Mapping[str, Any]) -> None:

@@ -118,8 +118,9 @@ def check_kernels(recipe: Recipe | None, settings: LoadSettings) -> KernelCompil
         compiler = _compiler.get()(settings)
     except RuntimeUnavailableError as error:
         raise error.retold(
-            f"store_kernels compiles on a GPU, and this machine cannot: {error.message.rstrip('.')}. Log the model "
-            "on a machine like those that will run it, or leave store_kernels out: they then compile at first use."
+            wanted="store_kernels compiles on a GPU",
+            advice="Log the model on a machine like those that will run it, or leave store_kernels out: they then "
+            "compile at first use.",
         ) from error
     if recipe is not None:
         check_targets(recipe.targets, compiler.gpu, what="store_kernels compiles", otherwise="leave store_kernels out")

@@ -26,21 +26,15 @@ from mlflow_trt.convert.onnx_model import sha256_of
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.registration import Undo, exists, restore_tag, versions_of
 from mlflow_trt.spec import Gpu, Precision
-
-PREFIX = "mlflow_trt."
-SOURCE_TAG = f"{PREFIX}source"
-SOURCE_NAME_TAG = f"{PREFIX}source_name"
-SOURCE_VERSION_TAG = f"{PREFIX}source_version"
-SOURCE_DIGEST_TAG = f"{PREFIX}source_digest"
-RECIPE_DIGEST_TAG = f"{PREFIX}recipe_digest"
-CONVERTED_TAG = f"{PREFIX}converted_to"
-"""On a source version: the URIs of what was made of it, oldest first, each with a comma behind it."""
-
-EXTENDS_TAG = f"{PREFIX}extends"
-"""On a version with one more engine: the URI of the version that it has all the others from."""
-
-TENSORRT_TAG = f"{PREFIX}tensorrt"
-"""On every version of this flavor, also on one that was logged and not converted: what built its engine."""
+from mlflow_trt.tags import (
+    CONVERTED_TAG,
+    PREFIX,
+    RECIPE_DIGEST_TAG,
+    SOURCE_DIGEST_TAG,
+    SOURCE_NAME_TAG,
+    SOURCE_TAG,
+    SOURCE_VERSION_TAG,
+)
 
 _NOT_IN_DIGEST = frozenset({"timing_cache"})  # how fast an engine is built, not what it is
 

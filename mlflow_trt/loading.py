@@ -60,8 +60,7 @@ def open_session(folder: ModelFolder, settings: LoadSettings, progress: Progress
     except (RuntimeUnavailableError, EngineMismatchError, BuildError, ExecutionError) as error:
         if settings.runtime != "auto":
             if isinstance(error, RuntimeUnavailableError):
-                hint = "Use runtime='onnxruntime' to run the source model on the CPU."
-                raise error.retold(f"{error.message.rstrip('.')}. {hint}") from error
+                raise error.retold(advice="Use runtime='onnxruntime' to run the source model on the CPU.") from error
             raise
         _log.warning("Running on ONNX Runtime, on the CPU, since TensorRT cannot run here: %s", error.message)
         session = _open_onnxruntime(folder, settings)

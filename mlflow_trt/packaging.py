@@ -37,23 +37,30 @@ from mlflow.utils.validation import _validate_model_name, _validate_model_versio
 
 from mlflow_trt._logging import get_logger
 from mlflow_trt._version import __version__
-from mlflow_trt.artifact import Record, write_folder
+from mlflow_trt.artifact import FLAVOR_NAME, Record, write_folder
 from mlflow_trt.convert.conversion import Conversion
 from mlflow_trt.convert.onnx_model import MODEL_FILE
 from mlflow_trt.errors import MissingDependencyError, RecipeError
 from mlflow_trt.kernels import store_kernels
-from mlflow_trt.lineage import SOURCE_DIGEST_TAG, TENSORRT_TAG
 from mlflow_trt.making import Made
 from mlflow_trt.report import REPORT_FILE, report_text
 from mlflow_trt.selection import Selection
 from mlflow_trt.selection_plot import draw_candidates
 from mlflow_trt.settings import LoadSettings
 from mlflow_trt.signatures import signature_of
+from mlflow_trt.tags import (
+    BATCH_TAG,
+    PRECISION_ASKED_TAG,
+    PRECISION_TAG,
+    RELATIVE_ERROR_TAG,
+    SOURCE_DIGEST_TAG,
+    TARGET_TAG,
+    TENSORRT_TAG,
+    VERIFICATION_TAG,
+)
 from mlflow_trt.verify import Verification
 
 _log = get_logger(__name__)
-
-FLAVOR_NAME = "mlflow_trt"
 
 
 def get_default_pip_requirements(record: Record | None = None) -> list[str]:
@@ -193,21 +200,19 @@ def searchable_facts(made: Made) -> dict[str, str]:
     conversion, verification = made.conversion, made.verification
     engine, axis = conversion.engine, conversion.profiles.batch_axis
     facts = {
-        "mlflow_trt.precision": str(conversion.recipe.precision),
+        PRECISION_TAG: str(conversion.recipe.precision),
         TENSORRT_TAG: f"{engine.distribution} {engine.version}",
-        "mlflow_trt.target": engine.target,
+        TARGET_TAG: engine.target,
         SOURCE_DIGEST_TAG: conversion.source.digest,
     }
     if made.selection is not None:
-        facts["mlflow_trt.precision_asked"] = str(made.selection.asked)
+        facts[PRECISION_ASKED_TAG] = str(made.selection.asked)
     if verification is not None and verification.verdict is not None:
-        facts["mlflow_trt.verification"] = str(verification.verdict)
-        facts["mlflow_trt.relative_error"] = f"{verification.comparisons[-1].relative_error:.3g}"
+        facts[VERIFICATION_TAG] = str(verification.verdict)
+        facts[RELATIVE_ERROR_TAG] = f"{verification.comparisons[-1].relative_error:.3g}"
     if axis is not None:
         ranges = [profile.ranges[axis.inputs[0]] for profile in conversion.profiles.profiles]
-        facts["mlflow_trt.batch"] = (
-            f"{min(r.min[0] for r in ranges)}:{ranges[0].opt[0]}:{max(r.max[0] for r in ranges)}"
-        )
+        facts[BATCH_TAG] = f"{min(r.min[0] for r in ranges)}:{ranges[0].opt[0]}:{max(r.max[0] for r in ranges)}"
     return facts
 
 

@@ -13,6 +13,7 @@ from mlflow_trt.benchmark import Benchmark
 from mlflow_trt.comparison import Comparison
 from mlflow_trt.layers import LayerReport, page
 from mlflow_trt.plots import draw_benchmark, draw_layers
+from mlflow_trt.tags import BENCHMARK_OF_TAG
 
 
 def write_report(benchmark: Benchmark, title: str, folder: Path, layers: LayerReport | None = None) -> list[Path]:
@@ -36,7 +37,7 @@ def log_report(
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
         write_report(benchmark, title, Path(workdir), layers)
         with mlflow.start_run(run_name=f"benchmark of {title}", nested=mlflow.active_run() is not None) as run:
-            mlflow.set_tags({"mlflow_trt.benchmark_of": title})
+            mlflow.set_tags({BENCHMARK_OF_TAG: title})
             for name, value, step in benchmark.metrics():
                 mlflow.log_metric(name, value, step=step)
             for output in comparison.outputs if comparison is not None else ():

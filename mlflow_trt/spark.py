@@ -17,7 +17,7 @@ import mlflow
 import pandas as pd
 
 from mlflow_trt.errors import MissingDependencyError, RecipeError, UnsupportedModelError
-from mlflow_trt.flavor import read_record
+from mlflow_trt.fetching import read_record
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.settings import LoadSettings
 from mlflow_trt.spark_rows import Rows, columns_of_outputs

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from mlflow_trt.artifact import ModelFolder, StoredModel
 from mlflow_trt.errors import EngineMismatchError, RecipeError
-from mlflow_trt.export import opened_folder
+from mlflow_trt.fetching import opened_folder
 from mlflow_trt.packaging import check_target, written_aside
 from mlflow_trt.spec import ComputeCapability, Distribution, EngineRecord, Precision, Weights
 from mlflow_trt.triton_config import Layout, config_text, max_batch_size, warmup_files

@@ -7,15 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlflow.tracking.artifact_utils import _download_artifact_from_uri
-
 from mlflow_trt._logging import get_logger
-from mlflow_trt.artifact import ModelFolder, read_folder
+from mlflow_trt.artifact import ModelFolder
 from mlflow_trt.comparison import Comparison, Tolerance
 from mlflow_trt.convert.onnx_model import OnnxModel, read_onnx
 from mlflow_trt.convert.profiles import Profiles
 from mlflow_trt.convert.samples import SampleOrigin, Samples, cut_samples
 from mlflow_trt.errors import InputError, RuntimeUnavailableError
+from mlflow_trt.fetching import opened_folder
 from mlflow_trt.loading import open_session
 from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
 from mlflow_trt.runtime.session import Session
@@ -42,8 +41,7 @@ def verify_model(
         InputError: the data does not fit the model, or there is neither data nor a golden sample.
         What loading the model raises, for example where its typed model cannot run on ONNX Runtime.
     """
-    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
-        folder = read_folder(Path(_download_artifact_from_uri(model_uri, output_path=workdir)), model_uri)
+    with opened_folder(model_uri) as folder, tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
         record = folder.record
         tolerance = record.golden.tolerance if record.golden else Tolerance.default(record.recipe.precision)
         if relative_error is not None:

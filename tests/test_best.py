@@ -37,6 +37,7 @@ from mlflow_trt.convert.conversion import convert
 from mlflow_trt.convert.onnx_model import read_onnx
 from mlflow_trt.convert.samples import SampleData, SampleOrigin
 from mlflow_trt.convert_all import convert_all
+from mlflow_trt.fetching import read_record
 from mlflow_trt.hardware import probe
 from mlflow_trt.measuring import measured_on, usual_feeds
 from mlflow_trt.planning import plan_conversion
@@ -338,7 +339,7 @@ def test_a_version_is_found_again_and_gets_engines_of_the_winners_precision(benc
                            calibration_data=DATA)  # fmt: skip
     assert plan.existing == "models:/p-trt/1"
     extended = add_engine("models:/p-trt/1", targets="sm120")
-    record = mlflow_trt.flavor.read_record(f"models:/p-trt/{extended.version}")
+    record = read_record(f"models:/p-trt/{extended.version}")
     assert record.recipe.precision is Precision.INT8
     assert record.selection.winner is Precision.INT8
     assert [engine.target for engine in record.engines] == ["sm80plus", "sm120"]

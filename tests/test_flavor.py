@@ -22,7 +22,7 @@ from real_models import CLS, MAGIKA
 import mlflow_trt
 from mlflow_trt import BuildError, OnnxModelError, Recipe, RecipeError, packaging
 from mlflow_trt.convert import builder
-from mlflow_trt.flavor import read_record
+from mlflow_trt.fetching import read_record
 from mlflow_trt.verify_model import verify_model
 
 CPU = {"runtime": "onnxruntime"}

@@ -14,7 +14,7 @@ from tracking_server import tracking_server
 
 import mlflow_trt
 from mlflow_trt import RecipeError, registry
-from mlflow_trt.flavor import read_record
+from mlflow_trt.fetching import read_record
 
 
 @pytest.fixture(scope="module")

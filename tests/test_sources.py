@@ -14,7 +14,7 @@ from test_lineage import server  # noqa: F401  # a fixture
 
 import mlflow_trt
 from mlflow_trt import ArtifactError, MissingDependencyError, OnnxModelError, UnsupportedModelError
-from mlflow_trt.flavor import read_record
+from mlflow_trt.fetching import read_record
 from mlflow_trt.sources import exporting
 from mlflow_trt.sources.opened import EXPORTERS, opened_source
 

@@ -27,6 +27,7 @@ from mlflow_trt import (
 from mlflow_trt.artifact import read_folder
 from mlflow_trt.comparison import Verdict
 from mlflow_trt.convert.onnx_model import read_onnx
+from mlflow_trt.fetching import read_record
 
 DATA = {"x": networks.rows(32)}
 
@@ -35,7 +36,7 @@ def test_numbers_are_in_the_record_the_tags_and_the_metrics(store):
     info = mlflow_trt.log_model(
         networks.product(), name="m", precision="fp16", calibration_data=DATA, registered_model_name="product"
     )
-    record = mlflow_trt.flavor.read_record(info.model_uri)
+    record = read_record(info.model_uri)
     (comparison,) = record.comparisons
     assert comparison.verdict is Verdict.PASSED
     assert 0 < comparison.relative_error < 1e-3

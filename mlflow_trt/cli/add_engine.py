@@ -32,7 +32,7 @@ def add_engine(
     """Make a new version of a model that has an engine for this machine, or other GPUs, too."""
     from mlflow_trt.add_engine import add_engine as add
     from mlflow_trt.artifact import record_to_dict
-    from mlflow_trt.flavor import read_record
+    from mlflow_trt.fetching import read_record
 
     with results_on_stdout(as_json):
         version = add(

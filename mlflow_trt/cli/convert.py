@@ -139,9 +139,9 @@ def _asked(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _convert_one(given: dict[str, Any], source: str, recipe: Any) -> None:
-    from mlflow_trt.artifact import read_folder, record_to_dict
+    from mlflow_trt.artifact import record_to_dict
     from mlflow_trt.export import save_engine
-    from mlflow_trt.flavor import read_record
+    from mlflow_trt.fetching import read_record
     from mlflow_trt.registry import convert_model_version, convert_to_folder
 
     name, alias, force = given["register_as"], given["alias"] or None, given["force"]
@@ -150,11 +150,10 @@ def _convert_one(given: dict[str, Any], source: str, recipe: Any) -> None:
         if name:
             version = convert_model_version(source, name, recipe=recipe, alias=alias, force=force, **asked)
             uri = f"models:/{version.name}/{version.version}"
-            record = read_record(uri)
         else:
             uri = str(given["output"] or Path(workdir, "model"))
             convert_to_folder(source, uri, recipe, **asked)
-            record = read_folder(Path(uri)).record
+        record = read_record(uri)
         if given["save_engine"] is not None:
             save_engine(uri, given["save_engine"])
             uri = uri if name or given["output"] else str(given["save_engine"])

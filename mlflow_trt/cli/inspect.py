@@ -24,7 +24,7 @@ def inspect(
         _layers(uri, html, as_json=as_json)
         return
     from mlflow_trt.artifact import record_to_dict
-    from mlflow_trt.flavor import read_record
+    from mlflow_trt.fetching import read_record
 
     with results_on_stdout(as_json):
         record = read_record(uri)

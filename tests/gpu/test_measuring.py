@@ -18,7 +18,7 @@ from mlflow_trt.add_engine import add_engine
 from mlflow_trt.artifact import read_folder
 from mlflow_trt.benchmark import benchmark
 from mlflow_trt.compare import compare_models
-from mlflow_trt.flavor import read_record
+from mlflow_trt.fetching import read_record
 from mlflow_trt.layers import page, read_layers
 from mlflow_trt.reporting import write_report
 
