@@ -12,13 +12,10 @@ import numpy as np
 import pandas as pd
 from mlflow.data.dataset import Dataset
 
-from mlflow_trt._logging import get_logger
-from mlflow_trt.convert.samples import SampleData, SampleOrigin
+from mlflow_trt.convert.samples import SampleData, SampleOrigin, warn_of_noise
 from mlflow_trt.errors import InputError
 from mlflow_trt.pyfunc import feeds_from_frame
 from mlflow_trt.spec import TensorSpec
-
-_log = get_logger(__name__)
 
 
 def sample_data_of(calibration_data: Any, input_example: Any, inputs: Sequence[TensorSpec]) -> SampleData | None:
@@ -35,9 +32,7 @@ def sample_data_of(calibration_data: Any, input_example: Any, inputs: Sequence[T
         try:
             return SampleData(arrays=arrays_of(example, inputs), origin=SampleOrigin.INPUT_EXAMPLE)
         except InputError as error:  # only a DataFrame: what is wrong with arrays is found, and said, when they are cut
-            _log.warning(
-                "Verifying on generated noise, since the model cannot take the input example: %s", error.message
-            )
+            warn_of_noise(error)
             return None
     return None
 

@@ -10,12 +10,20 @@ from mlflow_trt import trt
 from mlflow_trt._logging import get_logger
 from mlflow_trt.comparison import Tolerance
 from mlflow_trt.convert.builder import Built, Progress, build_engine
+from mlflow_trt.convert.graph import label_of
 from mlflow_trt.convert.limits import check_nodes, check_recipe, weight_only_operators
 from mlflow_trt.convert.onnx_model import OnnxModel, subgraphs_of
 from mlflow_trt.convert.profiles import Profiles, resolve_profiles
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.convert.retreat import build_with_retreat
-from mlflow_trt.convert.samples import SampleData, SampleOrigin, Samples, cut_samples, generate_samples
+from mlflow_trt.convert.samples import (
+    SampleData,
+    SampleOrigin,
+    Samples,
+    cut_samples,
+    generate_samples,
+    warn_of_noise,
+)
 from mlflow_trt.convert.typed_model import TypedModel, maker_for
 from mlflow_trt.errors import BuildError, InputError, UnsupportedModelError
 from mlflow_trt.spec import Distribution, EngineRecord, Precision, Shape
@@ -114,10 +122,9 @@ def _samples(data: SampleData | None, source: OnnxModel, profiles: Profiles) -> 
     try:
         return cut_samples(data.arrays, data.origin, source, profiles)
     except InputError as error:
-        # An example may be meant for what MLflow makes of it, and is no reason to fail; calibration data is.
         if data.origin is not SampleOrigin.INPUT_EXAMPLE:
             raise
-        _log.warning("Verifying on generated noise, since the model cannot take the input example: %s", error.message)
+        warn_of_noise(error)
         return generate_samples(source, profiles)
 
 
@@ -146,7 +153,7 @@ def _naming_control_flow(error: BuildError, source: OnnxModel) -> BuildError:
     if isinstance(error, UnsupportedModelError):
         return error
     nodes = [
-        f"{node.name or 'unnamed'} ({node.op_type})"
+        label_of(node)
         for node in source.proto.graph.node
         if any(attribute.HasField("g") for attribute in node.attribute)
     ]

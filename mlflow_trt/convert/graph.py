@@ -178,6 +178,11 @@ def _hoist_constants(graph: GraphProto) -> None:
         graph.node.extend(kept)
 
 
+def label_of(node: NodeProto) -> str:
+    """A node as messages call it: its name and its operator."""
+    return f"{node.name or 'unnamed'} ({node.op_type})"
+
+
 def copy_of(node: NodeProto) -> NodeProto:
     copy = NodeProto()
     copy.CopyFrom(node)

@@ -9,6 +9,7 @@ from onnx import ModelProto, NodeProto, TensorProto, shape_inference
 
 from mlflow_trt import hardware, trt
 from mlflow_trt._logging import get_logger
+from mlflow_trt.convert.graph import label_of
 from mlflow_trt.convert.onnx_model import attribute_of, subgraphs_of
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import RecipeError, UnsupportedModelError
@@ -84,7 +85,7 @@ def check_nodes(model: ModelProto) -> None:
     for is_refused, reason in _REFUSED.items():
         nodes = [node for body in bodies for node in body.node if not node.domain and is_refused(node)]
         if nodes:
-            refused = [f"{node.name or 'unnamed'} ({node.op_type})" for node in nodes]
+            refused = [label_of(node) for node in nodes]
             raise UnsupportedModelError(reason.format(nodes=", ".join(refused)), nodes=refused)
     misread = _means_in_16_bits(model)
     if misread:
@@ -105,7 +106,7 @@ def _means_in_16_bits(model: ModelProto) -> list[str]:
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output, *graph.value_info)}
     types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
     narrow = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-    return [f"{node.name or 'unnamed'} (Mean)" for node in means if types.get(node.input[0]) in narrow]
+    return [label_of(node) for node in means if types.get(node.input[0]) in narrow]
 
 
 def weight_only_operators(tensorrt: trt.TensorRT, precision: Precision) -> dict[str, str]:

@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from mlflow_trt._logging import get_logger
 from mlflow_trt.convert.onnx_model import OnnxModel
 from mlflow_trt.convert.profiles import Profiles
 from mlflow_trt.dtypes import numpy_dtype
 from mlflow_trt.errors import InputError, InputShapeError
 from mlflow_trt.inputs import Array, Feeds, prepare_feeds
 from mlflow_trt.spec import Shape, StrEnum, TensorSpec
+
+_log = get_logger(__name__)
 
 _ROWS_AT_ONCE = 8
 _GENERATED_FEEDS = 2
@@ -80,6 +83,11 @@ def cut_samples(data: Any, origin: SampleOrigin, model: OnnxModel, profiles: Pro
     except InputError as error:
         raise type(error)(f"{origin}: {error.message}", tensor=error.tensor) from None
     return Samples(feeds=feeds, origin=origin, rows=rows)
+
+
+def warn_of_noise(error: InputError) -> None:
+    """Say why an input example is passed over: it may be meant for what MLflow makes of it, so that is no failure."""
+    _log.warning("Verifying on generated noise, since the model cannot take the input example: %s", error.message)
 
 
 def generate_samples(model: OnnxModel, profiles: Profiles) -> Samples:
