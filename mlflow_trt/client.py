@@ -66,6 +66,7 @@ class _Exchange:
         self._wire_format = wire_format
         self._dtypes = dict(output_dtypes or {})
         self._json_only: set[frozenset[str]] = set()  # inputs that the server did not take as parquet
+        self._shapes: dict[str, wire.Shape] | None = None  # of the signature; None before the server was asked
 
     def predict(
         self, inputs: wire.Inputs
@@ -79,7 +80,10 @@ class _Exchange:
         as_parquet = self._wire_format == "parquet" or (
             self._wire_format == "auto" and names not in self._json_only and wire.fits_table(inputs)
         )
-        response = yield from self._answered(wire.parquet_request(inputs) if as_parquet else wire.json_request(inputs))
+        request = wire.parquet_request(inputs) if as_parquet else wire.json_request(inputs)
+        if as_parquet:
+            yield from self._check_shapes(inputs)
+        response = yield from self._answered(request)
         refused = as_parquet and wire.wants_json(response.status_code, response.content)
         if refused and self._wire_format == "auto":
             self._json_only.add(names)
@@ -87,6 +91,22 @@ class _Exchange:
         if response.status_code != httpx.codes.OK:
             raise wire.error_of(response.status_code, response.content)
         return wire.decode_answer(response.content, self._dtypes)
+
+    def _check_shapes(
+        self, inputs: wire.Inputs
+    ) -> Generator[wire.Request | float, httpx.Response | httpx.TransportError | None, None]:
+        """Compare arrays with the signature: MLflow does so with JSON, and shapes the rows of a table by it."""
+        if self._shapes is not None and not wire.misshapen(inputs, self._shapes):
+            return
+        # Asked again before anything is refused: the server may have another model by now.
+        response = yield from self._answered(wire.signature_request())
+        if response.status_code in _TRY_AGAIN:
+            raise wire.error_of(response.status_code, response.content)
+        self._shapes = wire.shapes_in(response.content)
+        if wrong := wire.misshapen(inputs, self._shapes):
+            from mlflow_trt.errors import InputShapeError
+
+            raise InputShapeError("; ".join(wrong.values()), tensor=next(iter(wrong)))
 
     def _answered(
         self, request: wire.Request
@@ -150,11 +170,11 @@ class Client:
         """Run the model on arrays by name of input; gives arrays by name of output.
 
         A value is an array of any rank, a number, nested lists, or a list of `bytes` where the model's signature has
-        binary columns. MLflow converts lists to the signature's dtype. Rows that go as parquet it shapes by the
-        signature: with `auto` and `parquet`, an array whose rows have the right size and another shape is not refused.
+        binary columns. MLflow converts lists to the signature's dtype.
 
         Raises:
-            InputError: the server refused the input, and why.
+            InputError: the server refused the input, and why; InputShapeError: an array has another shape than the
+                model's signature, which the client asks for before it first sends parquet.
             OutOfMemoryError: it has no room for it.
             ServerError: it failed; ServerUnavailableError: there is none; ServerTimeoutError: it took too long.
         """

@@ -5,6 +5,7 @@ No input or output happens here, and MLflow is not imported: clients start in a 
 
 from __future__ import annotations
 
+import ast
 import base64
 import json
 import re
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from mlflow_trt.errors import MlflowTrtError
 
 Array = npt.NDArray[np.generic]
+Shape = tuple[int, ...]
 Inputs = Mapping[str, Any]
 """By name an array, a number, nested lists, or a sequence of `bytes`, one for each row."""
 
@@ -33,6 +35,9 @@ _QUOTED_DATA = (
     re.compile(r"\AFailed to enforce schema of data '.*' with schema '(?P<schema>.*?)'\. Error: ", re.DOTALL),
 )
 _LONGEST_TEXT = 2000
+
+# An input in the text of a signature, as MLflow writes it: 'x': Tensor('float32', (-1, 3))
+_TENSOR = re.compile(r"""(?P<name>'[^']*'|"[^"]*"): Tensor\('\w+', (?P<shape>\([-\d, ]*\))\)""")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +107,33 @@ def json_request(inputs: Inputs) -> Request:
     return Request(content=json.dumps(content).encode(), content_type=JSON)
 
 
+def signature_request() -> Request:
+    """What no model takes: MLflow refuses it, and says what the signature is, before the model sees it."""
+    return Request(content=b'{"inputs": {}}', content_type=JSON)
+
+
+def shapes_in(body: bytes) -> dict[str, Shape]:
+    """The shapes of inputs by name, -1 for any size, as far as an answer to `signature_request` tells them.
+
+    Models without tensors in their signature, and servers with MLFLOW_DISABLE_SCHEMA_DETAILS, tell none.
+    """
+    text = body.decode(errors="replace")
+    try:
+        text = str(json.loads(text)["message"])
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return {ast.literal_eval(match["name"]): ast.literal_eval(match["shape"]) for match in _TENSOR.finditer(text)}
+
+
+def misshapen(inputs: Inputs, shapes: Mapping[str, Shape]) -> dict[str, str]:
+    """By name, what is wrong with arrays of another shape than the signature's: in a table, MLflow reshapes rows."""
+    return {
+        name: f"input {name!r} has the shape {np.shape(value)}; the model's signature wants {shapes[name]}"
+        for name, value in inputs.items()
+        if name in shapes and not _is_bytes(value) and not _has_shape(value, shapes[name])
+    }
+
+
 def wants_json(status: int, body: bytes) -> bool:
     """Whether an answer says that parquet cannot serve: the server is too old, or the model's inputs fit no table."""
     return status == 415 or (status == 400 and _NO_TABLE.encode() in body)
@@ -160,6 +192,11 @@ def _is_bytes(value: Any) -> bool:
 
 def _is_cell(value: Any) -> bool:
     return isinstance(value, (bytes, bytearray, memoryview))
+
+
+def _has_shape(value: Any, wanted: Shape) -> bool:
+    shape = np.shape(value)
+    return len(shape) == len(wanted) and all(dim in (-1, size) for size, dim in zip(shape, wanted, strict=True))
 
 
 def _column(name: str, value: Any, pa: Any) -> Any:

@@ -7,7 +7,7 @@ import io
 import json
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import ml_dtypes
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, Schema
+from mlflow.types import ColSpec, Schema, TensorSpec
 from serving import free_port, served
 
 import mlflow_trt
@@ -26,6 +26,7 @@ from mlflow_trt.client import AsyncClient, Client
 from mlflow_trt.errors import (
     InputDtypeError,
     InputError,
+    InputShapeError,
     OutOfMemoryError,
     RecipeError,
     ServerError,
@@ -38,9 +39,13 @@ RANKS_DTYPES = {"scaled": "float32", "sums": "float32", "total": "float32", "dou
 
 
 @contextmanager
-def scripted(*answers, seconds=0.0):
-    """A server that gives these (status, headers, body) one after the other, then the last one; and what it got."""
+def scripted(*answers, seconds=0.0, signatures=(b"{}",)):
+    """A server that gives these (status, headers, body) one after the other, then the last one; and what it got.
+
+    Whoever asks for the signature gets one of those in the same way, which is not counted.
+    """
     remaining = list(answers)
+    signatures = [(400, {}, signature) for signature in signatures]
     received = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -48,9 +53,11 @@ def scripted(*answers, seconds=0.0):
 
         def do_POST(self):
             body = self.rfile.read(int(self.headers["content-length"]))
-            received.append((self.headers["content-type"], body))
-            status, headers, content = remaining.pop(0) if len(remaining) > 1 else remaining[0]
-            time.sleep(seconds)
+            left = signatures if body == wire.signature_request().content else remaining
+            if left is remaining:
+                received.append((self.headers["content-type"], body))
+                time.sleep(seconds)
+            status, headers, content = left.pop(0) if len(left) > 1 else left[0]
             if status is None:  # hang up
                 self.close_connection = True
                 return
@@ -58,7 +65,8 @@ def scripted(*answers, seconds=0.0):
             for name, value in {**headers, "content-length": str(len(content))}.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(content)
+            with suppress(BrokenPipeError):  # the client waited for no answer
+                self.wfile.write(content)
 
         def log_message(self, *arguments):
             pass
@@ -255,6 +263,48 @@ class TestFallingBack:
             client.predict(inputs)
 
 
+def signature(*columns):
+    text = f"Failed to enforce schema of data '{{}}' with schema '{Schema([*columns])}'. Error: Model is missing inputs"
+    return json.dumps({"message": text}).encode()
+
+
+def tensor(name, *shape):
+    return TensorSpec(np.dtype("float32"), shape, name)
+
+
+class TestShapes:
+    def test_those_of_a_signature(self):
+        columns = (tensor("x", -1, 3, 8), tensor("it's", -1), tensor('a"b', -1, -1))
+        assert wire.shapes_in(signature(*columns)) == {"x": (-1, 3, 8), "it's": (-1,), 'a"b': (-1, -1)}
+
+    @pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"message": "Please check your input data."}',
+                                      signature(ColSpec("binary", "x")), signature(tensor(None, -1, 3))])  # fmt: skip
+    def test_a_server_that_tells_none(self, body):
+        assert wire.shapes_in(body) == {}
+        with scripted(GOOD, signatures=[body]) as (address, received), Client(address) as client:
+            client.predict(ROW)
+        assert len(received) == 1
+
+    @pytest.mark.parametrize("wire_format", ["auto", "parquet"])
+    def test_rows_of_the_right_size_and_another_shape_are_not_sent(self, wire_format):
+        with (
+            scripted(GOOD, signatures=[signature(tensor("x", -1, 3, 8))]) as (address, received),
+            Client(address, wire_format=wire_format) as client,
+        ):
+            client.predict({"x": np.ones((5, 3, 8), np.float32)})
+            for shape in ((5, 8, 3), (5, 24), (120,)):
+                with pytest.raises(InputShapeError, match=r"input 'x' has the shape .*wants \(-1, 3, 8\)"):
+                    client.predict({"x": np.ones(shape, np.float32)})
+        assert len(received) == 1
+
+    def test_a_server_that_has_another_model_by_now(self):
+        signatures = [signature(tensor("x", -1, 3, 8)), signature(tensor("x", -1, 8, 3))]
+        with scripted(GOOD, signatures=signatures) as (address, received), Client(address) as client:
+            client.predict({"x": np.ones((5, 3, 8), np.float32)})
+            client.predict({"x": np.ones((5, 8, 3), np.float32)})
+        assert len(received) == 2
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
@@ -326,8 +376,10 @@ class TestAgainstMlflow:
         with Client(ranks_server, wire_format=wire_format) as client:
             with pytest.raises(InputError, match=r"Model is missing inputs \['gain'\]"):
                 client.predict({"image": feeds["image"], "count": feeds["count"]})
-            with pytest.raises(InputError, match="The model wants"):
+            with pytest.raises(InputError, match=r"wants .*\(-1, 2, 3"):
                 client.predict({**feeds, "image": feeds["image"][:, :, :2]})
+            with pytest.raises(InputError, match=r"wants .*\(-1, 2, 3"):
+                client.predict({**feeds, "image": feeds["image"].swapaxes(1, 2)})
 
     def test_images_of_uint8_without_a_server(self, tmp_path):
         """What the server does with the request: pandas reads it, and MLflow compares it with the signature."""
@@ -337,13 +389,23 @@ class TestAgainstMlflow:
         frame = pd.read_parquet(io.BytesIO(wire.parquet_request({"image": images}).content))
         assert np.allclose(model.predict(frame)["means"], images.mean((1, 2)), rtol=1e-6)
 
+    def test_a_model_whose_inputs_fit_no_table(self, folders):
+        """What the server does with parquet where more than the first dimension varies."""
+        model = mlflow.pyfunc.load_model(str(folders / "scalar"), model_config=CPU)
+        request = wire.parquet_request({"x": networks.rows(3, 5), "k": np.ones(3, np.float32)})
+        with pytest.raises(mlflow.MlflowException) as caught:
+            model.predict(pd.read_parquet(io.BytesIO(request.content)))
+        answer = (400, {}, str(caught.value).encode())
+        with scripted(answer, GOOD) as (address, received), Client(address) as client:
+            client.predict(ROW)
+        assert [content_type for content_type, _ in received] == [wire.PARQUET, wire.JSON]
+
     def test_inputs_without_rows_in_common(self, folders, module_store):
         x = networks.rows(3, 5)
         settings = {**CPU, "answers": "base64"}
         with served(str(folders / "scalar"), module_store.uri, settings) as address, Client(address) as client:
             same(client.predict({"x": x, "k": np.float32(2.5)}), {"y": x * np.float32(2.5)})
-            # A table would hold these, and MLflow wants none where more than the first dimension varies.
-            with pytest.raises(InputError, match=r"Shape of input \(3,\) does not match expected shape \(\)"):
+            with pytest.raises(InputShapeError, match=r"'k' has the shape \(3,\); the model's signature wants \(\)"):
                 client.predict({"x": x, "k": np.ones(3, np.float32)})
 
     def test_images_as_bytes_and_packed_answers(self, packing_server, folders):
