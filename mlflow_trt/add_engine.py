@@ -15,7 +15,6 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model
 from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.utils.file_utils import get_total_file_size
-from mlflow.utils.validation import _validate_model_alias_name
 
 from mlflow_trt import hardware, kernels, trt
 from mlflow_trt._logging import get_logger
@@ -27,7 +26,7 @@ from mlflow_trt.errors import EngineMismatchError, RecipeError, RuntimeUnavailab
 from mlflow_trt.fetching import fetch_folder
 from mlflow_trt.fitting import why_not
 from mlflow_trt.lineage import point_to
-from mlflow_trt.loading import open_session
+from mlflow_trt.loading import open_tensorrt
 from mlflow_trt.packaging import check_names, flavor_fields, move_model
 from mlflow_trt.progress import told_progress
 from mlflow_trt.registration import set_alias, undo_logging, undone_on_failure
@@ -73,9 +72,7 @@ def add_engine(
     if version is None:
         raise RecipeError(f"{model_uri} is no registered version; expected models:/name/version or models:/name@alias")
     name = registered_model_name or version.name
-    check_names(name, {})
-    if alias is not None:
-        _validate_model_alias_name(alias)
+    check_names(name, alias=alias)
     compiler = (
         kernels.check_kernels(Recipe(targets=targets) if targets else None, LoadSettings()) if store_kernels else None
     )
@@ -166,7 +163,7 @@ def _built(
 def _try(path: Path) -> None:
     """Run the golden sample on the new engine, where this machine has what that needs. Raises SelfTestError."""
     try:
-        open_session(read_folder(path), LoadSettings(on_mismatch="error")).close()
+        open_tensorrt(read_folder(path), LoadSettings(on_mismatch="error")).close()
     except (RuntimeUnavailableError, EngineMismatchError) as error:
         _log.warning("The new engine was not tested here: %s", error.message)
 

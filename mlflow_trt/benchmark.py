@@ -31,7 +31,7 @@ from mlflow_trt.errors import (
     RuntimeUnavailableError,
 )
 from mlflow_trt.fetching import is_of_this_flavor, opened_folder
-from mlflow_trt.loading import open_session
+from mlflow_trt.loading import open_tensorrt
 from mlflow_trt.model_inputs import Feeds, sample
 from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
 from mlflow_trt.runtime.session import Session
@@ -152,7 +152,7 @@ def opened(model_uri: str, *, device: int = 0, progress: Progress | None = None)
     with opened_folder(model_uri) as folder:
         record = folder.record
         try:
-            session, problem = open_session(folder, LoadSettings(device=device), progress), None
+            session, problem = open_tensorrt(folder, LoadSettings(device=device), progress), None
         except (RuntimeUnavailableError, EngineMismatchError, BuildError, ExecutionError) as error:
             problem = f"{model_uri} does not run on TensorRT here: {error.message}"
             source = folder.checked_model(record.source)

@@ -15,6 +15,7 @@ from mlflow_trt._logging import get_logger
 from mlflow_trt.comparison import Tolerance
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.errors import RecipeError
+from mlflow_trt.packaging import check_names
 from mlflow_trt.planning import plan_conversion
 from mlflow_trt.registration import exists, versions_of
 from mlflow_trt.registry import convert_model_version, refuse_early
@@ -61,7 +62,8 @@ def convert_all(
         on_outcome: called after each model.
 
     Raises RecipeError where the pattern gives several models one name; what MLflow raises for a filter that it does
-    not understand; what `refuse_early` raises. What goes wrong with one model becomes its outcome.
+    not understand and an alias that it does not allow; what `refuse_early` raises. What goes wrong with one model
+    becomes its outcome.
     """
     if "{name}" not in name_pattern:
         raise RecipeError(
@@ -69,6 +71,7 @@ def convert_all(
             "like '{name}-trt'",
             option="register_as",
         )
+    check_names(None, alias=alias)
     refuse_early(recipe, model_config, verify, store_kernels=store_kernels)
     outcomes = []
     for model in list(_matching(filter_string)):

@@ -188,7 +188,7 @@ def log_model(
         extra_files=extra_files,
         lineage=lineage or {},
     )
-    check_names(registered_model_name, tags or {})
+    check_names(registered_model_name, tags)
     if validate_serving_input is None:
         validate_serving_input = input_example is not None and _can_run_here(options.settings)
     asked = Asked(request, calibration_data, input_example, verify, options.settings, store_kernels)

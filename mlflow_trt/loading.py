@@ -56,7 +56,7 @@ def open_session(folder: ModelFolder, settings: LoadSettings, progress: Progress
     if settings.runtime == "onnxruntime":
         return _open_onnxruntime(folder, settings)
     try:
-        return _open_tensorrt(folder, settings, progress)
+        return open_tensorrt(folder, settings, progress)
     except (RuntimeUnavailableError, EngineMismatchError, BuildError, ExecutionError) as error:
         if settings.runtime != "auto":
             if isinstance(error, RuntimeUnavailableError):
@@ -84,7 +84,8 @@ def _open_onnxruntime(folder: ModelFolder, settings: LoadSettings) -> Session:
     )
 
 
-def _open_tensorrt(folder: ModelFolder, settings: LoadSettings, progress: Progress | None) -> Session:
+def open_tensorrt(folder: ModelFolder, settings: LoadSettings, progress: Progress | None = None) -> Session:
+    """Load the model with TensorRT, whatever `settings` say of the runtime. Raises what `open_session` does."""
     if isinstance(settings.device, int):
         return _open_on(settings.device, folder, settings, progress)
     gpus = probe().gpus

@@ -33,7 +33,12 @@ from mlflow.utils.environment import (
 )
 from mlflow.utils.file_utils import get_total_file_size
 from mlflow.utils.model_utils import _copy_extra_files, _validate_and_copy_code_paths
-from mlflow.utils.validation import _validate_model_name, _validate_model_version_tag
+from mlflow.utils.validation import (
+    _validate_model_alias_name,
+    _validate_model_alias_name_reserved,
+    _validate_model_name,
+    _validate_model_version_tag,
+)
 
 from mlflow_trt._logging import get_logger
 from mlflow_trt._version import __version__
@@ -176,12 +181,17 @@ def check_target(path: Path) -> None:
         raise RecipeError(f"{path} cannot be written: {nearest} is no folder that you may write to", option="path")
 
 
-def check_names(registered_model_name: str | None, tags: Mapping[str, Any]) -> None:
-    """Raise MLflow's own errors for a name or tag that it refuses, before anything takes time."""
+def check_names(
+    registered_model_name: str | None, tags: Mapping[str, Any] | None = None, alias: str | None = None
+) -> None:
+    """Raise MLflow's own errors for a name, tag or alias that it refuses, before anything takes time."""
     if registered_model_name is not None:
         _validate_model_name(registered_model_name)
-    for key, value in tags.items():
+    for key, value in (tags or {}).items():
         _validate_model_version_tag(key, str(value))
+    if alias is not None:
+        _validate_model_alias_name(alias)
+        _validate_model_alias_name_reserved(alias)
 
 
 def _kept(verification: Verification | None) -> dict[str, Any]:

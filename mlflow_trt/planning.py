@@ -59,7 +59,7 @@ def plan_conversion(
     Raises what the conversion would raise before it builds.
     """
     if registered_model_name is not None:
-        check_names(registered_model_name, {})
+        check_names(registered_model_name)
     if path is not None:
         check_target(path)
     tensorrt = trt.load()

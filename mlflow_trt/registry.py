@@ -11,7 +11,6 @@ from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.utils.validation import _validate_model_alias_name
 
 from mlflow_trt import trt
 from mlflow_trt._logging import get_logger
@@ -74,9 +73,7 @@ def convert_model_version(
         Everything that `log_model` raises. After any failure or interruption the registry is as it was before.
     """
     request = Recipe.of(recipe, precision=precision, batch=batch, shapes=shapes, targets=targets)
-    check_names(registered_model_name, tags or {})
-    if alias is not None:
-        _validate_model_alias_name(alias)
+    check_names(registered_model_name, tags, alias)
     kernels_for = refuse_early(request, model_config, verify, store_kernels=store_kernels)
     with opened_source(model_uri) as source:
         digest = recipe_digest(request, trt.load(), asked(model_config, calibration_data, verify, kernels_for))

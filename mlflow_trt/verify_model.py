@@ -15,7 +15,7 @@ from mlflow_trt.convert.profiles import Profiles
 from mlflow_trt.convert.samples import SampleOrigin, Samples, cut_samples
 from mlflow_trt.errors import InputError, RuntimeUnavailableError
 from mlflow_trt.fetching import opened_folder
-from mlflow_trt.loading import open_session
+from mlflow_trt.loading import open_tensorrt
 from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.sample_data import arrays_of
@@ -68,7 +68,7 @@ def _samples(folder: ModelFolder, source: OnnxModel, data: Any) -> Samples:
 
 def _subject(folder: ModelFolder, device: int) -> Session:
     try:
-        return open_session(folder, LoadSettings(device=device, self_test=False))
+        return open_tensorrt(folder, LoadSettings(device=device, self_test=False))
     except RuntimeUnavailableError as error:
         _log.warning("Verifying the typed model, since the engine cannot run here: %s", error.message)
     record = folder.record

@@ -141,7 +141,7 @@ ALLOWED = {
     "pyfunc": BASE | RUNTIME | {"artifact", "loading", "progress"},
     "registry": CONVERT | {"best", "flavor", "kernels", "lineage", "packaging", "registration", "sources"},
     "planning": CONVERT | {"lineage", "registry", "packaging", "signatures", "sources"},
-    "convert_all": CONVERT | {"lineage", "planning", "registration", "registry"},
+    "convert_all": CONVERT | {"lineage", "packaging", "planning", "registration", "registry"},
     "add_engine": CONVERT
     | {
         "artifact",
