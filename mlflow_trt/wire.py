@@ -218,7 +218,14 @@ def _column(name: str, value: Any, pa: Any) -> Any:
 def _listed(name: str, value: Any) -> Any:
     if _is_bytes(value):
         return [base64.b64encode(cell).decode() for cell in value]
-    return _native(name, value).tolist()
+    array = _native(name, value)
+    if 0 in array.shape[:-1]:
+        from mlflow_trt.errors import InputShapeError
+
+        raise InputShapeError(
+            f"input {name!r} has the shape {array.shape}, which JSON cannot tell; send one row or more", tensor=name
+        )
+    return array.tolist()
 
 
 def _native(name: str, value: Any) -> Array:

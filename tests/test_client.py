@@ -108,7 +108,7 @@ class TestWire:
         assert frame["bytes"].tolist() == [b"a\0", b"", b"c", b"d", b"e"]
         assert frame["n"].tolist() == [0, 1, 2, 3, 4]
 
-    def test_bfloat16_goes_as_float32_and_texts_do_not_go(self):
+    def test_bfloat16_goes_as_float32_and_what_does_not_go(self):
         array = np.ones((2, 2), ml_dtypes.bfloat16)
         assert json.loads(wire.json_request({"x": array}).content) == {"inputs": {"x": [[1, 1], [1, 1]]}}
         with pytest.raises(InputDtypeError, match="input 'x' is of dtype <U1; expected numbers"):
@@ -116,6 +116,8 @@ class TestWire:
         for request in (wire.json_request, wire.parquet_request):
             with pytest.raises(InputError, match="these inputs do not fit a table"):
                 request({"x": [b"a", b"b"], "k": np.ones(3)})
+        with pytest.raises(InputShapeError, match=r"'x' has the shape \(0, 3\), which JSON cannot tell; send one row"):
+            wire.json_request({"x": np.zeros((0, 3), np.float32)})
         with pytest.raises(InputError, match="input 'x' is no regular array"):
             wire.json_request({"x": [[1], [2, 3]]})
 
