@@ -68,10 +68,16 @@ def max_batch_size(record: Record, backend: str) -> int:
 
 
 def config_text(record: Record, layout: Layout) -> str:
-    """The config.pbtxt. Raises UnsupportedModelError for a type that Triton does not have."""
+    """The config.pbtxt. Raises UnsupportedModelError for a type or a shape that Triton does not have."""
     batch = max_batch_size(record, layout.backend)
     shape_tensors = {name for profile in record.profiles for name, limits in profile.ranges.items() if limits.is_values}
     tensorrt = layout.backend == "tensorrt"
+    scalar = next((spec for spec in (*record.inputs, *record.outputs) if not spec.shape), None)
+    if tensorrt and scalar is not None:
+        raise UnsupportedModelError(
+            f"{scalar.name!r} has no dimensions, which Triton has for ONNX Runtime only: give it one in the model, or "
+            "take backend='onnxruntime' (--backend onnxruntime)"
+        )
     fields: Fields = {
         "name": layout.name,
         "backend": layout.backend,
@@ -104,7 +110,7 @@ def warmup_files(record: Record) -> dict[str, bytes]:
 def _tensor(spec: TensorSpec, batch: int, *, is_shape: bool = False) -> Fields:
     dims = [-1 if size is None else size for size in spec.fixed[1 if batch else 0 :]]
     fields: Fields = {"name": spec.name, "data_type": _type(spec), "dims": dims or [1]}
-    if not dims:  # Triton has no tensors without dimensions
+    if batch and not dims:  # Triton has no tensors without dimensions, and no empty reshape without batches
         fields["reshape"] = {"shape": []}
     if is_shape:
         fields["is_shape_tensor"] = True

@@ -195,13 +195,23 @@ def test_several_profiles(tmp_path, parse):
 def test_what_has_no_rows_in_common_is_not_put_together(tmp_path, parse):
     shapes = {"x": ((1, 1), (4, 4), (8, 8))}
     mlflow_trt.save_model(networks.scaled_by_a_scalar(), tmp_path / "scalar", shapes=shapes, verify=False)
-    made = export_triton(with_engines(tmp_path / "scalar", engine()), tmp_path / "models")
+    made = export_triton(str(tmp_path / "scalar"), tmp_path / "models", backend="onnxruntime")
     config = read(made, parse)
     assert config.max_batch_size == 0
     assert not config.HasField("dynamic_batching")
     assert {tensor.name: list(tensor.dims) for tensor in config.input} == {"x": [-1, -1], "k": [1]}
+    # "cannot have empty reshape for non-batching model", says Triton, whose ONNX Runtime knows that k is a scalar.
+    assert not any(tensor.HasField("reshape") for tensor in (*config.input, *config.output))
     assert [(warmup.batch_size, list(warmup.inputs["x"].dims)) for warmup in config.model_warmup] == [(1, [4, 4])]
     assert any("will not put requests together" in remark for remark in made.remarks)
+
+
+def test_what_has_no_dimensions_is_not_for_tensorrt_there(tmp_path):
+    shapes = {"x": ((1, 1), (4, 4), (8, 8))}
+    mlflow_trt.save_model(networks.scaled_by_a_scalar(), tmp_path / "scalar", shapes=shapes, verify=False)
+    with pytest.raises(UnsupportedModelError, match="'k' has no dimensions.*--backend onnxruntime"):
+        export_triton(with_engines(tmp_path / "scalar", engine()), tmp_path / "models")
+    assert not any((tmp_path / "models").rglob("*"))
 
 
 def test_a_static_batch_is_not_padded_by_triton(tmp_path, parse):
@@ -230,7 +240,7 @@ def test_names_with_quotes_and_types_that_triton_lacks(folder, parse):
     layout = Layout(name="m", backend="tensorrt", default_file="model.plan")
     assert parse(config_text(replace(record, outputs=(odd,)), layout)).output[0].name == odd.name
     with pytest.raises(UnsupportedModelError, match="'t' is of dtype float8_e4m3fn, which Triton does not have"):
-        config_text(replace(record, outputs=(TensorSpec(name="t", dtype="float8_e4m3fn", shape=()),)), layout)
+        config_text(replace(record, outputs=(TensorSpec(name="t", dtype="float8_e4m3fn", shape=("batch",)),)), layout)
 
 
 class TestNothingIsWritten:
