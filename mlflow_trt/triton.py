@@ -14,7 +14,7 @@ from mlflow_trt.errors import EngineMismatchError, RecipeError
 from mlflow_trt.fetching import opened_folder
 from mlflow_trt.packaging import check_target, written_aside
 from mlflow_trt.spec import ComputeCapability, Distribution, EngineRecord, Precision, Weights
-from mlflow_trt.triton_config import Layout, config_text, max_batch_size, warmup_files
+from mlflow_trt.triton_config import Layout, config_text, largest_batch, max_batch_size, warmup_files
 
 BACKENDS = ("tensorrt", "onnxruntime")
 _VERSION_FOLDER = "1"
@@ -93,9 +93,12 @@ def export_triton(
         for file, content in warmup_files(folder.record).items():
             (aside / "warmup").mkdir(exist_ok=True)
             (aside / "warmup" / file).write_bytes(content)
-        batch = max_batch_size(folder.record, backend)
+        batch, largest = max_batch_size(folder.record, backend), largest_batch(folder.record)
     if not batch:
         remarks = (*remarks, "Triton will not put requests together: not every input and output has rows from 1 on")
+    elif batch < largest:
+        limit = f"takes {batch} rows at once, and not {largest}: not every profile takes more, and Triton does not ask"
+        remarks = (*remarks, limit)
     files = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
     return TritonModel(path=target, backend=backend, max_batch_size=batch, files=tuple(files), remarks=remarks)
 

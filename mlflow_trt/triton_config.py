@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlflow_trt.artifact import Record
@@ -55,16 +55,43 @@ def max_batch_size(record: Record, backend: str) -> int:
     """The largest batch that Triton may put together, or 0 where it must leave requests as they are.
 
     It can put together what has rows on axis 0 of every input and output, from a single row on: Triton does not pad.
+    It does so without a look at the profiles of an engine, so there must be one for each batch up to this, whatever
+    the other dimensions are.
     """
     axis = record.batch_axis
     if axis is None or not axis.splits or {spec.name for spec in record.inputs} != set(axis.inputs):
         return 0
     if any(spec.fixed[:1] != (None,) for spec in (*record.inputs, *record.outputs)):
         return 0
-    ranges = [limits for profile in record.profiles for limits in profile.ranges.values()]
-    if not ranges or (backend == "tensorrt" and min(limits.min[0] for limits in ranges) > 1):
-        return 0
-    return max(limits.max[0] for limits in ranges)
+    if backend == "tensorrt":
+        return min((_rows_from_1_on(profile, record.profiles) for profile in record.profiles), default=0)
+    return largest_batch(record)
+
+
+def largest_batch(record: Record) -> int:
+    """What any of the profiles takes; 0 without profiles."""
+    return max((rows for profile in record.profiles for rows in _largest(profile)), default=0)
+
+
+def _rows_from_1_on(profile: ShapeProfile, profiles: Sequence[ShapeProfile]) -> int:
+    """How many rows of the shapes of `profile` there may be, if each smaller number must fit one of `profiles`, too."""
+    rows = 0
+    for smallest, largest in sorted(_limits_of_rows(other) for other in profiles if _takes_rows_of(other, profile)):
+        if smallest <= rows + 1:
+            rows = max(rows, largest)
+    return rows
+
+
+def _limits_of_rows(profile: ShapeProfile) -> tuple[int, int]:
+    return max(limits.min[0] for limits in profile.ranges.values()), min(_largest(profile))
+
+
+def _takes_rows_of(profile: ShapeProfile, other: ShapeProfile) -> bool:
+    return all(
+        replace(limits, min=limits.min[1:], max=limits.max[1:]).contains(shape[1:])
+        for name, limits in profile.ranges.items()
+        for shape in (other.ranges[name].min, other.ranges[name].max)
+    )
 
 
 def config_text(record: Record, layout: Layout) -> str:
@@ -137,14 +164,15 @@ def _instances(record: Record, layout: Layout) -> Fields:
 def _preferred(record: Record, batch: int) -> list[int]:
     """What the engine was optimized for, and the most it takes."""
     usual = {limits.opt[0] for profile in record.profiles for limits in profile.ranges.values()}
-    return sorted(size for size in {*usual, batch} if size > 1)
+    return sorted(size for size in {*usual, batch} if 1 < size <= batch)
 
 
 def _warmups(record: Record, batch: int) -> Iterator[Fields]:
     """A request of the usual and of the largest batch of each profile: no caller waits for what is done once."""
     for index, profile in enumerate(record.profiles or (ShapeProfile(ranges={}),)):
-        rows = sorted({limits.opt[0] for limits in profile.ranges.values()} | _largest(profile)) if batch else [1]
-        for size in rows:
+        usual = {limits.opt[0] for limits in profile.ranges.values()}
+        rows = {min(size, batch) for size in usual | _largest(profile)} if batch else {1}
+        for size in sorted(rows):
             yield {
                 "name": f"profile {index}, batch {size}" if batch else f"profile {index}",
                 "batch_size": size,

@@ -183,13 +183,38 @@ def test_several_profiles(tmp_path, parse):
         {"input_ids": ((1, 16), (2, 32), (4, 64))},
     ]
     mlflow_trt.save_model(networks.transformer(), tmp_path / "text", shapes=shapes, verify=False)
-    config = read(export_triton(with_engines(tmp_path / "text", engine()), tmp_path / "models"), parse)
+    made = export_triton(with_engines(tmp_path / "text", engine()), tmp_path / "models")
+    config = read(made, parse)
     assert list(config.instance_group[0].profile) == ["0", "1"]
-    assert config.max_batch_size == 8
-    assert list(config.dynamic_batching.preferred_batch_size) == [2, 4, 8]
+    # Triton would put 8 requests of 32 tokens together, too, which fit no profile.
+    assert config.max_batch_size == made.max_batch_size == 4
+    assert any("takes 4 rows at once, and not 8" in remark for remark in made.remarks)
+    assert list(config.dynamic_batching.preferred_batch_size) == [2, 4]
     assert {tensor.name: list(tensor.dims) for tensor in config.input} == {"input_ids": [-1], "attention_mask": [-1]}
     warmups = [(warmup.batch_size, list(warmup.inputs["input_ids"].dims)) for warmup in config.model_warmup]
-    assert warmups == [(4, [8]), (8, [8]), (2, [32]), (4, [32])]
+    assert warmups == [(4, [8]), (2, [32]), (4, [32])]
+
+    made = export_triton(str(tmp_path / "text"), tmp_path / "onnx", backend="onnxruntime")
+    assert (made.max_batch_size, made.remarks) == (8, ())
+
+
+@pytest.mark.parametrize(
+    ("batches", "largest"),
+    [
+        ([(1, 1, 1), (1, 32, 64)], 64),
+        ([(1, 1, 1), (2, 32, 64)], 64),
+        ([(8, 16, 16), (1, 4, 8)], 16),
+        ([(1, 2, 4), (8, 8, 16)], 4),  # none takes 5
+        ([(2, 2, 4), (4, 8, 16)], 0),  # nor 1
+    ],
+)
+def test_profiles_of_different_batches(batches, largest, tmp_path, parse):
+    shapes = [{"x": ((low, 16), (usual, 16), (high, 16))} for low, usual, high in batches]
+    mlflow_trt.save_model(networks.product(), tmp_path / "product", shapes=shapes, verify=False)
+    config = read(export_triton(with_engines(tmp_path / "product", engine()), tmp_path / "models"), parse)
+    assert config.max_batch_size == largest
+    assert all(warmup.batch_size <= max(largest, 1) for warmup in config.model_warmup)
+    assert all(size <= largest for size in config.dynamic_batching.preferred_batch_size)
 
 
 def test_what_has_no_rows_in_common_is_not_put_together(tmp_path, parse):
