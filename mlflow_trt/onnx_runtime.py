@@ -54,6 +54,14 @@ class CpuModel:
         # Asked, since a provider that does not work is left out without an error.
         self.device = "CUDA" if _CUDA in self._session.get_providers() else "CPU"
 
+    @property
+    def output_shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """By name, as ONNX Runtime infers them; None for what varies."""
+        return {
+            output.name: tuple(size if isinstance(size, int) else None for size in output.shape)
+            for output in self._session.get_outputs()
+        }
+
     def run(self, names: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs of these names. Raises InputError, ExecutionError or OutOfMemoryError."""
         if not names:

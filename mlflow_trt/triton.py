@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from mlflow_trt.artifact import ModelFolder, StoredModel
-from mlflow_trt.errors import EngineMismatchError, RecipeError
+from mlflow_trt.artifact import ModelFolder, Record, StoredModel
+from mlflow_trt.errors import EngineMismatchError, ExecutionError, MissingDependencyError, RecipeError
 from mlflow_trt.fetching import opened_folder
+from mlflow_trt.onnx_runtime import CpuModel
 from mlflow_trt.packaging import check_target, written_aside
 from mlflow_trt.spec import ComputeCapability, Distribution, EngineRecord, Precision, Weights
 from mlflow_trt.triton_config import Layout, config_text, largest_batch, max_batch_size, warmup_files
@@ -23,8 +24,9 @@ _SOURCE_FOR_ONNXRUNTIME = {Precision.BF16, Precision.FP8}
 
 
 class _Written(NamedTuple):
-    """The files of a model's version, as `Layout` names them, and what to say about them."""
+    """The files of a model's version, as `Layout` names them, what the backend sees in them, and what to say of it."""
 
+    record: Record
     default_file: str
     files_by_capability: Mapping[str, str]
     remarks: tuple[str, ...]
@@ -80,7 +82,7 @@ def export_triton(
     with opened_folder(model_uri) as folder, written_aside(target) as aside:
         (aside / _VERSION_FOLDER).mkdir()
         write = _write_engines if backend == "tensorrt" else _write_onnx
-        default_file, files_by_capability, remarks = write(folder, aside / _VERSION_FOLDER)
+        record, default_file, files_by_capability, remarks = write(folder, aside / _VERSION_FOLDER)
         layout = Layout(
             name=name,
             backend=backend,
@@ -89,11 +91,11 @@ def export_triton(
             instances=instances,
             queue_delay=queue_delay,
         )
-        (aside / "config.pbtxt").write_text(config_text(folder.record, layout))
-        for file, content in warmup_files(folder.record).items():
+        (aside / "config.pbtxt").write_text(config_text(record, layout))
+        for file, content in warmup_files(record).items():
             (aside / "warmup").mkdir(exist_ok=True)
             (aside / "warmup" / file).write_bytes(content)
-        batch, largest = max_batch_size(folder.record, backend), largest_batch(folder.record)
+        batch, largest = max_batch_size(record, backend), largest_batch(record)
     if not batch:
         remarks = (*remarks, "Triton will not put requests together: not every input and output has rows from 1 on")
     elif batch < largest:
@@ -140,7 +142,7 @@ def _write_engines(folder: ModelFolder, target: Path) -> _Written:
     if all(engine.version_compatible for engine in chosen):
         needs += " or a later minor release, started with --backend-config=tensorrt,version-compatible=true"
     remarks = (needs, *(f"left out {reason}" for reason in left_out))
-    return _Written(default or next(iter(names.values())), names, remarks)
+    return _Written(folder.record, default or next(iter(names.values())), names, remarks)
 
 
 def _loadable(engines: Sequence[EngineRecord]) -> tuple[list[EngineRecord], list[str]]:
@@ -188,5 +190,14 @@ def _write_onnx(folder: ModelFolder, target: Path) -> _Written:
         place = target / ("model.onnx" if file == stored.file else (folder.path / file).relative_to(path.parent))
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder.path / file, place)
-    remarks = (f"the source model, since ONNX Runtime has few kernels for {record.recipe.precision}",)
-    return _Written("model.onnx", {}, remarks if use_source else ())
+    remarks = []
+    if use_source:
+        remarks.append(f"the source model, since ONNX Runtime has few kernels for {record.recipe.precision}")
+    try:
+        shapes = CpuModel(target / "model.onnx").output_shapes
+    except (MissingDependencyError, ExecutionError) as error:
+        remarks.append(f"the shapes of outputs have to be those that Triton's ONNX Runtime infers: {error.message}")
+        shapes = {}
+    # Triton compares them exactly, and a graph may give a name to what can be inferred.
+    outputs = tuple(replace(spec, shape=shapes.get(spec.name, spec.shape)) for spec in record.outputs)
+    return _Written(replace(record, outputs=outputs), "model.onnx", {}, tuple(remarks))

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import sys
 from dataclasses import replace
 
 import networks
@@ -151,6 +152,25 @@ def test_the_onnx_model_instead(folder, tmp_path, parse, schema):
     feeds = networks.ranks_feeds(3)
     outputs = CpuModel(made.path / "1" / "model.onnx").run(["total"], feeds)
     assert np.allclose(outputs["total"], (feeds["image"] * feeds["gain"][..., None]).sum((1, 2)), rtol=1e-5)
+
+
+def test_outputs_as_onnx_runtime_infers_them(tmp_path, parse):
+    """Triton compares them exactly, and exporters give names to sizes that can be inferred."""
+    model = networks.product()
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "Gemmy_dim_1"
+    mlflow_trt.save_model(model, tmp_path / "product", batch=(1, 4, 8), verify=False)
+    made = export_triton(str(tmp_path / "product"), tmp_path / "models", backend="onnxruntime")
+    (output,) = read(made, parse).output
+    assert list(output.dims) == [8]
+    assert (made.max_batch_size, made.remarks) == (8, ())
+
+
+def test_a_model_that_onnx_runtime_cannot_be_asked_about(tmp_path, parse, monkeypatch):
+    mlflow_trt.save_model(networks.product(), tmp_path / "product", batch=(1, 4, 8), verify=False)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    made = export_triton(str(tmp_path / "product"), tmp_path / "models", backend="onnxruntime")
+    assert list(read(made, parse).output[0].dims) == [8]
+    assert re.search("the shapes of outputs have to be .*: ONNX Runtime is not installed", made.remarks[0])
 
 
 def test_the_model_of_the_precision_with_its_external_data(tmp_path):
