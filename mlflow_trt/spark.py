@@ -15,11 +15,13 @@ from typing import Any
 
 import mlflow
 import pandas as pd
+from mlflow.models import Model
 
 from mlflow_trt.errors import MissingDependencyError, RecipeError, UnsupportedModelError
 from mlflow_trt.fetching import read_record
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.settings import LoadSettings
+from mlflow_trt.sources.opened import registered_version
 from mlflow_trt.spark_rows import Rows, columns_of_outputs
 from mlflow_trt.spec import BatchAxis, TensorSpec
 
@@ -44,9 +46,13 @@ _ROWS_AT_ONCE = 32  # of a model without profiles
 
 @dataclass(frozen=True, kw_only=True)
 class _Model:
-    """What goes to the workers: how to load the model there."""
+    """What goes to the workers: how to load the model there.
+
+    `uuid` tells a model from another one that was at the same URI before.
+    """
 
     uri: str
+    uuid: str | None
     tracking_uri: str
     registry_uri: str
     settings: tuple[tuple[str, Any], ...]
@@ -70,7 +76,8 @@ def predict_udf(
 
     Args:
         spark: the session; its tasks need mlflow-trt and what the runtime wants.
-        model_uri: any model URI of MLflow that the tasks can read, too.
+        model_uri: any model URI of MLflow that the tasks can read, too. An alias is followed once, now: all tasks run
+            the same version, wherever it points later.
         model_config: load settings. Spark's own assignment of a GPU comes before `device`.
 
     Raises:
@@ -79,6 +86,8 @@ def predict_udf(
 
         In the tasks: InputError, which names the partition and the row, and what loading raises.
     """
+    if (version := registered_version(model_uri)) is not None:
+        model_uri = f"models:/{version.name}/{version.version}"
     record = read_record(model_uri)
     settings = LoadSettings.of(model_config)
     given = {name: getattr(settings, name) for name in model_config or {} if name != "answers"}
@@ -86,6 +95,7 @@ def predict_udf(
     _check_rows(axis, record.inputs, model_uri)
     model = _Model(
         uri=model_uri,
+        uuid=Model.load(model_uri).model_uuid,
         tracking_uri=mlflow.get_tracking_uri(),
         registry_uri=mlflow.get_registry_uri(),
         settings=tuple(given.items()),

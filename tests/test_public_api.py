@@ -168,7 +168,7 @@ ALLOWED = {
     "triton": BASE | {"artifact", "fetching", "packaging", "triton_config"},
     "dockerfile": BASE | {"fetching", "packaging"},
     "spark_rows": BASE | RUNTIME,
-    "spark": BASE | RUNTIME | {"fetching", "flavor", "spark_rows"},
+    "spark": BASE | RUNTIME | {"fetching", "sources", "spark_rows"},
     "client": BASE,
     "cli": BASE
     | {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 
 import networks
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow import MlflowClient
 from onnx import helper
 
 import mlflow_trt
@@ -160,6 +162,30 @@ def predict(spark, folder):
     return predict_udf(spark, str(folder), model_config=CPU)
 
 
+def times(factor):
+    return networks.model(
+        [helper.make_node("Mul", ["x", "factor"], ["y"])],
+        [networks.value("x", networks.FLOAT, ["batch"])],
+        [networks.value("y", networks.FLOAT, ["batch"])],
+        [networks.constant("factor", np.float32(factor))],
+    )
+
+
+def log(factor):
+    mlflow_trt.log_model(times(factor), name="t", registered_model_name="times", batch=(1, 4, 8), verify=False)
+
+
+def predictions(spark, uri):
+    from mlflow_trt.spark import predict_udf
+
+    frame = spark.createDataFrame([(1.0,), (2.0,)], "x float").coalesce(1)
+    return frame.select(predict_udf(spark, uri, model_config=CPU)().alias("p"))
+
+
+def collected(frame):
+    return sorted(row.p.y for row in frame.collect())
+
+
 class TestSpark:
     def test_the_type_of_the_result(self, frame, predict):
         assert frame.select(predict().alias("p")).schema["p"].dataType.simpleString() == (
@@ -229,6 +255,24 @@ class TestSpark:
         assert close(np.asarray([row.p.total for row in rows], np.float32), expected["total"])
         with pytest.raises(RecipeError, match="unknown load setting 'runtim'"):
             predict_udf(spark, "models:/r/1", model_config={"runtim": "onnxruntime"})
+
+    def test_a_version_that_an_alias_does_not_point_to_any_more(self, spark, store):
+        client = MlflowClient(store.uri)
+        log(2)
+        log(3)
+        client.set_registered_model_alias("times", "champion", 1)
+        before = predictions(spark, "models:/times@champion")
+        client.set_registered_model_alias("times", "champion", 2)
+        after = predictions(spark, "models:/times@champion")
+        # The column was made while the alias pointed to version 1.
+        assert [collected(column) for column in (before, after, before)] == [[2, 4], [3, 6], [2, 4]]
+
+    def test_a_folder_that_was_written_anew(self, spark, tmp_path):
+        """Spark's Python workers keep what they loaded."""
+        for factor in (2, 3):
+            shutil.rmtree(tmp_path / "model", ignore_errors=True)
+            mlflow_trt.save_model(times(factor), tmp_path / "model", batch=(1, 4, 8), verify=False)
+            assert collected(predictions(spark, str(tmp_path / "model"))) == [factor, 2 * factor]
 
     def test_names_with_dots(self, spark, tmp_path):
         from mlflow_trt.spark import predict_udf
