@@ -101,7 +101,9 @@ class Rows:
         except ValueError as error:
             raise self._misfit(spec, row, f": {error}") from None
         if array.dtype == object:
-            raise self._misfit(spec, row, ": it has nulls")
+            kinds = {type(part).__name__ for part in array.flat}
+            what = "nulls" if "NoneType" in kinds else f"{', '.join(sorted(kinds))}: cast the column to numbers"
+            raise self._misfit(spec, row, f": it has {what}")
         sizes = zip(wanted, array.shape, strict=False)
         if len(wanted) != array.ndim or any(expected not in {None, size} for expected, size in sizes):
             raise self._misfit(spec, row, f", which is of the shape {array.shape}")

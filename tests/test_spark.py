@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from decimal import Decimal
 
 import networks
 import numpy as np
@@ -89,6 +90,7 @@ class TestRows:
             ("image", None, "row 57: column 'image' is null"),
             ("image", np.ones(5, np.float32), r"row 57: image: float32\[batch, 2, 3\] does not take this row: cannot"),
             ("image", np.array([1, None] * 3, object), "row 57: .*: it has nulls"),
+            ("image", np.array([Decimal(1)] * 6, object), "row 57: .*: it has Decimal: cast the column to numbers"),
             ("image", b"12345", "row 57: .*: buffer size must be a multiple"),
             ("image", np.full(6, 1e300), r"row 57: input 'image': .*e\+300.* is too large for float32"),
         ],
