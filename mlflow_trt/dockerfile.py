@@ -106,6 +106,9 @@ def write_image_context(model_uri: str, path: str | Path, options: ImageOptions 
     check_target(target)
     with opened_folder(model_uri) as folder, written_aside(target) as aside:
         shutil.copytree(folder.path, aside / "model")
+        for entry in (aside / "model", *(aside / "model").rglob("*")):
+            # Docker keeps the modes and gives all to root, while the image runs as a user of its own.
+            entry.chmod(entry.stat().st_mode | (0o555 if entry.is_dir() else 0o444))
         for wheel in map(Path, options.wheels):
             (aside / "wheels").mkdir(exist_ok=True)
             shutil.copyfile(wheel, aside / "wheels" / wheel.name)

@@ -71,6 +71,18 @@ def test_the_context_has_all_that_is_copied(folder, wheel, tmp_path):
             subprocess.run(["sh", "-n", "-c", argument], check=True)
 
 
+def test_the_user_of_the_image_may_read_the_model(folder, tmp_path):
+    """Docker keeps modes; a folder that was downloaded is 0700, and so is what a strict umask made."""
+    folder.chmod(0o700)
+    (folder / "engines").chmod(0o700)
+    (folder / "model.onnx").chmod(0o600)
+    write_image_context(str(folder), tmp_path / "image")
+    for path in (tmp_path / "image" / "model", *(tmp_path / "image" / "model").rglob("*")):
+        wanted = 0o555 if path.is_dir() else 0o444
+        assert path.stat().st_mode & wanted == wanted, path
+    assert (folder / "model.onnx").stat().st_mode & 0o777 == 0o600
+
+
 def test_what_the_image_runs_serves_the_model(folder, tmp_path):
     port = free_port()
     write_image_context(str(folder), tmp_path / "image", ImageOptions(model_config=SETTINGS, port=port))
