@@ -109,7 +109,7 @@ def convert(array: Array, spec: TensorSpec) -> Array:
         lost = np.isfinite(array) & ~np.isfinite(converted.astype(np.float64))
         if lost.any():
             raise InputDtypeError(
-                f"input {spec.name!r}: {array[lost].flat[0]!r} is too large for {spec.dtype}", tensor=spec.name
+                f"input {spec.name!r}: the value at {_first(lost)} is too large for {spec.dtype}", tensor=spec.name
             )
         return converted
     if source == "b" and target in "iuf":
@@ -122,7 +122,7 @@ def convert(array: Array, spec: TensorSpec) -> Array:
             changed |= np.less(array if source == "i" else converted, 0)
         if changed.any():
             raise InputDtypeError(
-                f"input {spec.name!r}: {array[changed].flat[0]} cannot be represented in {spec.dtype}",
+                f"input {spec.name!r}: the value at {_first(changed)} cannot be represented in {spec.dtype}",
                 tensor=spec.name,
             )
         return converted
@@ -130,6 +130,11 @@ def convert(array: Array, spec: TensorSpec) -> Array:
         f"input {spec.name!r} is of dtype {array.dtype}; expected {spec.dtype}, or one that converts without loss",
         tensor=spec.name,
     )
+
+
+def _first(mask: npt.NDArray[np.bool_]) -> list[int]:
+    """Where the first one is. Errors name places, not values: a server must not quote what it was sent."""
+    return [int(index) for index in np.unravel_index(int(np.argmax(mask)), mask.shape)]
 
 
 def _kind(dtype: np.dtype[np.generic]) -> str:

@@ -47,14 +47,14 @@ def test_nan_stays_nan():
 @pytest.mark.parametrize(
     ("array", "dtype", "message"),
     [
-        (np.array([1.0, 1e39]), "float32", "input 'x': .*1e\\+39.* is too large for float32"),
+        (np.array([1.0, 1e39]), "float32", r"input 'x': the value at \[1\] is too large for float32"),
         (np.array([70000.0], np.float32), "float16", "is too large for float16"),
-        (np.array([2**31]), "int32", "input 'x': 2147483648 cannot be represented in int32"),
-        (np.array([-1]), "uint8", "-1 cannot be represented in uint8"),
-        (np.array([256]), "uint8", "256 cannot be represented"),
-        (np.array([-1]), "uint64", "-1 cannot be represented in uint64"),
+        (np.array([2**31]), "int32", r"input 'x': the value at \[0\] cannot be represented in int32"),
+        (np.array([-1]), "uint8", "cannot be represented in uint8"),
+        (np.array([256]), "uint8", "cannot be represented"),
+        (np.array([-1]), "uint64", "cannot be represented in uint64"),
         (np.array([2**63], np.uint64), "int64", "cannot be represented in int64"),
-        (np.array([2**24 + 1]), "float32", "16777217 cannot be represented in float32"),
+        (np.array([2**24 + 1]), "float32", "cannot be represented in float32"),
         (np.array([1.5]), "int64", "is of dtype float64; expected int64"),
         (np.array([1, 0]), "bool", "is of dtype int64; expected bool"),
         (np.array(["cat"]), "float32", "is of dtype <U3; expected float32"),
@@ -66,6 +66,15 @@ def test_refuses_what_would_be_lost(array, dtype, message):
         prepared(array, dtype)
     assert caught.value.tensor == "x"
     assert caught.value.get_http_status_code() == 400
+
+
+def test_the_place_and_not_the_value_is_told():
+    spec = TensorSpec(name="x", dtype="float16", shape=("n", 2))
+    with pytest.raises(InputDtypeError, match=r"the value at \[2, 1\] is too large for float16") as caught:
+        prepare_feeds({"x": np.array([[0, 1], [2, 3], [4, 77123.25]])}, [spec])
+    assert "77123" not in str(caught.value)
+    with pytest.raises(InputDtypeError, match=r"the value at \[\] cannot be represented in uint8"):
+        prepare_feeds({"x": 300}, [TensorSpec(name="x", dtype="uint8", shape=())])
 
 
 def test_makes_arrays_contiguous_and_keeps_scalars():
