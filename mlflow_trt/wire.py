@@ -244,7 +244,7 @@ def _native(name: str, value: Any) -> Array:
         raise InputDtypeError(
             f"input {name!r} is of dtype {array.dtype}; expected numbers, bools, or a list of bytes", tensor=name
         )
-    return array
+    return array.astype(array.dtype.newbyteorder("="), copy=False)  # pyarrow knows no other byte order
 
 
 def _arrays(answer: Any, dtypes: Mapping[str, npt.DTypeLike]) -> dict[str, Array]:

@@ -108,6 +108,12 @@ class TestWire:
         assert frame["bytes"].tolist() == [b"a\0", b"", b"c", b"d", b"e"]
         assert frame["n"].tolist() == [0, 1, 2, 3, 4]
 
+    def test_arrays_of_another_byte_order(self):
+        array = np.arange(6, dtype=">f4").reshape(2, 3)
+        frame = pd.read_parquet(io.BytesIO(wire.parquet_request({"x": array, "n": np.arange(2, dtype=">i8")}).content))
+        assert np.stack(frame["x"].tolist()).tolist() == array.tolist()
+        assert frame["n"].tolist() == [0, 1]
+
     def test_bfloat16_goes_as_float32_and_what_does_not_go(self):
         array = np.ones((2, 2), ml_dtypes.bfloat16)
         assert json.loads(wire.json_request({"x": array}).content) == {"inputs": {"x": [[1, 1], [1, 1]]}}
