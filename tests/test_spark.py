@@ -230,6 +230,16 @@ class TestSpark:
             changed.select(predict()).collect()
         assert changed.dropna(subset=[change]).select(predict()).count() == COUNT - 1
 
+    def test_nulls_in_arrays_of_floats_are_nan(self, frame, predict):
+        """As the documentation says: Spark hands them over alike, and takes NaN in a column of numbers as null."""
+        from pyspark.sql import functions
+
+        flat = functions.transform("flat", lambda value, index: functions.when(index > 0, value))
+        (row,) = frame.where("id = 57").select(predict(flat, "count", "gain").alias("p")).collect()
+        assert np.isnan(row.p.scaled).tolist() == [[True, False, False], [False, False, False]]
+        assert np.isnan(row.p.sums).tolist() == [True, False]
+        assert row.p.total is None
+
     def test_a_bad_row(self, frame, predict):
         from pyspark.sql import functions
 
