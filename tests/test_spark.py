@@ -121,6 +121,28 @@ class TestRows:
         assert np.asarray(frame["deep"][1]).shape == (1, 2, 3)
 
 
+class Task:
+    """What a task knows of the resources that Spark assigned to it."""
+
+    def __init__(self, **addresses):
+        self._addresses = addresses
+
+    def resources(self):
+        from pyspark.resource import ResourceInformation
+
+        return {name: ResourceInformation(name, addresses) for name, addresses in self._addresses.items()}
+
+
+@pytest.mark.parametrize(
+    ("task", "device"), [(Task(gpu=["3"]), 3), (Task(gpu=["1", "2"]), 1), (Task(fpga=["0"]), None), (None, None)]
+)
+def test_the_gpu_that_spark_assigned(task, device):
+    pytest.importorskip("pyspark", reason="`make test-spark` installs it")
+    from mlflow_trt import spark
+
+    assert spark._device(task) == device
+
+
 @pytest.fixture(scope="module")
 def spark(tmp_path_factory):
     pytest.importorskip("pyspark", reason="`make test-spark` installs it")
