@@ -66,7 +66,7 @@ class _Exchange:
         self._wire_format = wire_format
         self._dtypes = dict(output_dtypes or {})
         self._json_only: set[frozenset[str]] = set()  # inputs that the server did not take as parquet
-        self._shapes: dict[str, wire.Shape] | None = None  # of the signature; None before the server was asked
+        self._signature: dict[str, wire.Tensor] | None = None  # None before the server was asked
 
     def predict(
         self, inputs: wire.Inputs
@@ -80,9 +80,12 @@ class _Exchange:
         as_parquet = self._wire_format == "parquet" or (
             self._wire_format == "auto" and names not in self._json_only and wire.fits_table(inputs)
         )
-        request = wire.parquet_request(inputs) if as_parquet else wire.json_request(inputs)
         if as_parquet:
-            yield from self._check_shapes(inputs)
+            wire.check_table(inputs)
+            signature = yield from self._checked_signature(inputs)
+            request = wire.parquet_request(inputs, signature)
+        else:
+            request = wire.json_request(inputs)
         response = yield from self._answered(request)
         refused = as_parquet and wire.wants_json(response.status_code, response.content)
         if refused and self._wire_format == "auto":
@@ -92,21 +95,22 @@ class _Exchange:
             raise wire.error_of(response.status_code, response.content)
         return wire.decode_answer(response.content, self._dtypes)
 
-    def _check_shapes(
+    def _checked_signature(
         self, inputs: wire.Inputs
-    ) -> Generator[wire.Request | float, httpx.Response | httpx.TransportError | None, None]:
-        """Compare arrays with the signature: MLflow does so with JSON, and shapes the rows of a table by it."""
-        if self._shapes is not None and not wire.misshapen(inputs, self._shapes):
-            return
+    ) -> Generator[wire.Request | float, httpx.Response | httpx.TransportError | None, dict[str, wire.Tensor]]:
+        """What arrays are compared with: MLflow does so with JSON, and shapes the rows of a table by it."""
+        if self._signature is not None and not wire.misshapen(inputs, self._signature):
+            return self._signature
         # Asked again before anything is refused: the server may have another model by now.
         response = yield from self._answered(wire.signature_request())
         if response.status_code in _TRY_AGAIN:
             raise wire.error_of(response.status_code, response.content)
-        self._shapes = wire.shapes_in(response.content)
-        if wrong := wire.misshapen(inputs, self._shapes):
+        signature = self._signature = wire.signature_in(response.content)
+        if wrong := wire.misshapen(inputs, signature):
             from mlflow_trt.errors import InputShapeError
 
             raise InputShapeError("; ".join(wrong.values()), tensor=next(iter(wrong)))
+        return signature
 
     def _answered(
         self, request: wire.Request

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,14 @@ _QUOTED_DATA = (
 _LONGEST_TEXT = 2000
 
 # An input in the text of a signature, as MLflow writes it: 'x': Tensor('float32', (-1, 3))
-_TENSOR = re.compile(r"""(?P<name>'[^']*'|"[^"]*"): Tensor\('\w+', (?P<shape>\([-\d, ]*\))\)""")
+_TENSOR = re.compile(r"""(?P<name>'[^']*'|"[^"]*"): Tensor\('(?P<dtype>\w+)', (?P<shape>\([-\d, ]*\))\)""")
+
+
+class Tensor(NamedTuple):
+    """An input in a model's signature; -1 for any size."""
+
+    dtype: str
+    shape: Shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,15 +71,26 @@ def fits_table(inputs: Inputs) -> bool:
     return len(rows) == 1
 
 
-def parquet_request(inputs: Inputs) -> Request:
+def check_table(inputs: Inputs) -> None:
+    """Raise InputError where inputs do not fit a table."""
+    if not fits_table(inputs):
+        from mlflow_trt.errors import InputError
+
+        raise InputError(
+            "these inputs do not fit a table, which parquet and bytes need: each must be an array or a list of bytes, "
+            "all with the same number of rows, which is not 0"
+        )
+
+
+def parquet_request(inputs: Inputs, signature: Mapping[str, Tensor] | None = None) -> Request:
     """Inputs as a table: a column for each, a row for each index of axis 0, whose cells are flat arrays.
 
-    The server reshapes a cell by the model's signature.
+    The server reshapes a cell by the model's signature. MLflow casts cells that are numbers to its dtype, whatever is
+    lost, and leaves arrays as they are; so, where `signature` has another dtype, a number goes as an array of one.
 
     Raises InputError where inputs do not fit a table, and MissingDependencyError without pyarrow.
     """
-    if not fits_table(inputs):
-        raise _no_table()
+    check_table(inputs)
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -83,7 +101,8 @@ def parquet_request(inputs: Inputs) -> Request:
             "pyarrow is not installed: `pip install 'mlflow-trt[client]'`", packages=("pyarrow",)
         ) from error
 
-    columns = {name: _column(name, value, pa) for name, value in inputs.items()}
+    wanted = {name: tensor.dtype for name, tensor in (signature or {}).items()}
+    columns = {name: _column(name, value, wanted.get(name), pa) for name, value in inputs.items()}
     fields = [pa.field(name, column.type, nullable=False) for name, column in columns.items()]
     sink = pa.BufferOutputStream()
     pq.write_table(
@@ -101,8 +120,7 @@ def json_request(inputs: Inputs) -> Request:
     columns = {name: _listed(name, value) for name, value in inputs.items()}
     content: dict[str, Any] = {"inputs": columns}
     if any(map(_is_bytes, inputs.values())):  # MLflow decodes base64 in tables only
-        if not fits_table(inputs):
-            raise _no_table()
+        check_table(inputs)
         content = {"dataframe_split": {"columns": list(columns), "data": list(zip(*columns.values(), strict=True))}}
     return Request(content=json.dumps(content).encode(), content_type=JSON)
 
@@ -112,8 +130,8 @@ def signature_request() -> Request:
     return Request(content=b'{"inputs": {}}', content_type=JSON)
 
 
-def shapes_in(body: bytes) -> dict[str, Shape]:
-    """The shapes of inputs by name, -1 for any size, as far as an answer to `signature_request` tells them.
+def signature_in(body: bytes) -> dict[str, Tensor]:
+    """The inputs by name, as far as an answer to `signature_request` tells them.
 
     Models without tensors in their signature, and servers with MLFLOW_DISABLE_SCHEMA_DETAILS, tell none.
     """
@@ -122,15 +140,18 @@ def shapes_in(body: bytes) -> dict[str, Shape]:
         text = str(json.loads(text)["message"])
     except (ValueError, KeyError, TypeError):
         return {}
-    return {ast.literal_eval(match["name"]): ast.literal_eval(match["shape"]) for match in _TENSOR.finditer(text)}
+    return {
+        ast.literal_eval(match["name"]): Tensor(match["dtype"], ast.literal_eval(match["shape"]))
+        for match in _TENSOR.finditer(text)
+    }
 
 
-def misshapen(inputs: Inputs, shapes: Mapping[str, Shape]) -> dict[str, str]:
+def misshapen(inputs: Inputs, signature: Mapping[str, Tensor]) -> dict[str, str]:
     """By name, what is wrong with arrays of another shape than the signature's: in a table, MLflow reshapes rows."""
     return {
-        name: f"input {name!r} has the shape {np.shape(value)}; the model's signature wants {shapes[name]}"
+        name: f"input {name!r} has the shape {np.shape(value)}; the model's signature wants {signature[name].shape}"
         for name, value in inputs.items()
-        if name in shapes and not _is_bytes(value) and not _has_shape(value, shapes[name])
+        if name in signature and not _is_bytes(value) and not _has_shape(value, signature[name].shape)
     }
 
 
@@ -199,12 +220,12 @@ def _has_shape(value: Any, wanted: Shape) -> bool:
     return len(shape) == len(wanted) and all(dim in (-1, size) for size, dim in zip(shape, wanted, strict=True))
 
 
-def _column(name: str, value: Any, pa: Any) -> Any:
+def _column(name: str, value: Any, wanted: str | None, pa: Any) -> Any:
     if _is_bytes(value):
         return pa.array([bytes(cell) for cell in value], pa.binary())
     array = _native(name, value)
     flat = pa.array(np.ascontiguousarray(array).reshape(-1))
-    if array.ndim == 1:
+    if array.ndim == 1 and wanted in {None, array.dtype.name}:
         return flat
     rows = array.shape[0]
     # Nothing is null: saying so spares the levels that tell, for each number.
@@ -283,12 +304,3 @@ def _shortened(text: str | bytes) -> str:
     text = text.decode(errors="replace") if isinstance(text, bytes) else text
     text = text.strip() or "(nothing)"
     return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} ..."
-
-
-def _no_table() -> Exception:
-    from mlflow_trt.errors import InputError
-
-    return InputError(
-        "these inputs do not fit a table, which parquet and bytes need: each must be an array or a list of bytes, all "
-        "with the same number of rows, which is not 0"
-    )

@@ -283,12 +283,14 @@ def tensor(name, *shape):
 class TestShapes:
     def test_those_of_a_signature(self):
         columns = (tensor("x", -1, 3, 8), tensor("it's", -1), tensor('a"b', -1, -1))
-        assert wire.shapes_in(signature(*columns)) == {"x": (-1, 3, 8), "it's": (-1,), 'a"b': (-1, -1)}
+        assert wire.signature_in(signature(*columns)) == {
+            "x": ("float32", (-1, 3, 8)), "it's": ("float32", (-1,)), 'a"b': ("float32", (-1, -1)),
+        }  # fmt: skip
 
     @pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"message": "Please check your input data."}',
                                       signature(ColSpec("binary", "x")), signature(tensor(None, -1, 3))])  # fmt: skip
     def test_a_server_that_tells_none(self, body):
-        assert wire.shapes_in(body) == {}
+        assert wire.signature_in(body) == {}
         with scripted(GOOD, signatures=[body]) as (address, received), Client(address) as client:
             client.predict(ROW)
         assert len(received) == 1
@@ -377,6 +379,20 @@ class TestAgainstMlflow:
 
         for feeds, outputs in zip(batches, asyncio.run(predict()), strict=True):
             same(outputs, run_here(folders / "ranks", feeds))
+
+    def test_arrays_of_one_dimension_and_another_dtype(self, ranks_server, folders):
+        """MLflow would cast numbers to the signature's dtype: 1.5 to 1, and NaN to whatever it becomes."""
+        feeds = networks.ranks_feeds(3)
+        with Client(ranks_server, output_dtypes=RANKS_DTYPES) as client:
+            for count in (np.array([1.5, 2, 3]), np.array([1, np.nan, 3])):
+                with pytest.raises(InputError, match="input 'count' is of dtype float64; expected int64"):
+                    client.predict({**feeds, "count": count})
+            expected = run_here(folders / "ranks", feeds)
+            same(client.predict({**feeds, "count": feeds["count"].astype(np.int8)}), expected)
+            same(
+                client.predict({name: array[:1] for name, array in feeds.items()}),
+                run_here(folders / "ranks", {name: array[:1] for name, array in feeds.items()}),
+            )
 
     @pytest.mark.parametrize("wire_format", ["parquet", "json"])
     def test_what_the_model_does_not_want(self, wire_format, ranks_server):
