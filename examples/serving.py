@@ -53,6 +53,11 @@ class ServerProcess:
         raise RuntimeError(f"the server did not start:\n{self.log()}")
 
     @property
+    def pid(self) -> int:
+        """The process that was started."""
+        return self._process.pid
+
+    @property
     def has_ended(self) -> bool:
         """Whether the process that was started is no more."""
         return self._process.poll() is not None

@@ -56,6 +56,8 @@ VOLUME {cache}
 # By number, so that Kubernetes can tell that it is not root.
 USER 10001
 EXPOSE {port}
+# As the first process, MLflow's command ignores SIGTERM, and Docker would wait for it until it kills it.
+STOPSIGNAL SIGINT
 HEALTHCHECK --start-period=10m --interval=30s --timeout=10s CMD {health}
 # One worker: each more would load the engine once more.
 ENTRYPOINT {command}

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_the_user_of_the_image_may_read_the_model(folder, tmp_path):
     assert (folder / "model.onnx").stat().st_mode & 0o777 == 0o600
 
 
-def test_what_the_image_runs_serves_the_model(folder, tmp_path):
+def test_what_the_image_runs_serves_the_model(folder, tmp_path, request):
     port = free_port()
     write_image_context(str(folder), tmp_path / "image", ImageOptions(model_config=SETTINGS, port=port))
     found = dict(instructions((tmp_path / "image" / "Dockerfile").read_text()))
@@ -104,7 +105,14 @@ def test_what_the_image_runs_serves_the_model(folder, tmp_path):
     address = f"http://127.0.0.1:{port}"
     x = networks.rows(3)
     command = [local.get(part, part) for part in command]
-    with running(ServerProcess(command, environment, ready=f"{address}/ping")), Client(address) as client:
+    # Where this runs in the background of a shell, SIGINT is ignored, by what is started, too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    server = ServerProcess(command, environment, ready=f"{address}/ping")
+    with running(server), Client(address) as client:
+        # Linux keeps signals from the first process of a container for which it has no handler.
+        caught = int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{server.pid}/status").read_text())[1], 16)
+        assert caught & 1 << signal.Signals[found["STOPSIGNAL"]] - 1
         assert subprocess.run(healthy, capture_output=True, check=False).returncode == 0
         served = client.predict({"x": x})["y"]
     with mlflow_trt.load_model(str(folder), runtime="onnxruntime") as session:
