@@ -15,6 +15,7 @@ from real_models import CLS, DET_DYNAMIC, MAGIKA, REC, SILERO, TRANSFORMER, cali
 
 from mlflow_trt import Precision, Recipe, RecipeError, Tolerance, UnsupportedModelError
 from mlflow_trt.comparison import Verdict, compare
+from mlflow_trt.convert import graph
 from mlflow_trt.convert.builder import build_engine
 from mlflow_trt.convert.conversion import Conversion, convert
 from mlflow_trt.convert.evidence import Evidence
@@ -223,6 +224,21 @@ def test_external_weights_are_retyped(tmp_path):
     assert typed.report.weight_types == {"float16": 128}
     assert list(typed.files) == ["fp16.onnx"]
     assert 0 < typed.comparison.relative_error < 1e-3
+
+
+def test_large_models_are_written_again_and_again_to_the_same_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(graph, "_LARGEST_FILE", 1_000)
+    path, weights = tmp_path / "model.onnx", tmp_path / "model.onnx.data"
+    for seed in range(3):
+        model = networks.product(width=1024)
+        model.graph.initializer[0].CopyFrom(networks.constant("w", networks.rows(1024, 8, seed)))
+        save(model, path)
+        assert weights.stat().st_size == 1024 * 8 * 4
+        feeds = {"x": networks.rows(4, 1024)}
+        expected = {"y": feeds["x"] @ networks.rows(1024, 8, seed)}
+        assert relative_error(CpuModel(path).run(["y"], feeds), expected) < 1e-5
+    save(networks.product(), path)
+    assert not weights.exists()
 
 
 def test_int8_wants_real_inputs(tmp_path):

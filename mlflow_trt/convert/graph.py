@@ -84,13 +84,15 @@ def flatten(model: ModelProto, folder: Path, minimum_opset: int = 0) -> FlatMode
 
 def save(model: ModelProto, path: Path) -> None:
     """Write a model that has its weights in it, as one file, or beside a file of its weights where it is too large."""
+    weights = path.with_name(f"{path.name}.data")
+    weights.unlink(missing_ok=True)  # of a model that was here before: onnx would write behind what is in it
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     if size <= _LARGEST_FILE:
         onnx.save_model(model, path)
         return
     copy = ModelProto()
     copy.CopyFrom(model)  # saving moves the weights out of the model it is given
-    onnx.save_model(copy, path, save_as_external_data=True, location=f"{path.name}.data")
+    onnx.save_model(copy, path, save_as_external_data=True, location=weights.name)
 
 
 def opset_of(model: ModelProto) -> int:
