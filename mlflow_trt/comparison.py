@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
@@ -103,6 +104,11 @@ class OutputComparison:
     classes: int | None = None
     top_class_agreement: float | None = None
     clear_agreement: float | None = None
+
+    @property
+    def metric_part(self) -> str:
+        """The name as a part of that of a metric, in which MLflow refuses some characters, and slashes at its ends."""
+        return re.sub(r"[^\w\-. ]", "_", self.name)
 
     def severity(self, tolerance: Tolerance) -> float:
         """The measured share of what is tolerated, of the worst measure: above 1 is too much."""

@@ -30,7 +30,11 @@ def log_metrics(metrics: Mapping[str, float], info: ModelInfo) -> None:
         client = MlflowClient()
         experiment_id = client.get_logged_model(info.model_id).experiment_id
         own = client.create_run(experiment_id, run_name="verification")
-        mlflow.log_metrics(dict(metrics), run_id=own.info.run_id, model_id=info.model_id)
+        try:
+            mlflow.log_metrics(dict(metrics), run_id=own.info.run_id, model_id=info.model_id)
+        except BaseException:
+            client.set_terminated(own.info.run_id, status="FAILED")
+            raise
         client.set_terminated(own.info.run_id)
     except MlflowException as error:
         _log.warning("The metrics of the model could not be logged: %s", error.message)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from pathlib import Path
 
@@ -41,10 +40,9 @@ def log_report(
             for name, value, step in benchmark.metrics():
                 mlflow.log_metric(name, value, step=step)
             for output in comparison.outputs if comparison is not None else ():
-                # Names of outputs may have characters that MLflow refuses in those of metrics.
-                name = re.sub(r"[^\w\-. /]", "_", output.name)
-                mlflow.log_metric(f"accuracy/{name}/relative_error", output.relative_error)
-                mlflow.log_metric(f"accuracy/{name}/max_abs_error", output.max_abs_error)
-                mlflow.log_metric(f"accuracy/{name}/cosine_similarity", output.cosine_similarity)
+                prefix = f"accuracy/{output.metric_part}"
+                mlflow.log_metric(f"{prefix}/relative_error", output.relative_error)
+                mlflow.log_metric(f"{prefix}/max_abs_error", output.max_abs_error)
+                mlflow.log_metric(f"{prefix}/cosine_similarity", output.cosine_similarity)
             mlflow.log_artifacts(workdir)
     return str(run.info.run_id)

@@ -28,6 +28,7 @@ from mlflow_trt.artifact import read_folder
 from mlflow_trt.comparison import Verdict
 from mlflow_trt.convert.onnx_model import read_onnx
 from mlflow_trt.fetching import read_record
+from mlflow_trt.metrics import log_metrics
 
 DATA = {"x": networks.rows(32)}
 
@@ -58,6 +59,25 @@ def test_metrics_go_to_the_active_run_where_there_is_one(store):
         mlflow_trt.log_model(networks.product(), name="m", precision="fp16", calibration_data=DATA)
     assert "mlflow_trt/y/relative_error" in store.client.get_run(run.info.run_id).data.metrics
     assert len(store.client.search_runs([store.experiment_id])) == 1
+
+
+@pytest.mark.parametrize("name", ["scores[0]", "/head/Gemm_output_0", "scores:0"])
+def test_outputs_of_any_name_have_metrics(name, store):
+    model = networks.product()
+    model.graph.output[0].name = model.graph.node[0].output[0] = name
+    info = mlflow_trt.log_model(model, name="m", precision="fp16", calibration_data=DATA)
+    metrics = {metric.key for metric in store.client.get_logged_model(info.model_id).metrics}
+    assert f"mlflow_trt/{name.translate(str.maketrans('/[]:', '____'))}/relative_error" in metrics
+    (run,) = store.client.search_runs([store.experiment_id])
+    assert run.info.status == "FINISHED"
+
+
+def test_metrics_that_mlflow_refuses_are_a_warning(store, messages):
+    info = mlflow_trt.log_model(networks.product(), name="m", verify=False)
+    log_metrics({"not[allowed]": 1.0}, info)
+    assert "metrics of the model could not be logged" in messages.text
+    (run,) = store.client.search_runs([store.experiment_id])
+    assert run.info.status == "FAILED"
 
 
 def test_a_comparison_that_proves_nothing_is_refused_where_one_was_demanded(store):
