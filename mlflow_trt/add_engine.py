@@ -204,7 +204,7 @@ def _widen_requirements(folder: Path, record: Record) -> None:
         ordered = sorted(releases, key=lambda release: tuple(map(int, release.split("."))))
         if len(ordered) < 2:
             continue
-        pin = re.compile(rf"(?<![\w-]){distribution.requirement}==[\d.]+")
+        pin = re.compile(rf"(?<![\w-]){distribution.requirement}(==[\d.]+|>=[\d.]+,<=[\d.]+)")
         for file in (folder / "requirements.txt", folder / "conda.yaml"):
             text = file.read_text()
             file.write_text(pin.sub(f"{distribution.requirement}>={ordered[0]},<={ordered[-1]}", text))

@@ -121,13 +121,17 @@ def test_engines_of_several_releases_and_gpu_models(tmp_path):
     plan = tmp_path / "model" / engine.file
     for version in (engine.version, "1.9.0.1", engine.version):
         record = add_engine_file(tmp_path / "model", replace(engine, version=version), plan, extends="models:/m/1")
+        _widen_requirements(tmp_path / "model", record)
     names = [known.file.removeprefix("engines/tensorrt_rtx-") for known in record.engines]
     assert names == [f"{engine.version}-sm80plus.plan", f"{engine.version}-sm80plus-2.plan", "1.9.0.1-sm80plus.plan",
                      f"{engine.version}-sm80plus-3.plan"]  # fmt: skip
     assert read_folder(tmp_path / "model").record == record
-    _widen_requirements(tmp_path / "model", record)
     for file in ("requirements.txt", "conda.yaml"):
         assert f"tensorrt-rtx>={engine.version},<=1.9.0.1" in (tmp_path / "model" / file).read_text()
+    record = add_engine_file(tmp_path / "model", replace(engine, version="1.10.0.1"), plan, extends="models:/m/1")
+    _widen_requirements(tmp_path / "model", record)
+    for file in ("requirements.txt", "conda.yaml"):
+        assert f"tensorrt-rtx>={engine.version},<=1.10.0.1" in (tmp_path / "model" / file).read_text()
 
 
 def test_the_command(registered):
