@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 
 import networks
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from mlflow_trt import OnnxModelError
-from mlflow_trt.convert.onnx_model import read_onnx
+from mlflow_trt.convert.onnx_model import read_onnx, sha256_of
 
 
 def saved(model, path):
@@ -167,9 +168,31 @@ def test_refuses_external_data_that_is_missing_truncated_or_elsewhere(tmp_path):
     entries["offset"].value = "3.5"
     with pytest.raises(OnnxModelError, match=r"the weights of 'w' have the offset '3.5'; expected a number"):
         read_onnx(saved(proto, path), tmp_path)
-    entries["location"].value = "../weights.bin"
-    with pytest.raises(OnnxModelError, match="must be in the folder of the model"):
-        read_onnx(saved(proto, path), tmp_path)
+    for location in ("../weights.bin", "."):
+        entries["location"].value = location
+        with pytest.raises(OnnxModelError, match="must be in the folder of the model"):
+            read_onnx(saved(proto, path), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "hard"])
+def test_external_data_may_be_linked(kind, tmp_path):
+    real, given = tmp_path / "real", tmp_path / "given"
+    (real / "sub").mkdir(parents=True)
+    onnx.save_model(
+        networks.product(), real / "net.onnx", save_as_external_data=True, location="sub/w.bin", size_threshold=0
+    )
+    (given if kind == "folder" else given / "sub").mkdir(parents=True)
+    shutil.copyfile(real / "net.onnx", given / "net.onnx")
+    if kind == "folder":
+        (given / "sub").symlink_to(real / "sub")
+    elif kind == "file":
+        (given / "sub" / "w.bin").symlink_to(real / "sub" / "w.bin")
+    else:
+        (given / "sub" / "w.bin").hardlink_to(real / "sub" / "w.bin")
+    (tmp_path / "work").mkdir()
+    linked = read_onnx(given / "net.onnx", tmp_path / "work")
+    onnx.checker.check_model(str(linked.path))
+    assert linked.files["sub/w.bin"] == sha256_of(real / "sub" / "w.bin")
 
 
 def test_external_data_inside_functions_counts(tmp_path):

@@ -105,7 +105,7 @@ def read_onnx(model: str | os.PathLike[str] | ModelProto, workdir: Path) -> Onnx
         raise OnnxModelError(f"expected the path of an ONNX file or an onnx.ModelProto, got {type(model).__name__}")
     proto = _parse(path)
     external_files = _check_external_files(proto, path)
-    if any((path.parent / name).is_symlink() for name in external_files):
+    if any(_is_linked(path.parent, name) for name in external_files):
         path = _without_links(path, external_files, workdir)
     inputs, outputs = describe(proto, path)
     _check(path)
@@ -184,8 +184,17 @@ def _write_proto(proto: ModelProto, workdir: Path) -> Path:
     return path
 
 
+def _is_linked(folder: Path, name: str) -> bool:
+    """Whether an external file is a link, lies behind one, or has a second name elsewhere."""
+    file = folder / name
+    return file.stat().st_nlink > 1 or file.resolve() != folder.resolve() / name
+
+
 def _without_links(path: Path, external_files: tuple[str, ...], workdir: Path) -> Path:
-    """The model where its external files are files: caches of model hubs link to them, which onnx.checker refuses."""
+    """The model where its external files are files of its own, since onnx.checker refuses all others.
+
+    Caches of model hubs have symbolic links; installers and tools that version data have hard ones.
+    """
     folder = workdir / "source"
     folder.mkdir()
     shutil.copyfile(path, folder / path.name)
@@ -223,7 +232,7 @@ def _check_external_files(proto: ModelProto, path: Path) -> tuple[str, ...]:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")
         pure = PurePosixPath(location)
-        if not location or pure.is_absolute() or ".." in pure.parts:
+        if not pure.parts or pure.is_absolute() or ".." in pure.parts:
             raise OnnxModelError(
                 f"{path}: the weights of {tensor.name!r} are at {location!r}; they must be in the folder of the model",
                 path=path,
