@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +22,20 @@ def fetch_folder(model_uri: str, dst_path: str | None = None) -> ModelFolder:
 
     Raises ArtifactError where it is no model of this flavor.
     """
-    local = _local_path(model_uri)
+    local = local_path(model_uri)
     if dst_path is None and local.is_dir():
         return read_folder(local)
-    return read_folder(Path(_download_artifact_from_uri(model_uri, output_path=dst_path)), model_uri)
+    return read_folder(download(model_uri, dst_path), model_uri)
+
+
+def download(model_uri: str, dst_path: str | None) -> Path:
+    """The folder of a model of any flavor, copied to `dst_path` or to a new folder."""
+    local = local_path(model_uri)
+    if dst_path is not None and local.is_dir():
+        # Not by MLflow, which takes a per cent sign in a path for that of an escape, also when it reads the copy.
+        name = local.resolve().name.replace("%", "_")
+        return Path(shutil.copytree(local, Path(dst_path, name), dirs_exist_ok=True))
+    return Path(_download_artifact_from_uri(model_uri, output_path=dst_path))
 
 
 @contextmanager
@@ -33,7 +44,7 @@ def opened_folder(model_uri: str) -> Iterator[ModelFolder]:
 
     Raises ArtifactError where it is no model of this flavor.
     """
-    if _local_path(model_uri).is_dir():
+    if local_path(model_uri).is_dir():
         yield fetch_folder(model_uri)
         return
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
@@ -45,7 +56,7 @@ def read_record(model_uri: str) -> Record:
 
     Raises ArtifactError where it is no model of this flavor.
     """
-    local = _local_path(model_uri)
+    local = local_path(model_uri)
     if local.is_dir():
         return read_folder(local).record
     if local.is_file():
@@ -65,12 +76,13 @@ def read_record(model_uri: str) -> Record:
 
 def is_of_this_flavor(model_uri: str) -> bool:
     """Whether it is a model of this flavor, and neither an ONNX file nor a model of another one."""
-    local = _local_path(model_uri)
+    local = local_path(model_uri)
     if local.exists():
         return (local / RECORD_FILE).is_file()
     return ":/" in model_uri and FLAVOR_NAME in Model.load(model_uri).flavors
 
 
-def _local_path(model_uri: str) -> Path:
+def local_path(model_uri: str) -> Path:
+    """What a path, or a URI of the scheme `file`, leads to; for any other URI, nothing that exists."""
     # A path may have a per cent sign, which is none of an escape.
     return Path(local_file_uri_to_path(model_uri) if model_uri.startswith("file:") else model_uri)

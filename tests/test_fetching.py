@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import shutil
 
+import mlflow
+import networks
+import onnx
 import pytest
 
 from mlflow_trt.artifact import read_folder
 from mlflow_trt.fetching import fetch_folder, is_of_this_flavor, opened_folder, read_record
+from mlflow_trt.sources.opened import opened_source
 
 
 @pytest.mark.parametrize("name", ["plain", "a%20b"])
@@ -21,6 +25,20 @@ def test_a_local_folder_is_read_where_it_is(magika_folder, tmp_path, name, as_ur
     with opened_folder(uri) as opened:
         assert (opened.path, opened.record) == (folder, record)
     assert fetch_folder(uri).path.samefile(folder)
+    (tmp_path / "copies").mkdir()
+    copied = fetch_folder(uri, str(tmp_path / "copies"))
+    assert copied.record == record
+    assert not copied.path.samefile(folder)
+
+
+@pytest.mark.parametrize("name", ["plain", "a%20b"])
+@pytest.mark.parametrize("as_uri", [False, True])
+def test_a_local_source_may_have_any_name(tmp_path, name, as_uri):
+    mlflow.onnx.save_model(networks.product(), tmp_path / name, pip_requirements=["onnx"])
+    onnx.save(networks.product(), tmp_path / f"{name}.onnx")
+    for path in (tmp_path / name, tmp_path / f"{name}.onnx"):
+        with opened_source(path.as_uri() if as_uri else str(path)) as source:
+            assert onnx.load(source.path).graph == networks.product().graph
 
 
 def test_what_is_not_of_this_flavor(magika_folder):

@@ -134,7 +134,7 @@ ALLOWED = {
     "packaging": CONVERT | {"artifact", "kernels", "making", "report", "selection_plot", "signatures", "verify"},
     "registration": BASE,
     "lineage": CONVERT | {"cache", "registration"},
-    "sources": CONVERT | {"sources"},
+    "sources": CONVERT | {"fetching", "sources"},
     "flavor": CONVERT
     | RUNTIME
     | {"artifact", "fetching", "loading", "making", "metrics", "packaging", "progress", "registration", "verify"},

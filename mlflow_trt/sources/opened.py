@@ -16,10 +16,10 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.store.artifact.utils.models import get_model_name_and_version
-from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 
 from mlflow_trt._logging import get_logger
 from mlflow_trt.errors import ArtifactError
+from mlflow_trt.fetching import download, local_path
 from mlflow_trt.sources.exporting import Export
 
 EXPORTERS = {"pytorch": "pytorch", "sklearn": "sklearn", "tensorflow": "tensorflow", "keras": "tensorflow"}
@@ -52,12 +52,13 @@ def opened_source(source: str | os.PathLike[str]) -> Iterator[SourceModel]:
     exporter is not installed, OnnxModelError where that fails.
     """
     source = os.fspath(source)
-    if ":/" not in source and not Path(source, MLMODEL_FILE_NAME).is_file():
-        yield SourceModel(path=Path(source), lineage={"source": Path(source).name})
+    local = local_path(source)
+    if local.is_file() or (":/" not in source and not (local / MLMODEL_FILE_NAME).is_file()):
+        yield SourceModel(path=local, lineage={"source": local.name})
         return
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
         lineage, description, tags = _registered(source)
-        folder = Path(_download_artifact_from_uri(lineage["source"], output_path=workdir))
+        folder = download(lineage["source"], workdir)
         model = Model.load(str(folder))
         identity = {key: value for key in ("model_id", "run_id") if (value := getattr(model, key))}
         path, exported = _onnx_file(source, model, folder)
