@@ -13,13 +13,16 @@ from mlflow import MlflowClient
 
 from mlflow_trt import trt
 from mlflow_trt.comparison import Tolerance
+from mlflow_trt.convert.conversion import samples_of
 from mlflow_trt.convert.limits import check_nodes, check_recipe
 from mlflow_trt.convert.onnx_model import read_onnx
 from mlflow_trt.convert.profiles import resolve_profiles
 from mlflow_trt.convert.recipe import Recipe
+from mlflow_trt.convert.typed_model import check_calibration
 from mlflow_trt.lineage import asked, find_twin, recipe_digest
 from mlflow_trt.packaging import check_names, check_target
 from mlflow_trt.registry import refuse_early
+from mlflow_trt.sample_data import sample_data_of
 from mlflow_trt.signatures import example_shapes
 from mlflow_trt.sources.opened import opened_source
 from mlflow_trt.spec import BatchAxis, Precision, ShapeProfile, TensorSpec
@@ -47,6 +50,7 @@ def plan_conversion(
     recipe: Recipe,
     *,
     registered_model_name: str | None = None,
+    alias: str | None = None,
     path: Path | None = None,
     calibration_data: Any = None,
     verify: Tolerance | bool = True,
@@ -56,10 +60,9 @@ def plan_conversion(
 ) -> Plan:
     """Look at the source, resolve its profiles, and look for a version that exists. Writes nothing.
 
-    Raises what the conversion would raise before it builds.
+    Raises what the conversion would raise before it makes anything.
     """
-    if registered_model_name is not None:
-        check_names(registered_model_name)
+    check_names(registered_model_name, alias=alias)
     if path is not None:
         check_target(path)
     tensorrt = trt.load()
@@ -76,6 +79,9 @@ def plan_conversion(
         if registered_model_name is not None and not force:
             digest = recipe_digest(recipe, tensorrt, asked(model_config, calibration_data, verify, kernels_for))
             twin = find_twin(MlflowClient(), registered_model_name, source.lineage, model.digest, digest)
+        if twin is None:
+            data = sample_data_of(calibration_data, source.input_example, model.inputs)
+            check_calibration(model, recipe, samples_of(data, model, profiles))
         return Plan(
             source=source.lineage["source"],
             source_digest=model.digest,

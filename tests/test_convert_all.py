@@ -7,10 +7,11 @@ import json
 import mlflow
 import networks
 import pytest
+from mlflow.exceptions import MlflowException
 from test_cli import run
 
 import mlflow_trt
-from mlflow_trt import Recipe, RecipeError
+from mlflow_trt import InputError, Recipe, RecipeError
 from mlflow_trt.cli.options import default_name
 from mlflow_trt.convert_all import convert_all
 from mlflow_trt.planning import plan_conversion
@@ -86,6 +87,20 @@ def test_a_plan_does_nothing_and_knows_what_exists(models):
     assert plan.existing == "models:/a-trt/1"
     with pytest.raises(RecipeError, match="cannot build for sm70"):
         plan_conversion("models:/a/1", Recipe(targets=["sm70"]))
+
+
+def test_a_plan_refuses_what_the_conversion_would(models, tmp_path):
+    def both(message, error, **options):
+        recipe = Recipe(precision=options.pop("precision", "fp32"))
+        for ask in (plan_conversion, mlflow_trt.convert_model_version):
+            with pytest.raises(error, match=message):
+                ask("models:/a/1", recipe=recipe, registered_model_name="a-trt", **options)
+
+    both("int8 is calibrated on real inputs", RecipeError, precision="int8")
+    both("none.npz does not exist", InputError, calibration_data=tmp_path / "none.npz")
+    both("expected 16 at axis 1", InputError, calibration_data={"x": networks.rows(8, 3)})
+    both("reserved", MlflowException, alias="latest")
+    plan_conversion("models:/a/1", Recipe(precision="int8"), calibration_data={"x": networks.rows(8)})
 
 
 class TestCommand:

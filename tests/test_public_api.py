@@ -140,7 +140,7 @@ ALLOWED = {
     | {"artifact", "fetching", "loading", "making", "metrics", "packaging", "progress", "registration", "verify"},
     "pyfunc": BASE | RUNTIME | {"artifact", "loading", "progress"},
     "registry": CONVERT | {"best", "flavor", "kernels", "lineage", "packaging", "registration", "sources"},
-    "planning": CONVERT | {"lineage", "registry", "packaging", "signatures", "sources"},
+    "planning": CONVERT | {"lineage", "registry", "packaging", "sample_data", "signatures", "sources"},
     "convert_all": CONVERT | {"lineage", "packaging", "planning", "registration", "registry"},
     "add_engine": CONVERT
     | {

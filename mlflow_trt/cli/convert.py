@@ -174,6 +174,7 @@ def _plan(given: dict[str, Any], source: str, recipe: Any) -> None:
             source,
             recipe,
             registered_model_name=name,
+            alias=given["alias"] or None,
             path=path,
             force=given["force"],
             **_asked(given),

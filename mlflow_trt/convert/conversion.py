@@ -74,7 +74,7 @@ def convert(
     check_recipe(tensorrt, recipe)
     check_nodes(source.proto)
     profiles = resolve_profiles(source, recipe, example_shapes)
-    samples = _samples(data, source, profiles)
+    samples = samples_of(data, source, profiles)
     maker = maker_for(
         source,
         recipe,
@@ -116,7 +116,11 @@ def convert(
     )
 
 
-def _samples(data: SampleData | None, source: OnnxModel, profiles: Profiles) -> Samples:
+def samples_of(data: SampleData | None, source: OnnxModel, profiles: Profiles) -> Samples:
+    """The samples that a conversion works on: what was given, or noise for want of it.
+
+    Raises InputError for data that does not fit the model; an input example that does not is passed over.
+    """
     if data is None:
         return generate_samples(source, profiles)
     try:

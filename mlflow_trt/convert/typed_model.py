@@ -93,13 +93,20 @@ def maker_for(
         remarks = ("the model brings its own QuantizeLinear nodes and is taken as it is",)
     if precision_pass is None:
         return _Unchanged(source, told_apart, recipe, workdir, remarks)
-    if recipe.precision in _QUANTIZED and not (samples.is_evidence and samples.rows >= _FEWEST_ROWS):
+    check_calibration(source, recipe, samples)
+    return _Retyped(source, told_apart, recipe, workdir, precision_pass, samples, tolerance)
+
+
+def check_calibration(source: OnnxModel, recipe: Recipe, samples: Samples) -> None:
+    """Raise RecipeError where the precision is calibrated on the samples, and they are too few or noise."""
+    if recipe.precision not in _QUANTIZED or is_quantized(source.proto):
+        return
+    if not samples.is_evidence or samples.rows < _FEWEST_ROWS:
         raise RecipeError(
             f"{recipe.precision} is calibrated on real inputs: pass calibration_data with at least {_FEWEST_ROWS} rows "
             f"(a hundred and more are usual); there is only {samples}",
             option="calibration_data",
         )
-    return _Retyped(source, told_apart, recipe, workdir, precision_pass, samples, tolerance)
 
 
 def reference_outputs(path: Path, names: Iterable[str], feeds: Iterable[Feeds]) -> tuple[Outputs, ...]:
