@@ -74,11 +74,16 @@ def _listing(specs: Sequence[TensorSpec]) -> str:
     return "; ".join(map(str, specs))
 
 
-def _prepare(value: npt.ArrayLike, spec: TensorSpec) -> Array:
+def array_of(value: npt.ArrayLike, name: str) -> Array:
+    """The value of an input as an array. Raises InputShapeError for rows of different lengths."""
     try:
-        array = np.asarray(value)
+        return np.asarray(value)
     except ValueError as error:
-        raise InputShapeError(f"input {spec.name!r} is no regular array: {error}", tensor=spec.name) from None
+        raise InputShapeError(f"input {name!r} is no regular array: {error}", tensor=name) from None
+
+
+def _prepare(value: npt.ArrayLike, spec: TensorSpec) -> Array:
+    array = array_of(value, spec.name)
     shape, fixed = array.shape, spec.fixed
     if len(shape) != len(fixed):
         raise InputShapeError(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
@@ -75,7 +76,10 @@ def asked(
 
 
 def _data_digest(data: Any) -> str | None:
-    """The digest of sample inputs. What can be read only once, such as an iterator, is never the same again."""
+    """The digest of sample inputs. What can be read only once, such as an iterator, is never the same again.
+
+    Nor is what makes no arrays, which is for the conversion to refuse.
+    """
     if data is None:
         return None
     if isinstance(data, (str, os.PathLike)):
@@ -86,13 +90,19 @@ def _data_digest(data: Any) -> str | None:
         data = {"": data}
     if not isinstance(data, (Mapping, pd.DataFrame)):
         return uuid.uuid4().hex
+    try:
+        arrays = {name: _array(values) for name, values in data.items()}
+    except ValueError:
+        return uuid.uuid4().hex
     digest = hashlib.sha256()
-    for name, values in data.items():
-        array = np.asarray(values)
-        if array.dtype == object:
-            array = np.stack([np.asarray(cell) for cell in array])
+    for name, array in arrays.items():
         digest.update(f"{name} {array.dtype} {array.shape};".encode() + array.tobytes())
     return digest.hexdigest()
+
+
+def _array(values: Any) -> npt.NDArray[Any]:
+    array = np.asarray(values)
+    return np.stack([np.asarray(cell) for cell in array]) if array.dtype == object else array
 
 
 def tags_of(lineage: Mapping[str, str], digest: str) -> dict[str, str]:

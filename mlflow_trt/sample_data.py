@@ -27,7 +27,7 @@ def sample_data_of(calibration_data: Any, input_example: Any, inputs: Sequence[T
         return SampleData(arrays=arrays_of(calibration_data, inputs), origin=SampleOrigin.CALIBRATION_DATA)
     example = input_example[0] if isinstance(input_example, tuple) else input_example  # MLflow's form with params
     if isinstance(example, list) and len(inputs) == 1:
-        example = np.asarray(example)
+        example = {inputs[0].name: example}
     if isinstance(example, (np.ndarray, Mapping, pd.DataFrame)):
         try:
             return SampleData(arrays=arrays_of(example, inputs), origin=SampleOrigin.INPUT_EXAMPLE)

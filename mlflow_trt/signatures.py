@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,8 +57,12 @@ def example_shapes(example: Any, inputs: Sequence[spec.TensorSpec]) -> dict[str,
     if not isinstance(example, Mapping):
         return {}
     names = {tensor.name for tensor in inputs}
-    arrays = {name: value for name, value in example.items() if name in names and isinstance(value, (np.ndarray, list))}
-    return {name: np.shape(value) for name, value in arrays.items()}
+    shapes = {}
+    for name, value in example.items():
+        if name in names and isinstance(value, (np.ndarray, list)):
+            with contextlib.suppress(ValueError):  # rows of different lengths, which is said when samples are cut
+                shapes[name] = np.shape(value)
+    return shapes
 
 
 def _only_size(name: str, axis: int, profiles: Sequence[ShapeProfile]) -> int:

@@ -7,13 +7,15 @@ import tempfile
 import mlflow
 import networks
 import numpy as np
+import onnx
+import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from mlflow.models import infer_signature
 from tracking_server import tracking_server
 
 import mlflow_trt
-from mlflow_trt import RecipeError, registry
+from mlflow_trt import InputError, RecipeError, registry
 from mlflow_trt.fetching import read_record
 
 
@@ -195,6 +197,18 @@ def test_an_alias_is_set_last_and_only_where_all_went_well(client, monkeypatch):
     assert not client.search_registered_models("name = 'h-trt'")
     mlflow_trt.convert_model_version("models:/h/1", "h-trt", batch=4, alias="champion")
     assert str(client.get_model_version_by_alias("h-trt", "champion").version) == "1"
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [([np.zeros(16), np.zeros(3)], "the cells of column 'x' differ in shape"), ([], "there are no rows")],
+)
+def test_calibration_data_that_makes_no_arrays_is_refused_as_ever(cells, message, client, tmp_path):
+    onnx.save(networks.product(), tmp_path / "p.onnx")
+    with pytest.raises(InputError, match=message):
+        mlflow_trt.convert_model_version(
+            tmp_path / "p.onnx", "p-trt", calibration_data=pd.DataFrame({"x": pd.Series(cells, dtype=object)})
+        )
 
 
 def test_other_calibration_data_or_tolerance_makes_another_version(client, tmp_path):

@@ -8,12 +8,14 @@ import pytest
 from helpers import read
 from real_models import SILERO
 
+import mlflow_trt
 from mlflow_trt import InputError, Recipe
 from mlflow_trt.convert.profiles import resolve_profiles
 from mlflow_trt.convert.samples import SampleOrigin, cut_samples, generate_samples
 from mlflow_trt.sample_data import sample_data_of
 
 ORIGIN = SampleOrigin.CALIBRATION_DATA
+RAGGED = [[1.0] * 16, [2.0]]
 
 
 @pytest.fixture
@@ -66,6 +68,12 @@ def test_a_frame_that_the_model_cannot_take_is_said_to_be_no_example(product, me
     assert "Verifying on generated noise, since the model cannot take the input example: the cells of" in messages.text
 
 
+@pytest.mark.parametrize("example", [{"x": RAGGED}, RAGGED], ids=["by name", "alone"])
+def test_an_example_with_rows_of_different_lengths_is_passed_over(example, tmp_path, messages):
+    mlflow_trt.save_model(networks.product(), tmp_path / "m", precision="fp16", input_example=example)
+    assert "the model cannot take the input example: the input example: input 'x' is no regular array" in messages.text
+
+
 NAN = networks.rows(4)
 NAN[1, 1] = np.nan
 
@@ -78,6 +86,7 @@ NAN[1, 1] = np.nan
         ({"x": NAN}, "calibration data: input 'x' has 1 NaN"),
         ({"x": networks.rows(0)}, "calibration data: there are no rows"),
         ([], "calibration data: there are no rows"),
+        ({"x": RAGGED}, "calibration data: input 'x' is no regular array"),
         ([networks.rows(2)], "calibration data: got a ndarray in the iterable"),
         (3, "calibration data: got a int"),
     ],

@@ -14,7 +14,7 @@ from mlflow_trt.convert.onnx_model import OnnxModel
 from mlflow_trt.convert.profiles import Profiles
 from mlflow_trt.dtypes import numpy_dtype
 from mlflow_trt.errors import InputError, InputShapeError
-from mlflow_trt.inputs import Array, Feeds, prepare_feeds
+from mlflow_trt.inputs import Array, Feeds, array_of, prepare_feeds
 from mlflow_trt.spec import Shape, StrEnum, TensorSpec
 
 _log = get_logger(__name__)
@@ -135,7 +135,7 @@ def _cut(data: Mapping[str, Any], model: OnnxModel, profiles: Profiles) -> Itera
     if not carriers or any(name not in data for name in carriers):
         yield _checked(data, model.inputs)
         return
-    arrays = {name: np.asarray(value) for name, value in data.items()}
+    arrays = {name: array_of(value, name) for name, value in data.items()}
     counts = {name: len(arrays[name]) if arrays[name].ndim else 0 for name in carriers}
     rows = counts[carriers[0]]
     for name, count in counts.items():
