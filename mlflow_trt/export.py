@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mlflow_trt.errors import RecipeError
 from mlflow_trt.fetching import opened_folder
 from mlflow_trt.files import write_whole
+from mlflow_trt.packaging import check_parent
 from mlflow_trt.spec import EngineRecord
+
+
+def check_engine_path(path: Path) -> None:
+    """Raise RecipeError where `save_engine` cannot write, before anything takes time or is registered."""
+    if path.is_dir():
+        raise RecipeError(f"{path} is a folder; name a file for the engine", option="save_engine")
+    check_parent(path)
 
 
 def save_engine(model_uri: str, path: Path) -> EngineRecord:

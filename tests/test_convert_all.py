@@ -135,6 +135,20 @@ class TestCommand:
         assert "--minTiming is left out" in errors
         assert (tmp_path / "p.plan").stat().st_size == json.loads(output)["engines"][0]["size"]
 
+    @pytest.mark.parametrize("more", [[], ["--dry-run"]])
+    def test_a_place_where_no_engine_can_be_written_is_refused_first(self, more, models, tracking, tmp_path):
+        (tmp_path / "file").touch()
+        for path, message in (
+            (tmp_path, "is a folder; name a file"),
+            (tmp_path / "file" / "p.plan", "cannot be written"),
+        ):
+            code, _, errors = run(
+                "convert", "models:/a/1", "--register-as", "a-trt", "--save-engine", path, *more, **tracking
+            )
+            assert code == 1
+            assert message in errors
+        assert not models.client.search_model_versions("name = 'a-trt'")
+
     def test_a_registered_source_has_a_default_name(self, tracking):
         code, output, errors = run("convert", "models:/a/1", "--target", "sm86", "--target", "sm120", **tracking)
         assert code == 0, errors

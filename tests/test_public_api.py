@@ -163,7 +163,7 @@ ALLOWED = {
     "plots": BASE | {"benchmark", "figures"},
     "selection_plot": BASE | {"figures"},
     "reporting": BASE | {"benchmark", "comparison", "layers", "plots"},
-    "export": BASE | {"fetching"},
+    "export": BASE | {"fetching", "packaging"},
     "triton_config": BASE | {"artifact"},
     "triton": BASE | {"artifact", "fetching", "packaging", "triton_config"},
     "dockerfile": BASE | {"fetching", "packaging"},

@@ -125,6 +125,10 @@ def convert(
         raise typer.BadParameter("--all registers what it makes: leave --output and --save-engine out")
     with results_on_stdout(as_json):
         recipe = options.recipe_from(given)
+        if save_engine:
+            from mlflow_trt.export import check_engine_path
+
+            check_engine_path(save_engine)
     command = _convert_all if all_ else _plan if dry_run else _convert_one
     command(given, source or onnx, recipe)
 
