@@ -309,7 +309,13 @@ def _unavailable(error: httpx.TransportError | None, attempts: int) -> Exception
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
         return ServerTimeoutError(f"no answer in time ({what}); raise timeout=, or send fewer rows")
+    tries = f"{attempts} attempt{'s' if attempts > 1 else ''}"
+    # A server that answers 503 without reading the request may close the connection before the answer is read.
+    if isinstance(error, (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)):
+        return ServerUnavailableError(
+            f"the server broke the connection off after {tries} ({what}); it stopped, or had too much to do: see its "
+            "log, or raise retries="
+        )
     return ServerUnavailableError(
-        f"no server answers after {attempts} attempt{'s' if attempts > 1 else ''} ({what}); check the address, and "
-        "that `mlflow models serve` runs there"
+        f"no server answers after {tries} ({what}); check the address, and that `mlflow models serve` runs there"
     )

@@ -15,7 +15,7 @@ def check_engine_path(path: Path) -> None:
     """Raise RecipeError where `save_engine` cannot write, before anything takes time or is registered."""
     if path.is_dir():
         raise RecipeError(f"{path} is a folder; name a file for the engine", option="save_engine")
-    check_parent(path)
+    check_parent(path, option="save_engine")
 
 
 def save_engine(model_uri: str, path: Path) -> EngineRecord:

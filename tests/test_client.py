@@ -58,7 +58,7 @@ def scripted(*answers, seconds=0.0, signatures=(b"{}",)):
                 received.append((self.headers["content-type"], body))
                 time.sleep(seconds)
             status, headers, content = left.pop(0) if len(left) > 1 else left[0]
-            if status is None:  # hang up
+            if status is None:
                 self.close_connection = True
                 return
             self.send_response(status)
@@ -84,6 +84,7 @@ def scripted(*answers, seconds=0.0, signatures=(b"{}",)):
 
 GOOD = (200, {}, b'{"predictions": {"y": [[1.5, 2.5]]}}')
 BUSY = (503, {}, b"busy")
+HANGS_UP = (None, {}, b"")
 ROW = {"x": np.ones((1, 2), np.float32)}
 
 
@@ -181,9 +182,15 @@ class TestTryingAgain:
         assert len({body for _, body in received}) == 1
 
     def test_a_server_that_hangs_up(self):
-        with scripted((None, {}, b""), GOOD) as (address, received), Client(address, backoff=0.01) as client:
+        with scripted(HANGS_UP, GOOD) as (address, received), Client(address, backoff=0.01) as client:
             assert client.predict(ROW)["y"].shape == (1, 2)
         assert len(received) == 2
+        with (
+            scripted(HANGS_UP) as (address, _),
+            Client(address, retries=1, backoff=0.01) as client,
+            pytest.raises(ServerUnavailableError, match="broke the connection off after 2 attempts .*raise retries="),
+        ):
+            client.predict(ROW)
 
     def test_until_the_retries_are_used_up(self):
         with (

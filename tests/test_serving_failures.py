@@ -245,10 +245,12 @@ def test_two_workers_and_a_limit(folder, module_store):
                 try:
                     return np.array_equal(client.predict({"x": X})["y"], Y)
                 except ServerError as error:
-                    return error.status
+                    return error.status or re.match("the server broke the connection off", error.message)[0]
 
         with ThreadPoolExecutor(40) as pool:
-            assert set(pool.map(predict, [0] * 200)) == {True, 503}
+            answers = set(pool.map(predict, [0] * 200))
+            # Uvicorn closes without reading the request, which now and then outruns its 503.
+            assert answers - {"the server broke the connection off"} == {True, 503}
             assert set(pool.map(predict, [100] * 200)) == {True}
         with Client(address) as client, pytest.raises(InputError) as caught:
             client.predict({"x": np.full((3, 2), 77.125, np.float32)})
