@@ -1,4 +1,4 @@
-"""Score Spark DataFrames: one model in each Python worker, on the GPU that Spark assigned to the task.
+"""Score Spark DataFrames: one model in each Python worker, on the GPUs that Spark assigned to the task.
 
 from mlflow_trt.spark import predict_udf
 
@@ -59,7 +59,7 @@ class _Model:
 
 
 # A Python worker runs many tasks, and loading takes seconds.
-_sessions: dict[tuple[_Model, int | None], Session] = {}
+_sessions: dict[tuple[_Model, tuple[int, ...]], Session] = {}
 
 
 def predict_udf(
@@ -78,7 +78,7 @@ def predict_udf(
         spark: the session; its tasks need mlflow-trt and what the runtime wants.
         model_uri: any model URI of MLflow that the tasks can read, too. An alias is followed once, now: all tasks run
             the same version, wherever it points later.
-        model_config: load settings. Spark's own assignment of a GPU comes before `device`.
+        model_config: load settings. What Spark assigns to a task comes before `device`.
 
     Raises:
         UnsupportedModelError: rows of the model's batch are not independent, or Spark lacks the type of an output.
@@ -106,7 +106,7 @@ def predict_udf(
 
     def predict(batches: Iterator[Any]) -> Iterator[pd.DataFrame]:
         context = TaskContext.get()
-        session = _session(model, _device(context))
+        session = _session(model, _devices(context))
         rows = Rows(session, partition=context.partitionId() if context is not None else 0)
         for batch in batches:
             # A single column comes by itself, whatever the annotations say.
@@ -162,20 +162,27 @@ def _result_type(outputs: tuple[TensorSpec, ...]) -> Any:
     return spark_types.StructType(fields)
 
 
-def _device(context: Any) -> int | None:
-    """The GPU that Spark assigned to this task, if it assigns them."""
+def _devices(context: Any) -> tuple[int, ...]:
+    """The GPUs that Spark assigned to this task, if it assigns them."""
     gpus = context.resources().get("gpu") if context is not None else None
-    return int(gpus.addresses[0]) if gpus is not None and gpus.addresses else None
+    addresses = list(gpus.addresses) if gpus is not None else []
+    if unknown := [address for address in addresses if not address.isdecimal()]:
+        raise RecipeError(
+            f"Spark assigned the GPU {unknown[0]!r} to this task; expected a number, as Spark's own "
+            "getGpusResources.sh gives: set spark.executor.resource.gpu.discoveryScript",
+            option="spark.executor.resource.gpu.discoveryScript",
+        )
+    return tuple(map(int, addresses))
 
 
-def _session(model: _Model, device: int | None) -> Session:
-    session = _sessions.get((model, device))
+def _session(model: _Model, devices: tuple[int, ...]) -> Session:
+    session = _sessions.get((model, devices))
     if session is None:
         mlflow.set_tracking_uri(model.tracking_uri)
         mlflow.set_registry_uri(model.registry_uri)
         settings: dict[str, Any] = dict(model.settings)
-        if device is not None:
-            settings["device"] = device
+        if devices:
+            settings["device"] = devices[0] if len(devices) == 1 else list(devices)
         loaded = mlflow.pyfunc.load_model(model.uri, model_config=settings)
-        session = _sessions[model, device] = loaded.get_raw_model()
+        session = _sessions[model, devices] = loaded.get_raw_model()
     return session

@@ -134,13 +134,21 @@ class Task:
 
 
 @pytest.mark.parametrize(
-    ("task", "device"), [(Task(gpu=["3"]), 3), (Task(gpu=["1", "2"]), 1), (Task(fpga=["0"]), None), (None, None)]
+    ("task", "devices"), [(Task(gpu=["3"]), (3,)), (Task(gpu=["1", "2"]), (1, 2)), (Task(fpga=["0"]), ()), (None, ())]
 )
-def test_the_gpu_that_spark_assigned(task, device):
+def test_the_gpus_that_spark_assigned(task, devices):
     pytest.importorskip("pyspark", reason="`make test-spark` installs it")
     from mlflow_trt import spark
 
-    assert spark._device(task) == device
+    assert spark._devices(task) == devices
+
+
+def test_a_gpu_that_spark_knows_by_another_name():
+    pytest.importorskip("pyspark", reason="`make test-spark` installs it")
+    from mlflow_trt import spark
+
+    with pytest.raises(RecipeError, match="assigned the GPU 'MIG-1a2b' to this task.*discoveryScript"):
+        spark._devices(Task(gpu=["MIG-1a2b"]))
 
 
 @pytest.fixture(scope="module")
