@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test test-spark test-torch lint docs check-python clean
+.PHONY: quickstart test test-lowest test-spark test-torch lint docs check-python clean
 
 quickstart: $(VENV)/.rtx
 	$(RUN) examples/quickstart.py
@@ -14,6 +14,15 @@ docs: $(VENV)/.dev
 
 test: $(VENV)/.dev
 	DO_NOT_TRACK=true $(RUN) -m pytest
+
+# The lowest versions that pyproject.toml allows. What they deprecate or warn of is not ours to mend, nor that the server
+# of MLflow 3.10 does not start with starlette 1.
+test-lowest: | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet 'uv>=0.9'
+	$(RUN) -m uv venv --quiet --seed --clear --python $(PYTHON) $(VENV)-lowest
+	$(RUN) -m uv pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct \
+	  --editable '.[rtx,dev]' 'starlette>=0.40,<1'
+	DO_NOT_TRACK=true $(VENV)-lowest/bin/python -m pytest -o filterwarnings=ignore
 
 # torch for the CPU: PyPI's own builds bring CUDA, so name an index of CPU builds where pip does not know one.
 TORCH_INDEX ?=
@@ -57,4 +66,4 @@ check-python:
 	  || { echo "Python 3.10 or later is needed; name one with: make PYTHON=python3.12 ..."; exit 1; }
 
 clean:
-	rm -rf $(VENV) quickstart build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-lowest quickstart build dist *.egg-info

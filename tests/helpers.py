@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mlflow
 import onnx
+import pytest
 from mlflow import MlflowClient
 from real_models import RealModel
 
@@ -38,6 +39,13 @@ def gpu(target: str) -> Gpu:
     """A GPU of this compute capability, which no machine has."""
     return Gpu(
         ordinal=0, name="a GPU", compute_capability=ComputeCapability.parse(target), memory=1 << 30, uuid="GPU-1"
+    )
+
+
+def needs_onnx(opset: int) -> pytest.MarkDecorator:
+    """For a test that uses operators of this opset."""
+    return pytest.mark.skipif(
+        onnx.defs.onnx_opset_version() < opset, reason=f"needs a release of onnx with opset {opset}"
     )
 
 

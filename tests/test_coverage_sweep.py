@@ -8,8 +8,10 @@ import warnings
 import coverage_sweep
 import onnx
 import pytest
+from helpers import needs_onnx
 
 EXPLAINED = {"refused"}
+pytestmark = needs_onnx(28)
 
 
 @pytest.fixture(scope="module")

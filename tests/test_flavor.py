@@ -242,7 +242,7 @@ class TestFailuresLeaveNothing:
             ({"pip_requirements": "/no/requirements.txt"}, "No such file"),
             ({"metadata": {"a": np.float32(1)}}, "cannot represent"),
             ({"input_example": object()}, "Expected one of the following types"),
-            ({"registered_model_name": "a/b"}, "Invalid model name"),
+            ({"registered_model_name": ""}, "Missing value for required parameter 'name'"),
             ({"tags": {"": "x"}}, "tag|Tag|key"),
         ],
     )

@@ -56,8 +56,12 @@ def convert(
         ),
     ] = "",
     alias: Annotated[str, typer.Option(help="Set this alias on the version, after everything else succeeded.")] = "",
-    output: Annotated[Path | None, typer.Option(help="Write the result to this new folder instead.")] = None,
-    save_engine: Annotated[Path | None, typer.Option(help="Write the engine to this file as well, or only.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(path_type=Path, help="Write the result to this new folder instead.")
+    ] = None,
+    save_engine: Annotated[
+        Path | None, typer.Option(path_type=Path, help="Write the engine to this file as well, or only.")
+    ] = None,
     build_only: Annotated[
         bool, typer.Option("--build-only", help="For lines of trtexec: this command always only builds.")
     ] = False,
@@ -95,7 +99,9 @@ def convert(
     profiling_verbosity: options.ProfilingVerbosity = "",
     calibration_data: Annotated[
         Path | None,
-        typer.Option(help="An .npz or .npy file of real inputs: int8 and fp8 need it, all are compared on it."),
+        typer.Option(
+            path_type=Path, help="An .npz or .npy file of real inputs: int8 and fp8 need it, all are compared on it."
+        ),
     ] = None,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not compare with the source model, and store no golden sample.")
@@ -110,6 +116,7 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Convert a model, from a file or from MLflow, into an MLflow model with a TensorRT engine."""
+    # Hence path_type above: without it, typer before 0.29 leaves paths as text here.
     given: dict[str, Any] = dict(context.params)
     if sum(map(bool, (source, onnx, all_))) != 1:
         raise typer.BadParameter("give one source: SOURCE, --onnx FILE or --all FILTER")
