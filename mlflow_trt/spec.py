@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 Dim = int | str | None
@@ -150,6 +150,11 @@ class InputRange:
     opt: Shape
     max: Shape
     is_values: bool = False
+
+    @property
+    def row(self) -> InputRange:
+        """The range of the dimensions but axis 0."""
+        return replace(self, min=self.min[1:], opt=self.opt[1:], max=self.max[1:])
 
     def contains(self, shape: Shape) -> bool:
         return len(shape) == len(self.min) and all(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlflow_trt.artifact import Record
@@ -88,7 +88,7 @@ def _limits_of_rows(profile: ShapeProfile) -> tuple[int, int]:
 
 def _takes_rows_of(profile: ShapeProfile, other: ShapeProfile) -> bool:
     return all(
-        replace(limits, min=limits.min[1:], max=limits.max[1:]).contains(shape[1:])
+        limits.row.contains(shape[1:])
         for name, limits in profile.ranges.items()
         for shape in (other.ranges[name].min, other.ranges[name].max)
     )

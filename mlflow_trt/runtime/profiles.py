@@ -36,7 +36,7 @@ def choose_profile(profiles: Sequence[ShapeProfile], feeds: Feeds, axis: BatchAx
             (abs(profile.ranges[first].opt[0] - rows), number)
             for number, profile in enumerate(profiles)
             if all(
-                _fits_but_for_rows(limits, feeds[name]) if name in axis.inputs
+                limits.row.contains(feeds[name].shape[1:]) if name in axis.inputs
                 else limits.contains(_extent(limits, feeds[name]))
                 for name, limits in profile.ranges.items()
             )
@@ -59,10 +59,6 @@ def _distance(profile: ShapeProfile, feeds: Feeds) -> int:
         for name, limits in profile.ranges.items()
         for usual, size in zip(limits.opt, _extent(limits, feeds[name]), strict=True)
     )
-
-
-def _fits_but_for_rows(limits: InputRange, array: Array) -> bool:
-    return InputRange(min=limits.min[1:], opt=limits.opt[1:], max=limits.max[1:]).contains(array.shape[1:])
 
 
 def _no_profile(profiles: Sequence[ShapeProfile], feeds: Feeds, axis: BatchAxis | None) -> str:
