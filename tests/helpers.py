@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import mlflow
 import onnx
 import pytest
 from mlflow import MlflowClient
+from packaging.version import Version
 from real_models import RealModel
 
 from mlflow_trt.convert.onnx_model import OnnxModel, read_onnx
@@ -42,11 +44,9 @@ def gpu(target: str) -> Gpu:
     )
 
 
-def needs_onnx(opset: int) -> pytest.MarkDecorator:
-    """For a test that uses operators of this opset."""
-    return pytest.mark.skipif(
-        onnx.defs.onnx_opset_version() < opset, reason=f"needs a release of onnx with opset {opset}"
-    )
+def needs_release(package: str, oldest: str) -> pytest.MarkDecorator:
+    """For a test of what earlier releases lack, which `make test-lowest` installs."""
+    return pytest.mark.skipif(Version(version(package)) < Version(oldest), reason=f"needs {package} {oldest}")
 
 
 def wait_for(condition) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import networks
 import numpy as np
 import pytest
-from helpers import needs_onnx, read
+from helpers import needs_release, read
 from onnx import TensorProto, helper
 from real_models import MAGIKA, REC
 
@@ -276,7 +276,7 @@ class TestFailures:
         for layout in ({}, {"layout": 0}):
             assert build(recurrent(**layout), tmp_path).shapes == {"x": (3, 2, 4), "y": (3, 1, 2, 5)}
 
-    @needs_onnx(28)
+    @needs_release("onnx", "1.23")
     def test_the_other_order_of_space_to_depth_is_refused(self, tmp_path):
         def to_depth(opset, **mode):
             model = networks.model(

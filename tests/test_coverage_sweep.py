@@ -8,10 +8,10 @@ import warnings
 import coverage_sweep
 import onnx
 import pytest
-from helpers import needs_onnx
+from helpers import needs_release
 
 EXPLAINED = {"refused"}
-pytestmark = needs_onnx(28)
+pytestmark = needs_release("onnx", "1.23")
 
 
 @pytest.fixture(scope="module")

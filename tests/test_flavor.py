@@ -15,6 +15,7 @@ import onnx
 import pytest
 import yaml
 from compare import relative_error
+from helpers import needs_release
 from mlflow.models import Model, infer_signature
 from mlflow.types import Schema, TensorSpec
 from real_models import CLS, MAGIKA
@@ -243,6 +244,7 @@ class TestFailuresLeaveNothing:
             ({"metadata": {"a": np.float32(1)}}, "cannot represent"),
             ({"input_example": object()}, "Expected one of the following types"),
             ({"registered_model_name": ""}, "Missing value for required parameter 'name'"),
+            pytest.param({"registered_model_name": "a/b"}, "Invalid model name", marks=needs_release("mlflow", "3.11")),
             ({"tags": {"": "x"}}, "tag|Tag|key"),
         ],
     )
