@@ -16,9 +16,9 @@ import onnx
 from onnx import numpy_helper
 
 from benchmarks.models import BenchmarkModel, Feeds
-from mlflow_trt.artifact import read_folder
-from mlflow_trt.runtime.timing import measure
-from mlflow_trt.trt import is_installed
+from mlflow_trt.core.optional import is_installed
+from mlflow_trt.runtime.latency import measure
+from mlflow_trt.store.folder import read_folder
 
 BATCHES = (1, 8, 32, 128)
 Predict = Callable[[Feeds], object]
@@ -56,7 +56,7 @@ def _ours(folder: Path) -> Iterator[Predict]:
 
 @contextmanager
 def _plain(folder: Path) -> Iterator[Predict]:
-    from mlflow_trt.runtime.device import open_device
+    from mlflow_trt.runtime.cuda.device import open_device
 
     with open_device(0).current():
         loop = PlainLoop(folder)
@@ -72,7 +72,7 @@ class PlainLoop:
     def __init__(self, folder: Path) -> None:
         import pycuda.driver as cuda
 
-        from mlflow_trt import trt
+        from mlflow_trt.backends import tensorrt as trt
 
         record = read_folder(folder).record
         module = trt.load()._module

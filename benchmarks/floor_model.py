@@ -7,7 +7,7 @@ from typing import Any
 import mlflow
 import numpy as np
 
-from mlflow_trt import wire
+from mlflow_trt.core import wire
 
 
 class Floor(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]  # MLflow's module is lazy

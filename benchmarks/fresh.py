@@ -50,11 +50,11 @@ def _load(folder: Path, model: str, *, pyfunc: bool = False) -> dict[str, float]
     import pycuda.driver as cuda
 
     import mlflow_trt
-    import mlflow_trt.flavor
-    import mlflow_trt.runtime.tensorrt
+    import mlflow_trt.flavor.api
+    import mlflow_trt.runtime.tensorrt_session
     from benchmarks.models import MODELS
-    from mlflow_trt import trt
-    from mlflow_trt.runtime.device import open_device
+    from mlflow_trt.backends import tensorrt as trt
+    from mlflow_trt.runtime.cuda.device import open_device
 
     feeds = MODELS[model]().feeds(1)
     trt.load()
@@ -85,9 +85,9 @@ def _bare(folder: Path, model: str, kernels: str) -> dict[str, float]:
     import pycuda.driver as cuda
 
     from benchmarks.models import MODELS
-    from mlflow_trt import trt
-    from mlflow_trt.artifact import read_folder
-    from mlflow_trt.runtime.device import open_device
+    from mlflow_trt.backends import tensorrt as trt
+    from mlflow_trt.runtime.cuda.device import open_device
+    from mlflow_trt.store.folder import read_folder
 
     feeds = MODELS[model]().feeds(1)
     record = read_folder(folder).record
@@ -96,7 +96,7 @@ def _bare(folder: Path, model: str, kernels: str) -> dict[str, float]:
         before = cuda.mem_get_info()[0]
         marks = [time.perf_counter()]
         plan = (folder / record.engines[0].file).read_bytes()
-        stored = Path(kernels).read_bytes()[32:]  # after its sha256, as `mlflow_trt.kernel_file` writes it
+        stored = Path(kernels).read_bytes()[32:]  # after its sha256, as `mlflow_trt.store.kernel_cache` writes it
         marks.append(time.perf_counter())
         runtime = module.Runtime(module.Logger(module.Logger.ERROR))
         engine = runtime.deserialize_cuda_engine(plan)

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from mlflow_trt.wire import Request
+from mlflow_trt.core.wire import Request
 
 _TIMEOUT = 600.0
 

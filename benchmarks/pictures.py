@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlflow_trt.figures import COLORS, MARKERS, new_figure
+from mlflow_trt.core.figures import COLORS, MARKERS, new_figure
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:

@@ -23,7 +23,7 @@ import numpy as np
 import mlflow_trt
 from benchmarks.models import MODELS
 from benchmarks.runtime import call_from_threads, print_table, seconds
-from mlflow_trt.hardware import probe
+from mlflow_trt.backends.cuda_driver import probe
 
 CALLERS_EACH = 8
 ROWS = 32

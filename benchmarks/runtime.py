@@ -34,11 +34,11 @@ from benchmarks.alternatives import alternatives
 from benchmarks.fresh import fresh
 from benchmarks.models import MODELS, BenchmarkModel, Feeds
 from benchmarks.options import parse_names
-from mlflow_trt.hardware import probe
-from mlflow_trt.runtime.batching import Rows, pieces
-from mlflow_trt.runtime.copying import copies, copy_rows
-from mlflow_trt.runtime.slot_timing import replay
-from mlflow_trt.runtime.tensorrt import TensorRTSession
+from mlflow_trt.backends.cuda_driver import probe
+from mlflow_trt.runtime.batching.host_copy import copies, copy_rows
+from mlflow_trt.runtime.batching.sizes import Rows, pieces
+from mlflow_trt.runtime.engine.timing import replay
+from mlflow_trt.runtime.tensorrt_session import TensorRTSession
 
 BATCHES = (8, 32, 128)
 THREADS = (1, 8, 16, 64)
@@ -285,8 +285,8 @@ def host_copy(feeds: Feeds, size: int) -> None:
     """Copy into pinned memory, by as many threads as the runtime uses."""
     import pycuda.driver as cuda
 
-    from mlflow_trt.runtime.device import open_device
-    from mlflow_trt.spec import BatchAxis
+    from mlflow_trt.core.types import BatchAxis
+    from mlflow_trt.runtime.cuda.device import open_device
 
     rows = Rows([feeds], BatchAxis(inputs=tuple(feeds), splits=True, declared=True), size)
     for name, shape in rows.shapes.items():

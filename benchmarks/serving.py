@@ -37,11 +37,11 @@ from benchmarks.load import Answer, Load, drive, summarized
 from benchmarks.options import parse_names
 from benchmarks.resnet50 import resnet50
 from examples.serving import Server, running
-from mlflow_trt import wire
-from mlflow_trt.artifact import Record, read_folder
 from mlflow_trt.cli.options import parse_batch, parse_numbers, parse_settings
+from mlflow_trt.core import wire
 from mlflow_trt.errors import OnnxModelError, RecipeError
-from mlflow_trt.model_inputs import sample
+from mlflow_trt.measure.inputs import sample
+from mlflow_trt.store.folder import Record, read_folder
 
 TARGETS = ("floor", "mlflow-trt", "mlflow.onnx")
 ENCODERS = {"json": wire.json_request, "parquet": wire.parquet_request}

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from mlflow_trt._version import __version__
 
 if TYPE_CHECKING:
-    from mlflow_trt.artifact import FLAVOR_NAME
-    from mlflow_trt.comparison import Tolerance
     from mlflow_trt.convert.recipe import Recipe
+    from mlflow_trt.core.accuracy import Tolerance
+    from mlflow_trt.core.settings import LoadSettings
+    from mlflow_trt.core.types import Precision
     from mlflow_trt.errors import (
         AccuracyError,
         ArtifactError,
@@ -43,13 +44,12 @@ if TYPE_CHECKING:
         SessionClosedError,
         UnsupportedModelError,
     )
-    from mlflow_trt.flavor import load_model, log_model, save_model
-    from mlflow_trt.packaging import get_default_pip_requirements
-    from mlflow_trt.pyfunc import load_pyfunc as _load_pyfunc
-    from mlflow_trt.registry import convert_model_version
+    from mlflow_trt.flavor.api import load_model, log_model, save_model
+    from mlflow_trt.flavor.mlmodel import get_default_pip_requirements
+    from mlflow_trt.flavor.pyfunc import load_pyfunc as _load_pyfunc
+    from mlflow_trt.registry.convert_version import convert_model_version
     from mlflow_trt.runtime.session import Session
-    from mlflow_trt.settings import LoadSettings
-    from mlflow_trt.spec import Precision
+    from mlflow_trt.store.folder import FLAVOR_NAME
 
 __all__ = [
     "FLAVOR_NAME",
@@ -91,18 +91,18 @@ __all__ = [
 
 # Where a name comes from, unless it is an error.
 _MODULES = {
-    "FLAVOR_NAME": "artifact",
-    "LoadSettings": "settings",
-    "Precision": "spec",
+    "FLAVOR_NAME": "store.folder",
+    "LoadSettings": "core.settings",
+    "Precision": "core.types",
     "Recipe": "convert.recipe",
     "Session": "runtime.session",
-    "Tolerance": "comparison",
-    "_load_pyfunc": "pyfunc",
-    "convert_model_version": "registry",
-    "get_default_pip_requirements": "packaging",
-    "load_model": "flavor",
-    "log_model": "flavor",
-    "save_model": "flavor",
+    "Tolerance": "core.accuracy",
+    "_load_pyfunc": "flavor.pyfunc",
+    "convert_model_version": "registry.convert_version",
+    "get_default_pip_requirements": "flavor.mlmodel",
+    "load_model": "flavor.api",
+    "log_model": "flavor.api",
+    "save_model": "flavor.api",
 }
 
 

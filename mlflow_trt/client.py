@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Self
 
-from mlflow_trt import wire
+from mlflow_trt.core import wire
 
 try:
     import httpx

@@ -43,7 +43,7 @@ from mlflow.protos.databricks_pb2 import (
 )
 
 if TYPE_CHECKING:
-    from mlflow_trt.comparison import Comparison
+    from mlflow_trt.core.accuracy import Comparison
 
 
 class MlflowTrtError(MlflowException):

@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from real_models import CLS, MAGIKA
 
 import mlflow_trt
-from mlflow_trt.hardware import probe
+from mlflow_trt.backends.cuda_driver import probe
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -130,7 +130,7 @@ def examine(case: Case, precision: str) -> Finding:
 def _examined(case: Case, precision: str, model) -> Finding:
     from mlflow_trt import BuildError, MlflowTrtError, Precision, Recipe, Tolerance
     from mlflow_trt.convert.conversion import convert
-    from mlflow_trt.convert.onnx_model import read_onnx
+    from mlflow_trt.convert.onnx.model import read_onnx
     from mlflow_trt.convert.samples import SampleData, SampleOrigin
 
     def finding(outcome: str, detail: str = "", kept: int = 0) -> Finding:
@@ -174,7 +174,7 @@ def _reference(conversion) -> tuple:
 def _other_shapes(conversion, reference) -> str:
     """What is wrong with the shapes of the engine's outputs; empty, as at log time, where there is no reference."""
     from mlflow_trt import UnsupportedModelError
-    from mlflow_trt.convert.output_shapes import check_output_shapes
+    from mlflow_trt.convert.engine.output_shapes import check_output_shapes
 
     try:
         pairs = zip(conversion.samples.feeds, reference, strict=False)
@@ -214,10 +214,10 @@ def _with_neighbours(model):
 
 def _execute(conversion, expected, tolerance) -> tuple[str, str]:
     from mlflow_trt import MlflowTrtError, RuntimeUnavailableError
-    from mlflow_trt.comparison import compare
-    from mlflow_trt.runtime.device import open_device
-    from mlflow_trt.settings import LoadSettings
-    from mlflow_trt.verify import engine_session
+    from mlflow_trt.core.accuracy import compare
+    from mlflow_trt.core.settings import LoadSettings
+    from mlflow_trt.pipeline.verify import engine_session
+    from mlflow_trt.runtime.cuda.device import open_device
 
     try:
         open_device(0)
@@ -257,7 +257,7 @@ def work(names: list[str], out: Path, until: float) -> None:
 
 def visible_gpus() -> list[str]:
     """UUIDs, asked of a process of its own: this one must not have seen GPUs before it chooses one."""
-    command = "from mlflow_trt.hardware import probe; print(*(gpu.uuid for gpu in probe().gpus))"
+    command = "from mlflow_trt.backends.cuda_driver import probe; print(*(gpu.uuid for gpu in probe().gpus))"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     return done.stdout.split()
 

@@ -9,10 +9,10 @@ import networks
 import numpy as np
 from helpers import read
 
+from mlflow_trt.core.types import BatchAxis
 from mlflow_trt.errors import ExecutionError
-from mlflow_trt.pyfunc import PyfuncModel
-from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
-from mlflow_trt.spec import BatchAxis
+from mlflow_trt.flavor.pyfunc import PyfuncModel
+from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
 
 
 class FailingSession(OnnxRuntimeSession):

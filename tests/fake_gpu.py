@@ -16,9 +16,9 @@ import types
 
 import numpy as np
 
-from mlflow_trt.runtime.device import Device
-from mlflow_trt.runtime.tensorrt import TensorRTSession
-from mlflow_trt.spec import BatchAxis, ComputeCapability, Gpu, TensorSpec
+from mlflow_trt.core.types import BatchAxis, ComputeCapability, Gpu, TensorSpec
+from mlflow_trt.runtime.cuda.device import Device
+from mlflow_trt.runtime.tensorrt_session import TensorRTSession
 
 GARBAGE = 0xA5
 BATCH_AXIS = BatchAxis(inputs=("x",), splits=True, declared=True)

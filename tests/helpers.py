@@ -14,9 +14,9 @@ from mlflow import MlflowClient
 from packaging.version import Version
 from real_models import RealModel
 
-from mlflow_trt.convert.onnx_model import OnnxModel, read_onnx
-from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
-from mlflow_trt.spec import ComputeCapability, Gpu
+from mlflow_trt.convert.onnx.model import OnnxModel, read_onnx
+from mlflow_trt.core.types import ComputeCapability, Gpu
+from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
 
 
 class Store:

@@ -16,12 +16,14 @@ from test_cli import run
 from test_lineage import failing, registry_state
 
 import mlflow_trt
-from mlflow_trt import RecipeError, add_engine, trt
-from mlflow_trt.add_engine import _widen_requirements
-from mlflow_trt.add_engine import add_engine as add
-from mlflow_trt.artifact import add_engine_file, read_folder
-from mlflow_trt.fitting import why_not
-from mlflow_trt.spec import Distribution
+from mlflow_trt import RecipeError
+from mlflow_trt.backends import tensorrt as trt
+from mlflow_trt.core.compatibility import why_not
+from mlflow_trt.core.types import Distribution
+from mlflow_trt.registry import add_engine
+from mlflow_trt.registry.add_engine import _widen_requirements
+from mlflow_trt.registry.add_engine import add_engine as add
+from mlflow_trt.store.folder import add_engine_file, read_folder
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from mlflow_trt import ArtifactError, FormatError, IntegrityError
-from mlflow_trt.artifact import RECORD_FILE, read_folder
-from mlflow_trt.convert.onnx_model import sha256_of
+from mlflow_trt.convert.onnx.model import sha256_of
+from mlflow_trt.store.folder import RECORD_FILE, read_folder
 
 
 @pytest.fixture

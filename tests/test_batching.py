@@ -11,12 +11,12 @@ from helpers import read, reference
 from real_models import MAGIKA
 
 from mlflow_trt import InputShapeError
-from mlflow_trt.dtypes import numpy_dtype
-from mlflow_trt.runtime.batching import START_COST, AnySize, FewSizes, Piece, Rows, pieces
-from mlflow_trt.runtime.copying import LEAST_BYTES, THREADS, copies, copy_rows
-from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
-from mlflow_trt.runtime.scheduler import Scheduler
-from mlflow_trt.spec import BatchAxis, InputRange, ShapeProfile
+from mlflow_trt.core.arrays import numpy_dtype
+from mlflow_trt.core.types import BatchAxis, InputRange, ShapeProfile
+from mlflow_trt.runtime.batching.host_copy import LEAST_BYTES, THREADS, copies, copy_rows
+from mlflow_trt.runtime.batching.scheduler import Scheduler
+from mlflow_trt.runtime.batching.sizes import START_COST, AnySize, FewSizes, Piece, Rows, pieces
+from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
 
 AXIS = BatchAxis(inputs=("x",), splits=True, declared=True)
 

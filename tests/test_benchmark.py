@@ -13,12 +13,12 @@ from test_cli import run
 
 import mlflow_trt
 from mlflow_trt import RecipeError
-from mlflow_trt.artifact import read_folder
-from mlflow_trt.benchmark import Benchmark, Measurement, benchmark
-from mlflow_trt.model_inputs import sample
-from mlflow_trt.plots import draw_benchmark, draw_layers
-from mlflow_trt.reporting import log_report
-from mlflow_trt.runtime.timing import Latency, measure
+from mlflow_trt.measure.benchmark import Benchmark, Measurement, benchmark
+from mlflow_trt.measure.inputs import sample
+from mlflow_trt.measure.plots import draw_benchmark, draw_layers
+from mlflow_trt.measure.publish import log_report
+from mlflow_trt.runtime.latency import Latency, measure
+from mlflow_trt.store.folder import read_folder
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 

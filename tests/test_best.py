@@ -30,19 +30,19 @@ from mlflow_trt import (
     RuntimeUnavailableError,
     Tolerance,
 )
-from mlflow_trt.add_engine import add_engine
-from mlflow_trt.artifact import read_folder
+from mlflow_trt.backends.cuda_driver import probe
 from mlflow_trt.cli import app
 from mlflow_trt.convert.conversion import convert
-from mlflow_trt.convert.onnx_model import read_onnx
+from mlflow_trt.convert.onnx.model import read_onnx
 from mlflow_trt.convert.samples import SampleData, SampleOrigin
-from mlflow_trt.convert_all import convert_all
-from mlflow_trt.fetching import read_record
-from mlflow_trt.hardware import probe
-from mlflow_trt.measuring import measured_on, usual_feeds
-from mlflow_trt.planning import plan_conversion
-from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
-from mlflow_trt.selection import Fate
+from mlflow_trt.core.selection import Fate
+from mlflow_trt.flavor.fetch import read_record
+from mlflow_trt.pipeline.bench import measured_on, usual_feeds
+from mlflow_trt.registry.add_engine import add_engine
+from mlflow_trt.registry.convert_all import convert_all
+from mlflow_trt.registry.plan import plan_conversion
+from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
+from mlflow_trt.store.folder import read_folder
 
 DATA = {"x": networks.rows(32)}
 WITHOUT_GPU = pytest.mark.skipif(probe().problem is None, reason="is about machines without a GPU")
@@ -307,7 +307,7 @@ def test_table_picture_tags_and_metrics(bench, store):
 
 
 def test_without_matplotlib_there_is_the_table_and_a_word(bench, tmp_path, monkeypatch, messages):
-    monkeypatch.setattr("mlflow_trt.figures.is_installed", lambda name: False)
+    monkeypatch.setattr("mlflow_trt.core.figures.is_installed", lambda name: False)
     save(tmp_path / "m")
     assert not (tmp_path / "m" / "candidates.png").exists()
     assert "| int8 | won |" in (tmp_path / "m" / "precision_report.md").read_text()
@@ -413,7 +413,7 @@ class TestWithoutAGpu:
         assert not (tmp_path / "m").exists()
 
     def test_a_missing_package_is_named(self, monkeypatch, tmp_path):
-        monkeypatch.setattr("mlflow_trt.onnx_runtime.is_installed", lambda name: False)
+        monkeypatch.setattr("mlflow_trt.backends.onnxruntime.is_installed", lambda name: False)
         with pytest.raises(MissingDependencyError, match="pip install onnxruntime") as caught:
             save(tmp_path / "m")
         assert "onnxruntime" in caught.value.packages

@@ -29,16 +29,18 @@ from mlflow_trt import (
     RecipeError,
     RuntimeUnavailableError,
     UnsupportedModelError,
-    trt,
 )
-from mlflow_trt.convert import build_worker, builder, limits
-from mlflow_trt.convert.build_worker import Job, _configure
-from mlflow_trt.convert.builder import build_engine
+from mlflow_trt.backends import tensorrt as trt
+from mlflow_trt.backends.cuda_driver import Hardware
+from mlflow_trt.convert import checks as limits
 from mlflow_trt.convert.conversion import convert
-from mlflow_trt.convert.onnx_model import read_onnx, sha256_of
-from mlflow_trt.convert.timing_cache import TimingCacheFile
-from mlflow_trt.hardware import Hardware
-from mlflow_trt.spec import Distribution, HardwareCompatibility, ProfilingVerbosity
+from mlflow_trt.convert.engine import builder
+from mlflow_trt.convert.engine import worker as build_worker
+from mlflow_trt.convert.engine.builder import build_engine
+from mlflow_trt.convert.engine.timing_cache import TimingCacheFile
+from mlflow_trt.convert.engine.worker import Job, _configure
+from mlflow_trt.convert.onnx.model import read_onnx, sha256_of
+from mlflow_trt.core.types import Distribution, HardwareCompatibility, ProfilingVerbosity
 
 
 def build(model, folder, progress=None, **recipe):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_trt import cache
-from mlflow_trt.spec import Distribution, EngineRecord
+from mlflow_trt.core.types import Distribution, EngineRecord
+from mlflow_trt.store import cache
 
 PLAN = b"plan" * 1000
 RECORD = EngineRecord(

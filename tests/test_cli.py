@@ -55,8 +55,8 @@ class TestConvert:
     def test_sigterm_leaves_nothing_behind(self, tracking, store, onnx_file):
         program = f"""
 import os, signal, sys
-import mlflow_trt.registry
-mlflow_trt.registry.set_alias = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+import mlflow_trt.registry.convert_version
+mlflow_trt.registry.convert_version.set_alias = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
 sys.argv = ["mlflow-trt", "convert", {str(onnx_file)!r}, "--register-as", "p-trt", "--alias", "champion"]
 from mlflow_trt.cli import main
 main()

@@ -21,8 +21,8 @@ from mlflow.types import ColSpec, Schema, TensorSpec
 from serving import free_port, served
 
 import mlflow_trt
-from mlflow_trt import wire
 from mlflow_trt.client import AsyncClient, Client
+from mlflow_trt.core import wire
 from mlflow_trt.errors import (
     InputDtypeError,
     InputError,

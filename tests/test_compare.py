@@ -12,7 +12,7 @@ from test_cli import run
 
 import mlflow_trt
 from mlflow_trt import InputShapeError
-from mlflow_trt.compare import compare_models
+from mlflow_trt.measure.side_by_side import compare_models
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlflow_trt import Precision, RecipeError, Tolerance
-from mlflow_trt.comparison import Comparison, Verdict, compare
+from mlflow_trt.core.accuracy import Comparison, Verdict, compare
 
 ROWS = np.random.default_rng(0).standard_normal((20, 5)).astype(np.float32)
 

@@ -13,8 +13,8 @@ from test_cli import run
 import mlflow_trt
 from mlflow_trt import InputError, Recipe, RecipeError
 from mlflow_trt.cli.options import default_name
-from mlflow_trt.convert_all import convert_all
-from mlflow_trt.planning import plan_conversion
+from mlflow_trt.registry.convert_all import convert_all
+from mlflow_trt.registry.plan import plan_conversion
 
 
 @pytest.fixture

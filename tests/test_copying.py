@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import pytest
 
-from mlflow_trt.runtime import copying
+from mlflow_trt.runtime.batching import host_copy as copying
 
 
 @pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), KeyboardInterrupt()], ids=type)

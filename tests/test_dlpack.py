@@ -11,7 +11,7 @@ import weakref
 import numpy as np
 import pytest
 
-from mlflow_trt.runtime import dlpack
+from mlflow_trt.runtime.cuda import dlpack
 
 
 class Owner:
@@ -105,7 +105,7 @@ def test_a_tensor_may_outlive_python(keeper):
     program = textwrap.dedent(f"""
         import sys
         import numpy
-        from mlflow_trt.runtime import dlpack
+        from mlflow_trt.runtime.cuda import dlpack
         dlpack.CUDA = 3  # pinned memory, which numpy takes
 
         class Array:

@@ -20,7 +20,7 @@ from test_cli import run
 import mlflow_trt
 from mlflow_trt import RecipeError
 from mlflow_trt.client import Client
-from mlflow_trt.dockerfile import ImageOptions, dockerfile_text, write_image_context
+from mlflow_trt.deploy.dockerfile import ImageOptions, dockerfile_text, write_image_context
 
 SETTINGS = {"runtime": "onnxruntime", "answers": "base64"}
 HADOLINT = Path(sys.executable).with_name("hadolint")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mlflow_trt.errors import OutOfMemoryError
-from mlflow_trt.runtime.batching import Rows
-from mlflow_trt.runtime.bindings import MOST_CONTEXTS
+from mlflow_trt.runtime.batching.sizes import Rows
+from mlflow_trt.runtime.engine.contexts import MOST_CONTEXTS
 
 TOGETHER = pytest.mark.parametrize("delay", [0, 5.0], ids=["each by itself", "together"])
 LATE = pytest.mark.parametrize("late", [False, True], ids=["shapes known", "shapes late"])

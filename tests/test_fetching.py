@@ -9,9 +9,9 @@ import networks
 import onnx
 import pytest
 
-from mlflow_trt.artifact import read_folder
-from mlflow_trt.fetching import fetch_folder, is_of_this_flavor, opened_folder, read_record
-from mlflow_trt.sources.opened import opened_source
+from mlflow_trt.flavor.fetch import fetch_folder, is_of_this_flavor, opened_folder, read_record
+from mlflow_trt.registry.sources.open import opened_source
+from mlflow_trt.store.folder import read_folder
 
 
 @pytest.mark.parametrize("name", ["plain", "a%20b"])

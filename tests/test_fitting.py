@@ -8,8 +8,8 @@ import pytest
 from helpers import gpu
 
 from mlflow_trt import RecipeError
-from mlflow_trt.fitting import check_targets, why_not
-from mlflow_trt.spec import Distribution, EngineRecord, HardwareCompatibility
+from mlflow_trt.core.compatibility import check_targets, why_not
+from mlflow_trt.core.types import Distribution, EngineRecord, HardwareCompatibility
 
 RTX = EngineRecord(file="e.plan", sha256="", size=1, distribution=Distribution.TENSORRT_RTX, version="1.7.1.116")
 TRT = replace(RTX, distribution=Distribution.TENSORRT, version="10.13.2.6", compute_capabilities=("sm86",), gpu="a GPU")

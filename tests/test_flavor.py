@@ -21,10 +21,11 @@ from mlflow.types import Schema, TensorSpec
 from real_models import CLS, MAGIKA
 
 import mlflow_trt
-from mlflow_trt import BuildError, OnnxModelError, Recipe, RecipeError, packaging
-from mlflow_trt.convert import builder
-from mlflow_trt.fetching import read_record
-from mlflow_trt.verify_model import verify_model
+from mlflow_trt import BuildError, OnnxModelError, Recipe, RecipeError
+from mlflow_trt.convert.engine import builder
+from mlflow_trt.flavor import mlmodel as packaging
+from mlflow_trt.flavor.fetch import read_record
+from mlflow_trt.measure.verify_logged import verify_model
 
 CPU = {"runtime": "onnxruntime"}
 

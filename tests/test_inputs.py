@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from mlflow_trt import InputDtypeError, InputError, InputShapeError
-from mlflow_trt.inputs import InputCheck, prepare_feeds
-from mlflow_trt.spec import TensorSpec
+from mlflow_trt.core.inputs import InputCheck, prepare_feeds
+from mlflow_trt.core.types import TensorSpec
 
 IMAGE = TensorSpec(name="image", dtype="float32", shape=("batch", 2))
 IDS = TensorSpec(name="ids", dtype="int32", shape=("batch", None))

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from mlflow_trt import cache
-from mlflow_trt.kernel_file import KernelFile
+from mlflow_trt.store import cache
+from mlflow_trt.store.kernel_cache import KernelFile
 
 
 @pytest.fixture

@@ -24,21 +24,21 @@ from mlflow_trt import (
     Recipe,
     RecipeError,
     RuntimeUnavailableError,
-    trt,
 )
-from mlflow_trt.add_engine import add_engine
-from mlflow_trt.artifact import RECORD_FILE, read_folder
+from mlflow_trt.backends import tensorrt as trt
+from mlflow_trt.backends.cuda_driver import Hardware
 from mlflow_trt.cli import app
-from mlflow_trt.convert import builder
-from mlflow_trt.convert_all import convert_all
-from mlflow_trt.export import save_engine
-from mlflow_trt.hardware import Hardware
-from mlflow_trt.kernel_file import KernelFile
-from mlflow_trt.kernels import check_kernels, compiled_on
-from mlflow_trt.loading import shipped_kernels
-from mlflow_trt.planning import plan_conversion
-from mlflow_trt.runtime import device
-from mlflow_trt.spec import Distribution
+from mlflow_trt.convert.engine import builder
+from mlflow_trt.core.types import Distribution
+from mlflow_trt.deploy.engine_file import save_engine
+from mlflow_trt.pipeline.compile_kernels import check_kernels, compiled_on
+from mlflow_trt.registry.add_engine import add_engine
+from mlflow_trt.registry.convert_all import convert_all
+from mlflow_trt.registry.plan import plan_conversion
+from mlflow_trt.runtime.cuda import device
+from mlflow_trt.store.folder import RECORD_FILE, read_folder
+from mlflow_trt.store.kernel_cache import KernelFile
+from mlflow_trt.store.load import shipped_kernels
 
 
 class Compiler:

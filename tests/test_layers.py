@@ -11,7 +11,7 @@ from test_cli import run
 
 import mlflow_trt
 from mlflow_trt import ExecutionError
-from mlflow_trt.layers import Layer, LayerReport, page, parse, with_times
+from mlflow_trt.measure.layers import Layer, LayerReport, page, parse, with_times
 
 DETAILED = json.dumps(
     {

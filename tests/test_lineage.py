@@ -15,8 +15,9 @@ from mlflow.models import infer_signature
 from tracking_server import tracking_server
 
 import mlflow_trt
-from mlflow_trt import InputError, RecipeError, registry
-from mlflow_trt.fetching import read_record
+from mlflow_trt import InputError, RecipeError
+from mlflow_trt.flavor.fetch import read_record
+from mlflow_trt.registry import convert_version as registry
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +140,9 @@ def failing(error):
     [
         "mlflow.tracking.client.MlflowClient.log_model_artifacts",
         "mlflow.tracking._model_registry.fluent._register_model",
-        "mlflow_trt.flavor._tag_version",
+        "mlflow_trt.flavor.api._tag_version",
         "mlflow.MlflowClient.update_model_version",
-        "mlflow_trt.registry.point_to",
+        "mlflow_trt.registry.convert_version.point_to",
         "mlflow.MlflowClient.set_registered_model_alias",
     ],
 )

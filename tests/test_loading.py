@@ -12,9 +12,9 @@ from real_models import MAGIKA
 
 import mlflow_trt
 from mlflow_trt import IntegrityError, LoadSettings, MissingDependencyError, RecipeError, RuntimeUnavailableError
-from mlflow_trt.hardware import Hardware
-from mlflow_trt.runtime import device
-from mlflow_trt.spec import ComputeCapability, Gpu
+from mlflow_trt.backends.cuda_driver import Hardware
+from mlflow_trt.core.types import ComputeCapability, Gpu
+from mlflow_trt.runtime.cuda import device
 
 NO_DRIVER = Hardware(problem="no NVIDIA driver: libcuda.so.1 was not found")
 A_GPU = Gpu(ordinal=0, name="RTX A", compute_capability=ComputeCapability(8, 6), memory=1, uuid="GPU-1")
@@ -85,7 +85,7 @@ def test_told_apart_axes_may_differ_at_run_time_too(tmp_path):
 
 
 def test_without_onnxruntime_both_packages_are_named(magika_folder, monkeypatch):
-    monkeypatch.setattr("mlflow_trt.onnx_runtime.is_installed", lambda name: False)
+    monkeypatch.setattr("mlflow_trt.backends.onnxruntime.is_installed", lambda name: False)
     with pytest.raises(MissingDependencyError, match="pip install onnxruntime`, or `pip install onnxruntime-gpu`"):
         mlflow_trt.load_model(str(magika_folder), runtime="onnxruntime")
 

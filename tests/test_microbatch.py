@@ -13,10 +13,10 @@ import pytest
 from helpers import read, reference
 
 from mlflow_trt import ExecutionError, InputError, OutOfMemoryError, SessionClosedError
-from mlflow_trt.runtime.onnxruntime import OnnxRuntimeSession
-from mlflow_trt.runtime.scheduler import MOST_SLOTS, Scheduler
-from mlflow_trt.runtime.slots import Slots
-from mlflow_trt.spec import BatchAxis, InputRange, ShapeProfile
+from mlflow_trt.core.types import BatchAxis, InputRange, ShapeProfile
+from mlflow_trt.runtime.batching.scheduler import MOST_SLOTS, Scheduler
+from mlflow_trt.runtime.batching.slots import Slots
+from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
 
 AXIS = BatchAxis(inputs=("x",), splits=True, declared=True)
 PROFILE = ShapeProfile(ranges={"x": InputRange(min=(1, 2), opt=(4, 2), max=(16, 2))})

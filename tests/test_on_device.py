@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mlflow_trt.errors import InputShapeError, OutOfMemoryError
-from mlflow_trt.runtime import dlpack
-from mlflow_trt.runtime.device_array import view
-from mlflow_trt.runtime.engine import Engine
+from mlflow_trt.runtime.cuda import dlpack
+from mlflow_trt.runtime.cuda.device_array import view
+from mlflow_trt.runtime.engine.engine import Engine
 
 
 class Lent:

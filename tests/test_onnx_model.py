@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from mlflow_trt import OnnxModelError
-from mlflow_trt.convert.onnx_model import read_onnx, sha256_of
+from mlflow_trt.convert.onnx.model import read_onnx, sha256_of
 
 
 def saved(model, path):

@@ -10,13 +10,14 @@ from test_best import Stopwatch
 from test_lineage import registry_state
 
 import mlflow_trt
-from mlflow_trt import BuildError, UnsupportedModelError, verify
-from mlflow_trt.add_engine import add_engine
-from mlflow_trt.artifact import read_folder
-from mlflow_trt.convert.output_shapes import check_output_shapes
-from mlflow_trt.measuring import measured_on
-from mlflow_trt.selection import Fate
-from mlflow_trt.spec import BatchAxis, Distribution, EngineRecord
+from mlflow_trt import BuildError, UnsupportedModelError
+from mlflow_trt.convert.engine.output_shapes import check_output_shapes
+from mlflow_trt.core.selection import Fate
+from mlflow_trt.core.types import BatchAxis, Distribution, EngineRecord
+from mlflow_trt.pipeline import verify
+from mlflow_trt.pipeline.bench import measured_on
+from mlflow_trt.registry.add_engine import add_engine
+from mlflow_trt.store.folder import read_folder
 
 ENGINE = EngineRecord(file="e", sha256="", size=1, distribution=Distribution.TENSORRT_RTX, version="1.7.1.116")
 ROWS = BatchAxis(inputs=("x",), splits=True, declared=True)
@@ -95,7 +96,7 @@ def test_scalars_and_shapes_and_all_types_pass(model, tmp_path):
 
 
 def test_without_a_reference_nothing_is_compared(tmp_path, monkeypatch):
-    monkeypatch.setattr("mlflow_trt.onnx_runtime.is_installed", lambda name: False)
+    monkeypatch.setattr("mlflow_trt.backends.onnxruntime.is_installed", lambda name: False)
     mlflow_trt.save_model(networks.pooled(), tmp_path / "m")
     assert "not verified" in " ".join(read_folder(tmp_path / "m").record.remarks)
 
@@ -106,14 +107,14 @@ def test_of_the_candidates_for_best_it_is_the_one_to_lose(tmp_path, monkeypatch)
             check_output_shapes(engine, network | {"y": (-1, 9)}, samples, axis)
 
     refused = []
-    convert = mlflow_trt.trial.convert
+    convert = mlflow_trt.pipeline.trial.convert
 
     def noting(source, recipe, *arguments, **keywords):
         conversion = convert(source, recipe, *arguments, **keywords)
         refused.append(conversion.engine.sha256 if str(recipe.precision) == "bf16" else None)
         return conversion
 
-    monkeypatch.setattr("mlflow_trt.trial.convert", noting)
+    monkeypatch.setattr("mlflow_trt.pipeline.trial.convert", noting)
     monkeypatch.setattr(verify, "check_output_shapes", only_bf16)
     with measured_on(Stopwatch(bf16=0.1)):
         mlflow_trt.save_model(

@@ -8,14 +8,15 @@ import sys
 
 import pytest
 
-from mlflow_trt import RuntimeUnavailableError, own_gpu
-from mlflow_trt.cache import DIRECTORY_VARIABLE
-from mlflow_trt.spec import ComputeCapability, Gpu
+from mlflow_trt import RuntimeUnavailableError
+from mlflow_trt.core.types import ComputeCapability, Gpu
+from mlflow_trt.store import gpu_lease as own_gpu
+from mlflow_trt.store.cache import DIRECTORY_VARIABLE
 
 TAKE = """
 import sys
-from mlflow_trt.own_gpu import own_gpu
-from mlflow_trt.spec import ComputeCapability, Gpu
+from mlflow_trt.store.gpu_lease import own_gpu
+from mlflow_trt.core.types import ComputeCapability, Gpu
 
 kind = {"compute_capability": ComputeCapability(8, 6), "name": "RTX A", "memory": 1}
 gpus = [Gpu(ordinal=ordinal, uuid=f"GPU-{ordinal}", **kind) for ordinal in range(2)]

@@ -14,19 +14,19 @@ from onnx import TensorProto, helper
 from real_models import CLS, DET_DYNAMIC, MAGIKA, REC, SILERO, TRANSFORMER, calibration_data
 
 from mlflow_trt import Precision, Recipe, RecipeError, Tolerance, UnsupportedModelError
-from mlflow_trt.comparison import Verdict, compare
-from mlflow_trt.convert import graph
-from mlflow_trt.convert.builder import build_engine
+from mlflow_trt.backends.onnxruntime import CpuModel
 from mlflow_trt.convert.conversion import Conversion, convert
-from mlflow_trt.convert.evidence import Evidence
-from mlflow_trt.convert.graph import flatten, save
-from mlflow_trt.convert.onnx_model import read_onnx
+from mlflow_trt.convert.engine.builder import build_engine
+from mlflow_trt.convert.onnx import graph
+from mlflow_trt.convert.onnx.graph import flatten, save
+from mlflow_trt.convert.onnx.model import read_onnx
 from mlflow_trt.convert.precision.half import HalfPass
+from mlflow_trt.convert.precision.ranges import Evidence
 from mlflow_trt.convert.precision.sensitivity import FLOAT16
-from mlflow_trt.convert.profiles import resolve_profiles
+from mlflow_trt.convert.resolve_profiles import resolve_profiles
 from mlflow_trt.convert.samples import SampleData, SampleOrigin, cut_samples, generate_samples
 from mlflow_trt.convert.typed_model import maker_for
-from mlflow_trt.onnx_runtime import CpuModel
+from mlflow_trt.core.accuracy import Verdict, compare
 
 REAL = SampleOrigin.CALIBRATION_DATA
 

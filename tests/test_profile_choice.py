@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mlflow_trt import InputShapeError
-from mlflow_trt.runtime.profiles import Choice, choose_profile
-from mlflow_trt.spec import BatchAxis, InputRange, ShapeProfile
+from mlflow_trt.core.types import BatchAxis, InputRange, ShapeProfile
+from mlflow_trt.runtime.batching.choose_profile import Choice, choose_profile
 
 AXIS = BatchAxis(inputs=("x",), splits=True, declared=True)
 

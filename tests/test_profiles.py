@@ -6,10 +6,10 @@ from onnx import helper
 from real_models import CLS, DET, MAGIKA, SILERO
 
 from mlflow_trt import Recipe, RecipeError
-from mlflow_trt.convert.dimension_names import tell_apart
-from mlflow_trt.convert.onnx_model import read_onnx
-from mlflow_trt.convert.profiles import resolve_profiles
-from mlflow_trt.spec import BatchAxis
+from mlflow_trt.convert.onnx.dimension_names import tell_apart
+from mlflow_trt.convert.onnx.model import read_onnx
+from mlflow_trt.convert.resolve_profiles import resolve_profiles
+from mlflow_trt.core.types import BatchAxis
 
 FLOAT, INT64 = networks.FLOAT, networks.INT64
 

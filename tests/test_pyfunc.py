@@ -15,8 +15,8 @@ from mlflow.exceptions import MlflowException
 
 import mlflow_trt
 from mlflow_trt import ExecutionError, InputDtypeError, InputError, InputShapeError, OutOfMemoryError
-from mlflow_trt.pyfunc import feeds_from_frame, frame_from_outputs
-from mlflow_trt.spec import TensorSpec
+from mlflow_trt.core.frames import feeds_from_frame, frame_from_outputs
+from mlflow_trt.core.types import TensorSpec
 
 CPU = {"runtime": "onnxruntime"}
 X = networks.rows(4)

@@ -9,8 +9,8 @@ from real_models import ALL, RealModel, nested_if
 
 from mlflow_trt import Recipe, UnsupportedModelError
 from mlflow_trt.convert.conversion import convert
-from mlflow_trt.convert.onnx_model import read_onnx
-from mlflow_trt.spec import Distribution
+from mlflow_trt.convert.onnx.model import read_onnx
+from mlflow_trt.core.types import Distribution
 
 
 @pytest.mark.parametrize("model", ALL, ids=lambda model: model.name)

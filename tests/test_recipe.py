@@ -9,7 +9,7 @@ import pytest
 
 from mlflow_trt import Precision, Recipe, RecipeError
 from mlflow_trt.convert.recipe import BatchRange
-from mlflow_trt.spec import ComputeCapability, HardwareCompatibility
+from mlflow_trt.core.types import ComputeCapability, HardwareCompatibility
 
 
 def test_brings_values_into_one_form():

@@ -12,7 +12,7 @@ from real_models import MAGIKA
 
 import mlflow_trt
 from mlflow_trt import RecipeError
-from mlflow_trt.fetching import read_record
+from mlflow_trt.flavor.fetch import read_record
 
 CPU = {"runtime": "onnxruntime"}
 

@@ -12,11 +12,12 @@ from failing import FailingSession
 from helpers import read, reference
 
 import mlflow_trt
-from mlflow_trt import InputDtypeError, OutOfMemoryError, RuntimeUnavailableError, SessionClosedError, loading
+from mlflow_trt import InputDtypeError, OutOfMemoryError, RuntimeUnavailableError, SessionClosedError
+from mlflow_trt.backends.cuda_driver import Hardware
+from mlflow_trt.core.types import ComputeCapability, Gpu
 from mlflow_trt.errors import ExecutionError, InputShapeError
-from mlflow_trt.hardware import Hardware
 from mlflow_trt.runtime.replicas import ReplicaSession
-from mlflow_trt.spec import ComputeCapability, Gpu
+from mlflow_trt.store import load as loading
 
 ROWS = 1000
 LOST = "unspecified launch failure"

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import replicas, runtime
 from benchmarks.resnet50 import images, resnet50
-from mlflow_trt.hardware import probe
+from mlflow_trt.backends.cuda_driver import probe
 
 
 def test_resnet50_is_valid_and_its_outputs_vary():

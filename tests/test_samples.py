@@ -10,9 +10,9 @@ from real_models import SILERO
 
 import mlflow_trt
 from mlflow_trt import InputError, Recipe
-from mlflow_trt.convert.profiles import resolve_profiles
+from mlflow_trt.convert.resolve_profiles import resolve_profiles
 from mlflow_trt.convert.samples import SampleOrigin, cut_samples, generate_samples
-from mlflow_trt.sample_data import sample_data_of
+from mlflow_trt.pipeline.user_samples import sample_data_of
 
 ORIGIN = SampleOrigin.CALIBRATION_DATA
 RAGGED = [[1.0] * 16, [2.0]]

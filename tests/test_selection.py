@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from mlflow_trt import Precision
-from mlflow_trt.selection import Candidate, Fate, Selection, choose, table_row
+from mlflow_trt.core.selection import Candidate, Fate, Selection, choose, table_row
 
 STEADY = (1.0, 1.01, 0.99, 1.0, 1.0)
 

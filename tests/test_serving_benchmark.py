@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from benchmarks import serving
 from benchmarks.load import Answer, drive, summarized
-from mlflow_trt import wire
+from mlflow_trt.core import wire
 
 ROOT = Path(__file__).resolve().parent.parent
 

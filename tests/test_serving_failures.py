@@ -23,8 +23,8 @@ from helpers import wait_for
 from serving import Server, served
 
 import mlflow_trt
-from mlflow_trt import wire
 from mlflow_trt.client import Client
+from mlflow_trt.core import wire
 from mlflow_trt.errors import InputError, OutOfMemoryError, ServerError, ServerTimeoutError
 
 CPU = {"runtime": "onnxruntime"}

@@ -14,9 +14,9 @@ from test_lineage import server  # noqa: F401  # a fixture
 
 import mlflow_trt
 from mlflow_trt import ArtifactError, MissingDependencyError, OnnxModelError, UnsupportedModelError
-from mlflow_trt.fetching import read_record
-from mlflow_trt.sources import exporting
-from mlflow_trt.sources.opened import EXPORTERS, opened_source
+from mlflow_trt.flavor.fetch import read_record
+from mlflow_trt.registry.sources import exporting
+from mlflow_trt.registry.sources.open import EXPORTERS, opened_source
 
 CPU = {"runtime": "onnxruntime"}
 X = np.random.default_rng(0).standard_normal((60, 6)).astype(np.float32)

@@ -16,11 +16,11 @@ from onnx import helper
 
 import mlflow_trt
 from mlflow_trt import InputError, InputShapeError, RecipeError, UnsupportedModelError
-from mlflow_trt.artifact import read_folder
-from mlflow_trt.loading import open_session
-from mlflow_trt.settings import LoadSettings
-from mlflow_trt.spark_rows import Rows, columns_of_outputs
-from mlflow_trt.spec import TensorSpec
+from mlflow_trt.core.settings import LoadSettings
+from mlflow_trt.core.types import TensorSpec
+from mlflow_trt.deploy.spark_rows import Rows, columns_of_outputs
+from mlflow_trt.store.folder import read_folder
+from mlflow_trt.store.load import open_session
 
 # What is used of pandas here works with 3, which the tests show.
 pytestmark = pytest.mark.filterwarnings("ignore:PySpark does not yet fully support pandas:FutureWarning")
@@ -138,14 +138,14 @@ class Task:
 )
 def test_the_gpus_that_spark_assigned(task, devices):
     pytest.importorskip("pyspark", reason="`make test-spark` installs it")
-    from mlflow_trt import spark
+    from mlflow_trt.deploy import spark
 
     assert spark._devices(task) == devices
 
 
 def test_a_gpu_that_spark_knows_by_another_name():
     pytest.importorskip("pyspark", reason="`make test-spark` installs it")
-    from mlflow_trt import spark
+    from mlflow_trt.deploy import spark
 
     with pytest.raises(RecipeError, match="assigned the GPU 'MIG-1a2b' to this task.*discoveryScript"):
         spark._devices(Task(gpu=["MIG-1a2b"]))
@@ -189,7 +189,7 @@ def frame(spark, feeds):
 
 @pytest.fixture(scope="module")
 def predict(spark, folder):
-    from mlflow_trt.spark import predict_udf
+    from mlflow_trt.deploy.spark import predict_udf
 
     return predict_udf(spark, str(folder), model_config=CPU)
 
@@ -208,7 +208,7 @@ def log(factor):
 
 
 def predictions(spark, uri):
-    from mlflow_trt.spark import predict_udf
+    from mlflow_trt.deploy.spark import predict_udf
 
     frame = spark.createDataFrame([(1.0,), (2.0,)], "x float").coalesce(1)
     return frame.select(predict_udf(spark, uri, model_config=CPU)().alias("p"))
@@ -279,7 +279,7 @@ class TestSpark:
             changed.select(predict("flat", "count", "gain")).collect()
 
     def test_models_whose_rows_are_not_known_to_be_independent(self, spark, tmp_path):
-        from mlflow_trt.spark import predict_udf
+        from mlflow_trt.deploy.spark import predict_udf
 
         mlflow_trt.save_model(
             networks.scaled_by_a_scalar(), tmp_path / "scalar", shapes={"x": ((1, 1), (4, 4), (8, 8))}, verify=False
@@ -288,7 +288,7 @@ class TestSpark:
             predict_udf(spark, str(tmp_path / "scalar"))
 
     def test_a_registered_model_and_its_settings(self, spark, store, frame, expected):
-        from mlflow_trt.spark import predict_udf
+        from mlflow_trt.deploy.spark import predict_udf
 
         mlflow_trt.log_model(
             networks.ranks(), name="r", registered_model_name="r", batch=(1, 4, 8), verify=False, model_config=CPU
@@ -317,7 +317,7 @@ class TestSpark:
             assert collected(predictions(spark, str(tmp_path / "model"))) == [factor, 2 * factor]
 
     def test_names_with_dots(self, spark, tmp_path):
-        from mlflow_trt.spark import predict_udf
+        from mlflow_trt.deploy.spark import predict_udf
 
         model = networks.model(
             [helper.make_node("Neg", ["in.x"], ["out.y"])],

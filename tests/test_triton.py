@@ -20,11 +20,11 @@ from wheel_files import wheel_file
 
 import mlflow_trt
 from mlflow_trt import EngineMismatchError, IntegrityError, RecipeError, UnsupportedModelError
-from mlflow_trt.artifact import read_folder, record_to_dict
-from mlflow_trt.onnx_runtime import CpuModel
-from mlflow_trt.spec import Distribution, EngineRecord, HardwareCompatibility, TensorSpec, Weights
-from mlflow_trt.triton import export_triton
-from mlflow_trt.triton_config import Layout, config_text
+from mlflow_trt.backends.onnxruntime import CpuModel
+from mlflow_trt.core.types import Distribution, EngineRecord, HardwareCompatibility, TensorSpec, Weights
+from mlflow_trt.deploy.triton import export_triton
+from mlflow_trt.deploy.triton_config import Layout, config_text
+from mlflow_trt.store.folder import read_folder, record_to_dict
 
 PLAN = b"ftrt: a plan, for all that Triton's repository cares"
 

@@ -19,7 +19,9 @@ from typing import Any
 import platformdirs
 import pytest
 
-from mlflow_trt import trt, trt_api, trt_callbacks
+from mlflow_trt.backends import tensorrt as trt
+from mlflow_trt.backends import tensorrt_api as trt_api
+from mlflow_trt.backends import tensorrt_callbacks as trt_callbacks
 
 # distribution on PyPI, module, shared libraries that its extension asks for
 TENSORRT_10 = ("tensorrt_bindings", ("libnvinfer.so.10", "libnvinfer_plugin.so.10", "libnvonnxparser.so.10"))

@@ -14,21 +14,13 @@ from real_models import MAGIKA
 from test_cli import run
 
 import mlflow_trt
-from mlflow_trt import (
-    AccuracyError,
-    IntegrityError,
-    MissingDependencyError,
-    RecipeError,
-    SelfTestError,
-    Tolerance,
-    cache,
-    self_test,
-)
-from mlflow_trt.artifact import read_folder
-from mlflow_trt.comparison import Verdict
-from mlflow_trt.convert.onnx_model import read_onnx
-from mlflow_trt.fetching import read_record
-from mlflow_trt.metrics import log_metrics
+from mlflow_trt import AccuracyError, IntegrityError, MissingDependencyError, RecipeError, SelfTestError, Tolerance
+from mlflow_trt.convert.onnx.model import read_onnx
+from mlflow_trt.core.accuracy import Verdict
+from mlflow_trt.flavor.fetch import read_record
+from mlflow_trt.flavor.metrics import log_metrics
+from mlflow_trt.store import cache, self_test
+from mlflow_trt.store.folder import read_folder
 
 DATA = {"x": networks.rows(32)}
 
@@ -140,7 +132,7 @@ def test_verify_may_be_left_out(tmp_path):
 
 
 def test_without_onnxruntime_fp32_is_converted_unverified_and_fp16_is_not(tmp_path, monkeypatch, messages):
-    monkeypatch.setattr("mlflow_trt.onnx_runtime.is_installed", lambda name: False)
+    monkeypatch.setattr("mlflow_trt.backends.onnxruntime.is_installed", lambda name: False)
     mlflow_trt.save_model(networks.product(), tmp_path / "m")
     assert "not verified: ONNX Runtime is not installed" in " ".join(read_folder(tmp_path / "m").record.remarks)
     assert "is not verified" in messages.text

@@ -30,9 +30,9 @@ def add_engine(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Make a new version of a model that has an engine for this machine, or other GPUs, too."""
-    from mlflow_trt.add_engine import add_engine as add
-    from mlflow_trt.artifact import record_to_dict
-    from mlflow_trt.fetching import read_record
+    from mlflow_trt.flavor.fetch import read_record
+    from mlflow_trt.registry.add_engine import add_engine as add
+    from mlflow_trt.store.folder import record_to_dict
 
     with results_on_stdout(as_json):
         version = add(

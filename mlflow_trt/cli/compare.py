@@ -25,11 +25,11 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Compare two models, accuracy and speed, side by side. Exits with 1 where their outputs are too far apart."""
-    from mlflow_trt.compare import compare_models
-    from mlflow_trt.comparison import Verdict
-    from mlflow_trt.progress import shown_progress
-    from mlflow_trt.reporting import log_report, write_report
-    from mlflow_trt.sample_data import read_arrays
+    from mlflow_trt.core.accuracy import Verdict
+    from mlflow_trt.core.progress import shown_progress
+    from mlflow_trt.measure.publish import log_report, write_report
+    from mlflow_trt.measure.side_by_side import compare_models
+    from mlflow_trt.pipeline.user_samples import read_arrays
 
     title = f"{subject} and {reference}"
     with results_on_stdout(as_json), shown_progress(f"Comparing {title}") as progress:

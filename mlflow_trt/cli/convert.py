@@ -133,7 +133,7 @@ def convert(
     with results_on_stdout(as_json):
         recipe = options.recipe_from(given)
         if save_engine:
-            from mlflow_trt.export import check_engine_path
+            from mlflow_trt.deploy.engine_file import check_engine_path
 
             check_engine_path(save_engine)
     command = _convert_all if all_ else _plan if dry_run else _convert_one
@@ -150,10 +150,10 @@ def _asked(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _convert_one(given: dict[str, Any], source: str, recipe: Any) -> None:
-    from mlflow_trt.artifact import record_to_dict
-    from mlflow_trt.export import save_engine
-    from mlflow_trt.fetching import read_record
-    from mlflow_trt.registry import convert_model_version, convert_to_folder
+    from mlflow_trt.deploy.engine_file import save_engine
+    from mlflow_trt.flavor.fetch import read_record
+    from mlflow_trt.registry.convert_version import convert_model_version, convert_to_folder
+    from mlflow_trt.store.folder import record_to_dict
 
     name, alias, force = given["register_as"], given["alias"] or None, given["force"]
     asked = _asked(given)
@@ -177,7 +177,7 @@ def _convert_one(given: dict[str, Any], source: str, recipe: Any) -> None:
 def _plan(given: dict[str, Any], source: str, recipe: Any) -> None:
     from dataclasses import asdict
 
-    from mlflow_trt.planning import plan_conversion
+    from mlflow_trt.registry.plan import plan_conversion
 
     with results_on_stdout(given["as_json"]):
         name, path = given["register_as"] or None, given["output"]
@@ -197,7 +197,7 @@ def _plan(given: dict[str, Any], source: str, recipe: Any) -> None:
 
 
 def _convert_all(given: dict[str, Any], _source: str, recipe: Any) -> None:
-    from mlflow_trt.convert_all import Outcome, convert_all
+    from mlflow_trt.registry.convert_all import Outcome, convert_all
 
     outcomes: list[Outcome] = []
     try:

@@ -22,7 +22,7 @@ def dockerfile(
     ] = None,
 ) -> None:
     """Write a Dockerfile and all it needs for an image that serves a model on a GPU."""
-    from mlflow_trt.dockerfile import CACHE, CUDA_IMAGE, ImageOptions, write_image_context
+    from mlflow_trt.deploy.dockerfile import CACHE, CUDA_IMAGE, ImageOptions, write_image_context
 
     settings = parse_settings(model_config, "--model-config")
     options = ImageOptions(port=port, base=base or CUDA_IMAGE, model_config=settings, wheels=wheel or ())

@@ -24,7 +24,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Find out what works here, by trying. Exits with 0 where this machine can do what it is for, else with 1."""
-    from mlflow_trt.doctor import examine
+    from mlflow_trt.measure.doctor import examine
 
     with results_on_stdout(as_json):
         diagnosis = examine()

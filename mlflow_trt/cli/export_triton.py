@@ -25,7 +25,7 @@ def export_triton(
     """Write a model into a model repository of Triton Inference Server."""
     from dataclasses import asdict
 
-    from mlflow_trt.triton import export_triton as export
+    from mlflow_trt.deploy.triton import export_triton as export
 
     with results_on_stdout(as_json):
         made = export(uri, repository, name=name or None, backend=backend, instances=instances, queue_delay=queue_delay)

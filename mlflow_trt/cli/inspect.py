@@ -23,8 +23,8 @@ def inspect(
     if layers or html is not None:
         _layers(uri, html, as_json=as_json)
         return
-    from mlflow_trt.artifact import record_to_dict
-    from mlflow_trt.fetching import read_record
+    from mlflow_trt.flavor.fetch import read_record
+    from mlflow_trt.store.folder import record_to_dict
 
     with results_on_stdout(as_json):
         record = read_record(uri)
@@ -35,7 +35,7 @@ def inspect(
 
 
 def _layers(uri: str, html: Path | None, *, as_json: bool) -> None:
-    from mlflow_trt.layers import page, read_layers
+    from mlflow_trt.measure.layers import page, read_layers
 
     with results_on_stdout(as_json):
         report = read_layers(uri)

@@ -12,17 +12,17 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from mlflow_trt.artifact import Record
-    from mlflow_trt.benchmark import Benchmark
-    from mlflow_trt.compare import SideBySide
-    from mlflow_trt.comparison import Comparison
     from mlflow_trt.convert.recipe import Recipe
-    from mlflow_trt.convert_all import Outcome
-    from mlflow_trt.doctor import Diagnosis
-    from mlflow_trt.layers import LayerReport
-    from mlflow_trt.planning import Plan
-    from mlflow_trt.selection import Selection
-    from mlflow_trt.spec import BatchAxis, EngineRecord, PrecisionReport, ShapeProfile, TensorSpec
+    from mlflow_trt.core.accuracy import Comparison
+    from mlflow_trt.core.selection import Selection
+    from mlflow_trt.core.types import BatchAxis, EngineRecord, PrecisionReport, ShapeProfile, TensorSpec
+    from mlflow_trt.measure.benchmark import Benchmark
+    from mlflow_trt.measure.doctor import Diagnosis
+    from mlflow_trt.measure.layers import LayerReport
+    from mlflow_trt.measure.side_by_side import SideBySide
+    from mlflow_trt.registry.convert_all import Outcome
+    from mlflow_trt.registry.plan import Plan
+    from mlflow_trt.store.folder import Record
 
 
 def print_json(value: object) -> None:

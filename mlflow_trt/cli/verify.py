@@ -23,8 +23,8 @@ def verify(
     """Compare a model's engine, or without a GPU its typed model, with its source model. Exits with 1 if it fails."""
     from dataclasses import asdict
 
-    from mlflow_trt.comparison import Verdict
-    from mlflow_trt.verify_model import verify_model
+    from mlflow_trt.core.accuracy import Verdict
+    from mlflow_trt.measure.verify_logged import verify_model
 
     with results_on_stdout(as_json):
         comparison = verify_model(uri, data, relative_error=relative_error, device=device)

@@ -6,16 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlflow_trt import trt
-from mlflow_trt._logging import get_logger
-from mlflow_trt.comparison import Tolerance
-from mlflow_trt.convert.builder import Built, Progress, build_engine
-from mlflow_trt.convert.graph import label_of
-from mlflow_trt.convert.limits import check_nodes, check_recipe, weight_only_operators
-from mlflow_trt.convert.onnx_model import OnnxModel, subgraphs_of
-from mlflow_trt.convert.profiles import Profiles, resolve_profiles
+from mlflow_trt.backends import tensorrt as trt
+from mlflow_trt.convert.checks import check_nodes, check_recipe, weight_only_operators
+from mlflow_trt.convert.engine.builder import Built, build_engine
+from mlflow_trt.convert.engine.fallback import build_with_retreat
+from mlflow_trt.convert.onnx.graph import label_of
+from mlflow_trt.convert.onnx.model import OnnxModel, subgraphs_of
 from mlflow_trt.convert.recipe import Recipe
-from mlflow_trt.convert.retreat import build_with_retreat
+from mlflow_trt.convert.resolve_profiles import Profiles, resolve_profiles
 from mlflow_trt.convert.samples import (
     SampleData,
     SampleOrigin,
@@ -25,8 +23,11 @@ from mlflow_trt.convert.samples import (
     warn_of_noise,
 )
 from mlflow_trt.convert.typed_model import TypedModel, maker_for
+from mlflow_trt.core.accuracy import Tolerance
+from mlflow_trt.core.log import get_logger
+from mlflow_trt.core.progress_event import Progress
+from mlflow_trt.core.types import Distribution, EngineRecord, Precision, Shape
 from mlflow_trt.errors import BuildError, InputError, UnsupportedModelError
-from mlflow_trt.spec import Distribution, EngineRecord, Precision, Shape
 
 _log = get_logger(__name__)
 

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from mlflow_trt.errors import RecipeError
-from mlflow_trt.spec import (
+from mlflow_trt.core.types import (
     CalibrationMethod,
     ComputeCapability,
     HardwareCompatibility,
@@ -17,6 +16,7 @@ from mlflow_trt.spec import (
     ProfilingVerbosity,
     Weights,
 )
+from mlflow_trt.errors import RecipeError
 
 TACTIC_SOURCES = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 """The tactic sources that TensorRT 10.12 to 11 and TensorRT-RTX all have."""

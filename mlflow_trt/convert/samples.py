@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from mlflow_trt._logging import get_logger
-from mlflow_trt.convert.onnx_model import OnnxModel
-from mlflow_trt.convert.profiles import Profiles
-from mlflow_trt.dtypes import numpy_dtype
+from mlflow_trt.convert.onnx.model import OnnxModel
+from mlflow_trt.convert.resolve_profiles import Profiles
+from mlflow_trt.core.arrays import Array, Feeds, numpy_dtype
+from mlflow_trt.core.inputs import array_of, prepare_feeds
+from mlflow_trt.core.log import get_logger
+from mlflow_trt.core.types import Shape, StrEnum, TensorSpec
 from mlflow_trt.errors import InputError, InputShapeError
-from mlflow_trt.inputs import Array, Feeds, array_of, prepare_feeds
-from mlflow_trt.spec import Shape, StrEnum, TensorSpec
 
 _log = get_logger(__name__)
 

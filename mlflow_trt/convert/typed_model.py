@@ -10,22 +10,22 @@ from typing import Protocol
 import onnx
 from onnx import ModelProto
 
-from mlflow_trt.comparison import Comparison, Outputs, Tolerance, compare
-from mlflow_trt.convert.dimension_names import tell_apart
-from mlflow_trt.convert.evidence import Evidence, gather_evidence
-from mlflow_trt.convert.graph import FlatModel, flatten, save
-from mlflow_trt.convert.onnx_model import OnnxModel, copy_files, describe, sha256_of
+from mlflow_trt.backends.onnxruntime import CpuModel, calibrated_magnitudes
+from mlflow_trt.convert.onnx.dimension_names import tell_apart
+from mlflow_trt.convert.onnx.graph import FlatModel, flatten, save
+from mlflow_trt.convert.onnx.model import OnnxModel, copy_files, describe, sha256_of
 from mlflow_trt.convert.precision import pass_for
 from mlflow_trt.convert.precision.quantized import QUANTIZABLE, is_quantized
+from mlflow_trt.convert.precision.ranges import Evidence, gather_evidence
 from mlflow_trt.convert.precision.refinement import refined
 from mlflow_trt.convert.precision.typed_graph import PrecisionPass, TypedGraph
-from mlflow_trt.convert.profiles import Profiles
 from mlflow_trt.convert.recipe import Recipe
+from mlflow_trt.convert.resolve_profiles import Profiles
 from mlflow_trt.convert.samples import Samples
+from mlflow_trt.core.accuracy import Comparison, Tolerance, compare
+from mlflow_trt.core.arrays import Feeds, Outputs
+from mlflow_trt.core.types import CalibrationMethod, Precision, PrecisionReport, TensorSpec
 from mlflow_trt.errors import ExecutionError, OutOfMemoryError, RecipeError, UnsupportedModelError
-from mlflow_trt.inputs import Feeds
-from mlflow_trt.onnx_runtime import CpuModel, calibrated_magnitudes
-from mlflow_trt.spec import CalibrationMethod, Precision, PrecisionReport, TensorSpec
 
 _QUANTIZED = (Precision.INT8, Precision.FP8)
 _FEWEST_ROWS = 8

@@ -12,13 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
-from mlflow_trt._logging import get_logger
+from mlflow_trt.core.arrays import Feeds, Outputs
+from mlflow_trt.core.log import get_logger
 from mlflow_trt.errors import ExecutionError
-from mlflow_trt.inputs import Feeds
-from mlflow_trt.runtime.batching import Outputs
-from mlflow_trt.runtime.device_array import DeviceArray, ordinal_of
+from mlflow_trt.runtime.batching.shared_work import Work
+from mlflow_trt.runtime.cuda.device_array import DeviceArray, ordinal_of
 from mlflow_trt.runtime.session import Runner, Session
-from mlflow_trt.runtime.work import Work
 
 _log = get_logger(__name__)
 

@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Self
 
+from mlflow_trt.core.arrays import Feeds, Outputs
+from mlflow_trt.core.inputs import InputCheck
+from mlflow_trt.core.types import TensorSpec
 from mlflow_trt.errors import RuntimeUnavailableError, SessionClosedError
-from mlflow_trt.inputs import Feeds, InputCheck
-from mlflow_trt.runtime.batching import Outputs
-from mlflow_trt.runtime.work import Work
-from mlflow_trt.spec import TensorSpec
+from mlflow_trt.runtime.batching.shared_work import Work
 
 if TYPE_CHECKING:
-    from mlflow_trt.runtime.device_array import DeviceArray
+    from mlflow_trt.runtime.cuda.device_array import DeviceArray
 
 
 class Runner(Protocol):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pycuda.driver as cuda
 
-from mlflow_trt import trt
-from mlflow_trt.dtypes import numpy_dtype
-from mlflow_trt.runtime.batching import Piece
-from mlflow_trt.runtime.device import open_device
+from mlflow_trt.backends import tensorrt as trt
+from mlflow_trt.core.arrays import numpy_dtype
+from mlflow_trt.runtime.batching.sizes import Piece
+from mlflow_trt.runtime.cuda.device import open_device
 
 
 class BareLoop:

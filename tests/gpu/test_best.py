@@ -12,9 +12,9 @@ from test_cli import run
 
 import mlflow_trt
 from mlflow_trt import Precision, RecipeError, Tolerance
-from mlflow_trt.artifact import read_folder
-from mlflow_trt.best import ROUNDS
-from mlflow_trt.selection import Fate, choose, is_as_fast
+from mlflow_trt.core.selection import Fate, choose, is_as_fast
+from mlflow_trt.pipeline.best import ROUNDS
+from mlflow_trt.store.folder import read_folder
 
 pytestmark = pytest.mark.gpu
 

@@ -16,8 +16,13 @@ from real_models import CLS, MAGIKA
 from serving import served
 
 import mlflow_trt
-from mlflow_trt import EngineMismatchError, IntegrityError, cache, doctor, hardware, loading, trt
-from mlflow_trt.artifact import RECORD_FILE, read_folder
+from mlflow_trt import EngineMismatchError, IntegrityError
+from mlflow_trt.backends import cuda_driver as hardware
+from mlflow_trt.backends import tensorrt as trt
+from mlflow_trt.measure import doctor
+from mlflow_trt.store import cache
+from mlflow_trt.store import load as loading
+from mlflow_trt.store.folder import RECORD_FILE, read_folder
 
 pytestmark = pytest.mark.gpu
 

@@ -14,13 +14,13 @@ from test_cli import run
 
 import mlflow_trt
 from mlflow_trt import BuildError
-from mlflow_trt.add_engine import add_engine
-from mlflow_trt.artifact import read_folder
-from mlflow_trt.benchmark import benchmark
-from mlflow_trt.compare import compare_models
-from mlflow_trt.fetching import read_record
-from mlflow_trt.layers import page, read_layers
-from mlflow_trt.reporting import write_report
+from mlflow_trt.flavor.fetch import read_record
+from mlflow_trt.measure.benchmark import benchmark
+from mlflow_trt.measure.layers import page, read_layers
+from mlflow_trt.measure.publish import write_report
+from mlflow_trt.measure.side_by_side import compare_models
+from mlflow_trt.registry.add_engine import add_engine
+from mlflow_trt.store.folder import read_folder
 
 pytestmark = pytest.mark.gpu
 

@@ -10,8 +10,10 @@ from compare import relative_error
 from real_models import CLS, MAGIKA, ON_THE_GPU, REC, calibration_data
 
 import mlflow_trt
-from mlflow_trt import ExecutionError, Precision, SelfTestError, Tolerance, cache, trt
-from mlflow_trt.artifact import read_folder
+from mlflow_trt import ExecutionError, Precision, SelfTestError, Tolerance
+from mlflow_trt.backends import tensorrt as trt
+from mlflow_trt.store import cache
+from mlflow_trt.store.folder import read_folder
 
 pytestmark = pytest.mark.gpu
 

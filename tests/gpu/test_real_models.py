@@ -12,8 +12,8 @@ from compare import relative_error
 from real_models import ON_THE_GPU, RealModel
 
 import mlflow_trt
-from mlflow_trt.artifact import read_folder
-from mlflow_trt.runtime.batching import FewSizes, pieces
+from mlflow_trt.runtime.batching.sizes import FewSizes, pieces
+from mlflow_trt.store.folder import read_folder
 
 pytestmark = pytest.mark.gpu
 

@@ -21,7 +21,7 @@ from real_models import CLS
 from serving import Server
 
 import mlflow_trt
-from mlflow_trt.hardware import probe
+from mlflow_trt.backends.cuda_driver import probe
 from mlflow_trt.runtime.replicas import ReplicaSession
 
 pytestmark = pytest.mark.gpu
@@ -32,7 +32,7 @@ import pycuda.driver as cuda
 
 def lose(ordinal):
     '''Run a kernel that crashes: CUDA gives this GPU up until the process ends.'''
-    from mlflow_trt.runtime.device import open_device
+    from mlflow_trt.runtime.cuda.device import open_device
 
     ptx = b".version 7.0\\n.target sm_70\\n.address_size 64\\n.visible .entry crash() { trap; ret; }\\0"
     with open_device(ordinal).current():

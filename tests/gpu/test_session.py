@@ -26,12 +26,12 @@ from mlflow_trt import (
     OutOfMemoryError,
     Recipe,
     SessionClosedError,
-    trt,
 )
+from mlflow_trt.backends import tensorrt as trt
 from mlflow_trt.convert.conversion import convert
-from mlflow_trt.runtime import bindings
-from mlflow_trt.runtime.device import open_device
-from mlflow_trt.runtime.tensorrt import TensorRTSession
+from mlflow_trt.runtime.cuda.device import open_device
+from mlflow_trt.runtime.engine import contexts as bindings
+from mlflow_trt.runtime.tensorrt_session import TensorRTSession
 
 pytestmark = pytest.mark.gpu
 

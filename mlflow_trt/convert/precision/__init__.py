@@ -13,7 +13,7 @@ from mlflow_trt.convert.precision.half import HalfPass
 from mlflow_trt.convert.precision.quantized import FP8_FORMAT, INT8_FORMAT, QuantizingPass
 from mlflow_trt.convert.precision.sensitivity import BFLOAT16, FLOAT16
 from mlflow_trt.convert.precision.typed_graph import PrecisionPass
-from mlflow_trt.spec import CalibrationMethod, Precision
+from mlflow_trt.core.types import CalibrationMethod, Precision
 
 
 def pass_for(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from mlflow_trt.convert.evidence import Evidence
-from mlflow_trt.convert.graph import FlatModel, allows, consumers_of, copy_of, outer_names, producers_of, schema_of
+from mlflow_trt.convert.onnx.graph import FlatModel, allows, consumers_of, copy_of, outer_names, producers_of, schema_of
+from mlflow_trt.convert.precision.ranges import Evidence
 from mlflow_trt.convert.precision.report import report_of
 from mlflow_trt.convert.precision.sensitivity import HalfFormat, Sensitivity
 from mlflow_trt.convert.precision.typed_graph import TypedGraph

@@ -19,12 +19,12 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from mlflow_trt.convert.evidence import Evidence
-from mlflow_trt.convert.graph import FlatModel, copy_of, outer_names
-from mlflow_trt.convert.onnx_model import attribute_of
+from mlflow_trt.convert.onnx.graph import FlatModel, copy_of, outer_names
+from mlflow_trt.convert.onnx.model import attribute_of
+from mlflow_trt.convert.precision.ranges import Evidence
 from mlflow_trt.convert.precision.report import report_of
 from mlflow_trt.convert.precision.typed_graph import TypedGraph
-from mlflow_trt.spec import CalibrationMethod, Precision
+from mlflow_trt.core.types import CalibrationMethod, Precision
 
 QUANTIZABLE = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 

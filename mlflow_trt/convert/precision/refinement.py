@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from mlflow_trt.comparison import Comparison
-from mlflow_trt.convert.graph import FlatModel
+from mlflow_trt.convert.onnx.graph import FlatModel
 from mlflow_trt.convert.precision.typed_graph import TypedGraph
+from mlflow_trt.core.accuracy import Comparison
 
 _SEGMENTS = 24
 _MARGINS = (0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)

@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 from onnx import ModelProto, TensorProto
 
-from mlflow_trt.convert.evidence import Evidence
-from mlflow_trt.convert.graph import SETTING, FlatModel
-from mlflow_trt.spec import Calibration, CalibrationMethod, KeptNode, Precision, PrecisionReport
+from mlflow_trt.convert.onnx.graph import SETTING, FlatModel
+from mlflow_trt.convert.precision.ranges import Evidence
+from mlflow_trt.core.types import Calibration, CalibrationMethod, KeptNode, Precision, PrecisionReport
 
 _RANGES_LISTED = 20
 

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto, TensorProto
 
-from mlflow_trt.convert.evidence import Evidence
-from mlflow_trt.convert.graph import SETTING, FlatModel, allows, schema_of
-from mlflow_trt.convert.onnx_model import subgraphs_of
-from mlflow_trt.inputs import Array
-from mlflow_trt.spec import Precision
+from mlflow_trt.convert.onnx.graph import SETTING, FlatModel, allows, schema_of
+from mlflow_trt.convert.onnx.model import subgraphs_of
+from mlflow_trt.convert.precision.ranges import Evidence
+from mlflow_trt.core.arrays import Array
+from mlflow_trt.core.types import Precision
 
 _HEADROOM = 4
 """How many times as large as on the samples a value may become elsewhere."""

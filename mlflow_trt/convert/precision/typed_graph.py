@@ -8,9 +8,9 @@ from typing import Protocol
 
 from onnx import ModelProto
 
-from mlflow_trt.convert.evidence import Evidence
-from mlflow_trt.convert.graph import FlatModel
-from mlflow_trt.spec import PrecisionReport
+from mlflow_trt.convert.onnx.graph import FlatModel
+from mlflow_trt.convert.precision.ranges import Evidence
+from mlflow_trt.core.types import PrecisionReport
 
 
 @dataclass(frozen=True, kw_only=True)

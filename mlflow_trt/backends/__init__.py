@@ -1,0 +1,1 @@
+"""The only doors to TensorRT, ONNX Runtime and the CUDA driver. Knows nothing of recipes and of MLflow."""

@@ -1,0 +1,95 @@
+"""Which GPUs the CUDA driver sees.
+
+Asked of the driver library itself, which is there wherever a GPU can be used: neither pycuda nor the CUDA toolkit is
+needed to find out that they are missing. Source: the CUDA driver API, https://docs.nvidia.com/cuda/cuda-driver-api/.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlflow_trt.core.types import ComputeCapability, Gpu
+
+_LIBRARY = "libcuda.so.1"
+_DRIVER_RELEASE = Path("/sys/module/nvidia/version")
+_COMPUTE_CAPABILITY_MAJOR = 75
+_COMPUTE_CAPABILITY_MINOR = 76
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """The driver's release, the newest CUDA version it supports, and its GPUs; or the `problem` that hides them."""
+
+    driver: str | None = None
+    cuda: str | None = None
+    gpus: tuple[Gpu, ...] = ()
+    problem: str | None = None
+
+
+def probe() -> Hardware:
+    """Ask the driver. Heeds CUDA_VISIBLE_DEVICES. Initializes CUDA in this process, so do not fork afterwards."""
+    try:
+        library = ctypes.CDLL(_LIBRARY)
+    except OSError:
+        return Hardware(problem=f"no NVIDIA driver: {_LIBRARY} was not found")
+    try:
+        return _ask(library)
+    except _DriverError as error:
+        return Hardware(driver=_driver_release(), problem=str(error))
+
+
+class _DriverError(Exception):
+    pass
+
+
+def _ask(library: ctypes.CDLL) -> Hardware:
+    def call(function: str, *arguments: object) -> None:
+        status = getattr(library, function)(*arguments)
+        if status != 0:
+            text = ctypes.c_char_p()
+            library.cuGetErrorString(status, ctypes.byref(text))
+            reason = text.value.decode() if text.value else f"error {status}"
+            raise _DriverError(f"the CUDA driver answers {function} with: {reason}")
+
+    call("cuInit", 0)
+    version = ctypes.c_int()
+    call("cuDriverGetVersion", ctypes.byref(version))
+    count = ctypes.c_int()
+    call("cuDeviceGetCount", ctypes.byref(count))
+
+    def gpu(ordinal: int) -> Gpu:
+        device = ctypes.c_int()
+        call("cuDeviceGet", ctypes.byref(device), ordinal)
+        name = ctypes.create_string_buffer(256)
+        call("cuDeviceGetName", name, len(name), device)
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        call("cuDeviceGetAttribute", ctypes.byref(major), _COMPUTE_CAPABILITY_MAJOR, device)
+        call("cuDeviceGetAttribute", ctypes.byref(minor), _COMPUTE_CAPABILITY_MINOR, device)
+        memory = ctypes.c_size_t()
+        call("cuDeviceTotalMem_v2", ctypes.byref(memory), device)
+        identity = (ctypes.c_ubyte * 16)()
+        call("cuDeviceGetUuid", identity, device)
+        return Gpu(
+            ordinal=ordinal,
+            name=name.value.decode(),
+            compute_capability=ComputeCapability(major.value, minor.value),
+            memory=memory.value,
+            uuid=f"GPU-{uuid.UUID(bytes=bytes(identity))}",
+        )
+
+    return Hardware(
+        driver=_driver_release(),
+        cuda=f"{version.value // 1000}.{version.value % 1000 // 10}",
+        gpus=tuple(gpu(ordinal) for ordinal in range(count.value)),
+        problem=None if count.value else "the CUDA driver sees no GPU",
+    )
+
+
+def _driver_release() -> str | None:
+    try:
+        return _DRIVER_RELEASE.read_text().strip()
+    except OSError:
+        return None

@@ -1,0 +1,109 @@
+"""The only module that imports onnxruntime: sessions on the CPU, and errors told apart."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlflow_trt.core.arrays import Array
+from mlflow_trt.core.optional import is_installed
+from mlflow_trt.errors import ExecutionError, InputError, MissingDependencyError, OutOfMemoryError
+
+_CUDA = "CUDAExecutionProvider"
+_NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "bad allocation")  # it has no exception for this
+
+
+def import_onnxruntime() -> Any:
+    """The module, which has no type stubs. Raises MissingDependencyError where no package provides it."""
+    if not is_installed("onnxruntime"):
+        raise MissingDependencyError(
+            "ONNX Runtime is not installed: `pip install onnxruntime`, or `pip install onnxruntime-gpu`. "
+            "Install one of them, not both: they provide the same module.",
+            packages=("onnxruntime", "onnxruntime-gpu"),
+        )
+    import onnxruntime
+
+    return onnxruntime
+
+
+class CpuModel:
+    """An ONNX file on ONNX Runtime's CPU provider, whatever other providers the installed ONNX Runtime has.
+
+    With `prefer_cuda` on its CUDA provider, where there is one that works; `device` says which it is. With
+    `optimize=False` every node computes what it says, one after the other.
+    """
+
+    def __init__(self, path: Path, *, optimize: bool = True, prefer_cuda: bool = False) -> None:
+        onnxruntime = import_onnxruntime()
+        self.version: str = onnxruntime.__version__
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if not optimize:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        cuda = [name for name in onnxruntime.get_available_providers() if prefer_cuda and name == _CUDA]
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=[*cuda, "CPUExecutionProvider"])
+        except Exception as error:  # its exceptions share no base class
+            raise ExecutionError(f"ONNX Runtime {self.version} cannot run this model: {error}") from error
+        # Asked, since a provider that does not work is left out without an error.
+        self.device = "CUDA" if _CUDA in self._session.get_providers() else "CPU"
+
+    @property
+    def output_shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """By name, as ONNX Runtime infers them; None for what varies."""
+        return {
+            output.name: tuple(size if isinstance(size, int) else None for size in output.shape)
+            for output in self._session.get_outputs()
+        }
+
+    def run(self, names: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The outputs of these names. Raises InputError, ExecutionError or OutOfMemoryError."""
+        if not names:
+            return {}  # ONNX Runtime would return all there are
+        try:
+            results = self._session.run(list(names), dict(feeds))
+        except Exception as error:  # as above
+            if type(error).__name__ == "InvalidArgument":
+                raise InputError(f"ONNX Runtime {self.version} refuses the input: {error}") from error
+            if any(sign in str(error) for sign in _NO_MEMORY):
+                raise OutOfMemoryError(f"ONNX Runtime {self.version} lacks memory: {error}; run fewer rows") from error
+            raise ExecutionError(f"ONNX Runtime {self.version} failed: {error}") from error
+        return dict(zip(names, results, strict=True))
+
+
+def calibrated_magnitudes(
+    path: Path, feeds: Sequence[Mapping[str, Array]], method: str, operators: Sequence[str], workdir: Path
+) -> dict[str, float]:
+    """The magnitude to cut off at, by ONNX Runtime's calibration, for what these operators read and write.
+
+    `method` is `entropy` or `percentile`.
+    """
+    import_onnxruntime()
+    from onnxruntime.quantization import CalibrationMethod, calibrate
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
+        calibrator = calibrate.create_calibrator(
+            path,
+            list(operators),
+            augmented_model_path=str(workdir / "calibration.onnx"),
+            calibrate_method=CalibrationMethod[method.capitalize()],
+            extra_options={"symmetric": True},
+        )
+        for one in feeds:  # each by itself: everything that is collected at once is in memory at once
+            calibrator.collect_data(_Reader(one))
+        ranges = calibrator.compute_data().data
+    return {name: max(abs(float(limit)) for limit in data.range_value) for name, data in ranges.items()}
+
+
+class _Reader:
+    """What ONNX Runtime's calibration reads from: one feed, then None."""
+
+    def __init__(self, feeds: Mapping[str, Array]) -> None:
+        self._feeds: Mapping[str, Array] | None = feeds
+
+    def get_next(self) -> Mapping[str, Array] | None:
+        feeds, self._feeds = self._feeds, None
+        return feeds

@@ -1,0 +1,1 @@
+"""Typed model and recipe in, plan out: the build process and what surrounds it."""

@@ -1,0 +1,214 @@
+"""Typed model and recipe in, engine out, through a process of its own (see `worker`)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple, NoReturn, cast
+
+from mlflow_trt.backends import tensorrt as trt
+from mlflow_trt.convert.checks import check_recipe
+from mlflow_trt.convert.engine.worker import Job
+from mlflow_trt.convert.onnx.model import sha256_of
+from mlflow_trt.convert.recipe import Recipe
+from mlflow_trt.core.progress_event import BuildProgress, Progress
+from mlflow_trt.core.types import Distribution, EngineRecord, Precision, Shape, ShapeProfile
+from mlflow_trt.errors import BuildError, RecipeError, RuntimeUnavailableError, UnsupportedModelError
+
+_WORKER = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from mlflow_trt.convert.engine.worker import main
+main(int(sys.argv[2]))
+"""
+_LINES_QUOTED = 5
+
+
+class Built(NamedTuple):
+    """An engine, and the shapes that TensorRT's network gives its inputs and outputs, -1 for what varies."""
+
+    engine: EngineRecord
+    shapes: Mapping[str, Shape]
+
+
+def build_engine(
+    model: Path,
+    plan: Path,
+    recipe: Recipe,
+    profiles: Sequence[ShapeProfile],
+    *,
+    distribution: Distribution | None = None,
+    gpu: str | None = None,
+    progress: Progress | None = None,
+) -> Built:
+    """Build an engine from the typed model at `model` and write it to `plan`.
+
+    Args:
+        distribution: which TensorRT builds; None for the preferred one of those installed.
+        gpu: UUID of the only GPU that the build may see; None leaves the environment as it is.
+        progress: called a few times a second. What it raises, KeyboardInterrupt included, ends the build at once.
+
+    Raises:
+        UnsupportedModelError: TensorRT's parser refuses nodes of the model; each is named with its operator.
+        BuildError: TensorRT built nothing; its last words are in the text.
+        RecipeError: an option or profile is refused, or a target cannot be built for.
+        MissingDependencyError: no TensorRT is installed. RuntimeUnavailableError: the one that is needs a GPU to build.
+    """
+    tensorrt = trt.load(distribution)
+    check_recipe(tensorrt, recipe)
+    job = _job(model, plan, recipe, profiles, tensorrt.distribution)
+    with _worker(job, gpu) as worker:
+        outcome = _follow(worker, progress)
+        words = worker.last_words()
+    if outcome is None:
+        raise BuildError(_crash_text(tensorrt, worker.status, words), log=words)
+    if outcome["event"] == "failed":
+        _raise(tensorrt, outcome, words)
+    engine = EngineRecord(
+        file=plan.name,
+        sha256=sha256_of(plan),
+        size=plan.stat().st_size,
+        distribution=tensorrt.distribution,
+        version=outcome["version"],
+        compute_capabilities=tuple(outcome["compute_capabilities"]),
+        hardware_compatibility=recipe.hardware_compatibility,
+        version_compatible=recipe.version_compatible,
+        gpu=outcome["gpu"],
+        driver=outcome["driver"],
+        build_seconds=round(outcome["seconds"], 3),
+        weights=recipe.weights,
+        timing_cache=outcome["timing_cache"],
+    )
+    return Built(engine, {name: tuple(shape) for name, shape in outcome["shapes"].items()})
+
+
+def _job(model: Path, plan: Path, recipe: Recipe, profiles: Sequence[ShapeProfile], distribution: Distribution) -> Job:
+    return Job(
+        # Not resolved: external weights are beside the path that was given, not beside what a link points to.
+        model=str(model.absolute()),
+        plan=str(plan.absolute()),
+        distribution=distribution.value,
+        tf32=recipe.precision is not Precision.FP32 and recipe.allow_tf32,
+        profiles=[{name: asdict(limits) for name, limits in profile.ranges.items()} for profile in profiles],
+        workspace_bytes=recipe.workspace_bytes,
+        optimization_level=recipe.optimization_level,
+        avg_timing_iterations=recipe.avg_timing_iterations,
+        timing_cache=recipe.timing_cache,
+        builder_cache=recipe.builder_cache,
+        memory_pools=dict(recipe.memory_pools),
+        sparsity=recipe.sparsity,
+        weights=recipe.weights.value,
+        weight_streaming=recipe.weight_streaming,
+        profiling_verbosity=recipe.profiling_verbosity.value,
+        tactic_sources=None if recipe.tactic_sources is None else list(recipe.tactic_sources),
+        version_compatible=recipe.version_compatible,
+        hardware_compatibility=recipe.hardware_compatibility.value,
+        targets=list(recipe.targets),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Worker:
+    """The build process, the reports that it sends, and the file that it and the libraries in it print to."""
+
+    process: subprocess.Popen[bytes]
+    reports: IO[str]
+    printed: IO[bytes]
+
+    @property
+    def status(self) -> int:
+        return self.process.wait()
+
+    def last_words(self) -> list[str]:
+        self.printed.seek(0)
+        lines = [line.strip() for line in self.printed.read().decode(errors="replace").splitlines()]
+        return [line for line in lines if line][-_LINES_QUOTED:]
+
+
+@contextmanager
+def _worker(job: Job, gpu: str | None) -> Iterator[_Worker]:
+    """Run the build process; however this block ends, the process has ended too."""
+    environment = dict(os.environ)
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
+    paths = json.dumps([entry for entry in sys.path if entry and isinstance(entry, str)])
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as reports, tempfile.TemporaryFile() as printed:
+        try:
+            process = subprocess.Popen(  # noqa: S603  # this interpreter, with our own module
+                # Isolated: else the current folder would come first where even json is looked for.
+                [sys.executable, "-I", "-c", _WORKER, paths, str(writing)],
+                stdin=subprocess.PIPE,
+                stdout=printed,
+                stderr=printed,
+                pass_fds=[writing],
+                env=environment,
+                # Ctrl-C reaches this process alone, which then ends the worker: no half of a build goes on.
+                start_new_session=True,
+            )
+        finally:
+            os.close(writing)
+        jobs = cast("IO[bytes]", process.stdin)
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it has ended already, and last_words() says why
+                jobs.write(json.dumps(asdict(job)).encode() + b"\n")
+                jobs.flush()
+            yield _Worker(process=process, reports=reports, printed=printed)
+        finally:
+            process.kill()
+            process.wait()
+            with contextlib.suppress(BrokenPipeError):
+                jobs.close()
+
+
+def _follow(worker: _Worker, progress: Progress | None) -> dict[str, Any] | None:
+    """Pass on the progress until the worker reports how it ended; None where it ended without a word."""
+    for line in worker.reports:
+        event: dict[str, Any] = json.loads(line)
+        if event["event"] != "progress":
+            return event
+        if progress is not None:
+            progress(BuildProgress(phase=event["phase"], fraction=event["fraction"]))
+    return None
+
+
+def _crash_text(tensorrt: trt.TensorRT, status: int, words: Sequence[str]) -> str:
+    how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    said = f" Its last words: {' | '.join(words)}" if words else ""
+    return f"{tensorrt}'s build process {how} without building an engine.{said}"
+
+
+def _raise(tensorrt: trt.TensorRT, outcome: dict[str, Any], words: Sequence[str]) -> NoReturn:
+    """Turn the worker's report into the error that the user gets."""
+    kind, message, tensor = outcome["kind"], outcome["message"], outcome.get("tensor")
+    log = [*outcome.get("log", ()), *words]
+    if kind == "parse":
+        nodes = outcome["nodes"]
+        which = f" {len(nodes)} node(s), {', '.join(nodes[:10])}" if nodes else " the model"
+        said = f" ({' | '.join(words)})" if words else ""
+        raise UnsupportedModelError(f"{tensorrt} cannot run{which}: {message}{said}", nodes=nodes, log=log)
+    if kind == "shape_tensor":
+        raise RecipeError(
+            f"input {tensor!r} is a shape tensor: {message}. Give its smallest, usual and largest values: "
+            f"shapes={{{tensor!r}: ((...), (...), (...))}}",
+            option="shapes",
+        )
+    if kind in ("no_shape_tensor", "profile"):
+        raise RecipeError(f"{tensorrt} refuses the shapes of input {tensor!r}: {message}", option="shapes")
+    if kind == "option":
+        raise RecipeError(message)
+    if kind == "no_gpu":
+        raise RuntimeUnavailableError(
+            f"TensorRT builds engines on the GPU that they are for: {message}. TensorRT-RTX builds without one: "
+            f"`pip install 'mlflow-trt[rtx]'` and set {trt.DISTRIBUTION_VARIABLE}=tensorrt_rtx."
+        )
+    raise BuildError(f"{tensorrt} built no engine: {log[-1] if log else message}", log=log)

@@ -1,0 +1,318 @@
+"""Read an ONNX model, check it, describe its inputs and outputs, and hash it.
+
+Source: the ONNX IR specification, https://github.com/onnx/onnx/blob/main/docs/IR.md, and its external data format,
+https://github.com/onnx/onnx/blob/main/docs/ExternalData.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import onnx
+from google.protobuf.message import DecodeError, EncodeError
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+
+from mlflow_trt.core.types import Dim, TensorSpec
+from mlflow_trt.errors import OnnxModelError
+
+MODEL_FILE = "model.onnx"
+RESERVED_NAMES = frozenset(
+    """model.onnx typed engines runtime_cache code extra_files mlflow_trt.json MLmodel conda.yaml python_env.yaml
+    requirements.txt constraints.txt input_example.json serving_input_example.json environment_variables.txt
+    metadata registered_model_meta golden.npz precision_report.md fp32.onnx tf32.onnx fp16.onnx bf16.onnx int8.onnx
+    fp8.onnx fp16.onnx.data bf16.onnx.data int8.onnx.data fp8.onnx.data""".split()  # noqa: SIM905  # easier to read than a list of quotes
+)
+"""What else may lie in a model folder, where the external data of a model is stored beside it."""
+
+# The types that TensorRT has for inputs and outputs.
+_DTYPES: Mapping[int, str] = {
+    TensorProto.FLOAT: "float32",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+    TensorProto.INT8: "int8",
+    TensorProto.UINT8: "uint8",
+    TensorProto.INT32: "int32",
+    TensorProto.INT64: "int64",
+    TensorProto.BOOL: "bool",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxModel:
+    """A checked ONNX model on disk.
+
+    `proto` is its graph; weights that the model keeps in external files are not loaded. `external_files` are those
+    files, relative to the folder of `path`. `files` maps every file to its sha256, the model itself as `model.onnx`.
+    """
+
+    path: Path
+    proto: ModelProto
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    external_files: tuple[str, ...]
+    files: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the model file; with external weights, of the sorted list of the digests of all files."""
+        return combined_digest(self.files)
+
+    def copy_to(self, folder: Path) -> None:
+        """Copy the model as `model.onnx`, and its external files, byte for byte."""
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.path, folder / MODEL_FILE)
+        copy_files(self.external_files, self.path.parent, folder)
+
+
+def combined_digest(files: Mapping[str, str]) -> str:
+    """One digest for a set of files: the file's own where there is one, else that of the sorted list of them."""
+    if len(files) == 1:
+        return next(iter(files.values()))
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def copy_files(names: tuple[str, ...], source: Path, target: Path) -> None:
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_onnx(model: str | os.PathLike[str] | ModelProto, workdir: Path) -> OnnxModel:
+    """Read and check `model`, a path or a ModelProto; a ModelProto is written to `workdir` first and never changed.
+
+    Raises OnnxModelError for a file that is no ONNX model, is truncated, lacks external weights, is refused by
+    onnx.checker, or whose inputs or outputs are of a type that TensorRT does not have.
+    """
+    if isinstance(model, ModelProto):
+        path = _write_proto(model, workdir)
+    elif isinstance(model, (str, os.PathLike)):
+        path = Path(model)
+    else:
+        raise OnnxModelError(f"expected the path of an ONNX file or an onnx.ModelProto, got {type(model).__name__}")
+    proto = _parse(path)
+    external_files = _check_external_files(proto, path)
+    if any(_is_linked(path.parent, name) for name in external_files):
+        path = _without_links(path, external_files, workdir)
+    inputs, outputs = describe(proto, path)
+    _check(path)
+    return OnnxModel(
+        path=path,
+        proto=proto,
+        inputs=inputs,
+        outputs=outputs,
+        external_files=external_files,
+        files={MODEL_FILE: sha256_of(path)} | {name: sha256_of(path.parent / name) for name in external_files},
+    )
+
+
+def describe(proto: ModelProto, path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """The inputs, without initializers, and the outputs of a model. Raises OnnxModelError for types and the like."""
+    initializers = {tensor.name for tensor in proto.graph.initializer}
+    inputs = [_describe(value, "input", path) for value in proto.graph.input if value.name not in initializers]
+    return tuple(inputs), tuple(_describe(value, "output", path) for value in proto.graph.output)
+
+
+def tensors_of(proto: ModelProto) -> Iterator[TensorProto]:
+    """Every tensor stored in a model: in its graph, in the graphs inside its nodes, and in its functions."""
+    yield from _graph_tensors(proto.graph)
+    for function in proto.functions:
+        yield from _node_tensors(function.node)
+
+
+def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.TENSOR:
+                yield attribute.t
+            yield from attribute.tensors
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _graph_tensors(inner)
+
+
+def subgraphs_of(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
+    """The graphs directly inside of nodes: branches of If, bodies of Loop and Scan."""
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                yield attribute.g
+            yield from attribute.graphs
+
+
+def attribute_of(node: NodeProto, name: str) -> AttributeProto:
+    """The attribute of that name; an empty one where the node has none."""
+    return next((attribute for attribute in node.attribute if attribute.name == name), AttributeProto())
+
+
+def _write_proto(proto: ModelProto, workdir: Path) -> Path:
+    for tensor in tensors_of(proto):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            raise OnnxModelError(
+                f"the weights of this ModelProto are not in it: {tensor.name!r} refers to an external file. "
+                "Pass the path of the ONNX file instead. (mlflow.onnx.log_model and onnx.save_model with external "
+                "data empty the ModelProto they are given; load it again.)"
+            )
+    try:
+        data = proto.SerializeToString()
+    except (EncodeError, ValueError) as error:
+        raise OnnxModelError(
+            f"this ModelProto cannot be serialized ({error}), which protobuf does only up to 2 GB. Save it with "
+            "onnx.save_model(..., save_as_external_data=True) and pass its path."
+        ) from error
+    path = workdir / MODEL_FILE
+    path.write_bytes(data)
+    return path
+
+
+def _is_linked(folder: Path, name: str) -> bool:
+    """Whether an external file is a link, lies behind one, or has a second name elsewhere."""
+    file = folder / name
+    return file.stat().st_nlink > 1 or file.resolve() != folder.resolve() / name
+
+
+def _without_links(path: Path, external_files: tuple[str, ...], workdir: Path) -> Path:
+    """The model where its external files are files of its own, since onnx.checker refuses all others.
+
+    Caches of model hubs have symbolic links; installers and tools that version data have hard ones.
+    """
+    folder = workdir / "source"
+    folder.mkdir()
+    shutil.copyfile(path, folder / path.name)
+    copy_files(external_files, path.parent, folder)
+    return folder / path.name
+
+
+def _parse(path: Path) -> ModelProto:
+    try:
+        if path.is_dir():
+            raise OnnxModelError(f"{path} is a folder; expected an ONNX file", path=path)
+        if not path.is_file():
+            raise OnnxModelError(f"{path} does not exist; expected an ONNX file", path=path)
+        # Without a format, onnx would choose a parser by the file's extension.
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
+    except OSError as error:
+        raise OnnxModelError(f"{path} cannot be read: {error.strerror}", path=path) from error
+    except DecodeError as error:
+        raise OnnxModelError(f"{path} is no ONNX model, or a truncated one: {error}", path=path) from error
+    if not proto.HasField("graph"):
+        raise OnnxModelError(
+            f"{path} holds no graph ({path.stat().st_size} bytes): it is no ONNX model, or one that was emptied",
+            path=path,
+        )
+    if not proto.graph.node:
+        raise OnnxModelError(f"{path} has a graph without nodes: there is nothing to run", path=path)
+    return proto
+
+
+def _check_external_files(proto: ModelProto, path: Path) -> tuple[str, ...]:
+    needed: dict[str, tuple[int, str]] = {}
+    for tensor in tensors_of(proto):
+        if tensor.data_location != TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        pure = PurePosixPath(location)
+        if not pure.parts or pure.is_absolute() or ".." in pure.parts:
+            raise OnnxModelError(
+                f"{path}: the weights of {tensor.name!r} are at {location!r}; they must be in the folder of the model",
+                path=path,
+            )
+        if pure.parts[0] in RESERVED_NAMES:
+            raise OnnxModelError(
+                f"{path}: its external weights are in {location!r}, a name that a model folder uses for something "
+                "else; save the weights under another name",
+                path=path,
+            )
+        end = _number(entries, "offset", tensor, path) + _number(entries, "length", tensor, path)
+        needed[location] = max(needed.get(location, (0, "")), (end, tensor.name))
+    for location, (end, tensor_name) in needed.items():
+        file = path.parent / location
+        if not file.is_file():
+            raise OnnxModelError(
+                f"{path}: the file {location!r} with the weights of {tensor_name!r} is missing; "
+                f"put it beside the model, into {path.parent}",
+                path=path,
+            )
+        if file.stat().st_size < end:
+            raise OnnxModelError(
+                f"{path}: {location!r} has {file.stat().st_size} bytes, but the weights of {tensor_name!r} "
+                f"end at byte {end}; it is truncated",
+                path=path,
+            )
+    return tuple(sorted(needed))
+
+
+def _number(entries: Mapping[str, str], key: str, tensor: TensorProto, path: Path) -> int:
+    text = entries.get(key) or "0"
+    if not text.isdecimal():
+        raise OnnxModelError(
+            f"{path}: the weights of {tensor.name!r} have the {key} {text!r}; expected a number of bytes", path=path
+        )
+    return int(text)
+
+
+def _check(path: Path) -> None:
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise OnnxModelError(f"{path} is no valid ONNX model: {str(error).strip()}", path=path) from error
+
+
+def _describe(value: ValueInfoProto, role: str, path: Path) -> TensorSpec:
+    kind = value.type.WhichOneof("value")
+    if kind != "tensor_type":
+        raise OnnxModelError(
+            f"{path}: the {role} {value.name!r} is a {(kind or 'value of no type').removesuffix('_type')}; "
+            "TensorRT has only tensors",
+            path=path,
+        )
+    tensor = value.type.tensor_type
+    if tensor.elem_type not in _DTYPES:
+        raise OnnxModelError(
+            f"{path}: the {role} {value.name!r} is of type {_type_name(tensor.elem_type)}, "
+            f"which TensorRT does not have; export the model with one of {', '.join(sorted(_DTYPES.values()))}",
+            path=path,
+        )
+    if not tensor.HasField("shape"):
+        raise OnnxModelError(
+            f"{path}: the {role} {value.name!r} has no shape, not even a number of dimensions; "
+            "export the model with shapes, or run onnx.shape_inference on it",
+            path=path,
+        )
+    return TensorSpec(
+        name=value.name, dtype=_DTYPES[tensor.elem_type], shape=tuple(_dim(dim) for dim in tensor.shape.dim)
+    )
+
+
+def _type_name(number: int) -> str:
+    try:
+        return str(TensorProto.DataType.Name(number)).lower()
+    except ValueError:
+        return str(number)
+
+
+def _dim(dim: onnx.TensorShapeProto.Dimension) -> Dim:
+    # Some exporters write -1 as the value of a dimension that may vary.
+    if dim.HasField("dim_value"):
+        return dim.dim_value if dim.dim_value >= 0 else None
+    return dim.dim_param or None

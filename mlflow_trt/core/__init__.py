@@ -1,0 +1,1 @@
+"""Nouns and rules: types, settings, accuracy, selection, wire formats. Knows nothing of the rooms above."""

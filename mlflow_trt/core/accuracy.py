@@ -1,0 +1,299 @@
+"""How far outputs are from a reference: the numbers, what is tolerated, and the verdict."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from mlflow_trt.core.arrays import Array
+from mlflow_trt.core.types import Precision, StrEnum
+from mlflow_trt.errors import RecipeError
+
+Outputs = Mapping[str, Array]
+
+_VARIES = 1e-3
+"""A reference varies if its standard deviation is more than this share of its largest magnitude."""
+
+
+class Verdict(StrEnum):
+    """`INCONCLUSIVE`: nothing is wrong, but a reference that hardly varies, or is not finite, proves nothing either."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    INCONCLUSIVE = "inconclusive"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """What a model may be off from its source model, each output by itself. None leaves a measure out.
+
+    Whatever is tolerated: an output fails that is NaN or infinite where the reference is finite, or of another shape.
+
+    Args:
+        relative_error: upper limit of the norm of the difference over the norm of the reference.
+        max_abs_error: upper limit of the largest difference of a single value, in the unit of the output.
+        cosine_similarity: lower limit, -1 to 1.
+        top_class_agreement: lower limit, 0 to 1, for outputs that look like scores of classes: the share of rows with
+            the same best class. Rows whose two best classes are so close that the tolerated `relative_error` of the
+            best score could swap them do not count.
+    """
+
+    relative_error: float | None = None
+    max_abs_error: float | None = None
+    cosine_similarity: float | None = None
+    top_class_agreement: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if value is not None and not number:
+                raise RecipeError(f"{field.name} is {value!r}; expected a number or None", option=field.name)
+        for name in ("relative_error", "max_abs_error"):
+            if (getattr(self, name) or 0) < 0:
+                raise RecipeError(f"{name} is {getattr(self, name)}; expected 0 or more", option=name)
+        for name, low in (("cosine_similarity", -1), ("top_class_agreement", 0)):
+            if not low <= (getattr(self, name) or 0) <= 1:
+                raise RecipeError(f"{name} is {getattr(self, name)}; expected {low} to 1", option=name)
+
+    @classmethod
+    def default(cls, precision: Precision) -> Tolerance:
+        """What is usual for a precision. That of fp32 has room for TF32, which is what TensorRT-RTX computes in."""
+        if precision not in _DEFAULTS:
+            return cls()  # `best` has none of its own
+        relative_error, agreement = _DEFAULTS[precision]
+        return cls(relative_error=relative_error, top_class_agreement=agreement)
+
+
+_DEFAULTS: Mapping[Precision, tuple[float, float]] = {
+    Precision.FP32: (0.02, 0.99),
+    Precision.TF32: (0.02, 0.99),
+    Precision.FP16: (0.02, 0.99),
+    Precision.BF16: (0.05, 0.98),
+    Precision.INT8: (0.10, 0.95),
+    Precision.FP8: (0.10, 0.95),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputComparison:
+    """One output against the reference, over all samples together.
+
+    `relative_error` is the norm of the difference over the norm of the reference. `nans` and `infinities` count values
+    that are so where the reference is finite, `other_shapes` the samples for which the shapes differ. `classes` is how
+    many classes it scores, where it looks as if it did; `top_class_agreement` is then the share of rows with the same
+    best class, `clear_agreement` that of the rows whose best class is beyond doubt (see Tolerance). `varies` tells
+    whether the reference varies enough to prove anything.
+    """
+
+    name: str
+    values: int
+    max_abs_error: float
+    mean_abs_error: float
+    relative_error: float
+    cosine_similarity: float
+    nans: int = 0
+    infinities: int = 0
+    other_shapes: int = 0
+    varies: bool = True
+    classes: int | None = None
+    top_class_agreement: float | None = None
+    clear_agreement: float | None = None
+
+    @property
+    def metric_part(self) -> str:
+        """The name as a part of that of a metric, in which MLflow refuses some characters, and slashes at its ends."""
+        return re.sub(r"[^\w\-. ]", "_", self.name)
+
+    def severity(self, tolerance: Tolerance) -> float:
+        """The measured share of what is tolerated, of the worst measure: above 1 is too much."""
+        if self.nans or self.infinities or self.other_shapes:
+            return math.inf
+        shares = [
+            _share(self.relative_error, tolerance.relative_error),
+            _share(self.max_abs_error, tolerance.max_abs_error),
+            _share(_missing(self.cosine_similarity), _missing(tolerance.cosine_similarity)),
+            _share(_missing(self.clear_agreement), _missing(tolerance.top_class_agreement)),
+        ]
+        return max(shares)
+
+    def problems(self, tolerance: Tolerance) -> tuple[str, ...]:
+        """What is beyond `tolerance`, in words."""
+        found = []
+        if self.other_shapes:
+            found.append(f"its shape is another than that of the reference for {self.other_shapes} of the samples")
+        if self.nans or self.infinities:
+            found.append(f"{self.nans} NaN and {self.infinities} infinite values where the reference is finite")
+        limits = (
+            ("relative error", self.relative_error, tolerance.relative_error, 1),
+            ("largest absolute error", self.max_abs_error, tolerance.max_abs_error, 1),
+            ("cosine similarity", self.cosine_similarity, tolerance.cosine_similarity, -1),
+            ("agreement of the best class", self.clear_agreement, tolerance.top_class_agreement, -1),
+        )
+        for label, measured, limit, sign in limits:
+            # Written so that a NaN fails.
+            if measured is not None and limit is not None and not sign * measured <= sign * limit:
+                found.append(
+                    f"{label} {measured:.3g}, {'at most' if sign > 0 else 'at least'} {limit:.3g} is tolerated"
+                )
+        return tuple(f"output {self.name!r}: {text}" for text in found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All outputs of `subject` against those of the source model on ONNX Runtime, for the same inputs.
+
+    `inputs` tells what was run, and how much of it.
+    """
+
+    subject: str
+    inputs: str
+    tolerance: Tolerance
+    outputs: tuple[OutputComparison, ...]
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        return tuple(problem for output in self.outputs for problem in output.problems(self.tolerance))
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.problems:
+            return Verdict.FAILED
+        # One output that varies proves something about all that lie before it; one that does not is no failure.
+        return Verdict.PASSED if any(output.varies for output in self.outputs) else Verdict.INCONCLUSIVE
+
+    @property
+    def severity(self) -> float:
+        """That of the worst output."""
+        return max((output.severity(self.tolerance) for output in self.outputs), default=0.0)
+
+    @property
+    def relative_error(self) -> float:
+        """The largest of any output."""
+        return max((output.relative_error for output in self.outputs), default=0.0)
+
+    def __str__(self) -> str:
+        numbers = "; ".join(
+            f"{output.name}: relative error {output.relative_error:.2e}, largest absolute error "
+            f"{output.max_abs_error:.2e}"
+            + ("" if output.top_class_agreement is None else f", best class agrees in {output.top_class_agreement:.1%}")
+            for output in self.outputs
+        )
+        return f"{self.subject} {self.verdict} against the source model on {self.inputs} ({numbers})"
+
+
+def compare(subject: str, inputs: str, pairs: Iterable[tuple[Outputs, Outputs]], tolerance: Tolerance) -> Comparison:
+    """Compare pairs of (outputs, reference), one for each sample. Raises ValueError where their names differ."""
+    totals: dict[str, _Totals] = {}
+    for actual, reference in pairs:
+        if actual.keys() != reference.keys():
+            raise ValueError(f"the outputs are {', '.join(actual)}; expected {', '.join(reference)}")
+        for name, expected in reference.items():
+            totals.setdefault(name, _Totals()).add(actual[name], expected, tolerance)
+    return Comparison(
+        subject=subject,
+        inputs=inputs,
+        tolerance=tolerance,
+        outputs=tuple(total.result(name) for name, total in totals.items()),
+    )
+
+
+def _missing(similarity: float | None) -> float | None:
+    return None if similarity is None else 1 - similarity
+
+
+def _share(measured: float | None, limit: float | None) -> float:
+    if measured is None or limit is None or measured == 0:
+        return 0.0
+    return measured / limit if limit else math.inf
+
+
+class _Totals:
+    """Sums over samples, so that a long series of them need not be kept."""
+
+    def __init__(self) -> None:
+        self.values = self.nans = self.infinities = self.other_shapes = 0
+        self.largest = self.magnitude = 0.0
+        self.difference = self.squares = self.reference_squares = self.actual_squares = self.product = self.sum = 0.0
+        self.rows = self.agreeing = self.clear = self.clear_agreeing = 0
+        self.classes: int | None = None
+
+    def add(self, actual: Array, reference: Array, tolerance: Tolerance) -> None:
+        if actual.shape != reference.shape:  # a size that depends on the data, such as the number of boxes found
+            self.other_shapes += 1
+            return
+        is_float = np.dtype(reference.dtype).kind == "f"
+        got, wanted = actual.astype(np.float64), reference.astype(np.float64)
+        finite = np.isfinite(wanted)
+        self.nans += int((np.isnan(got) & finite).sum())
+        self.infinities += int((np.isinf(got) & finite).sum())
+        if is_float:
+            self._add_classes(got, wanted, tolerance)
+        usable = finite & np.isfinite(got)
+        got, wanted = got[usable], wanted[usable]
+        if not wanted.size:
+            return
+        error = np.abs(got - wanted)
+        self.values += wanted.size
+        self.largest = max(self.largest, float(error.max()))
+        self.magnitude = max(self.magnitude, float(np.abs(wanted).max()))
+        self.difference += float(error.sum())
+        self.squares += float(error @ error)
+        self.reference_squares += float(wanted @ wanted)
+        self.actual_squares += float(got @ got)
+        self.product += float(got @ wanted)
+        self.sum += float(wanted.sum())
+
+    def _add_classes(self, got: npt.NDArray[np.float64], wanted: npt.NDArray[np.float64], tolerance: Tolerance) -> None:
+        classes = class_count(wanted)
+        if classes is None or self.classes not in (None, classes):
+            return
+        self.classes = classes
+        got, wanted = got.reshape(-1, classes), wanted.reshape(-1, classes)
+        agreeing = got.argmax(axis=1) == wanted.argmax(axis=1)
+        second, best = np.partition(wanted, -2, axis=1)[:, -2:].T
+        clear = best - second > 2 * (tolerance.relative_error or 0) * np.abs(best)
+        self.rows += len(wanted)
+        self.agreeing += int(agreeing.sum())
+        self.clear += int(clear.sum())
+        self.clear_agreeing += int((agreeing & clear).sum())
+
+    def result(self, name: str) -> OutputComparison:
+        count = max(self.values, 1)
+        variance = self.reference_squares / count - (self.sum / count) ** 2
+        scale = math.sqrt(self.reference_squares)
+        norms = scale * math.sqrt(self.actual_squares)
+        error = math.sqrt(self.squares)
+        return OutputComparison(
+            name=name,
+            values=self.values,
+            max_abs_error=self.largest,
+            mean_abs_error=self.difference / count,
+            relative_error=error / scale if scale else error,
+            cosine_similarity=self.product / norms if norms else float(error == 0),
+            nans=self.nans,
+            infinities=self.infinities,
+            other_shapes=self.other_shapes,
+            varies=self.values == 1 or math.sqrt(max(variance, 0)) > _VARIES * self.magnitude > 0,
+            classes=self.classes,
+            top_class_agreement=self.agreeing / self.rows if self.rows else None,
+            clear_agreement=self.clear_agreeing / self.clear if self.clear else None,
+        )
+
+
+def class_count(scores: npt.NDArray[np.float64]) -> int | None:
+    """The length of the last axis where an output looks like scores of classes, else None.
+
+    Two dimensions, rows by classes, look like it; so does any tensor whose last axis holds probabilities that sum to 1.
+    """
+    if scores.ndim < 2 or scores.shape[-1] < 2 or not scores.size or not np.isfinite(scores).all():
+        return None
+    if scores.ndim == 2:
+        return int(scores.shape[-1])
+    sums_to_one = scores.min() >= 0 and np.allclose(scores.sum(axis=-1), 1, atol=1e-3)
+    return int(scores.shape[-1]) if sums_to_one else None

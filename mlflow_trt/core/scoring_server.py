@@ -1,0 +1,45 @@
+"""What is different in a process of MLflow's scoring server."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import threading
+
+from mlflow_trt.core.log import get_logger
+
+_MODEL_PATH = "__pyfunc_model_path__"  # mlflow.pyfunc.scoring_server._SERVER_MODEL_PATH
+_PATIENCE = 30.0
+_log = get_logger(__name__)
+_ending = threading.Lock()
+
+
+def in_server() -> bool:
+    """Whether this process is MLflow's scoring server, by the variables that it sets: one before it loads the model,
+    the other when it has.
+    """
+    return _MODEL_PATH in os.environ or os.environ.get("_MLFLOW_IS_IN_SERVING_ENVIRONMENT") == "true"
+
+
+def explain_crashes() -> None:
+    """Let a native library that crashes leave the stacks of all threads in the server's log, not only silence."""
+    if in_server() and not faulthandler.is_enabled():
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # standard error may be no file
+            faulthandler.enable()
+
+
+def end_server(reason: str) -> None:
+    """End this process, since nothing it does can bring the GPU back, and its `/ping` would go on to say all is well.
+
+    The requests that it has are answered. Whoever supervises it (uvicorn with several workers, Docker, Kubernetes)
+    starts another, which finds a GPU that works again. Returns at once, and does nothing the second time.
+    """
+    if not _ending.acquire(blocking=False):
+        return
+    _log.critical("This server ends, for another process to begin anew: %s", reason)
+    insist = threading.Timer(_PATIENCE, os._exit, [1])  # calls that hang in the driver must not keep it
+    insist.daemon = True
+    insist.start()
+    os.kill(os.getpid(), signal.SIGTERM)

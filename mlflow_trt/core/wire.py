@@ -1,0 +1,307 @@
+"""What goes over the wire to MLflow's scoring server and comes back: requests, answers, and answers that are errors.
+
+No input or output happens here, and MLflow is not imported: clients start in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mlflow_trt.core.arrays import Array
+
+if TYPE_CHECKING:
+    from mlflow_trt.errors import MlflowTrtError
+
+Shape = tuple[int, ...]
+Inputs = Mapping[str, Any]
+"""By name an array, a number, nested lists, or a sequence of `bytes`, one for each row."""
+
+PARQUET = "application/vnd.apache.parquet"
+JSON = "application/json"
+
+# What MLflow says to a table for a model that wants something a table cannot hold.
+_NO_TABLE = "For pandas dataframe input, the first dimension of shape must be a variable dimension"
+
+_QUOTED_DATA = (
+    re.compile(r"\AFailed to predict data '.*?'\. ?\nError: ", re.DOTALL),
+    re.compile(r"\AFailed to enforce schema of data '.*' with schema '(?P<schema>.*?)'\. Error: ", re.DOTALL),
+)
+_LONGEST_TEXT = 2000
+
+# An input in the text of a signature, as MLflow writes it: 'x': Tensor('float32', (-1, 3))
+_TENSOR = re.compile(r"""(?P<name>'[^']*'|"[^"]*"): Tensor\('(?P<dtype>\w+)', (?P<shape>\([-\d, ]*\))\)""")
+
+
+class Tensor(NamedTuple):
+    """An input in a model's signature; -1 for any size."""
+
+    dtype: str
+    shape: Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The body of a request and its content type."""
+
+    content: bytes
+    content_type: str
+
+
+def fits_table(inputs: Inputs) -> bool:
+    """Whether inputs can go as a table, that is as parquet: all are arrays or `bytes` with one number of rows.
+
+    Lists and numbers have no dtype, and only in JSON does MLflow give them one.
+    """
+    rows = set()
+    for value in inputs.values():
+        if _is_bytes(value):
+            rows.add(len(value))
+        elif isinstance(value, np.ndarray) and value.ndim > 0 and value.size > 0:
+            rows.add(value.shape[0])
+        else:
+            return False
+    return len(rows) == 1
+
+
+def check_table(inputs: Inputs) -> None:
+    """Raise InputError where inputs do not fit a table."""
+    if not fits_table(inputs):
+        from mlflow_trt.errors import InputError
+
+        raise InputError(
+            "these inputs do not fit a table, which parquet and bytes need: each must be an array or a list of bytes, "
+            "all with the same number of rows, which is not 0"
+        )
+
+
+def parquet_request(inputs: Inputs, signature: Mapping[str, Tensor] | None = None) -> Request:
+    """Inputs as a table: a column for each, a row for each index of axis 0, whose cells are flat arrays.
+
+    The server reshapes a cell by the model's signature. MLflow casts cells that are numbers to its dtype, whatever is
+    lost, and leaves arrays as they are; so, where `signature` has another dtype, a number goes as an array of one.
+
+    Raises InputError where inputs do not fit a table, and MissingDependencyError without pyarrow.
+    """
+    check_table(inputs)
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        from mlflow_trt.errors import MissingDependencyError
+
+        raise MissingDependencyError(
+            "pyarrow is not installed: `pip install 'mlflow-trt[client]'`", packages=("pyarrow",)
+        ) from error
+
+    wanted = {name: tensor.dtype for name, tensor in (signature or {}).items()}
+    columns = {name: _column(name, value, wanted.get(name), pa) for name, value in inputs.items()}
+    fields = [pa.field(name, column.type, nullable=False) for name, column in columns.items()]
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        pa.table(list(columns.values()), schema=pa.schema(fields)),
+        sink,
+        compression="none",  # floats hardly compress, and it would cost more than a fast network
+        use_dictionary=False,
+        write_statistics=False,
+    )
+    return Request(content=sink.getvalue().to_pybytes(), content_type=PARQUET)
+
+
+def json_request(inputs: Inputs) -> Request:
+    """Inputs of any form as MLflow's `inputs`; with `bytes` among them, as base64 in its `dataframe_split`."""
+    columns = {name: _listed(name, value) for name, value in inputs.items()}
+    content: dict[str, Any] = {"inputs": columns}
+    if any(map(_is_bytes, inputs.values())):  # MLflow decodes base64 in tables only
+        check_table(inputs)
+        content = {"dataframe_split": {"columns": list(columns), "data": list(zip(*columns.values(), strict=True))}}
+    return Request(content=json.dumps(content).encode(), content_type=JSON)
+
+
+def signature_request() -> Request:
+    """What no model takes: MLflow refuses it, and says what the signature is, before the model sees it."""
+    return Request(content=b'{"inputs": {}}', content_type=JSON)
+
+
+def signature_in(body: bytes) -> dict[str, Tensor]:
+    """The inputs by name, as far as an answer to `signature_request` tells them.
+
+    Models without tensors in their signature, and servers with MLFLOW_DISABLE_SCHEMA_DETAILS, tell none.
+    """
+    text = body.decode(errors="replace")
+    try:
+        text = str(json.loads(text)["message"])
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return {
+        ast.literal_eval(match["name"]): Tensor(match["dtype"], ast.literal_eval(match["shape"]))
+        for match in _TENSOR.finditer(text)
+    }
+
+
+def misshapen(inputs: Inputs, signature: Mapping[str, Tensor]) -> dict[str, str]:
+    """By name, what is wrong with arrays of another shape than the signature's: in a table, MLflow reshapes rows."""
+    return {
+        name: f"input {name!r} has the shape {np.shape(value)}; the model's signature wants {signature[name].shape}"
+        for name, value in inputs.items()
+        if name in signature and not _is_bytes(value) and not _has_shape(value, signature[name].shape)
+    }
+
+
+def wants_json(status: int, body: bytes) -> bool:
+    """Whether an answer says that parquet cannot serve: the server is too old, or the model's inputs fit no table."""
+    return status == 415 or (status == 400 and _NO_TABLE.encode() in body)
+
+
+def decode_answer(body: bytes, dtypes: Mapping[str, npt.DTypeLike] | None = None) -> dict[str, Array]:
+    """The arrays of an answer, by name of output.
+
+    A server with `answers="base64"` tells dtype and shape of each. Otherwise they are those of JSON: int64, float64 and
+    bool, unless `dtypes` names others. An answer that names no outputs is one, called `predictions`.
+
+    Raises ServerError where the body is no answer of a scoring server.
+    """
+    try:
+        return _arrays(json.loads(body)["predictions"], dtypes or {})
+    except (ValueError, KeyError, TypeError):  # no JSON, or other JSON, or rows that make no array
+        from mlflow_trt.errors import ServerError
+
+        raise ServerError(
+            f"the answer is none of MLflow's scoring server: {_shortened(body)}; check the address", status=200
+        ) from None
+
+
+def packed(array: Array) -> dict[str, Any]:
+    """What a server with `answers="base64"` says for an output; MLflow writes the `bytes` as base64.
+
+    Little-endian, C-contiguous; dtype by numpy's name.
+    """
+    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "base64": little.tobytes()}
+
+
+def error_of(status: int, body: bytes) -> MlflowTrtError:
+    """What an answer that is an error would have raised in this process, without the data that MLflow quotes in it."""
+    from mlflow_trt.errors import InputError, OutOfMemoryError, ServerError, ServerTimeoutError
+
+    text = _message(body)
+    if status in {400, 413, 422}:
+        return InputError(f"the server refused the input: {text}")
+    if status == 429:
+        return OutOfMemoryError(f"the server has no room for this now: {text}; send fewer rows, or again later")
+    if status == 504:
+        return ServerTimeoutError(
+            f"the server gave up: {text}; raise MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT there, or send fewer rows",
+            status=status,
+        )
+    return ServerError(f"the server answered {status}: {text}", status=status)
+
+
+def _is_bytes(value: Any) -> bool:
+    """Whether it is a sequence of `bytes`, which numpy would make strings of that lose their last zeros."""
+    if isinstance(value, np.ndarray):
+        return value.dtype == object and value.ndim == 1 and len(value) > 0 and all(map(_is_cell, value))
+    return isinstance(value, (list, tuple)) and bool(value) and all(map(_is_cell, value))
+
+
+def _is_cell(value: Any) -> bool:
+    return isinstance(value, (bytes, bytearray, memoryview))
+
+
+def _has_shape(value: Any, wanted: Shape) -> bool:
+    shape = np.shape(value)
+    return len(shape) == len(wanted) and all(dim in (-1, size) for size, dim in zip(shape, wanted, strict=True))
+
+
+def _column(name: str, value: Any, wanted: str | None, pa: Any) -> Any:
+    if _is_bytes(value):
+        return pa.array([bytes(cell) for cell in value], pa.binary())
+    array = _native(name, value)
+    flat = pa.array(np.ascontiguousarray(array).reshape(-1))
+    if array.ndim == 1 and wanted in {None, array.dtype.name}:
+        return flat
+    rows = array.shape[0]
+    # Nothing is null: saying so spares the levels that tell, for each number.
+    of = pa.field("element", flat.type, nullable=False)
+    offsets = np.arange(rows + 1, dtype=np.int64) * (array.size // rows)
+    if offsets[-1] < 2**31:
+        return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), flat, type=pa.list_(of))
+    return pa.LargeListArray.from_arrays(pa.array(offsets), flat, type=pa.large_list(of))
+
+
+def _listed(name: str, value: Any) -> Any:
+    if _is_bytes(value):
+        return [base64.b64encode(cell).decode() for cell in value]
+    array = _native(name, value)
+    if 0 in array.shape[:-1]:
+        from mlflow_trt.errors import InputShapeError
+
+        raise InputShapeError(
+            f"input {name!r} has the shape {array.shape}, which JSON cannot tell; send one row or more", tensor=name
+        )
+    return array.tolist()
+
+
+def _native(name: str, value: Any) -> Array:
+    """An array of numbers in a type that parquet, JSON and signatures know."""
+    try:
+        array: Array = np.asarray(value)
+    except ValueError as error:
+        from mlflow_trt.errors import InputShapeError  # which loads MLflow
+
+        raise InputShapeError(f"input {name!r} is no regular array: {error}", tensor=name) from None
+    if array.dtype.name == "bfloat16":
+        return array.astype(np.float32)
+    if array.dtype.kind not in "biuf":
+        from mlflow_trt.errors import InputDtypeError
+
+        raise InputDtypeError(
+            f"input {name!r} is of dtype {array.dtype}; expected numbers, bools, or a list of bytes", tensor=name
+        )
+    return array.astype(array.dtype.newbyteorder("="), copy=False)  # pyarrow knows no other byte order
+
+
+def _arrays(answer: Any, dtypes: Mapping[str, npt.DTypeLike]) -> dict[str, Array]:
+    if isinstance(answer, list) and answer and all(isinstance(row, dict) for row in answer):
+        answer = {name: [row[name] for row in answer] for name in answer[0]}  # a DataFrame, as records
+    if not isinstance(answer, dict):
+        answer = {"predictions": answer}
+    return {name: _decoded(value, dtypes.get(name)) for name, value in answer.items()}
+
+
+def _decoded(value: Any, dtype: npt.DTypeLike | None) -> Array:
+    if isinstance(value, dict) and value.keys() == {"dtype", "shape", "base64"}:
+        known = np.dtype(value["dtype"])
+        raw = np.frombuffer(base64.b64decode(value["base64"]), known.newbyteorder("<"))
+        array: Array = raw.reshape(value["shape"]).astype(known)  # a copy, which may be written to
+        return array if dtype is None else array.astype(dtype)
+    return np.asarray(value, dtype)
+
+
+def _message(body: bytes) -> str:
+    try:
+        answer = json.loads(body)
+        text = answer.get("message") or answer.get("detail") or answer if isinstance(answer, dict) else answer
+    except ValueError:
+        return _shortened(body)
+    text = str(text).partition("\nInput: \n")[0]
+    schema = ""
+    for pattern in _QUOTED_DATA:
+        if match := pattern.match(text):
+            schema = match.groupdict().get("schema") or schema
+            text = text[match.end() :]
+    return _shortened(f"{text} The model wants {schema}" if schema else text)
+
+
+def _shortened(text: str | bytes) -> str:
+    text = text.decode(errors="replace") if isinstance(text, bytes) else text
+    text = text.strip() or "(nothing)"
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} ..."

@@ -1,0 +1,1 @@
+"""Models of this flavor in other servers: Triton, containers, Spark."""

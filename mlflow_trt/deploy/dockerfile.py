@@ -1,0 +1,145 @@
+"""A model as the context of a container image: `docker build` on it, with nothing else at hand.
+
+`mlflow models generate-dockerfile` knows nothing of CUDA, so its image has no toolkit to compile pycuda with.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow_trt.core.settings import LoadSettings
+from mlflow_trt.core.types import Distribution
+from mlflow_trt.errors import RecipeError
+from mlflow_trt.flavor.fetch import opened_folder
+from mlflow_trt.flavor.mlmodel import check_target, written_aside
+
+CUDA_IMAGE = "nvidia/cuda:13.0.1-{kind}-ubuntu24.04"
+"""Where the image starts from: `kind` is `devel`, to compile pycuda, and `runtime`, to run."""
+CACHE = "/var/cache/mlflow-trt"
+"""Where the image keeps what is made on its host."""
+
+_HEALTH = "import urllib.request; urllib.request.urlopen('http://127.0.0.1:{port}/ping', timeout=5)"
+
+# Two stages: the toolkit, which is gigabytes, is only needed to compile pycuda.
+_TEMPLATE = """\
+FROM {build_image} AS build
+# hadolint ignore=DL3008
+RUN apt-get update \\
+ && apt-get install --yes --no-install-recommends g++ python3-dev python3-venv \\
+ && rm -rf /var/lib/apt/lists/*
+RUN python3 -m venv /opt/venv
+ENV PATH=/opt/venv/bin:/usr/local/cuda/bin:$PATH
+{copies}
+WORKDIR /tmp/requirements
+RUN pip install --no-cache-dir {find_links}--requirement requirements.txt
+
+FROM {image}
+# hadolint ignore=DL3008
+RUN apt-get update \\
+ && apt-get install --yes --no-install-recommends python3 \\
+ && rm -rf /var/lib/apt/lists/* \\
+ && useradd --create-home --uid 10001 mlflow \\
+ && install --directory --owner=mlflow {cache}
+COPY --from=build /opt/venv /opt/venv
+COPY model/ /opt/model/
+ENV PATH=/opt/venv/bin:$PATH \\
+    MLFLOW_TRT_CACHE_DIR={cache}{settings}
+# Engines that are rebuilt for the GPU of this host, and the kernels that it compiled, are kept here.
+VOLUME {cache}
+# By number, so that Kubernetes can tell that it is not root.
+USER 10001
+EXPOSE {port}
+# As the first process, MLflow's command ignores SIGTERM, and Docker would wait for it until it kills it.
+STOPSIGNAL SIGINT
+HEALTHCHECK --start-period=10m --interval=30s --timeout=10s CMD {health}
+# One worker: each more would load the engine once more.
+ENTRYPOINT {command}
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """What the user decides about the image.
+
+    Args:
+        port: what the server listens on.
+        base: the image to start from, with `{kind}` where `devel` and `runtime` differ.
+        model_config: load settings.
+        wheels: wheels to install from before any index, such as one of mlflow-trt that is on none.
+
+    Raises:
+        RecipeError: a value makes no sense, or a wheel does not exist.
+    """
+
+    port: int = 8080
+    base: str = CUDA_IMAGE
+    model_config: Mapping[str, Any] | None = None
+    wheels: Sequence[str | Path] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.port < 2**16:
+            raise RecipeError(f"port is {self.port}; expected 1 to 65535", option="port")
+        if not re.fullmatch(r"[\w./:@-]+", self.base.replace("{kind}", "")):
+            raise RecipeError(f"base is {self.base!r}; expected an image like {CUDA_IMAGE}", option="base")
+        LoadSettings.of(self.model_config)
+        for wheel in map(Path, self.wheels):
+            if wheel.suffix != ".whl" or not wheel.is_file():
+                raise RecipeError(f"wheels: {wheel} is no wheel; give a .whl file that exists", option="wheels")
+
+
+def write_image_context(model_uri: str, path: str | Path, options: ImageOptions | None = None) -> list[str]:
+    """Write a folder for `docker build`, whole or not at all: a Dockerfile, the model, and the wheels.
+
+    Returns remarks: what to know before it is built and run.
+
+    Raises:
+        RecipeError: the folder cannot be written, or has something in it.
+        ArtifactError: it is no model of this flavor.
+    """
+    options = options or ImageOptions()
+    target = Path(path)
+    check_target(target)
+    with opened_folder(model_uri) as folder, written_aside(target) as aside:
+        shutil.copytree(folder.path, aside / "model")
+        for entry in (aside / "model", *(aside / "model").rglob("*")):
+            # Docker keeps the modes and gives all to root, while the image runs as a user of its own.
+            entry.chmod(entry.stat().st_mode | (0o555 if entry.is_dir() else 0o444))
+        for wheel in map(Path, options.wheels):
+            (aside / "wheels").mkdir(exist_ok=True)
+            shutil.copyfile(wheel, aside / "wheels" / wheel.name)
+        has_constraints = (aside / "model" / "constraints.txt").is_file()
+        (aside / "Dockerfile").write_text(dockerfile_text(options, has_constraints=has_constraints))
+        engines = folder.record.engines
+    remarks = [f"engine for {engine.target}, {engine.distribution.label} {engine.version}" for engine in engines]
+    if all(engine.distribution is Distribution.TENSORRT for engine in engines):
+        remarks.append("TensorRT itself is installed from NVIDIA's index by its package: the build needs a network")
+    return remarks
+
+
+def dockerfile_text(options: ImageOptions, *, has_constraints: bool = False) -> str:
+    """The Dockerfile. The model is at /opt/model, its environment at /opt/venv."""
+    settings = json.dumps(dict(options.model_config)) if options.model_config else ""
+    command = ["mlflow", "models", "serve", "--model-uri", "/opt/model", "--env-manager", "local"]
+    command += ["--host", "0.0.0.0", "--port", str(options.port), "--workers", "1"]  # noqa: S104  # in a container
+    requirements = ["model/requirements.txt", *(["model/constraints.txt"] if has_constraints else [])]
+    copies = [f"COPY {' '.join(requirements)} /tmp/requirements/"]
+    if options.wheels:
+        copies.append("COPY wheels/ /tmp/wheels/")
+    return _TEMPLATE.format(
+        build_image=options.base.replace("{kind}", "devel"),
+        image=options.base.replace("{kind}", "runtime"),
+        copies="\n".join(copies),
+        cache=CACHE,
+        find_links="--find-links /tmp/wheels " if options.wheels else "",
+        settings=f" \\\n    MLFLOW_PYFUNC_INFERENCE_CONFIG={shlex.quote(settings)}" if settings else "",
+        port=options.port,
+        health=json.dumps(["python3", "-c", _HEALTH.format(port=options.port)]),
+        command=json.dumps(command),
+    )

@@ -1,0 +1,1 @@
+"""The MLflow face: save, log, load, and what `mlflow.pyfunc` calls. Knows nothing of the registry's rules."""

@@ -1,0 +1,295 @@
+"""The MLflow face: save, log and load models of the flavor `mlflow_trt`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from mlflow import MlflowClient, pyfunc
+from mlflow.models import Model, ModelSignature
+from mlflow.models.model import ModelInfo
+from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
+
+from mlflow_trt.convert.recipe import BatchRequest, Recipe, ShapesRequest
+from mlflow_trt.core.accuracy import Tolerance
+from mlflow_trt.core.progress import told_progress
+from mlflow_trt.core.progress_event import Progress
+from mlflow_trt.core.settings import LoadSettings
+from mlflow_trt.core.types import Precision
+from mlflow_trt.errors import MlflowTrtError
+from mlflow_trt.flavor.fetch import fetch_folder
+from mlflow_trt.flavor.metrics import log_metrics
+from mlflow_trt.flavor.mlmodel import (
+    PackagingOptions,
+    check_names,
+    check_target,
+    move_model,
+    searchable_facts,
+    write_model,
+)
+from mlflow_trt.flavor.undo import undo_logging, undone_on_failure
+from mlflow_trt.pipeline.make import Asked, OnnxSource, converted
+from mlflow_trt.pipeline.verify import metrics_of
+from mlflow_trt.runtime.cuda.device import open_device
+from mlflow_trt.runtime.session import Session
+from mlflow_trt.store.folder import FLAVOR_NAME
+from mlflow_trt.store.load import open_session
+
+
+def save_model(
+    onnx_model: OnnxSource,
+    path: str | os.PathLike[str],
+    *,
+    precision: Precision | str | None = None,
+    batch: BatchRequest | None = None,
+    shapes: ShapesRequest | None = None,
+    recipe: Recipe | None = None,
+    targets: Sequence[str] | str | None = None,
+    calibration_data: Any = None,
+    verify: Tolerance | bool = True,
+    store_kernels: bool = False,
+    signature: ModelSignature | bool | None = None,
+    input_example: Any = None,
+    model_config: Mapping[str, Any] | None = None,
+    conda_env: Any = None,
+    code_paths: list[str] | None = None,
+    mlflow_model: Model | None = None,
+    pip_requirements: Any = None,
+    extra_pip_requirements: Any = None,
+    metadata: dict[str, Any] | None = None,
+    extra_files: list[str] | None = None,
+    lineage: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Convert an ONNX model and save it, with its engine, as an MLflow model in a folder.
+
+    Args:
+        onnx_model: the path of an ONNX file, with its external data beside it, or an onnx.ModelProto, which is not
+            changed. Models above 2 GB need a path.
+        path: the folder to write; it must not exist, or be empty. It is written whole or not at all.
+        precision: `fp32` (default), `tf32`, `fp16`, `bf16`, `int8`, `fp8`; or `best`, the fastest of these that is
+            accurate enough, measured on the GPU of this machine.
+        batch: rows along axis 0: a number for a static batch, (min, opt, max) for a range, None to take it from the
+            model. Other sizes are split and padded where every output carries the batch axis.
+        shapes: {input: (min, opt, max)} shapes of inputs with other axes that vary; a list makes several optimization
+            profiles. Axes that share a name share their range, and -1 is filled in from `batch` or the model.
+        recipe: everything about the engine in one object, instead of the four keywords above and `targets`.
+        targets: compute capabilities to build for, such as `["sm86", "sm120"]`; TensorRT-RTX only.
+        calibration_data: real inputs, which ranges are seen on and results compared on: the path of an `.npz` or `.npy`
+            file, an array, {input: array}, an iterable of such mappings, a DataFrame, or an MLflow dataset. int8 and
+            fp8 need it; without it, the input example serves the other precisions, and noise if there is none.
+        verify: how far the model may be off from the source model; True takes what is usual for the precision. Nodes
+            are kept in float32 until it is met; a model beyond it is refused. The first rows and their results are
+            stored with the model for the self-test at load. False measures and stores nothing.
+        store_kernels: compile what TensorRT-RTX otherwise compiles when shapes are first run, on the GPU of this
+            machine, and store it with the model, so that machines like this one answer fast from the first call on.
+        signature: None derives one of named tensors from the graph. With False the model gets none, and MLflow passes
+            inputs on unchecked: DataFrames then stay DataFrames, in and out.
+        input_example: stored with the model. Its shapes fix the axes that nothing else says anything about.
+        model_config: load settings (see LoadSettings) that the model gets as its defaults.
+        lineage: where the source model came from; kept in the record.
+        progress: called while the engine is built; None shows it on standard error.
+        conda_env, code_paths, mlflow_model, pip_requirements, extra_pip_requirements, metadata, extra_files: as for
+            `mlflow.onnx.save_model`.
+
+    Raises:
+        OnnxModelError: the model cannot be read, lacks weights, or has inputs or outputs that TensorRT cannot have.
+        RecipeError: the recipe contradicts itself or the model.
+        BuildError: TensorRT built no engine; UnsupportedModelError names the nodes it cannot run, or the output that
+            would be wrong.
+        InputError: the calibration data does not fit the model.
+        AccuracyError: the converted model is too far from the source model.
+        MissingDependencyError: no TensorRT is installed, or no ONNX Runtime where the precision needs it.
+        RuntimeUnavailableError: `best` or `store_kernels` was asked for, and there is no GPU for it.
+    """
+    check_target(Path(path))
+    request = Recipe.of(recipe, precision=precision, batch=batch, shapes=shapes, targets=targets)
+    options = PackagingOptions(
+        settings=LoadSettings.of(model_config),
+        signature=signature,
+        input_example=input_example,
+        conda_env=conda_env,
+        code_paths=code_paths,
+        pip_requirements=pip_requirements,
+        extra_pip_requirements=extra_pip_requirements,
+        metadata=metadata,
+        extra_files=extra_files,
+        lineage=lineage or {},
+    )
+    asked = Asked(request, calibration_data, input_example, verify, options.settings, store_kernels)
+    with converted(onnx_model, asked, progress) as made:
+        write_model(made, Path(path), options, mlflow_model)
+
+
+def log_model(
+    onnx_model: OnnxSource,
+    name: str | None = None,
+    *,
+    precision: Precision | str | None = None,
+    batch: BatchRequest | None = None,
+    shapes: ShapesRequest | None = None,
+    recipe: Recipe | None = None,
+    targets: Sequence[str] | str | None = None,
+    calibration_data: Any = None,
+    verify: Tolerance | bool = True,
+    store_kernels: bool = False,
+    signature: ModelSignature | bool | None = None,
+    input_example: Any = None,
+    model_config: Mapping[str, Any] | None = None,
+    registered_model_name: str | None = None,
+    await_registration_for: int | None = DEFAULT_AWAIT_MAX_SLEEP_SECONDS,
+    conda_env: Any = None,
+    code_paths: list[str] | None = None,
+    pip_requirements: Any = None,
+    extra_pip_requirements: Any = None,
+    metadata: dict[str, Any] | None = None,
+    extra_files: list[str] | None = None,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, Any] | None = None,
+    model_type: str | None = None,
+    step: int = 0,
+    model_id: str | None = None,
+    validate_serving_input: bool | None = None,
+    lineage: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> ModelInfo:
+    """Convert an ONNX model and log it, with its engine, to MLflow; register it with `registered_model_name`.
+
+    The engine is built before anything is logged: a conversion that fails leaves no trace in the store. Precision,
+    batch range, TensorRT version and targets become params and tags (`mlflow_trt.precision`, ...) of the logged model
+    and tags of the model version, where they can be searched for.
+
+    Args:
+        name: the name of the logged model.
+        registered_model_name: register a version under this name, creating the registered model if need be.
+        validate_serving_input: whether MLflow loads the logged model once to try the input example on it; None does so
+            where a GPU can run it.
+        await_registration_for, params, tags, model_type, step, model_id: as for `mlflow.onnx.log_model`.
+
+        The others are those of `save_model`, which also lists what is raised.
+
+    Returns:
+        What every MLflow flavor returns: the logged model's URI, signature and, if registered, version.
+    """
+    request = Recipe.of(recipe, precision=precision, batch=batch, shapes=shapes, targets=targets)
+    options = PackagingOptions(
+        settings=LoadSettings.of(model_config),
+        signature=signature,
+        input_example=input_example,
+        conda_env=conda_env,
+        code_paths=code_paths,
+        pip_requirements=pip_requirements,
+        extra_pip_requirements=extra_pip_requirements,
+        metadata=metadata,
+        extra_files=extra_files,
+        lineage=lineage or {},
+    )
+    check_names(registered_model_name, tags)
+    if validate_serving_input is None:
+        validate_serving_input = input_example is not None and _can_run_here(options.settings)
+    asked = Asked(request, calibration_data, input_example, verify, options.settings, store_kernels)
+    with (
+        undone_on_failure() as undo,  # first, and so last to end: removing the temporary folders may be interrupted too
+        converted(onnx_model, asked, progress) as made,
+        tempfile.TemporaryDirectory(prefix="mlflow-trt-") as staging,
+    ):
+        logged = undo_logging(undo, registered_model_name, keep_model=model_id is not None)
+        # Written before MLflow hears of it: what cannot be written leaves no half of a logged model.
+        folder = Path(staging) / "model"
+        written = write_model(made, folder, options)
+
+        def save(path: str, mlflow_model: Model, validate_serving_input: bool) -> None:
+            del validate_serving_input  # Model.log reads it, and passes on all its keywords
+            logged(str(mlflow_model.model_id))
+            move_model(written, folder, Path(path), mlflow_model)
+
+        facts = searchable_facts(made)
+        tags = {**facts, **(tags or {})}
+        info: ModelInfo = Model.log(
+            artifact_path=None,
+            name=name,
+            flavor=SimpleNamespace(__name__=FLAVOR_NAME, save_model=save),
+            registered_model_name=registered_model_name,
+            await_registration_for=await_registration_for,
+            params={**facts, **(params or {})},
+            tags=tags,
+            model_type=model_type,
+            step=step,
+            model_id=model_id,
+            validate_serving_input=validate_serving_input,
+        )
+        if registered_model_name is not None:
+            _tag_version(registered_model_name, str(info.registered_model_version), tags)
+        metrics = {} if made.verification is None else metrics_of(made.verification.comparisons)
+        log_metrics({**metrics, **(made.selection.metrics() if made.selection is not None else {})}, info)
+        return info
+
+
+def load_model(
+    model_uri: str,
+    dst_path: str | None = None,
+    *,
+    runtime: str | None = None,
+    on_mismatch: str | None = None,
+    device: int | str | Sequence[int] | None = None,
+    kernel_specialization: str | None = None,
+    cuda_graphs: str | None = None,
+    max_batch_delay_ms: float | None = None,
+    warm_up: str | None = None,
+    allow_engine_host_code: bool | None = None,
+    self_test: bool | None = None,
+    progress: Progress | None = None,
+) -> Session:
+    """Load a model for its native interface, a Session. `mlflow.pyfunc.load_model` loads it the MLflow way.
+
+    Args:
+        model_uri: any model URI of MLflow, such as `models:/resnet50-trt/1` or a local folder.
+        dst_path: an existing folder to download to; a temporary one if left out.
+        runtime, on_mismatch, device, kernel_specialization, cuda_graphs, max_batch_delay_ms, warm_up,
+            allow_engine_host_code, self_test: load settings, see LoadSettings; None takes the ones that the model was
+            logged with.
+        progress: called while an engine is built for this machine; None shows it on standard error.
+
+    Raises:
+        ArtifactError: it is no model of this flavor; IntegrityError: one of its files is not the one that was logged.
+        RuntimeUnavailableError, EngineMismatchError, ExecutionError: it cannot run here, and why.
+    """
+    folder = fetch_folder(model_uri, dst_path)
+    given = {
+        "runtime": runtime,
+        "on_mismatch": on_mismatch,
+        "device": device,
+        "kernel_specialization": kernel_specialization,
+        "cuda_graphs": cuda_graphs,
+        "max_batch_delay_ms": max_batch_delay_ms,
+        "warm_up": warm_up,
+        "allow_engine_host_code": allow_engine_host_code,
+        "self_test": self_test,
+    }
+    logged = Model.load(str(folder.path)).flavors[pyfunc.FLAVOR_NAME].get(pyfunc.MODEL_CONFIG) or {}
+    settings = LoadSettings.of(logged | {name: value for name, value in given.items() if value is not None})
+    with told_progress("Building a TensorRT engine for this machine", progress) as shown:
+        return open_session(folder, settings, shown)
+
+
+def _tag_version(name: str, version: str, tags: Mapping[str, Any]) -> None:
+    """Give a model version the tags of its logged model, as recent releases of MLflow do by themselves."""
+    client = MlflowClient()
+    present = client.get_model_version(name, version).tags
+    for key, value in tags.items():
+        if key not in present:
+            client.set_model_version_tag(name, version, key, str(value))
+
+
+def _can_run_here(settings: LoadSettings) -> bool:
+    if settings.runtime != "tensorrt":
+        return True
+    try:
+        open_device(settings.first_device)
+    except MlflowTrtError:
+        return False
+    return True

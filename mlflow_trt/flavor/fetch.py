@@ -1,0 +1,88 @@
+"""Models of this flavor by their URI, wherever MLflow keeps them."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlflow.models import Model
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.tracking.artifact_utils import _download_artifact_from_uri
+from mlflow.utils.file_utils import local_file_uri_to_path
+
+from mlflow_trt.errors import ArtifactError
+from mlflow_trt.store.folder import FLAVOR_NAME, RECORD_FILE, ModelFolder, Record, read_folder
+
+
+def fetch_folder(model_uri: str, dst_path: str | None = None) -> ModelFolder:
+    """The folder of a model, downloaded to `dst_path` or to a new folder; a local one stays where it is without it.
+
+    Raises ArtifactError where it is no model of this flavor.
+    """
+    local = local_path(model_uri)
+    if dst_path is None and local.is_dir():
+        return read_folder(local)
+    return read_folder(download(model_uri, dst_path), model_uri)
+
+
+def download(model_uri: str, dst_path: str | None) -> Path:
+    """The folder of a model of any flavor, copied to `dst_path` or to a new folder."""
+    local = local_path(model_uri)
+    if dst_path is not None and local.is_dir():
+        # Not by MLflow, which takes a per cent sign in a path for that of an escape, also when it reads the copy.
+        name = local.resolve().name.replace("%", "_")
+        return Path(shutil.copytree(local, Path(dst_path, name), dirs_exist_ok=True))
+    return Path(_download_artifact_from_uri(model_uri, output_path=dst_path))
+
+
+@contextmanager
+def opened_folder(model_uri: str) -> Iterator[ModelFolder]:
+    """The folder of a model, which is downloaded for the length of the block unless it is a local one.
+
+    Raises ArtifactError where it is no model of this flavor.
+    """
+    if local_path(model_uri).is_dir():
+        yield fetch_folder(model_uri)
+        return
+    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+        yield fetch_folder(model_uri, workdir)
+
+
+def read_record(model_uri: str) -> Record:
+    """The record of a model, without downloading its weights and engines.
+
+    Raises ArtifactError where it is no model of this flavor.
+    """
+    local = local_path(model_uri)
+    if local.is_dir():
+        return read_folder(local).record
+    if local.is_file():
+        raise ArtifactError(f"{model_uri} is a file, not a model of MLflow; make one of it with `mlflow-trt convert`")
+    model = Model.load(model_uri)
+    if FLAVOR_NAME not in model.flavors:
+        raise ArtifactError(
+            f"{model_uri} has the flavors {', '.join(model.flavors)}, not {FLAVOR_NAME}; "
+            "make a model of it with mlflow_trt.log_model or `mlflow-trt convert`"
+        )
+    # A run's URI leads to a logged model, whose files are elsewhere.
+    repository = get_artifact_repository(f"models:/{model.model_id}" if model.model_id else model_uri)
+    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+        repository.download_artifacts(RECORD_FILE, workdir)
+        return read_folder(Path(workdir)).record
+
+
+def is_of_this_flavor(model_uri: str) -> bool:
+    """Whether it is a model of this flavor, and neither an ONNX file nor a model of another one."""
+    local = local_path(model_uri)
+    if local.exists():
+        return (local / RECORD_FILE).is_file()
+    return ":/" in model_uri and FLAVOR_NAME in Model.load(model_uri).flavors
+
+
+def local_path(model_uri: str) -> Path:
+    """What a path, or a URI of the scheme `file`, leads to; for any other URI, nothing that exists."""
+    # A path may have a per cent sign, which is none of an escape.
+    return Path(local_file_uri_to_path(model_uri) if model_uri.startswith("file:") else model_uri)

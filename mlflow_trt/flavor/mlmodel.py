@@ -1,0 +1,294 @@
+"""A conversion as an MLflow model: the MLmodel file, the environment, and the folder written whole or not at all.
+
+What is private to MLflow and yet needed by every flavor is imported here.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+import yaml
+from mlflow import pyfunc
+from mlflow.models import Model, ModelSignature
+from mlflow.models.model import MLMODEL_FILE_NAME
+from mlflow.models.utils import _Example, _save_example
+from mlflow.utils.environment import (
+    _CONDA_ENV_FILE_NAME,
+    _CONSTRAINTS_FILE_NAME,
+    _PYTHON_ENV_FILE_NAME,
+    _REQUIREMENTS_FILE_NAME,
+    _process_conda_env,
+    _process_pip_requirements,
+    _PythonEnv,
+    _validate_env_arguments,
+)
+from mlflow.utils.file_utils import get_total_file_size
+from mlflow.utils.model_utils import _copy_extra_files, _validate_and_copy_code_paths
+from mlflow.utils.validation import (
+    _validate_model_alias_name,
+    _validate_model_alias_name_reserved,
+    _validate_model_name,
+    _validate_model_version_tag,
+)
+
+from mlflow_trt._version import __version__
+from mlflow_trt.convert.conversion import Conversion
+from mlflow_trt.convert.onnx.model import MODEL_FILE
+from mlflow_trt.core.log import get_logger
+from mlflow_trt.core.selection import Selection
+from mlflow_trt.core.settings import LoadSettings
+from mlflow_trt.errors import MissingDependencyError, RecipeError
+from mlflow_trt.flavor.signatures import signature_of
+from mlflow_trt.flavor.tags import (
+    BATCH_TAG,
+    PRECISION_ASKED_TAG,
+    PRECISION_TAG,
+    RELATIVE_ERROR_TAG,
+    SOURCE_DIGEST_TAG,
+    TARGET_TAG,
+    TENSORRT_TAG,
+    VERIFICATION_TAG,
+)
+from mlflow_trt.pipeline.compile_kernels import store_kernels
+from mlflow_trt.pipeline.make import Made
+from mlflow_trt.pipeline.selection_plot import draw_candidates
+from mlflow_trt.pipeline.verify import Verification
+from mlflow_trt.store.folder import FLAVOR_NAME, Record, write_folder
+from mlflow_trt.store.precision_page import REPORT_FILE, report_text
+
+_log = get_logger(__name__)
+
+
+def get_default_pip_requirements(record: Record | None = None) -> list[str]:
+    """What a model of this flavor needs: this package, and the very TensorRT that built its engines.
+
+    They are listed, not inferred: MLflow's inference would load and run the model, and never finds the flavor itself.
+    """
+    pinned = [f"{name}=={importlib.metadata.version(name)}" for name in ("mlflow", "numpy", "onnx")]
+    engines = record.engines if record is not None else ()
+    tensorrt = sorted({f"{engine.distribution.requirement}=={engine.version}" for engine in engines})
+    extra = "rtx" if any("rtx" in requirement for requirement in tensorrt) else "tensorrt"
+    return [*pinned, f"mlflow-trt[cuda,{extra}]=={__version__}", *tensorrt]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackagingOptions:
+    """What the user decides about the MLflow model around an engine; the keywords of `save_model` explain each.
+
+    Checked when made, which is before anything is built. Raises what MLflow raises, and RecipeError for a missing file.
+    """
+
+    settings: LoadSettings
+    signature: ModelSignature | bool | None = None
+    input_example: Any = None
+    conda_env: Any = None
+    code_paths: list[str] | None = None
+    pip_requirements: Any = None
+    extra_pip_requirements: Any = None
+    metadata: dict[str, Any] | None = None
+    extra_files: list[str] | None = None
+    lineage: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _validate_env_arguments(self.conda_env, self.pip_requirements, self.extra_pip_requirements)
+        if not isinstance(self.signature, (ModelSignature, bool, type(None))):
+            raise RecipeError(
+                f"signature is a {type(self.signature).__name__}; expected a mlflow.models.ModelSignature, "
+                "None to derive one, or False for none",
+                option="signature",
+            )
+        if self.input_example is not None:
+            _Example(self.input_example)  # refuses what MLflow cannot store
+        for option in ("code_paths", "extra_files"):
+            paths = getattr(self, option)
+            if paths is not None and not isinstance(paths, list):
+                raise RecipeError(f"{option} is {paths!r}; expected a list of paths", option=option)
+            for path in paths or ():
+                if ":/" not in str(path) and not Path(path).exists():
+                    raise RecipeError(f"{option}: {path} does not exist", option=option)
+
+
+def write_model(made: Made, path: Path, options: PackagingOptions, mlflow_model: Model | None = None) -> Model:
+    """Write the model folder of a conversion, whole or not at all; returns what its MLmodel says.
+
+    With a compiler, it holds the kernels of its engine. Raises then what running the engine raises.
+    """
+    check_target(path)
+    model = Model() if mlflow_model is None else mlflow_model
+    with written_aside(path) as folder:
+        record = write_folder(
+            made.conversion, folder, options.lineage, selection=made.selection, **_kept(made.verification)
+        )
+        if made.compiler is not None:
+            record = store_kernels(folder, made.compiler)
+        (folder / REPORT_FILE).write_text(report_text(record))
+        if made.selection is not None:
+            _draw(made.selection, made.conversion, folder)
+        code = _validate_and_copy_code_paths(options.code_paths, str(folder))
+        if options.signature is None or options.signature is True:
+            model.signature = signature_of(record.inputs, record.outputs, record.profiles, record.batch_axis)
+        elif options.signature is not False:
+            model.signature = options.signature
+        if options.input_example is not None:
+            _save_example(model, options.input_example, str(folder))
+        if options.metadata is not None:
+            model.metadata = options.metadata
+        pyfunc.add_to_model(
+            model,
+            loader_module=FLAVOR_NAME,
+            conda_env=_CONDA_ENV_FILE_NAME,
+            python_env=_PYTHON_ENV_FILE_NAME,
+            code=code,
+            model_config=options.settings.to_dict(),
+        )
+        model.add_flavor("onnx", onnx_version=onnx.__version__, data=MODEL_FILE, code=code)
+        extra_files = _copy_extra_files(options.extra_files, str(folder))
+        model.add_flavor(FLAVOR_NAME, **flavor_fields(record), code=code, **extra_files)
+        _write_environment(folder, record, options)
+        model.model_size_bytes = get_total_file_size(folder)
+        model.save(str(folder / MLMODEL_FILE_NAME))
+    return model
+
+
+def move_model(written: Model, folder: Path, path: Path, mlflow_model: Model) -> None:
+    """Move a model folder to where MLflow wants it, under the identity that MLflow gave to the logged model."""
+    mlflow_model.flavors = written.flavors
+    mlflow_model.signature = written.signature
+    if written.saved_input_example_info is not None:
+        mlflow_model.saved_input_example_info = written.saved_input_example_info
+    if written.metadata is not None:
+        mlflow_model.metadata = written.metadata
+    mlflow_model.model_size_bytes = written.model_size_bytes
+    shutil.move(folder, path)
+    mlflow_model.save(str(path / MLMODEL_FILE_NAME))
+
+
+def check_target(path: Path) -> None:
+    """Raise RecipeError where no folder can be written, before anything takes time."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RecipeError(f"{path} exists already; name a folder that does not exist or is empty", option="path")
+    check_parent(path, option="path")
+
+
+def check_parent(path: Path, *, option: str) -> None:
+    """Raise RecipeError where nothing can be written at `path`, since it would be in no folder or a foreign one."""
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise RecipeError(f"{path} cannot be written: {nearest} is no folder that you may write to", option=option)
+
+
+def check_names(
+    registered_model_name: str | None, tags: Mapping[str, Any] | None = None, alias: str | None = None
+) -> None:
+    """Raise MLflow's own errors for a name, tag or alias that it refuses, before anything takes time."""
+    if registered_model_name is not None:
+        _validate_model_name(registered_model_name)
+    for key, value in (tags or {}).items():
+        _validate_model_version_tag(key, str(value))
+    if alias is not None:
+        _validate_model_alias_name(alias)
+        _validate_model_alias_name_reserved(alias)
+
+
+def _kept(verification: Verification | None) -> dict[str, Any]:
+    if verification is None:
+        return {}
+    return {
+        "comparisons": verification.comparisons,
+        "golden": verification.golden,
+        "tolerance": verification.tolerance,
+        "remarks": verification.remarks,
+    }
+
+
+def searchable_facts(made: Made) -> dict[str, str]:
+    """What is worth searching for, as it appears in params and tags."""
+    conversion, verification = made.conversion, made.verification
+    engine, axis = conversion.engine, conversion.profiles.batch_axis
+    facts = {
+        PRECISION_TAG: str(conversion.recipe.precision),
+        TENSORRT_TAG: f"{engine.distribution} {engine.version}",
+        TARGET_TAG: engine.target,
+        SOURCE_DIGEST_TAG: conversion.source.digest,
+    }
+    if made.selection is not None:
+        facts[PRECISION_ASKED_TAG] = str(made.selection.asked)
+    if verification is not None and verification.verdict is not None:
+        facts[VERIFICATION_TAG] = str(verification.verdict)
+        facts[RELATIVE_ERROR_TAG] = f"{verification.comparisons[-1].relative_error:.3g}"
+    if axis is not None:
+        ranges = [profile.ranges[axis.inputs[0]] for profile in conversion.profiles.profiles]
+        facts[BATCH_TAG] = f"{min(r.min[0] for r in ranges)}:{ranges[0].opt[0]}:{max(r.max[0] for r in ranges)}"
+    return facts
+
+
+def _draw(selection: Selection, conversion: Conversion, folder: Path) -> None:
+    """The picture of the candidates, where there is a package to draw it with; the report has the table."""
+    title = conversion.source.proto.graph.name or conversion.source.path.name
+    try:
+        draw_candidates(selection, title, folder)
+    except MissingDependencyError as error:
+        _log.warning("The candidates are in %s as a table, and not as a picture: %s", REPORT_FILE, error.message)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that takes its place when the block ends well, and vanishes when it does not."""
+    path = path.absolute()
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        if path.exists():
+            # An empty folder may be somebody's current one, a link or a mount: it is filled, not replaced.
+            for entry in aside.iterdir():
+                entry.replace(path / entry.name)
+            aside.rmdir()
+        else:
+            aside.replace(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def flavor_fields(record: Record) -> dict[str, Any]:
+    """What the MLmodel file says of the record, for those who look there."""
+    return {
+        "format": record.format,
+        "precision": str(record.recipe.precision),
+        "profiles": [{name: str(limits) for name, limits in profile.ranges.items()} for profile in record.profiles],
+        "engines": [
+            {
+                "file": engine.file,
+                "sha256": engine.sha256,
+                "tensorrt": f"{engine.distribution} {engine.version}",
+                "target": engine.target,
+            }
+            for engine in record.engines
+        ],
+        "source_digest": record.source.digest,
+    }
+
+
+def _write_environment(folder: Path, record: Record, options: PackagingOptions) -> None:
+    if options.conda_env is None:
+        defaults = get_default_pip_requirements(record) if options.pip_requirements is None else None
+        conda_env, requirements, constraints = _process_pip_requirements(
+            defaults, options.pip_requirements, options.extra_pip_requirements
+        )
+    else:
+        conda_env, requirements, constraints = _process_conda_env(options.conda_env)
+    (folder / _CONDA_ENV_FILE_NAME).write_text(yaml.safe_dump(conda_env, default_flow_style=False))
+    if constraints:
+        (folder / _CONSTRAINTS_FILE_NAME).write_text("\n".join(constraints))
+    (folder / _REQUIREMENTS_FILE_NAME).write_text("\n".join(requirements))
+    _PythonEnv.current().to_yaml(str(folder / _PYTHON_ENV_FILE_NAME))

@@ -1,0 +1,110 @@
+"""The MLflow face of a session: the forms that `mlflow.pyfunc` passes in and expects back."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from mlflow_trt.core.arrays import Array
+from mlflow_trt.core.frames import feeds_from_frame, frame_from_outputs
+from mlflow_trt.core.progress import shown_progress
+from mlflow_trt.core.scoring_server import end_server, explain_crashes, in_server
+from mlflow_trt.core.settings import LoadSettings
+from mlflow_trt.core.wire import packed
+from mlflow_trt.errors import ExecutionError, InputError, OutOfMemoryError
+from mlflow_trt.runtime.session import Session
+from mlflow_trt.store.folder import read_folder
+from mlflow_trt.store.load import open_session
+
+
+def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyfuncModel:
+    """What `mlflow.pyfunc.load_model` and `mlflow models serve` call: the model folder and its load settings."""
+    explain_crashes()
+    folder = read_folder(Path(path))
+    settings = LoadSettings.of(model_config)
+    with shown_progress("Loading the model") as progress:
+        return PyfuncModel(open_session(folder, settings, progress), answers=settings.answers)
+
+
+class _WithSignature:
+    """A method whose signature is at hand. MLflow asks for that of `predict` at every call, and Python makes the one of
+    a bound method anew each time.
+    """
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self._method = method
+        signature = inspect.signature(method)
+        _, *parameters = signature.parameters.values()
+        self._signature = signature.replace(parameters=parameters)
+
+    def __get__(self, instance: object, _owner: type) -> Callable[..., Any]:
+        if instance is None:
+            return self._method
+        bound = functools.partial(self._method, instance)
+        bound.__signature__ = self._signature  # type: ignore[attr-defined]
+        return bound
+
+
+class PyfuncModel:
+    """Takes a dict of arrays, an array, or a DataFrame; gives a dict of arrays, or for a DataFrame a DataFrame.
+
+    Under MLflow's scoring server, `answers="base64"` gives a dict of what `wire.packed` makes of each array.
+    """
+
+    def __init__(self, session: Session, *, answers: str = "lists") -> None:
+        self._session = session
+        self._packs = answers == "base64"
+        self._bfloat16 = [spec.name for spec in session.outputs if spec.dtype == "bfloat16"]
+
+    @_WithSignature
+    def predict(self, data: Any, params: Mapping[str, Any] | None = None) -> Any:
+        """Run the model. There are no `params`.
+
+        Raises:
+            InputError: the input does not fit the model.
+            ExecutionError: the runtime failed; OutOfMemoryError where memory is lacking, on the GPU or the host. Where
+                it will fail for ever, MLflow's scoring server ends after answering.
+        """
+        if params:
+            raise InputError(f"this model takes no params, and got {', '.join(params)}")
+        try:
+            outputs = self._run(self._feeds(data))
+        except ExecutionError:
+            if in_server() and (reason := self._session.broken()) is not None:
+                end_server(reason)
+            raise
+        except MemoryError as error:  # numpy's, which a server would take for the caller's mistake
+            raise OutOfMemoryError(f"the host lacks memory: {error}; pass fewer rows at once") from error
+        if self._packs and in_server():
+            return {name: packed(output) for name, output in outputs.items()}
+        return frame_from_outputs(outputs, data.index) if isinstance(data, pd.DataFrame) else outputs
+
+    def get_raw_model(self) -> Session:
+        """The session, for `pyfunc_model.get_raw_model()`: its `close()` frees the GPU."""
+        return self._session
+
+    def _feeds(self, data: Any) -> Mapping[str, npt.ArrayLike]:
+        if isinstance(data, pd.DataFrame):
+            return feeds_from_frame(data, self._session.inputs)
+        if isinstance(data, Mapping):
+            return data
+        if isinstance(data, (np.ndarray, list)):
+            if len(self._session.inputs) != 1:
+                names = ", ".join(spec.name for spec in self._session.inputs)
+                raise InputError(f"this model has several inputs ({names}): pass a dict or a DataFrame that names them")
+            return {self._session.inputs[0].name: data}
+        raise InputError(f"expected a dict of arrays, an array or a DataFrame, got {type(data).__name__}")
+
+    def _run(self, feeds: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
+        # numpy has no bfloat16: JSON, DataFrames and signatures know float32, which holds its every value.
+        outputs = self._session.run(feeds)
+        for name in self._bfloat16:
+            outputs[name] = outputs[name].astype(np.float32)
+        return outputs

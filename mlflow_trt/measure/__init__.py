@@ -1,0 +1,1 @@
+"""How fast and how accurate: benchmarks, comparisons, layers, and what is installed here."""

@@ -1,0 +1,75 @@
+"""Verify a model that was logged, on data of today."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlflow_trt.convert.onnx.model import OnnxModel, read_onnx
+from mlflow_trt.convert.resolve_profiles import Profiles
+from mlflow_trt.convert.samples import SampleOrigin, Samples, cut_samples
+from mlflow_trt.core.accuracy import Comparison, Tolerance
+from mlflow_trt.core.log import get_logger
+from mlflow_trt.core.settings import LoadSettings
+from mlflow_trt.errors import InputError, RuntimeUnavailableError
+from mlflow_trt.flavor.fetch import opened_folder
+from mlflow_trt.pipeline.user_samples import arrays_of
+from mlflow_trt.pipeline.verify import compare_sessions
+from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
+from mlflow_trt.runtime.session import Session
+from mlflow_trt.store.folder import ModelFolder
+from mlflow_trt.store.load import open_tensorrt
+
+_log = get_logger(__name__)
+
+
+def verify_model(
+    model_uri: str, data: Any = None, *, relative_error: float | None = None, device: int = 0
+) -> Comparison:
+    """Compare a logged model with its source model on ONNX Runtime.
+
+    What is compared is the engine that runs on this machine. Without a GPU it is the typed model on ONNX Runtime, which
+    runs neighbouring float16 nodes in float32, so that overflow does not show as it does at log time.
+
+    Args:
+        data: as `calibration_data` of `log_model`; None takes the model's golden sample.
+        relative_error: what is tolerated; None takes what the model was logged with.
+
+    Raises:
+        InputError: the data does not fit the model, or there is neither data nor a golden sample.
+        What loading the model raises, for example where its typed model cannot run on ONNX Runtime.
+    """
+    with opened_folder(model_uri) as folder, tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+        record = folder.record
+        tolerance = record.golden.tolerance if record.golden else Tolerance.default(record.recipe.precision)
+        if relative_error is not None:
+            tolerance = replace(tolerance, relative_error=relative_error)
+        source = read_onnx(folder.checked_model(record.source), Path(workdir))
+        samples = _samples(folder, source, data)
+        with (
+            OnnxRuntimeSession(source.path, source.inputs, source.outputs) as reference,
+            _subject(folder, device) as subject,
+        ):
+            return compare_sessions(subject, reference, samples, tolerance)
+
+
+def _samples(folder: ModelFolder, source: OnnxModel, data: Any) -> Samples:
+    record = folder.record
+    profiles = Profiles(profiles=record.profiles, batch_axis=record.batch_axis, remarks=())
+    if data is not None:
+        return cut_samples(arrays_of(data, source.inputs), SampleOrigin.GIVEN_DATA, source, profiles)
+    if record.golden is None:
+        raise InputError("this model has no golden sample; give data to verify it on")
+    golden = folder.read_golden(record.golden)
+    return cut_samples([golden.feeds], SampleOrigin.GOLDEN, source, profiles)
+
+
+def _subject(folder: ModelFolder, device: int) -> Session:
+    try:
+        return open_tensorrt(folder, LoadSettings(device=device, self_test=False))
+    except RuntimeUnavailableError as error:
+        _log.warning("Verifying the typed model, since the engine cannot run here: %s", error.message)
+    record = folder.record
+    return OnnxRuntimeSession(folder.checked_model(record.typed), record.inputs, record.outputs)

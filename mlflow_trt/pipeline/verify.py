@@ -1,0 +1,205 @@
+"""Verification: typed model and engine against the source model on ONNX Runtime, on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mlflow_trt.backends import tensorrt as trt
+from mlflow_trt.convert.conversion import Conversion
+from mlflow_trt.convert.engine.output_shapes import check_output_shapes
+from mlflow_trt.convert.samples import Samples
+from mlflow_trt.convert.typed_model import reference_outputs
+from mlflow_trt.core.accuracy import Comparison, Tolerance, Verdict, compare
+from mlflow_trt.core.arrays import Feeds, Outputs
+from mlflow_trt.core.compatibility import why_not
+from mlflow_trt.core.log import get_logger
+from mlflow_trt.core.settings import LoadSettings
+from mlflow_trt.core.types import Precision, Weights
+from mlflow_trt.errors import AccuracyError, ExecutionError, InputError, RuntimeUnavailableError
+from mlflow_trt.runtime.cuda.device import open_device
+from mlflow_trt.runtime.session import Session
+from mlflow_trt.store.golden import Golden, golden_of
+from mlflow_trt.store.load import kernel_file, session_on
+
+if TYPE_CHECKING:
+    from mlflow_trt.runtime.tensorrt_session import TensorRTSession
+
+_log = get_logger(__name__)
+
+_STRICT_FLOAT32 = 2e-5
+"""Relative error that float32 stays below and TF32, with its 10 bits of mantissa, does not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What was compared, what of it is kept for the self-test at load, and what the user should know."""
+
+    tolerance: Tolerance
+    comparisons: tuple[Comparison, ...] = ()
+    golden: Golden | None = None
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """None where nothing was compared."""
+        verdicts = [comparison.verdict for comparison in self.comparisons]
+        return next((verdict for verdict in (Verdict.FAILED, Verdict.INCONCLUSIVE) if verdict in verdicts), None) or (
+            Verdict.PASSED if verdicts else None
+        )
+
+
+def verify_conversion(
+    conversion: Conversion, tolerance: Tolerance, settings: LoadSettings, *, demanded: bool
+) -> Verification:
+    """Compare the typed model, and the engine where this machine can run it, with the source model.
+
+    Args:
+        demanded: the user set the tolerance, so that a comparison which proves nothing is not good enough.
+
+    Raises:
+        AccuracyError: something is beyond the tolerance, or proves nothing although it was demanded.
+        UnsupportedModelError: TensorRT's network has outputs of other shapes than the source model.
+    """
+    verification = measure_conversion(conversion, tolerance, settings, demanded=demanded)
+    judge(verification, demanded=demanded, is_evidence=conversion.samples.is_evidence)
+    return verification
+
+
+def measure_conversion(
+    conversion: Conversion, tolerance: Tolerance, settings: LoadSettings, *, demanded: bool
+) -> Verification:
+    """The numbers of `verify_conversion`, without its judgement."""
+    remarks: list[str] = []
+    comparisons = [] if conversion.typed.comparison is None else [conversion.typed.comparison]
+    names = [spec.name for spec in conversion.source.outputs]
+    try:
+        reference = conversion.typed.reference or reference_outputs(
+            conversion.source.path, names, conversion.samples.feeds
+        )
+    except (RuntimeUnavailableError, ExecutionError, InputError) as error:
+        if demanded:
+            raise
+        _log.warning("The model is not verified: %s", error.message)
+        return Verification(tolerance=tolerance, remarks=(f"not verified: {error.message}",))
+    samples = zip(conversion.samples.feeds, reference, strict=False)
+    check_output_shapes(conversion.engine, conversion.shapes, samples, conversion.profiles.batch_axis)
+    golden = golden_of(conversion, reference[0])
+    if golden is None:
+        remarks.append("there is no golden sample for a self-test, since a single row is too large to be stored")
+    engine = _compare_engine(conversion, reference, tolerance, settings)
+    if engine is not None:
+        comparisons.append(engine)
+        remarks += _about_tf32(conversion, engine)
+    return Verification(tolerance=tolerance, comparisons=tuple(comparisons), golden=golden, remarks=tuple(remarks))
+
+
+def compare_sessions(subject: Session, reference: Session, samples: Samples, tolerance: Tolerance) -> Comparison:
+    """What `subject` computes against `reference`, piece by piece."""
+    return compare(
+        subject.description,
+        str(samples),
+        ((subject.run(feeds), reference.run(feeds)) for feeds in samples.feeds),
+        tolerance,
+    )
+
+
+def metrics_of(comparisons: Iterable[Comparison]) -> dict[str, float]:
+    """The numbers as MLflow metrics. The last comparison, which is the nearest to the hardware, counts."""
+    metrics: dict[str, float] = {}
+    for comparison in comparisons:
+        for output in comparison.outputs:
+            prefix = f"mlflow_trt/{output.metric_part}"
+            metrics |= {
+                f"{prefix}/relative_error": output.relative_error,
+                f"{prefix}/max_abs_error": output.max_abs_error,
+                f"{prefix}/mean_abs_error": output.mean_abs_error,
+                f"{prefix}/cosine_similarity": output.cosine_similarity,
+            }
+            if output.top_class_agreement is not None:
+                metrics[f"{prefix}/top_class_agreement"] = output.top_class_agreement
+    return metrics
+
+
+def _compare_engine(
+    conversion: Conversion, reference: Sequence[Outputs], tolerance: Tolerance, settings: LoadSettings
+) -> Comparison | None:
+    """None where this machine cannot run the engine, which is said."""
+    reason = why_not_here(conversion, settings)
+    if reason is not None:
+        _log.info("The engine is not compared here: %s", reason)
+        return None
+    with engine_session(conversion, settings) as session:
+        pairs = _run(session, conversion.samples.feeds, reference)
+        return compare(session.description, str(conversion.samples), pairs, tolerance)
+
+
+def why_not_here(conversion: Conversion, settings: LoadSettings) -> str | None:
+    """Why this machine cannot run the engine of a conversion, or None where nothing speaks against it."""
+    try:
+        tensorrt = trt.load(conversion.engine.distribution)
+        device = open_device(settings.first_device)
+    except RuntimeUnavailableError as error:
+        return error.message
+    return why_not(conversion.engine, tensorrt.distribution, tensorrt.version, device.gpu)
+
+
+def engine_session(conversion: Conversion, settings: LoadSettings) -> TensorRTSession:
+    """A session on the engine of a conversion, which this machine can run. Raises what TensorRTSession raises."""
+    tensorrt = trt.load(conversion.engine.distribution)
+    device = open_device(settings.first_device)
+    return session_on(
+        conversion.plan.read_bytes(),
+        tensorrt=tensorrt,
+        device=device,
+        settings=settings,
+        inputs=conversion.typed.inputs,
+        outputs=conversion.typed.outputs,
+        batch_axis=conversion.profiles.batch_axis,
+        store=kernel_file(conversion.engine, tensorrt, device),
+        weights_from=conversion.typed.path if conversion.engine.weights is Weights.STRIPPED else None,
+        weight_streaming=conversion.recipe.weight_streaming,
+    )
+
+
+def _run(session: Session, feeds: Sequence[Feeds], reference: Sequence[Outputs]) -> Iterator[tuple[Outputs, Outputs]]:
+    for one, expected in zip(feeds, reference, strict=False):
+        yield session.run(one), expected
+
+
+def _about_tf32(conversion: Conversion, engine: Comparison) -> list[str]:
+    if conversion.recipe.precision is not Precision.FP32 or engine.relative_error < _STRICT_FLOAT32:
+        return []
+    remark = (
+        f"fp32 was asked for, and the relative error measured on the GPU is {engine.relative_error:.1e}: "
+        "that of TF32, not of strict float32"
+    )
+    return [remark]
+
+
+def judge(verification: Verification, *, demanded: bool, is_evidence: bool) -> None:
+    """Raise AccuracyError for what `verify_conversion` does not accept, and warn of what proves nothing."""
+    advice = (
+        "Choose another precision, keep nodes in float32 with keep_float32, or allow more with verify=Tolerance(...)."
+    )
+    if not is_evidence:
+        advice = f"Pass calibration_data= with real inputs, which noise may be unlike. {advice}"
+    for comparison in verification.comparisons:
+        if comparison.verdict is Verdict.FAILED:
+            raise AccuracyError(
+                f"{comparison.subject} is too far from the source model on {comparison.inputs}: "
+                f"{'; '.join(comparison.problems)}. Nothing was logged. {advice}",
+                comparison=comparison,
+            )
+        if comparison.verdict is Verdict.INCONCLUSIVE:
+            text = (
+                f"{comparison.subject} cannot be judged on {comparison.inputs}: the reference hardly varies, so that "
+                "agreement proves nothing"
+            )
+            if demanded:
+                raise AccuracyError(
+                    f"{text}. Nothing was logged. Pass calibration_data= with real inputs, or verify=False.",
+                    comparison=comparison,
+                )
+            _log.warning("%s; pass calibration_data= with real inputs", text)

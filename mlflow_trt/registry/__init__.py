@@ -1,0 +1,1 @@
+"""Registered versions in, registered versions out."""

@@ -1,0 +1,135 @@
+"""Convert every registered model that a filter finds; one that fails does not stop the others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import RegisteredModel
+from mlflow.exceptions import MlflowException
+
+from mlflow_trt.convert.recipe import Recipe
+from mlflow_trt.core.accuracy import Tolerance
+from mlflow_trt.core.log import get_logger
+from mlflow_trt.errors import RecipeError
+from mlflow_trt.flavor.mlmodel import check_names
+from mlflow_trt.flavor.tags import TENSORRT_TAG
+from mlflow_trt.flavor.undo import exists, versions_of
+from mlflow_trt.registry.convert_version import convert_model_version, refuse_early
+from mlflow_trt.registry.plan import plan_conversion
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What happened to one registered model.
+
+    `status` is `converted`, `exists` (it was converted by this recipe before), `planned` (a dry run), `skipped` or
+    `failed`; `detail` is the URI of the result, or the reason.
+    """
+
+    source: str
+    status: str
+    detail: str
+    seconds: float = 0.0
+
+
+def convert_all(
+    filter_string: str,
+    recipe: Recipe,
+    *,
+    name_pattern: str = "{name}-trt",
+    alias: str | None = None,
+    calibration_data: Any = None,
+    verify: Tolerance | bool = True,
+    store_kernels: bool = False,
+    model_config: Mapping[str, Any] | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    on_outcome: Callable[[Outcome], None] | None = None,
+) -> list[Outcome]:
+    """Convert the newest version of every registered model that MLflow's filter finds.
+
+    Args:
+        filter_string: as for `MlflowClient.search_registered_models`, such as `tags.deploy = 'gpu'`.
+        name_pattern: the name to register each result under; `{name}` stands for the source's.
+        alias, calibration_data, verify, store_kernels, model_config, force: as for `convert_model_version`.
+        dry_run: convert nothing, and find out what would be done.
+        on_outcome: called after each model.
+
+    Raises RecipeError where the pattern gives several models one name; what MLflow raises for a filter that it does
+    not understand and an alias that it does not allow; what `refuse_early` raises. What goes wrong with one model
+    becomes its outcome.
+    """
+    if "{name}" not in name_pattern:
+        raise RecipeError(
+            f"{name_pattern!r} would be the name of every result; write {{name}} where the source's name goes, "
+            "like '{name}-trt'",
+            option="register_as",
+        )
+    check_names(None, alias=alias)
+    refuse_early(recipe, model_config, verify, store_kernels=store_kernels)
+    outcomes = []
+    for model in list(_matching(filter_string)):
+        started = time.monotonic()
+        options = {
+            "calibration_data": calibration_data,
+            "verify": verify,
+            "store_kernels": store_kernels,
+            "model_config": model_config,
+            "force": force,
+        }
+        outcome = _outcome(model, name_pattern.replace("{name}", model.name), recipe, alias, options, dry_run=dry_run)
+        outcome = Outcome(**{**vars(outcome), "seconds": round(time.monotonic() - started, 1)})
+        outcomes.append(outcome)
+        if on_outcome is not None:
+            on_outcome(outcome)
+    return outcomes
+
+
+def _outcome(
+    model: RegisteredModel, target: str, recipe: Recipe, alias: str | None, options: Mapping[str, Any], *, dry_run: bool
+) -> Outcome:
+    source = f"models:/{model.name}"
+    try:
+        newest = next(versions_of(MlflowClient(), model.name), None)
+        if newest is None:
+            return Outcome(source=source, status="skipped", detail="it has no versions")
+        source = f"models:/{model.name}/{newest.version}"
+        if TENSORRT_TAG in newest.tags:
+            return Outcome(source=source, status="skipped", detail="it was made by mlflow-trt")
+        if dry_run:
+            plan = plan_conversion(source, recipe, registered_model_name=target, **options)
+            detail = plan.existing or plan.destination
+            return Outcome(source=source, status="exists" if plan.existing else "planned", detail=detail)
+        before = set(_versions(target))
+        version = convert_model_version(source, target, recipe=recipe, alias=alias, **options)
+    except MlflowException as error:
+        return Outcome(source=source, status="failed", detail=error.message)
+    except Exception as error:  # noqa: BLE001
+        # The others are still to be converted; this one is reported with the traceback that a bug deserves.
+        _log.exception("%s could not be converted", source)
+        return Outcome(source=source, status="failed", detail=f"{type(error).__name__}: {error}")
+    uri = f"models:/{version.name}/{version.version}"
+    status = "exists" if str(version.version) in before else "converted"
+    return Outcome(source=source, status=status, detail=uri)
+
+
+def _versions(registered_model_name: str) -> Iterator[str]:
+    client = MlflowClient()
+    if exists(client, registered_model_name):
+        yield from (str(version.version) for version in versions_of(client, registered_model_name))
+
+
+def _matching(filter_string: str) -> Iterator[RegisteredModel]:
+    client, token = MlflowClient(), None
+    while True:
+        page = client.search_registered_models(filter_string, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return

@@ -1,0 +1,151 @@
+"""Where a version came from, what was made of it, and whether that was done before.
+
+A version that was made carries `mlflow_trt.source` (the URI of the version that it was made from), `.source_name`,
+`.source_version`, `.source_digest` and `.recipe_digest`. The source version carries `mlflow_trt.converted_to`, which
+lists the URIs of what was made of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+
+from mlflow_trt.backends import cuda_driver as hardware
+from mlflow_trt.backends import tensorrt as trt
+from mlflow_trt.convert.onnx.model import sha256_of
+from mlflow_trt.convert.recipe import Recipe
+from mlflow_trt.core.accuracy import Tolerance
+from mlflow_trt.core.types import Gpu, Precision
+from mlflow_trt.flavor.tags import (
+    CONVERTED_TAG,
+    PREFIX,
+    RECIPE_DIGEST_TAG,
+    SOURCE_DIGEST_TAG,
+    SOURCE_NAME_TAG,
+    SOURCE_TAG,
+    SOURCE_VERSION_TAG,
+)
+from mlflow_trt.flavor.undo import Undo, exists, restore_tag, versions_of
+from mlflow_trt.store import cache
+
+_NOT_IN_DIGEST = frozenset({"timing_cache"})  # how fast an engine is built, not what it is
+
+
+def recipe_digest(recipe: Recipe, tensorrt: trt.TensorRT, rest: Mapping[str, Any]) -> str:
+    """The sha256 of what makes two conversions of one source twins: recipe, TensorRT, and the `rest` that was asked.
+
+    Options at their defaults are left out, so that a release with more options still finds what older ones made.
+    """
+    defaults = Recipe()
+    asked = {
+        name: value
+        for name, value in asdict(recipe).items()
+        if name not in _NOT_IN_DIGEST and value != getattr(defaults, name)
+    }
+    is_chosen_here = recipe.precision is Precision.BEST
+    gpus = () if tensorrt.is_rtx and not is_chosen_here else hardware.probe().gpus
+    return cache.key_of(
+        {
+            "recipe": asked,
+            "tensorrt": str(tensorrt),
+            "gpu": gpus[0].name if gpus else None,
+            **{name: value for name, value in rest.items() if value is not None},
+        }
+    )
+
+
+def asked(
+    model_config: Any, calibration_data: Any, verify: Tolerance | bool, kernels_for: Gpu | None = None
+) -> dict[str, Any]:
+    """What besides the recipe makes a conversion another one, for `recipe_digest`; defaults are None."""
+    return {
+        "model_config": model_config,
+        "calibration_data": _data_digest(calibration_data),
+        "verify": asdict(verify) if isinstance(verify, Tolerance) else None if verify else False,
+        "kernels_for": None if kernels_for is None else str(kernels_for.compute_capability),
+    }
+
+
+def _data_digest(data: Any) -> str | None:
+    """The digest of sample inputs. What can be read only once, such as an iterator, is never the same again.
+
+    Nor is what makes no arrays, which is for the conversion to refuse.
+    """
+    if data is None:
+        return None
+    if isinstance(data, (str, os.PathLike)):
+        return sha256_of(Path(data)) if Path(data).is_file() else str(data)
+    if hasattr(data, "digest"):
+        return str(data.digest)  # an MLflow dataset
+    if isinstance(data, np.ndarray):
+        data = {"": data}
+    if not isinstance(data, (Mapping, pd.DataFrame)):
+        return uuid.uuid4().hex
+    try:
+        arrays = {name: _array(values) for name, values in data.items()}
+    except ValueError:
+        return uuid.uuid4().hex
+    digest = hashlib.sha256()
+    for name, array in arrays.items():
+        digest.update(f"{name} {array.dtype} {array.shape};".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def _array(values: Any) -> npt.NDArray[Any]:
+    array = np.asarray(values)
+    return np.stack([np.asarray(cell) for cell in array]) if array.dtype == object else array
+
+
+def tags_of(lineage: Mapping[str, str], digest: str) -> dict[str, str]:
+    """The tags of a version that was made from the source that `lineage` describes, by the recipe of that digest."""
+    keys = {SOURCE_TAG: "source", SOURCE_NAME_TAG: "name", SOURCE_VERSION_TAG: "version"}
+    found = {tag: lineage[key] for tag, key in keys.items() if key in lineage}
+    return {**found, RECIPE_DIGEST_TAG: digest}
+
+
+def carried_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """The tags that a user gave to a source version, without those of MLflow and of this package."""
+    return {key: value for key, value in tags.items() if not key.startswith(("mlflow.", PREFIX))}
+
+
+def find_twin(
+    client: MlflowClient, registered_model_name: str, lineage: Mapping[str, str], source_digest: str, digest: str
+) -> ModelVersion | None:
+    """The newest version that was made of the same source by the same recipe."""
+    if not exists(client, registered_model_name):
+        return None
+    condition = f"tags.`{RECIPE_DIGEST_TAG}` = '{digest}'"
+    for version in versions_of(client, registered_model_name, condition):
+        tags = version.tags
+        same_version = (tags.get(SOURCE_NAME_TAG), tags.get(SOURCE_VERSION_TAG)) == (
+            lineage.get("name"),
+            lineage.get("version"),
+        )
+        if same_version and tags.get(SOURCE_DIGEST_TAG) == source_digest and version.status == "READY":
+            return version
+    return None
+
+
+def point_to(undo: Undo, lineage: Mapping[str, str], made: ModelVersion) -> None:
+    """Tag the source version, where the source is a registered one, with the URI of what was made of it."""
+    if "version" not in lineage:
+        return
+    client = MlflowClient()
+    source = client.get_model_version(lineage["name"], lineage["version"])
+    before = source.tags.get(CONVERTED_TAG, "")
+    uri = f"models:/{made.name}/{made.version}"
+    if f"{uri}," in before.split(" "):
+        return
+    undo.add(f"The tag {CONVERTED_TAG} of {lineage['source']}", lambda: restore_tag(client, source, CONVERTED_TAG))
+    client.set_model_version_tag(source.name, str(source.version), CONVERTED_TAG, f"{before} {uri},".strip())

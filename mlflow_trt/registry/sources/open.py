@@ -1,0 +1,122 @@
+"""Fetch a source for the length of a block: the ONNX file, what belongs to it, and where it came from."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.models import Model, ModelSignature
+from mlflow.models.model import MLMODEL_FILE_NAME
+from mlflow.store.artifact.utils.models import get_model_name_and_version
+
+from mlflow_trt.core.log import get_logger
+from mlflow_trt.errors import ArtifactError
+from mlflow_trt.flavor.fetch import download, local_path
+from mlflow_trt.registry.sources.exporting import Export
+
+EXPORTERS = {"pytorch": "pytorch", "sklearn": "sklearn", "tensorflow": "tensorflow", "keras": "tensorflow"}
+"""The flavors that are exported to ONNX first, and the modules here that do it."""
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceModel:
+    """An ONNX file, and what the MLflow model that it is from carries over to what is made of it.
+
+    `lineage` says where it came from, for the record. `tags` and `description` are those of a registered version.
+    """
+
+    path: Path
+    lineage: Mapping[str, str]
+    signature: ModelSignature | None = None
+    input_example: Any = None
+    metadata: dict[str, Any] | None = None
+    description: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def opened_source(source: str | os.PathLike[str]) -> Iterator[SourceModel]:
+    """An MLflow model, downloaded for the length of the block and exported to ONNX if need be, or an ONNX file.
+
+    Raises ArtifactError for an MLflow model of no flavor that can be converted, MissingDependencyError where its
+    exporter is not installed, OnnxModelError where that fails.
+    """
+    source = os.fspath(source)
+    local = local_path(source)
+    if local.is_file() or (":/" not in source and not (local / MLMODEL_FILE_NAME).is_file()):
+        yield SourceModel(path=local, lineage={"source": local.name})
+        return
+    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+        lineage, description, tags = _registered(source)
+        folder = download(lineage["source"], workdir)
+        model = Model.load(str(folder))
+        identity = {key: value for key in ("model_id", "run_id") if (value := getattr(model, key))}
+        path, exported = _onnx_file(source, model, folder)
+        signature = model.signature
+        if signature is not None and "left_out" in exported:
+            signature = ModelSignature(inputs=signature.inputs, params=signature.params)
+        yield SourceModel(
+            path=path,
+            lineage=lineage | identity | exported,
+            signature=signature,
+            input_example=_input_example(model, folder),
+            metadata=model.metadata or None,
+            description=description,
+            tags=tags,
+        )
+
+
+def _onnx_file(source: str, model: Model, folder: Path) -> tuple[Path, dict[str, str]]:
+    """The ONNX file of a downloaded model, exported where it has none, and what the lineage says about the export."""
+    if "onnx" in model.flavors:
+        return folder / model.flavors["onnx"]["data"], {}
+    flavor = next((flavor for flavor in EXPORTERS if flavor in model.flavors), None)
+    if flavor is None:
+        raise ArtifactError(
+            f"{source} has the flavors {', '.join(model.flavors)}; expected onnx or one of {', '.join(EXPORTERS)}. "
+            "Export the model to ONNX and log it with mlflow.onnx.log_model, or convert the ONNX file itself."
+        )
+    exporter = importlib.import_module(f"mlflow_trt.registry.sources.{EXPORTERS[flavor]}")
+    exporter.NEEDS.check(source)
+    target = folder / "exported"
+    target.mkdir()
+    export: Export = exporter.export(model, folder, target)
+    return export.path, export.lineage(flavor)
+
+
+def _registered(source: str) -> tuple[dict[str, str], str | None, Mapping[str, str]]:
+    """The lineage of a source, and the description and tags of the registered version that it is, if it is one."""
+    version = registered_version(source)
+    if version is None:
+        return {"source": source}, None, {}
+    # The version, not the alias that was given: that may point elsewhere tomorrow.
+    name, number = version.name, str(version.version)
+    return {"source": f"models:/{name}/{number}", "name": name, "version": number}, version.description, version.tags
+
+
+def registered_version(uri: str) -> ModelVersion | None:
+    """The registered version that a URI names, if it names one: `models:/` may be followed by a logged model's id."""
+    if not uri.startswith("models:/"):
+        return None
+    client = MlflowClient()
+    found = get_model_name_and_version(client, uri)
+    return client.get_model_version(*map(str, found)) if len(found) == 2 else None
+
+
+def _input_example(model: Model, folder: Path) -> Any:
+    """The example that a model was logged with; one that MLflow cannot read back is left behind."""
+    try:
+        return model.load_input_example(str(folder))
+    except Exception as error:  # noqa: BLE001  # whatever is wrong with it, the model does not depend on it
+        _log.warning("The input example of the source is not carried over, since it cannot be read: %s", error)
+        return None

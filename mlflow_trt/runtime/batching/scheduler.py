@@ -1,0 +1,284 @@
+"""From a call to runs: which profile, which batch sizes, alone or together with others, one slot or several at once."""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, NamedTuple
+
+from mlflow_trt.core.arrays import Feeds, Outputs
+from mlflow_trt.core.log import get_logger
+from mlflow_trt.core.types import BatchAxis, ShapeProfile
+from mlflow_trt.errors import OutOfMemoryError
+from mlflow_trt.runtime.batching.choose_profile import choose_profile
+from mlflow_trt.runtime.batching.host_copy import copies
+from mlflow_trt.runtime.batching.microbatch import MicroBatcher, Request
+from mlflow_trt.runtime.batching.shared_work import Work
+from mlflow_trt.runtime.batching.sizes import (
+    AnySize,
+    FewSizes,
+    OutputWithoutRowsError,
+    Piece,
+    Rows,
+    Sizes,
+    batch_size,
+    take,
+)
+from mlflow_trt.runtime.batching.slots import AnySlot, Slots
+
+MOST_SLOTS = 2
+"""One that the GPU works on and one that is filled meanwhile; a third gained nothing in measurements."""
+
+_MOST_SHARED_BYTES = 4096
+_LARGE_BYTES = 2 << 20
+_MOST_PLANS = 1024
+_log = get_logger(__name__)
+
+
+class Scheduler(Generic[AnySlot]):
+    """Runs feeds, which are checked already, in slots.
+
+    Args:
+        make_slot: makes one more slot; called when it is needed.
+        profiles: what the engine accepts. Empty: anything, as ONNX Runtime does.
+        axis: the batch axis, if the model has one.
+        largest: the largest batch to run at once where there are no profiles; None for no limit, and then calls are
+            not put together either.
+        max_batch_delay: seconds for which a batch of several callers stays open at most; 0 runs each call by itself.
+    """
+
+    def __init__(
+        self,
+        make_slot: Callable[[], AnySlot],
+        *,
+        profiles: Sequence[ShapeProfile],
+        axis: BatchAxis | None,
+        largest: int | None = None,
+        max_batch_delay: float = 0.0,
+    ) -> None:
+        self.slots: Slots[AnySlot] = Slots(make_slot, MOST_SLOTS)
+        self._profiles = tuple(profiles)
+        self._axis = axis if axis is not None and axis.splits else None
+        self._declared_axis = axis
+        self._sizes = [self._sizes_for(profile) for profile in self._profiles]
+        if not self._profiles:
+            self._sizes = [AnySize(largest) if largest and self._axis else None]
+        self._batcher = MicroBatcher(
+            self.slots, self._axis, self._run_alone, self._had_no_room, self._count, max_batch_delay
+        )
+        self._batches = max_batch_delay > 0
+        self._plans: dict[Hashable, _Plan] = {}
+        self._values_matter = any(limits.is_values for profile in profiles for limits in profile.ranges.values())
+        self._without_rows: OutputWithoutRowsError | None = None
+        self._runs: collections.Counter[int] = collections.Counter()
+        self._calls = 0
+        self._counting = threading.Lock()
+
+    @property
+    def runs(self) -> dict[int, int]:
+        """How often each batch size was run so far; 0 stands for runs without a batch axis."""
+        with self._counting:
+            return dict(sorted(self._runs.items()))
+
+    def run(self, feeds: Feeds) -> Outputs:
+        """New arrays. Raises InputShapeError where no profile accepts the feeds, and what the runtime raises."""
+        plan = self._plan(feeds)
+        if plan.sizes is None:
+            return self._run_whole(feeds, plan.profile)
+        with self._counting:
+            self._calls += 1
+            alone = self._calls == 1
+        try:
+            return self._run_rows(feeds, plan, alone=alone)
+        except OutputWithoutRowsError as error:
+            self._without_rows = error
+            self._plans.clear()
+            if not plan.fits:
+                raise
+            return self._run_whole(feeds, plan.profile)
+        finally:
+            with self._counting:
+                self._calls -= 1
+
+    def work(self, feeds: Feeds) -> Work | None:
+        """A batch that takes several runs, for several schedulers to take part in; None for any other feeds."""
+        plan = self._plan(feeds)
+        if plan.sizes is None or plan.rows <= plan.sizes.largest:
+            return None
+        return Work(feeds, plan.rows, plan.profile)
+
+    def take_part(self, work: Work) -> None:
+        """Run pieces until none is left; where the GPU has no room for one, smaller ones from there on.
+
+        Raises what the runtime raises, after giving back what was not finished.
+        """
+        sizes, failure = self._sizes[work.profile], ""
+        assert sizes is not None  # noqa: S101  # for the type checker
+        while True:
+            try:
+                self._pipeline(work, sizes)
+            except OutOfMemoryError as error:
+                smaller = sizes.smaller()
+                if smaller is None:
+                    raise
+                sizes, failure = smaller, error.message
+                self.slots.trim()
+            else:
+                if failure:
+                    self._limit(work.profile, sizes.largest, failure)
+                return
+
+    def _limit(self, profile: int, largest: int, cause: str) -> None:
+        """Run no more rows at once from now on, if there is a size that small."""
+        with self._counting:
+            sizes = self._sizes[profile]
+            while sizes is not None and sizes.largest > largest:
+                sizes = sizes.smaller()
+            if sizes is None or sizes is self._sizes[profile]:
+                return
+            self._sizes[profile] = sizes
+            self._plans.clear()
+        _log.warning("Running at most %d rows at once from now on: %s", sizes.largest, cause)
+
+    def _had_no_room(self, request: Request, cause: str) -> None:
+        """For a batch of several requests: the next one is to be smaller."""
+        self._limit(request.profile, request.sizes.largest - 1, cause)
+        self.slots.trim()
+
+    def sizes_of(self, profile: int) -> Sizes | None:
+        """The batch sizes that a profile is run in; None where its batches are not cut."""
+        return self._sizes[profile] if self._axis is not None else None
+
+    def close(self) -> None:
+        """Refuse new calls, and wait for those that run."""
+        self.slots.close()
+
+    def _sizes_for(self, profile: ShapeProfile) -> Sizes | None:
+        limits = profile.ranges.get(self._axis.inputs[0]) if self._axis else None
+        return FewSizes(limits.min[0], limits.opt[0], limits.max[0]) if limits else None
+
+    def _plan(self, feeds: Feeds) -> _Plan:
+        """What to do with feeds of these shapes; kept, since it is the same for nearly every call."""
+        shapes = tuple([array.shape for array in feeds.values()])
+        plan = self._plans.get(shapes)
+        if plan is None:
+            plan = self._new_plan(feeds)
+            if not self._values_matter:
+                with self._counting:
+                    if len(self._plans) >= _MOST_PLANS:
+                        self._plans.clear()
+                    if plan.sizes is None or plan.sizes is self._sizes[plan.profile]:
+                        self._plans[shapes] = plan
+        return plan
+
+    def _new_plan(self, feeds: Feeds) -> _Plan:
+        profile, fits = 0, True
+        if self._profiles:
+            choice = choose_profile(self._profiles, feeds, self._declared_axis)
+            profile, fits = choice.profile, choice.rows is None
+        axis, sizes = self._axis, self._sizes[profile]
+        if self._without_rows is not None and not fits:
+            raise self._without_rows
+        if axis is None or sizes is None or self._without_rows is not None:
+            return _Plan(profile, fits)
+        first, *others = axis.inputs
+        if fits and any(len(feeds[name]) != len(feeds[first]) for name in others):
+            return _Plan(profile, fits)
+        rows = batch_size(feeds, axis)
+        shared = tuple(name for name in feeds if name not in axis.inputs)
+        together = (
+            self._batches
+            and rows > 0
+            and len(sizes.cut(rows)) == 1
+            and sum(feeds[name].nbytes for name in shared) <= _MOST_SHARED_BYTES
+        )
+        key = (profile, *(feeds[name].shape[name in axis.inputs :] for name in feeds))
+        large = sum(array.nbytes for array in feeds.values()) > _LARGE_BYTES
+        return _Plan(profile, fits, rows, sizes, key, together, shared, large)
+
+    def _run_rows(self, feeds: Feeds, plan: _Plan, *, alone: bool) -> Outputs:
+        # A large batch with nobody to share the GPU with is better copied and uploaded at the same time.
+        if plan.sizes is None or not plan.together or (alone and plan.large):
+            return self._run_in_pieces(feeds, plan.rows, plan.profile)
+        key: Hashable = plan.key
+        if plan.shared:
+            key = (key, *(feeds[name].tobytes() for name in plan.shared))
+        return self._batcher.run(Request(feeds, plan.rows, plan.profile, plan.sizes, key))
+
+    def _run_alone(self, request: Request) -> Outputs:
+        return self._run_in_pieces(request.feeds, request.rows, request.profile)
+
+    def _run_whole(self, feeds: Feeds, profile: int) -> Outputs:
+        with self.slots.lent() as slot:
+            slot.launch(Rows([feeds], None, 0), profile)
+            outputs = slot.finish()
+            results = dict(zip(outputs, copies(list(outputs.values())), strict=True))
+        self._count(0)
+        return results
+
+    def _run_in_pieces(self, feeds: Feeds, rows: int, profile: int) -> Outputs:
+        work = Work(feeds, rows, profile)
+        self.take_part(work)
+        return work.outputs
+
+    def _pipeline(self, work: Work, sizes: Sizes) -> None:
+        """Fill one slot while another one runs."""
+        axis = self._axis
+        assert axis is not None  # noqa: S101  # for the type checker
+        running: collections.deque[tuple[AnySlot, Piece]] = collections.deque()
+
+        def finish_oldest() -> None:
+            slot, piece = running[0]
+            work.add(piece, slot.finish())
+            running.popleft()
+            self.slots.release(slot)
+            self._count(piece.size)
+
+        try:
+            while work.is_left:
+                slot = self.slots.acquire_now()
+                while slot is None:
+                    # Never wait for a slot while holding one: two such callers would wait for each other.
+                    if running:
+                        finish_oldest()
+                        slot = self.slots.acquire_now()
+                    else:
+                        slot = self.slots.acquire()
+                piece = work.take(sizes)
+                if piece is None:  # another GPU was faster
+                    self.slots.release(slot)
+                    break
+                running.append((slot, piece))
+                slot.launch(Rows([take(work.feeds, axis, piece.start, piece.stop)], axis, piece.size), work.profile)
+            while running:
+                finish_oldest()
+        except BaseException:
+            for slot, piece in reversed(running):
+                slot.abandon()
+                work.give_back(piece)
+            raise
+        finally:
+            for slot, _ in running:
+                self.slots.release(slot)
+
+    def _count(self, size: int) -> None:
+        with self._counting:
+            self._runs[size] += 1
+
+
+class _Plan(NamedTuple):
+    """What to do with feeds of some shapes.
+
+    Without `sizes` they run as they are, alone. `together`: with others of the same `key` and the same values of the
+    `shared` inputs, which have no rows.
+    """
+
+    profile: int
+    fits: bool
+    rows: int = 0
+    sizes: Sizes | None = None
+    key: Hashable = None
+    together: bool = False
+    shared: tuple[str, ...] = ()
+    large: bool = False

@@ -1,0 +1,156 @@
+"""Slots: the places in which a runtime runs batches, a few at a time, lent to one caller after another."""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Generic, NoReturn, Protocol, TypeVar
+
+from mlflow_trt.core.arrays import Outputs
+from mlflow_trt.errors import SessionClosedError
+from mlflow_trt.runtime.batching.sizes import Rows
+
+
+class Slot(Protocol):
+    """Memory for the inputs and outputs of one run, and what is needed to run it."""
+
+    def launch(self, rows: Rows, profile: int) -> None:
+        """Copy the inputs to where the runtime reads them, and start the run; where the runtime can, without waiting
+        for its end. Nothing else runs in this slot.
+        """
+
+    def finish(self) -> Outputs:
+        """Wait for the end. The arrays are the slot's own: the next `launch` overwrites them."""
+
+    def abandon(self) -> None:
+        """Wait until nothing reads or writes the slot's memory any more, after an error. Never raises."""
+
+    def trim(self) -> None:
+        """Free memory that the next, smaller batch may not need. Nothing runs in the slot."""
+
+    def close(self) -> None:
+        """Free everything."""
+
+
+AnySlot = TypeVar("AnySlot", bound=Slot)
+
+
+class Slots(Generic[AnySlot]):
+    """Lends slots, first to who asked first; makes one when all are lent, up to `most`.
+
+    `make` may raise: who asked gets the error, and the others go on with the slots there are.
+    """
+
+    def __init__(self, make: Callable[[], AnySlot], most: int) -> None:
+        self._make = make
+        self._most = most
+        self._lock = threading.Lock()
+        self._returned = threading.Condition(self._lock)
+        self._line: collections.deque[threading.Condition] = collections.deque()
+        self._free: list[AnySlot] = []
+        self._made = 0
+        self._closed = False
+
+    def acquire(self) -> AnySlot:
+        """A slot, after those who asked before. Raises SessionClosedError after `close`."""
+        with self._lock:
+            self._check_open()
+            if self._line or not self._available():
+                self._stand_in_line()
+            if self._free:
+                return self._free.pop()
+            self._made += 1
+        return self._new()
+
+    def acquire_now(self) -> AnySlot | None:
+        """A slot, or None where one would have to wait. Raises SessionClosedError after `close`."""
+        with self._lock:
+            self._check_open()
+            if self._line or not self._available():
+                return None
+            if self._free:
+                return self._free.pop()
+            self._made += 1
+        return self._new()
+
+    def trim(self) -> None:
+        """Let the slots that nobody uses free what they need not keep."""
+        with self._lock:
+            idle, self._free = self._free, []
+        with ExitStack() as stack:  # all of them come back, whatever one of them raises
+            for slot in idle:
+                stack.callback(self.release, slot)
+                stack.callback(slot.trim)
+
+    def release(self, slot: AnySlot) -> None:
+        with self._lock:
+            # The one used last comes first: its memory and its execution contexts are the ones that exist.
+            self._free.append(slot)
+            self._wake()
+
+    @contextmanager
+    def lent(self) -> Iterator[AnySlot]:
+        """A slot for the length of a block."""
+        slot = self.acquire()
+        try:
+            yield slot
+        except BaseException:
+            slot.abandon()
+            raise
+        finally:
+            self.release(slot)
+
+    def close(self) -> None:
+        """Refuse new callers, wait for every lent slot, and close them all. Raises what closing one of them raises."""
+        with self._lock:
+            self._closed = True
+            for place in self._line:
+                place.notify()
+            while len(self._free) < self._made:
+                self._returned.wait()
+            free, self._free, self._made = self._free, [], 0
+            self._make = _refuse  # lets go of what the slots were made from
+        with ExitStack() as stack:  # all of them, whatever one of them raises
+            for slot in free:
+                stack.callback(slot.close)
+
+    def _new(self) -> AnySlot:
+        # Outside of the lock: it takes its time, and others may go on with the slots there are.
+        try:
+            return self._make()
+        except BaseException:
+            with self._lock:
+                self._made -= 1
+                self._wake()
+            raise
+
+    def _stand_in_line(self) -> None:
+        place = threading.Condition(self._lock)
+        self._line.append(place)
+        try:
+            while self._line[0] is not place or not self._available():
+                place.wait()
+                self._check_open()
+        finally:
+            self._line.remove(place)
+            if self._available():
+                self._wake()
+
+    def _wake(self) -> None:
+        if self._line:
+            self._line[0].notify()
+        if self._closed:
+            self._returned.notify_all()
+
+    def _available(self) -> bool:
+        return bool(self._free) or self._made < self._most
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionClosedError
+
+
+def _refuse() -> NoReturn:
+    raise SessionClosedError

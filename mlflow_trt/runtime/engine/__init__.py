@@ -1,0 +1,1 @@
+"""One TensorRT engine on one GPU: contexts, buffers, slots."""

@@ -1,0 +1,219 @@
+"""Session on a TensorRT engine."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from mlflow_trt.backends.tensorrt import TensorRT
+from mlflow_trt.core.arrays import numpy_dtype
+from mlflow_trt.core.inputs import prepare_feeds
+from mlflow_trt.core.log import get_logger
+from mlflow_trt.core.types import BatchAxis, ShapeProfile, TensorSpec
+from mlflow_trt.errors import ExecutionError, InputShapeError
+from mlflow_trt.runtime.batching.choose_profile import choose_profile
+from mlflow_trt.runtime.batching.scheduler import MOST_SLOTS, Scheduler
+from mlflow_trt.runtime.batching.sizes import Rows
+from mlflow_trt.runtime.cuda.device import Device
+from mlflow_trt.runtime.cuda.device_array import DeviceArray
+from mlflow_trt.runtime.engine import on_device
+from mlflow_trt.runtime.engine import timing as slot_timing
+from mlflow_trt.runtime.engine.engine import Engine, KernelStore
+from mlflow_trt.runtime.engine.slot import EngineSlot
+from mlflow_trt.runtime.engine.timing import Phases
+from mlflow_trt.runtime.session import Session
+
+__all__ = ["Phases", "TensorRTSession"]
+
+_log = get_logger(__name__)
+
+
+class TensorRTSession(Session):
+    """Runs a plan on one GPU.
+
+    Args:
+        plan: the engine's bytes. They are executable content: check where they come from before.
+        tensorrt: the distribution and release that built it.
+        device: the GPU.
+        inputs, outputs: the model's tensors, for their names and order; dtypes are the engine's own.
+        batch_axis: what may be split and padded where a batch does not fit the engine's profiles.
+        kernel_specialization: TensorRT-RTX only. `eager` compiles the kernels for a new shape before the first
+            result, which then equals all later ones; `lazy` answers with generic kernels first.
+        cuda_graphs: launch shapes that come again as CUDA graphs, which only TensorRT-RTX can capture here.
+        max_batch_delay_ms: milliseconds for which a batch stays open at most for the calls of other threads while
+            another batch runs; 0 runs each call by itself.
+        allow_engine_host_code: let the plan bring code that runs on the CPU.
+        weights_from: the ONNX file with the weights of a plan that was stripped of them.
+        weight_streaming: the plan was built for it: as many weights stay in host memory as TensorRT thinks best.
+        kernel_store: where the kernels that TensorRT-RTX compiles are kept for the next process.
+
+    Raises:
+        EngineMismatchError: TensorRT says that this machine cannot run the plan.
+        ExecutionError: TensorRT does not load it; OutOfMemoryError where the GPU lacks memory.
+    """
+
+    runtime: ClassVar[str] = "tensorrt"
+
+    def __init__(
+        self,
+        plan: bytes,
+        *,
+        tensorrt: TensorRT,
+        device: Device,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        batch_axis: BatchAxis | None = None,
+        kernel_specialization: str = "eager",
+        cuda_graphs: bool = True,
+        max_batch_delay_ms: float = 0.0,
+        allow_engine_host_code: bool = False,
+        weights_from: Path | None = None,
+        weight_streaming: bool = False,
+        kernel_store: KernelStore | None = None,
+    ) -> None:
+        self._tensorrt = tensorrt
+        self._device = device
+        with device.current():
+            engine = Engine(
+                plan,
+                tensorrt,
+                device,
+                kernel_specialization=kernel_specialization,
+                cuda_graphs=cuda_graphs,
+                allow_engine_host_code=allow_engine_host_code,
+                weights_from=weights_from,
+                weight_streaming=weight_streaming,
+                kernel_store=kernel_store,
+            )
+        scheduler: Scheduler[EngineSlot] = Scheduler(
+            lambda: EngineSlot(engine),
+            profiles=engine.profiles,
+            axis=batch_axis,
+            max_batch_delay=max_batch_delay_ms / 1e3,
+        )
+        super().__init__(
+            scheduler, [engine.described(spec) for spec in inputs], [engine.described(spec) for spec in outputs]
+        )
+        # Runs at close(), at the latest before the interpreter ends: TensorRT and pycuda must still be alive.
+        self._finalizer = weakref.finalize(self, _close, scheduler, engine)
+        self._scheduler = scheduler
+        self._batch_axis = batch_axis
+        self._warming = threading.Lock()  # or two of them would wait for each other's slots
+        self.profiles = engine.profiles
+
+    @property
+    def description(self) -> str:
+        return f"{self._tensorrt} on {self._device.gpu.name}"
+
+    def broken(self) -> str | None:
+        return self._device.loss()
+
+    def run_on_device(self, inputs: Mapping[str, Any]) -> dict[str, DeviceArray]:
+        self._check_open()
+        with self._scheduler.slots.lent() as slot, self._device.current():
+            given = on_device.views(slot, inputs, self.inputs)
+            try:
+                stand_ins = {
+                    spec.name: np.broadcast_to(np.zeros((), numpy_dtype(spec.dtype)), given[spec.name].shape)
+                    for spec in self.inputs
+                }
+                choice = choose_profile(self.profiles, stand_ins, self._batch_axis)
+                sizes = self._scheduler.sizes_of(choice.profile)
+                return on_device.run(slot, given, choice.profile, self._batch_axis, sizes)
+            except BaseException:
+                slot.abandon()  # it may still read the inputs, which their owners get back now
+                raise
+            finally:
+                for view in given.values():
+                    view.release()
+
+    def warm_up(self) -> None:
+        """Run every batch size of every profile in every slot, other dimensions as they usually are.
+
+        After it no call compiles kernels or makes contexts, unless it brings other shapes.
+        """
+        self._check_open()
+        with self._warming, contextlib.ExitStack() as stack:
+            slots = [stack.enter_context(self._scheduler.slots.lent()) for _ in range(MOST_SLOTS)]
+            # Twice: a graph is no good any more once a later shape has made the scratch memory grow.
+            for _ in range(2):
+                self._run_every_size(slots)
+
+    def _run_every_size(self, slots: Sequence[EngineSlot]) -> None:
+        for number, profile in enumerate(self.profiles):
+            # The largest first, so that no buffer grows later and takes the CUDA graphs' addresses with it.
+            sizes = self._scheduler.sizes_of(number)
+            for size in reversed(sizes.all) if sizes else (None,):
+                feeds = {spec.name: self._usual(spec, profile, size) for spec in self.inputs}
+                for slot in slots:
+                    slot.launch(Rows([feeds], None, 0), number)
+                    slot.finish()
+
+    def _usual(self, spec: TensorSpec, profile: ShapeProfile, rows: int | None) -> npt.NDArray[np.generic]:
+        """An input that the profile takes: zeros, and for a shape tensor the usual values."""
+        limits = profile.ranges.get(spec.name)
+        dtype = numpy_dtype(spec.dtype)
+        if limits is None:
+            return np.zeros([size or 1 for size in spec.fixed], dtype)
+        if limits.is_values:
+            return np.array(limits.opt, dtype).reshape([size or -1 for size in spec.fixed])
+        batched = rows is not None and self._batch_axis is not None and spec.name in self._batch_axis.inputs
+        return np.zeros((rows, *limits.opt[1:]) if batched and rows is not None else limits.opt, dtype)
+
+    def time_phases(self, inputs: Mapping[str, npt.ArrayLike], runs: int) -> list[Phases]:
+        """Milliseconds on the GPU for each of so many runs, after one that does not count.
+
+        Raises InputShapeError where the engine takes this batch only in pieces, and what `run` raises.
+        """
+        with self._loaded(inputs) as slot:
+            return slot_timing.time_phases(slot, runs)
+
+    def time_layers(self, inputs: Mapping[str, npt.ArrayLike], runs: int) -> dict[str, float]:
+        """Mean milliseconds of each layer over so many runs, which TensorRT slows down to measure them."""
+        with self._loaded(inputs) as slot:
+            return slot_timing.time_layers(slot, runs)
+
+    def layer_information(self) -> str:
+        """What TensorRT's engine inspector tells about the layers, as JSON."""
+        self._check_open()
+        with self._scheduler.slots.lent() as slot:
+            return slot_timing.layer_information(slot)
+
+    @contextmanager
+    def _loaded(self, inputs: Mapping[str, npt.ArrayLike]) -> Iterator[EngineSlot]:
+        """A slot with these inputs, as they are."""
+        self._check_open()
+        feeds = prepare_feeds(inputs, self.inputs)
+        choice = choose_profile(self.profiles, feeds, self._batch_axis)
+        if choice.rows is not None:
+            raise InputShapeError(f"the engine runs this batch in pieces of {choice.rows[0]} to {choice.rows[1]} rows")
+        with self._scheduler.slots.lent() as slot:
+            with self._device.current():
+                slot.load(Rows([feeds], None, 0), choice.profile)
+            yield slot
+
+    def _release(self) -> None:
+        self._finalizer()
+
+
+def _close(scheduler: Scheduler[EngineSlot], engine: Engine) -> None:
+    """Free everything, after the calls in flight. Where the GPU is lost, that is left to the end of the process."""
+    try:
+        with engine.device.current():
+            try:
+                scheduler.close()
+            except Exception:
+                engine.close()
+                raise
+            # Not after Ctrl-C: calls that were waited for may still run.
+            engine.close()
+    except ExecutionError as error:
+        _log.warning("Not everything could be freed: %s", error.message)

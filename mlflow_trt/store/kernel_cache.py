@@ -1,0 +1,61 @@
+"""The kernels that TensorRT-RTX compiled for an engine, in a file that processes share.
+
+TensorRT-RTX compiles kernels when shapes are first run, which takes seconds; from this file the next process gets them
+in a fraction. They are executable content, so the file lies in the user's own cache directory, and its hash is checked
+before TensorRT-RTX sees it, against damage: who can write there can also write the hash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Sequence
+
+from mlflow_trt.core.files import write_whole
+from mlflow_trt.core.log import get_logger
+from mlflow_trt.store import cache
+
+_HASH_BYTES = hashlib.sha256().digest_size
+_log = get_logger(__name__)
+
+
+class KernelFile:
+    """The file of one engine on one kind of GPU, driver and TensorRT-RTX.
+
+    Args:
+        key: of everything the kernels depend on.
+        shipped: kernels that came with the model; they are only read.
+    """
+
+    def __init__(self, key: str, shipped: Sequence[bytes] = ()) -> None:
+        self._key = key
+        self._shipped = list(shipped)
+        self.path = cache.directory() / "kernels" / key
+
+    def read(self) -> list[bytes]:
+        """What came with the model and what was kept on this machine."""
+        return [*self._shipped, *self._kept()]
+
+    def update(self, merge: Callable[[list[bytes]], bytes | None]) -> None:
+        """Keep `merge(what other processes kept)`, whole or not at all; where that is impossible, say so and go on."""
+        with cache.only_one(self._key):
+            kernels = merge(self._kept())
+            if kernels is None:
+                return
+            try:
+                write_whole(self.path, hashlib.sha256(kernels).digest() + kernels)
+            except OSError as error:
+                _log.debug("Compiled kernels cannot be kept in %s: %s", self.path.parent, error.strerror)
+
+    def _kept(self) -> list[bytes]:
+        try:
+            content = self.path.read_bytes()
+        except OSError:
+            return []
+        expected, kernels = content[:_HASH_BYTES], content[_HASH_BYTES:]
+        if hashlib.sha256(kernels).digest() != expected:
+            _log.warning("The compiled kernels in %s are damaged and are compiled again", self.path)
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            return []
+        return [kernels]
