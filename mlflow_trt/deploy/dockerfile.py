@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlflow_trt.core.output_folder import check_target, written_aside
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.types import Distribution
 from mlflow_trt.errors import RecipeError
 from mlflow_trt.flavor.fetch import opened_folder
-from mlflow_trt.flavor.mlmodel import check_target, written_aside
 
 CUDA_IMAGE = "nvidia/cuda:13.0.1-{kind}-ubuntu24.04"
 """Where the image starts from: `kind` is `devel`, to compile pycuda, and `runtime`, to run."""

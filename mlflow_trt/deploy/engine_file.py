@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlflow_trt.core.files import write_whole
+from mlflow_trt.core.output_folder import check_parent
 from mlflow_trt.core.types import EngineRecord
 from mlflow_trt.errors import RecipeError
 from mlflow_trt.flavor.fetch import opened_folder
-from mlflow_trt.flavor.mlmodel import check_parent
 
 
 def check_engine_path(path: Path) -> None:

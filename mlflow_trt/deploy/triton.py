@@ -10,11 +10,11 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from mlflow_trt.backends.onnxruntime import CpuModel
+from mlflow_trt.core.output_folder import check_target, written_aside
 from mlflow_trt.core.types import ComputeCapability, Distribution, EngineRecord, Precision, Weights
 from mlflow_trt.deploy.triton_config import Layout, config_text, largest_batch, max_batch_size, warmup_files
 from mlflow_trt.errors import EngineMismatchError, ExecutionError, MissingDependencyError, RecipeError
 from mlflow_trt.flavor.fetch import opened_folder
-from mlflow_trt.flavor.mlmodel import check_target, written_aside
 from mlflow_trt.store.folder import ModelFolder, Record, StoredModel
 
 BACKENDS = ("tensorrt", "onnxruntime")

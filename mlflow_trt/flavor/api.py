@@ -16,6 +16,7 @@ from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
 
 from mlflow_trt.convert.recipe import BatchRequest, Recipe, ShapesRequest
 from mlflow_trt.core.accuracy import Tolerance
+from mlflow_trt.core.output_folder import check_target
 from mlflow_trt.core.progress import told_progress
 from mlflow_trt.core.progress_event import Progress
 from mlflow_trt.core.settings import LoadSettings
@@ -23,14 +24,7 @@ from mlflow_trt.core.types import Precision
 from mlflow_trt.errors import MlflowTrtError
 from mlflow_trt.flavor.fetch import fetch_folder
 from mlflow_trt.flavor.metrics import log_metrics
-from mlflow_trt.flavor.mlmodel import (
-    PackagingOptions,
-    check_names,
-    check_target,
-    move_model,
-    searchable_facts,
-    write_model,
-)
+from mlflow_trt.flavor.mlmodel import PackagingOptions, check_names, move_model, searchable_facts, write_model
 from mlflow_trt.flavor.undo import undo_logging, undone_on_failure
 from mlflow_trt.pipeline.make import Asked, OnnxSource, converted
 from mlflow_trt.pipeline.verify import metrics_of

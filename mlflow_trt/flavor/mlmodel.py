@@ -6,11 +6,8 @@ What is private to MLflow and yet needed by every flavor is imported here.
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +41,7 @@ from mlflow_trt._version import __version__
 from mlflow_trt.convert.conversion import Conversion
 from mlflow_trt.convert.onnx.model import MODEL_FILE
 from mlflow_trt.core.log import get_logger
+from mlflow_trt.core.output_folder import check_target, written_aside
 from mlflow_trt.core.selection import Selection
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.errors import MissingDependencyError, RecipeError
@@ -172,20 +170,6 @@ def move_model(written: Model, folder: Path, path: Path, mlflow_model: Model) ->
     mlflow_model.save(str(path / MLMODEL_FILE_NAME))
 
 
-def check_target(path: Path) -> None:
-    """Raise RecipeError where no folder can be written, before anything takes time."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RecipeError(f"{path} exists already; name a folder that does not exist or is empty", option="path")
-    check_parent(path, option="path")
-
-
-def check_parent(path: Path, *, option: str) -> None:
-    """Raise RecipeError where nothing can be written at `path`, since it would be in no folder or a foreign one."""
-    nearest = next(parent for parent in path.absolute().parents if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise RecipeError(f"{path} cannot be written: {nearest} is no folder that you may write to", option=option)
-
-
 def check_names(
     registered_model_name: str | None, tags: Mapping[str, Any] | None = None, alias: str | None = None
 ) -> None:
@@ -238,26 +222,6 @@ def _draw(selection: Selection, conversion: Conversion, folder: Path) -> None:
         draw_candidates(selection, title, folder)
     except MissingDependencyError as error:
         _log.warning("The candidates are in %s as a table, and not as a picture: %s", REPORT_FILE, error.message)
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A folder beside `path` that takes its place when the block ends well, and vanishes when it does not."""
-    path = path.absolute()
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        if path.exists():
-            # An empty folder may be somebody's current one, a link or a mount: it is filled, not replaced.
-            for entry in aside.iterdir():
-                entry.replace(path / entry.name)
-            aside.rmdir()
-        else:
-            aside.replace(path)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
 
 
 def flavor_fields(record: Record) -> dict[str, Any]:

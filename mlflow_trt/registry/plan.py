@@ -19,8 +19,9 @@ from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.convert.resolve_profiles import resolve_profiles
 from mlflow_trt.convert.typed_model import check_calibration
 from mlflow_trt.core.accuracy import Tolerance
+from mlflow_trt.core.output_folder import check_target
 from mlflow_trt.core.types import BatchAxis, Precision, ShapeProfile, TensorSpec
-from mlflow_trt.flavor.mlmodel import check_names, check_target
+from mlflow_trt.flavor.mlmodel import check_names
 from mlflow_trt.pipeline.user_samples import example_shapes, sample_data_of
 from mlflow_trt.registry.convert_version import refuse_early
 from mlflow_trt.registry.lineage import asked, find_twin, recipe_digest

@@ -1,0 +1,46 @@
+"""Folders that are written whole or not at all, and checked before anything takes time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlflow_trt.errors import RecipeError
+
+
+def check_target(path: Path) -> None:
+    """Raise RecipeError where no folder can be written, before anything takes time."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RecipeError(f"{path} exists already; name a folder that does not exist or is empty", option="path")
+    check_parent(path, option="path")
+
+
+def check_parent(path: Path, *, option: str) -> None:
+    """Raise RecipeError where nothing can be written at `path`, since it would be in no folder or a foreign one."""
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise RecipeError(f"{path} cannot be written: {nearest} is no folder that you may write to", option=option)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that takes its place when the block ends well, and vanishes when it does not."""
+    path = path.absolute()
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        if path.exists():
+            # An empty folder may be somebody's current one, a link or a mount: it is filled, not replaced.
+            for entry in aside.iterdir():
+                entry.replace(path / entry.name)
+            aside.rmdir()
+        else:
+            aside.replace(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
