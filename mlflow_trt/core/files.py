@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def write_whole(path: Path, content: Any) -> None:
@@ -15,8 +17,21 @@ def write_whole(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
             file.write(memoryview(content))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def open_lock_file(path: Path) -> IO[bytes]:
+    """A file to lock, made where it is missing. Whatever else lies there stays as it is.
+
+    Raises OSError for a symbolic link, which is not followed, and for anything but a regular file.
+    """
+    # O_NONBLOCK: a pipe that somebody put there would be waited for.
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(None, "is no regular file", str(path))
+    return os.fdopen(handle, "r+b")

@@ -118,8 +118,13 @@ def convert(array: Array, spec: TensorSpec) -> Array:
     if source in "iu" and target in "iuf":
         with np.errstate(over="ignore", invalid="ignore"):
             converted = array.astype(wanted)
-        changed = converted.astype(array.dtype) != array
-        if target in "iu" and source != target:
+            changed = converted.astype(array.dtype) != array
+        if target == "f":
+            # Back from what no integer equals, the cast gives whatever the processor does: the lowest integer on x86,
+            # the nearest one on ARM. Either may be the very value that was lost.
+            reached = converted.astype(np.float64)
+            changed |= ~np.isfinite(reached) | (reached >= 2.0 ** (8 * array.itemsize - (source == "i")))
+        elif source != target:
             changed |= np.less(array if source == "i" else converted, 0)
         if changed.any():
             raise InputDtypeError(

@@ -1,7 +1,8 @@
 """What is kept in the user's cache directory: engines that were rebuilt on this machine, and self-tests that passed.
 
 A model folder is never written to after it was logged, so what does not fit this machine is built again and kept here,
-under a key that changes with everything that went into it.
+under a key that changes with everything that went into it. It is executed from here, so only what this user put here
+counts: see private_folder.
 """
 
 from __future__ import annotations
@@ -20,14 +21,25 @@ from pathlib import Path
 import platformdirs
 from pydantic import TypeAdapter, ValidationError
 
+from mlflow_trt.core.files import open_lock_file
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.types import EngineRecord
+from mlflow_trt.store.private_folder import (
+    NotPrivateError,
+    check_private_folder,
+    is_private_file,
+    private_child,
+    private_root,
+    read_private,
+    touch_private,
+)
 
 DIRECTORY_VARIABLE = "MLFLOW_TRT_CACHE_DIR"
 
 _RECORD = "engine.json"
 _PLAN = "engine.plan"
 _log = get_logger(__name__)
+_told: set[str] = set()
 _records = TypeAdapter(EngineRecord)
 
 
@@ -37,11 +49,22 @@ def directory() -> Path:
     return Path(configured) if configured else platformdirs.user_cache_path("mlflow-trt")
 
 
+def folder_of(kind: str) -> Path:
+    """The folder for one kind of thing, made where it is missing; nobody but this user has put anything there.
+
+    Raises OSError where there is none; a NotPrivateError was told to the user, too.
+    """
+    try:
+        return private_child(private_root(directory()), kind)
+    except NotPrivateError as error:
+        _warn_of_foreign(error)
+        raise
+
+
 def problem() -> str | None:
     """Why nothing can be kept, or None where it can."""
     try:
-        directory().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory()):
+        with tempfile.TemporaryFile(dir=private_root(directory())):
             return None
     except OSError as error:
         return f"{directory()} cannot be written to: {error.strerror}"
@@ -54,15 +77,28 @@ def key_of(parts: Mapping[str, object]) -> str:
 
 def has_passed(key: str) -> bool:
     """Whether a self-test was remembered under `key`."""
-    return (directory() / "self_tests" / key).is_file()
+    try:
+        return is_private_file(folder_of("self_tests") / key)
+    except NotPrivateError as error:
+        _warn_of_foreign(error)
+    except OSError:
+        pass
+    return False
 
 
 def remember_pass(key: str) -> None:
     """Remember a self-test that passed; where nothing can be kept, it runs again next time."""
     with contextlib.suppress(OSError):
-        folder = directory() / "self_tests"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / key).touch()
+        touch_private(folder_of("self_tests") / key)
+
+
+def read_kept(path: Path) -> bytes:
+    """The content of a file in one of the folders. Raises OSError where it cannot be read or is somebody else's."""
+    try:
+        return read_private(path)
+    except NotPrivateError as error:
+        _warn_of_foreign(error)
+        raise
 
 
 @contextmanager
@@ -71,10 +107,13 @@ def only_one(key: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         # Nowhere to lock is nowhere to keep: see store_engine. And some file systems have no locks.
         with contextlib.suppress(OSError):
-            folder = directory() / "locks"
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((folder / key).open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            path = folder_of("locks") / key
+            lock = stack.enter_context(open_lock_file(path))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _log.info("Another process is making what this one needs; waiting for it to end or to give %s up", path)
+                fcntl.flock(lock, fcntl.LOCK_EX)
             # Closing is not enough: a process that was forked meanwhile has the file open too.
             stack.callback(fcntl.flock, lock, fcntl.LOCK_UN)
         yield
@@ -82,12 +121,19 @@ def only_one(key: str) -> Iterator[None]:
 
 def find_engine(key: str) -> tuple[EngineRecord, bytes] | None:
     """The engine stored under `key`. One that is incomplete or was changed is removed: it can be built again."""
-    folder = directory() / "engines" / key
     try:
-        if not folder.is_dir():
+        folder = folder_of("engines") / key
+        if not os.path.lexists(folder):
             return None
-        record = _records.validate_json((folder / _RECORD).read_bytes())
-        plan = (folder / _PLAN).read_bytes()
+    except OSError:
+        return None
+    try:
+        check_private_folder(folder)
+        record = _records.validate_json(read_private(folder / _RECORD))
+        plan = read_private(folder / _PLAN)
+    except NotPrivateError as error:
+        _warn_of_foreign(error)
+        return None
     except (OSError, ValidationError):
         record, plan = None, b""
     if record is None or hashlib.sha256(plan).hexdigest() != record.sha256:
@@ -101,7 +147,7 @@ def store_engine(key: str, record: EngineRecord, plan: Path) -> None:
     """Keep the engine in the file `plan`: whole or not at all. Where that is impossible, say so and go on."""
     folder = directory() / "engines" / key
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder = folder_of("engines") / key
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as partial:
             aside = Path(partial) / "engine"
             aside.mkdir()
@@ -116,3 +162,16 @@ def store_engine(key: str, record: EngineRecord, plan: Path) -> None:
                 error.strerror,
                 DIRECTORY_VARIABLE,
             )
+
+
+def _warn_of_foreign(error: NotPrivateError) -> None:
+    """Say what is ignored, once each."""
+    told = f"{error.filename} {error.strerror}"
+    if told not in _told:
+        _told.add(told)
+        _log.warning(
+            "%s, so it is ignored: engines are executed, and nobody else may have put them there. Remove it, or set %s "
+            "to a folder of your own",
+            told,
+            DIRECTORY_VARIABLE,
+        )

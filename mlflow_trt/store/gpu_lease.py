@@ -11,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from typing import IO
 
+from mlflow_trt.core.files import open_lock_file
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.types import Gpu
 from mlflow_trt.errors import RuntimeUnavailableError
@@ -18,7 +19,7 @@ from mlflow_trt.store import cache
 
 _log = get_logger(__name__)
 _choosing = threading.Lock()
-_taken: tuple[Gpu, IO[str]] | None = None
+_taken: tuple[Gpu, IO[bytes]] | None = None
 
 
 def own_gpu(gpus: Sequence[Gpu]) -> Gpu:
@@ -39,12 +40,11 @@ def own_gpu(gpus: Sequence[Gpu]) -> Gpu:
         return _taken[0]
 
 
-def _take(gpus: Sequence[Gpu]) -> tuple[Gpu, IO[str]]:
-    folder = cache.directory() / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
+def _take(gpus: Sequence[Gpu]) -> tuple[Gpu, IO[bytes]]:
+    folder = cache.folder_of("locks")
     for sharers in itertools.count():
         for gpu in gpus:
-            lock = (folder / f"{gpu.uuid}-{sharers}").open("w")
+            lock = open_lock_file(folder / f"{gpu.uuid}-{sharers}")
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

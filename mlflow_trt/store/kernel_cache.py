@@ -1,8 +1,8 @@
 """The kernels that TensorRT-RTX compiled for an engine, in a file that processes share.
 
 TensorRT-RTX compiles kernels when shapes are first run, which takes seconds; from this file the next process gets them
-in a fraction. They are executable content, so the file lies in the user's own cache directory, and its hash is checked
-before TensorRT-RTX sees it, against damage: who can write there can also write the hash.
+in a fraction. They are executable content, so the file lies in the user's own cache directory, which nobody else can
+write to, and its hash is checked before TensorRT-RTX sees it, against damage.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from mlflow_trt.core.files import write_whole
 from mlflow_trt.core.log import get_logger
@@ -30,7 +31,11 @@ class KernelFile:
     def __init__(self, key: str, shipped: Sequence[bytes] = ()) -> None:
         self._key = key
         self._shipped = list(shipped)
-        self.path = cache.directory() / "kernels" / key
+
+    @property
+    def path(self) -> Path:
+        """Where they are kept on this machine. Raises OSError where nothing can be."""
+        return cache.folder_of("kernels") / self._key
 
     def read(self) -> list[bytes]:
         """What came with the model and what was kept on this machine."""
@@ -45,11 +50,11 @@ class KernelFile:
             try:
                 write_whole(self.path, hashlib.sha256(kernels).digest() + kernels)
             except OSError as error:
-                _log.debug("Compiled kernels cannot be kept in %s: %s", self.path.parent, error.strerror)
+                _log.debug("Compiled kernels cannot be kept in %s: %s", cache.directory(), error.strerror)
 
     def _kept(self) -> list[bytes]:
         try:
-            content = self.path.read_bytes()
+            content = cache.read_kept(self.path)
         except OSError:
             return []
         expected, kernels = content[:_HASH_BYTES], content[_HASH_BYTES:]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mlflow_trt.backends import tensorrt_api as trt_api
 from mlflow_trt.backends.tensorrt import TensorRT
-from mlflow_trt.core.files import write_whole
+from mlflow_trt.core.files import open_lock_file, write_whole
 
 
 class TimingCacheError(Exception):
@@ -53,6 +53,6 @@ class TimingCacheFile:
     def _locked(self) -> Iterator[None]:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # Not the file itself, which is replaced: whoever waited would then hold the lock of a file that is gone.
-        with self._path.with_name(f"{self._path.name}.lock").open("w") as lock:
+        with open_lock_file(self._path.with_name(f"{self._path.name}.lock")) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
