@@ -291,6 +291,136 @@ def test_close_waits_for_what_runs_and_refuses_what_waits(pool, scheduler, gate)
         scheduler.run(rows(1.0))
 
 
+class Told:
+    """What `done` of a number of submissions is told."""
+
+    def __init__(self):
+        self.outcomes = {}
+        self._all = threading.Semaphore(0)
+
+    def __call__(self, number):
+        def done(outputs, error):
+            assert number not in self.outcomes
+            self.outcomes[number] = error if outputs is None else outputs["y"]
+            self._all.release()
+
+        return done
+
+    def wait(self, count):
+        for _ in range(count):
+            assert self._all.acquire(timeout=10)
+        return self.outcomes
+
+
+class TestSubmit:
+    def test_requests_run_together_with_those_of_threads_that_wait(self, pool, scheduler, gate):
+        first, told = occupied(pool, scheduler, gate), Told()
+        for value in range(6):
+            scheduler.submit(rows(value), told(value))
+        waiting = send(pool, scheduler, [6, 7])
+        gate.open.set()
+        outcomes = told.wait(6)
+        assert all(np.array_equal(outcomes[value], rows(value)["x"] * 2) for value in range(6))
+        assert all(np.array_equal(future.result(10)["y"], rows(6 + n)["x"] * 2) for n, future in enumerate(waiting))
+        assert all(future.exception(10) is None for future in first)
+        assert sorted(gate.sizes) == [1] * MOST_SLOTS + [8]
+
+    def test_many_requests_need_few_threads(self, scheduler, gate):
+        gate.open.clear()
+        before, told = threading.active_count(), Told()
+        for value in range(200):
+            scheduler.submit(rows(value), told(value))
+        assert threading.active_count() - before <= MOST_SLOTS
+        gate.open.set()
+        outcomes = told.wait(200)
+        assert all(np.array_equal(outcomes[value], rows(value)["x"] * 2) for value in range(200))
+
+    @pytest.mark.parametrize("count", [0, 3, 65])
+    def test_any_number_of_rows(self, scheduler, count):
+        told, values = Told(), list(range(count))
+        scheduler.submit(rows(*values), told(0))
+        assert np.array_equal(told.wait(1)[0], rows(*values)["x"] * 2)
+
+    def test_one_bad_request_harms_nobody_else(self, pool, scheduler, gate):
+        first, told = occupied(pool, scheduler, gate), Told()
+        gate.bad = 3
+        for value in range(1, 7):
+            scheduler.submit(rows(value), told(value))
+        gate.open.set()
+        outcomes = told.wait(6)
+        assert isinstance(outcomes.pop(3), ExecutionError)
+        assert all(np.array_equal(outcome, rows(value)["x"] * 2) for value, outcome in outcomes.items())
+        assert all(future.exception(10) is None for future in first)
+
+    def test_one_that_fails_alone_runs_once(self, scheduler, gate):
+        gate.bad, told = 1, Told()
+        scheduler.submit(rows(1), told(0))
+        assert isinstance(told.wait(1)[0], ExecutionError)
+        assert gate.started.acquire(timeout=10)
+        assert not gate.started.acquire(blocking=False)
+
+    def test_too_little_memory_makes_smaller_batches(self, pool, scheduler, gate, messages):
+        occupied(pool, scheduler, gate)
+        gate.most_rows, told = 4, Told()
+        for value in range(1, 9):
+            scheduler.submit(rows(value), told(value))
+        gate.open.set()
+        outcomes = told.wait(8)
+        assert all(np.array_equal(outcome, rows(value)["x"] * 2) for value, outcome in outcomes.items())
+        assert "at most 8 rows" in messages.text
+
+    def test_what_is_cancelled_does_not_run(self, pool, scheduler, gate):
+        first, told = occupied(pool, scheduler, gate), Told()
+        submissions = [scheduler.submit(rows(value), told(value)) for value in range(5)]
+        assert [submissions[n].cancel() for n in (0, 2, 3, 4)] == [True] * 4
+        assert not submissions[0].cancel()
+        gate.open.set()
+        assert [*told.wait(1)] == [1]
+        assert all(future.exception(10) is None for future in first)
+        assert gate.sizes == [1] * (MOST_SLOTS + 1)
+        assert not submissions[1].cancel()
+
+    def test_an_error_of_who_is_told_is_logged_and_harms_nobody(self, pool, scheduler, gate, messages):
+        def fail(_outputs, _error):
+            raise ValueError("not my day")
+
+        occupied(pool, scheduler, gate)
+        told = Told()
+        scheduler.submit(rows(1), fail)
+        scheduler.submit(rows(2), told(2))
+        gate.open.set()
+        assert np.array_equal(told.wait(1)[2], rows(2)["x"] * 2)
+        assert "not my day" in messages.text
+
+    def test_who_is_told_may_submit_and_close(self, gate):
+        scheduler = Scheduler(lambda: DoublingSlot(gate), profiles=[PROFILE], axis=AXIS, max_batch_delay=5.0)
+        closed = threading.Event()
+
+        def again(outputs, _error):
+            scheduler.submit({"x": outputs["y"]}, close)
+
+        def close(outputs, _error):
+            assert outputs["y"][0, 0] == 12
+            scheduler.close()
+            closed.set()
+
+        scheduler.submit(rows(3), again)
+        assert closed.wait(10)
+        with pytest.raises(SessionClosedError):
+            scheduler.submit(rows(1), again)
+
+    def test_closing_tells_everybody(self, pool, scheduler, gate):
+        first, told = occupied(pool, scheduler, gate), Told()
+        for value in range(40):
+            scheduler.submit(rows(value), told(value))
+        closing = pool.submit(scheduler.close)
+        wait_until(lambda: scheduler.slots._closed)
+        gate.open.set()
+        closing.result(10)
+        assert all(isinstance(outcome, SessionClosedError) for outcome in told.wait(40).values())
+        assert all(future.exception(10) is None for future in first)
+
+
 def test_a_slot_that_cannot_be_made_is_one_callers_error(pool, gate):
     made = []
 
@@ -376,6 +506,17 @@ def test_stress(pool, sessions):
             assert result.base is None or result.base.shape == result.shape  # nobody else's rows
     assert sum(session.runs.values()) < 1_000
     assert set(session.runs) <= set(range(17))
+
+
+def test_submitted_requests_get_what_the_call_alone_gets(sessions):
+    session, alone = sessions
+    batches, told = [networks.rows(n % 41, seed=n) for n in range(200)], Told()
+    for n, x in enumerate(batches):
+        session.submit({"x": x}, told(n))
+    with pytest.raises(InputError):
+        session.submit({"x": batches[1][:, :5]}, told(-1))
+    for n, result in told.wait(200).items():
+        assert np.allclose(result, alone.run({"x": batches[n]})["y"], rtol=1e-5, atol=1e-6)
 
 
 def test_closing_under_load_ends_every_call(pool, sessions):

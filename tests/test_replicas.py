@@ -220,3 +220,28 @@ class TestLoading:
     def test_one_of_a_list_is_one(self, opened, magika_folder):
         with mlflow_trt.load_model(str(magika_folder), device=[1]) as session:
             assert session is opened[1]
+
+
+class TestSubmit:
+    def submit(self, session, feeds):
+        told, outcome = threading.Event(), []
+
+        def done(outputs, error):
+            outcome.append(error if outputs is None else outputs["y"])
+            told.set()
+
+        session.submit(feeds, done)
+        assert told.wait(30)
+        return outcome[0]
+
+    @pytest.mark.parametrize("count", [1, ROWS])
+    def test_a_gpu_that_fails_leaves_it_to_the_others(self, session, gpus, expected, count):
+        gpus[0].failure, gpus[0].lost = ExecutionError("it fell off"), LOST
+        feeds = rows(count)
+        assert np.allclose(self.submit(session, feeds), expected(feeds), rtol=1e-6)
+        assert np.allclose(self.submit(session, feeds), expected(feeds), rtol=1e-6)
+
+    def test_what_fails_everywhere_is_told(self, session, gpus):
+        for gpu in gpus:
+            gpu.failure = ExecutionError("it fell off")
+        assert isinstance(self.submit(session, rows(1)), ExecutionError)

@@ -15,7 +15,9 @@ from typing import Any, ClassVar
 from mlflow_trt.core.arrays import Feeds, Outputs
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.errors import ExecutionError
+from mlflow_trt.runtime.batching.scheduler import MOST_SLOTS
 from mlflow_trt.runtime.batching.shared_work import Work
+from mlflow_trt.runtime.batching.submissions import Answer, Done, Submission, Threads
 from mlflow_trt.runtime.cuda.device_array import DeviceArray, ordinal_of
 from mlflow_trt.runtime.session import Runner, Session
 
@@ -78,6 +80,7 @@ class Replicas:
         self._lock = threading.Lock()
         self._busy = dict.fromkeys(runners, 0)  # bytes of input under way
         self.out_of_service: dict[int, str] = {}
+        self._threads = Threads(MOST_SLOTS)
 
     @property
     def runs(self) -> dict[int, int]:
@@ -94,6 +97,48 @@ class Replicas:
             return self._run_on_one(feeds)
         self.take_part(work)
         return work.outputs
+
+    def submit(self, feeds: Feeds, done: Done) -> Submission:
+        """Raises what the runners raise; their ExecutionError is told only where the call fails on every GPU."""
+        work = self.work(feeds)
+        answer = Answer(done)
+        if work is not None:
+            self._threads.do(lambda: self._answer(answer, feeds))
+        else:
+            self._submit_to_one(feeds, answer, {})
+        return answer
+
+    def _answer(self, answer: Answer, feeds: Feeds) -> None:
+        if not answer.is_wanted:
+            return
+        try:
+            outputs = self.run(feeds)
+        except Exception as error:  # noqa: BLE001  # told to whoever submitted it
+            answer.give(None, error)
+        else:
+            answer.give(outputs)
+
+    def _submit_to_one(self, feeds: Feeds, answer: Answer, failures: dict[int, Exception]) -> None:
+        size = sum(array.nbytes for array in feeds.values())
+        ordinal = self._take_least_busy(self._able(failures), size)
+
+        def done(outputs: Outputs | None, error: Exception | None) -> None:
+            self._give_back(ordinal, size)
+            if not isinstance(error, ExecutionError):
+                answer.give(outputs, error)
+                return
+            failures[ordinal] = error
+            self._report(ordinal, error)
+            try:
+                self._submit_to_one(feeds, answer, failures)
+            except Exception as failure:  # noqa: BLE001  # told to whoever submitted it
+                answer.give(None, failure)
+
+        try:
+            self._runners[ordinal].submit(feeds, done)
+        except BaseException:
+            self._give_back(ordinal, size)
+            raise
 
     def work(self, feeds: Feeds) -> Work | None:
         return self._runners[self._able({})[0]].work(feeds)
@@ -113,8 +158,10 @@ class Replicas:
 
     def close(self) -> None:
         with ExitStack() as stack:  # all of them, whatever one of them raises
+            stack.callback(self._threads.close)
             for session in self._sessions.values():
                 stack.callback(session.close)
+            self._threads.refuse()
 
     def _run_on_one(self, feeds: Feeds) -> Outputs:
         failures: dict[int, Exception] = {}
@@ -166,14 +213,21 @@ class Replicas:
     @contextmanager
     def _least_busy(self, ordinals: Sequence[int], size: int) -> Iterator[int]:
         """One of these, which is busier by `size` meanwhile."""
-        with self._lock:
-            ordinal = min(ordinals, key=self._busy.__getitem__)
-            self._busy[ordinal] += size
+        ordinal = self._take_least_busy(ordinals, size)
         try:
             yield ordinal
         finally:
-            with self._lock:
-                self._busy[ordinal] -= size
+            self._give_back(ordinal, size)
+
+    def _take_least_busy(self, ordinals: Sequence[int], size: int) -> int:
+        with self._lock:
+            ordinal = min(ordinals, key=self._busy.__getitem__)
+            self._busy[ordinal] += size
+        return ordinal
+
+    def _give_back(self, ordinal: int, size: int) -> None:
+        with self._lock:
+            self._busy[ordinal] -= size
 
     def _report(self, ordinal: int, error: ExecutionError) -> None:
         """Warn of a failure that the caller may not hear of, and take a GPU that is lost out of service."""

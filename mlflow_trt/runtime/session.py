@@ -16,6 +16,7 @@ from mlflow_trt.core.inputs import InputCheck
 from mlflow_trt.core.types import TensorSpec
 from mlflow_trt.errors import RuntimeUnavailableError, SessionClosedError
 from mlflow_trt.runtime.batching.shared_work import Work
+from mlflow_trt.runtime.batching.submissions import Done, Submission
 
 if TYPE_CHECKING:
     from mlflow_trt.runtime.cuda.device_array import DeviceArray
@@ -30,6 +31,9 @@ class Runner(Protocol):
 
     def run(self, feeds: Feeds) -> Outputs:
         """New arrays."""
+
+    def submit(self, feeds: Feeds, done: Done) -> Submission:
+        """Run feeds without letting the caller wait; `done` is told what came of it."""
 
     def work(self, feeds: Feeds) -> Work | None:
         """A batch that takes several runs, for several runners to take part in; None for any other feeds."""
@@ -73,6 +77,27 @@ class Session(abc.ABC):
         """
         self._check_open()
         return self._runner.run(self._input_check.prepare(inputs))
+
+    def submit(self, inputs: Mapping[str, npt.ArrayLike], done: Done) -> Submission:
+        """Run the model like `run`, but return at once: for servers, which need no thread for each request.
+
+        Requests that come together run together, with those of threads that call `run`, too.
+
+        Args:
+            inputs: as for `run`. They must not change until `done` is called.
+            done: called once, with the outputs and None, or with None and the error: what `run` returns or raises. A
+                thread of the session or of another caller calls it, so it should not take long. What it raises is
+                logged.
+
+        Returns:
+            What can be cancelled: then `done` is not called, and nothing runs that does not run already.
+
+        Raises:
+            InputError: as `run` does.
+            SessionClosedError: after `close()`. Requests that wait for their turn at that time end with this error.
+        """
+        self._check_open()
+        return self._runner.submit(self._input_check.prepare(inputs), done)
 
     def run_on_device(self, inputs: Mapping[str, Any]) -> dict[str, DeviceArray]:  # noqa: ARG002  # for those that can
         """Run the model on arrays that are on the session's GPU; the outputs stay there, one new array for each.

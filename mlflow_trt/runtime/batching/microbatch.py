@@ -1,8 +1,8 @@
 """The micro-batcher: requests that several callers send at the same time run together.
 
-There is no thread of its own. A caller joins the batch that is open, or opens one. Who opened it leads: it waits for a
-slot, closes the batch, runs it, and gives every caller its rows, while they sleep. Meanwhile the next batch fills. A
-caller that is alone waits for nobody.
+A caller joins the batch that is open, or opens one. Who opened it leads: it waits for a slot, closes the batch, runs
+it, and gives every caller its rows, while they sleep. Meanwhile the next batch fills. A caller that is alone waits for
+nobody. Threads are kept only to lead batches that were opened by callers who do not wait.
 
 Python's interpreter lock decides how fast this is: callers hold it as shortly, and let go of it as rarely as possible.
 """
@@ -26,7 +26,7 @@ from mlflow_trt.runtime.batching.slots import AnySlot, Slots
 class Request:
     """One caller's batch. Requests with the same `key` may run together; they have one profile and its sizes."""
 
-    __slots__ = ("batch", "feeds", "key", "no_room", "outputs", "profile", "rows", "sizes", "wake")
+    __slots__ = ("batch", "error", "feeds", "key", "no_room", "outputs", "profile", "rows", "sizes", "wake")
 
     def __init__(self, feeds: Feeds, rows: int, profile: int, sizes: Sizes, key: Hashable) -> None:
         self.feeds = feeds
@@ -34,15 +34,26 @@ class Request:
         self.profile = profile
         self.sizes = sizes
         self.key = key
-        self.batch: _Batch | None = None
+        self.batch: Batch | None = None
         self.no_room = ""  # for the whole batch: what was said
         self.outputs: Outputs | None = None
+        self.error: Exception | None = None  # its own: nobody else was in the batch
         # Held until the outputs are there: a bare lock costs a tenth of an Event, and this is the hot path.
         self.wake = threading.Lock()
         self.wake.acquire()
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody still waits for what comes of it."""
+        return True
 
-class _Batch:
+    def let_go(self) -> None:
+        """The batch has ended, whether there are outputs or not."""
+        self.batch = None  # or its arrays would stay until Python looks for cycles
+        self.wake.release()
+
+
+class Batch:
     """Requests that run together. All methods want the lock."""
 
     __slots__ = ("_changed", "_lock", "requests", "rows")
@@ -106,7 +117,7 @@ class MicroBatcher(Generic[AnySlot]):
         self._ran = ran
         self._max_delay = max_delay
         self._lock = threading.Lock()
-        self._open: dict[Hashable, _Batch] = {}
+        self._open: dict[Hashable, Batch] = {}
         self._callers = 0  # in here
         self._usual_callers = 0.0  # of late
         self._running = 0  # of their requests
@@ -119,7 +130,7 @@ class MicroBatcher(Generic[AnySlot]):
     def run(self, request: Request) -> Outputs:
         """The outputs for the request's rows. Raises what running it alone raises."""
         try:
-            batch = self._join(request)
+            batch = self.join(request)
             if batch.leader is not request:
                 request.wake.acquire()
             else:
@@ -129,14 +140,35 @@ class MicroBatcher(Generic[AnySlot]):
             led = request.batch
             if led is not None and led.leader is request:
                 self._dissolve(led)
+        return self.result(request)
+
+    def lead(self, batch: Batch) -> None:
+        """Run a batch for its leader, who does not wait for it."""
+        try:
+            self._lead(batch)
+        finally:
+            self._dissolve(batch)
+
+    def result(self, request: Request) -> Outputs:
+        """The outputs of a request whose batch has ended; where that failed, of running it alone.
+
+        Raises what running it alone raises.
+        """
         if request.outputs is not None:
             return request.outputs
+        if request.error is not None:
+            error, request.error = request.error, None
+            try:
+                raise error
+            finally:
+                del error  # which refers to this frame
         outputs = self._run_alone(request)
         if request.no_room:  # while there was some for one request: it was the size
             self._had_no_room(request, request.no_room)
         return outputs
 
-    def _join(self, request: Request) -> _Batch:
+    def join(self, request: Request) -> Batch:
+        """The batch that the request is in from now on. Who becomes its leader has it run."""
         now = time.monotonic()
         with self._lock:
             self._callers += 1
@@ -149,33 +181,36 @@ class MicroBatcher(Generic[AnySlot]):
                     batch.tell()
                 return batch
             # Who comes from now on joins this one. One that is full runs as it is.
-            full, batch = batch, _Batch(self._lock)
+            full, batch = batch, Batch(self._lock)
             batch.add(request)
             self._open[request.key] = batch
             if full is not None:
                 full.tell()
         return batch
 
-    def _lead(self, batch: _Batch) -> None:
+    def _lead(self, batch: Batch) -> None:
         try:
             self._run_batch(batch)
         except OutOfMemoryError as error:
             # There may be room for less than a batch, or for smaller pieces of a single request.
             if len(batch.requests) > 1:
                 batch.leader.no_room = error.message
-        except Exception:
+        except Exception as error:  # noqa: BLE001  # raised again by `result`
             if len(batch.requests) == 1:
-                raise
+                batch.leader.error = error
 
-    def _run_batch(self, batch: _Batch) -> None:
+    def _run_batch(self, batch: Batch) -> None:
         first = batch.leader
         slot = self._slots.acquire()
         try:
             self._close(batch)
-            size = first.sizes.hold(batch.rows)
             begun = time.monotonic()
             try:
-                slot.launch(Rows([request.feeds for request in batch.requests], self._axis, size), first.profile)
+                requests = [request for request in batch.requests if request.is_wanted]
+                if not requests:
+                    return
+                size = first.sizes.hold(sum(request.rows for request in requests))
+                slot.launch(Rows([request.feeds for request in requests], self._axis, size), first.profile)
                 launched = self._launched = time.monotonic()
                 outputs = slot.finish()
                 # The shortest of late: what goes beyond it was spent waiting for the interpreter lock.
@@ -183,7 +218,7 @@ class MicroBatcher(Generic[AnySlot]):
                 self._seconds = min(1.2 * self._seconds, ended - launched)
                 self._batch_seconds = min(1.2 * self._batch_seconds, ended - begun)
                 check_rows(outputs, size)
-                _hand_out(outputs, batch.requests)
+                _hand_out(outputs, requests)
             except BaseException:
                 slot.abandon()
                 raise
@@ -194,7 +229,7 @@ class MicroBatcher(Generic[AnySlot]):
         finally:
             self._slots.release(slot)
 
-    def _close(self, batch: _Batch) -> None:
+    def _close(self, batch: Batch) -> None:
         """Wait for as many as usually come, but no longer than is worth it.
 
         That is until the batch before this one is half done, when it is time to send this one off for the GPU to find
@@ -212,24 +247,23 @@ class MicroBatcher(Generic[AnySlot]):
             self._shut(batch)
             self._running += len(batch.requests)
 
-    def _is_expecting(self, batch: _Batch) -> bool:
+    def _is_expecting(self, batch: Batch) -> bool:
         return len(batch.requests) < self._usual_callers - self._running and batch.has_room(1) and self._is_open(batch)
 
-    def _is_open(self, batch: _Batch) -> bool:
+    def _is_open(self, batch: Batch) -> bool:
         return self._open.get(batch.leader.key) is batch
 
-    def _shut(self, batch: _Batch) -> None:
+    def _shut(self, batch: Batch) -> None:
         if self._is_open(batch):
             del self._open[batch.leader.key]
 
-    def _dissolve(self, batch: _Batch) -> None:
+    def _dissolve(self, batch: Batch) -> None:
         """Let everybody go, whether there are outputs or not."""
         with self._lock:
             self._shut(batch)
             self._callers -= len(batch.requests)
         for request in batch.requests:
-            request.batch = None  # or their arrays would stay until Python looks for cycles
-            request.wake.release()
+            request.let_go()
 
 
 def _hand_out(outputs: Outputs, requests: Sequence[Request]) -> None:

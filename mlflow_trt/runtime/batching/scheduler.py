@@ -10,7 +10,7 @@ from typing import Generic, NamedTuple
 from mlflow_trt.core.arrays import Feeds, Outputs
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.types import BatchAxis, ShapeProfile
-from mlflow_trt.errors import OutOfMemoryError
+from mlflow_trt.errors import OutOfMemoryError, SessionClosedError
 from mlflow_trt.runtime.batching.choose_profile import choose_profile
 from mlflow_trt.runtime.batching.host_copy import copies
 from mlflow_trt.runtime.batching.microbatch import MicroBatcher, Request
@@ -26,6 +26,7 @@ from mlflow_trt.runtime.batching.sizes import (
     take,
 )
 from mlflow_trt.runtime.batching.slots import AnySlot, Slots
+from mlflow_trt.runtime.batching.submissions import Answer, Done, Submission, SubmittedRequest, Threads
 
 MOST_SLOTS = 2
 """One that the GPU works on and one that is filled meanwhile; a third gained nothing in measurements."""
@@ -68,6 +69,7 @@ class Scheduler(Generic[AnySlot]):
             self.slots, self._axis, self._run_alone, self._had_no_room, self._count, max_batch_delay
         )
         self._batches = max_batch_delay > 0
+        self._threads = Threads(MOST_SLOTS)
         self._plans: dict[Hashable, _Plan] = {}
         self._values_matter = any(limits.is_values for profile in profiles for limits in profile.ranges.values())
         self._without_rows: OutputWithoutRowsError | None = None
@@ -92,14 +94,86 @@ class Scheduler(Generic[AnySlot]):
         try:
             return self._run_rows(feeds, plan, alone=alone)
         except OutputWithoutRowsError as error:
-            self._without_rows = error
-            self._plans.clear()
-            if not plan.fits:
-                raise
-            return self._run_whole(feeds, plan.profile)
+            return self._run_without_rows(feeds, plan, error)
         finally:
-            with self._counting:
-                self._calls -= 1
+            self._count_off()
+
+    def submit(self, feeds: Feeds, done: Done) -> Submission:
+        """Run feeds without letting the caller wait; `done` is told what came of it.
+
+        Raises InputShapeError where no profile accepts the feeds, SessionClosedError after `close`.
+        """
+        plan, answer = self._plan(feeds), Answer(done)
+        self._threads.check_open()
+        with self._counting:
+            self._calls += 1
+            alone = self._calls == 1
+        try:
+            if plan.sizes is None or self._runs_in_pieces(plan, alone=alone):
+                self._threads.do(lambda: self._answer(answer, lambda: self._run_by_itself(feeds, plan)))
+            else:
+                self._submit_together(feeds, plan, plan.sizes, answer)
+        except BaseException:
+            self._count_off()
+            raise
+        return answer
+
+    def _submit_together(self, feeds: Feeds, plan: _Plan, sizes: Sizes, answer: Answer) -> None:
+        def result(request: SubmittedRequest) -> Outputs:
+            try:
+                return self._batcher.result(request)
+            except OutputWithoutRowsError as error:
+                return self._run_without_rows(feeds, plan, error)
+
+        def end(request: SubmittedRequest) -> None:
+            if request.outputs is not None or request.error is not None or not answer.is_wanted:
+                self._answer(answer, lambda: result(request))
+                return
+            try:
+                self._threads.do(lambda: self._answer(answer, lambda: result(request)))
+            except SessionClosedError as error:
+                self._count_off()
+                answer.give(None, error)
+
+        request = SubmittedRequest(feeds, plan.rows, plan.profile, sizes, self._key(feeds, plan), answer, end)
+        batch = self._batcher.join(request)
+        if batch.leader is request:
+            try:
+                self._threads.do(lambda: self._batcher.lead(batch))
+            except (SessionClosedError, RuntimeError):
+                # No thread to be had, or closed meanwhile. Others may have joined, and want to be told.
+                self._batcher.lead(batch)
+
+    def _answer(self, answer: Answer, result: Callable[[], Outputs]) -> None:
+        """Tell what came of a submission, and count it off before, since who is told may send the next one."""
+        outputs, failure = None, None
+        try:
+            if answer.is_wanted:
+                outputs = result()
+        except Exception as error:  # noqa: BLE001  # told to whoever submitted it
+            failure = error
+        self._count_off()
+        answer.give(outputs, failure)
+
+    def _count_off(self) -> None:
+        with self._counting:
+            self._calls -= 1
+
+    def _run_by_itself(self, feeds: Feeds, plan: _Plan) -> Outputs:
+        if plan.sizes is None:
+            return self._run_whole(feeds, plan.profile)
+        try:
+            return self._run_in_pieces(feeds, plan.rows, plan.profile)
+        except OutputWithoutRowsError as error:
+            return self._run_without_rows(feeds, plan, error)
+
+    def _run_without_rows(self, feeds: Feeds, plan: _Plan, error: OutputWithoutRowsError) -> Outputs:
+        """Whole, now that the outputs are known to have no rows. Raises the error where the engine cannot do that."""
+        self._without_rows = error
+        self._plans.clear()
+        if not plan.fits:
+            raise error
+        return self._run_whole(feeds, plan.profile)
 
     def work(self, feeds: Feeds) -> Work | None:
         """A batch that takes several runs, for several schedulers to take part in; None for any other feeds."""
@@ -152,7 +226,11 @@ class Scheduler(Generic[AnySlot]):
 
     def close(self) -> None:
         """Refuse new calls, and wait for those that run."""
-        self.slots.close()
+        self._threads.refuse()
+        try:
+            self.slots.close()
+        finally:
+            self._threads.close()
 
     def _sizes_for(self, profile: ShapeProfile) -> Sizes | None:
         limits = profile.ranges.get(self._axis.inputs[0]) if self._axis else None
@@ -198,13 +276,19 @@ class Scheduler(Generic[AnySlot]):
         return _Plan(profile, fits, rows, sizes, key, together, shared, large)
 
     def _run_rows(self, feeds: Feeds, plan: _Plan, *, alone: bool) -> Outputs:
-        # A large batch with nobody to share the GPU with is better copied and uploaded at the same time.
-        if plan.sizes is None or not plan.together or (alone and plan.large):
+        if plan.sizes is None or self._runs_in_pieces(plan, alone=alone):
             return self._run_in_pieces(feeds, plan.rows, plan.profile)
-        key: Hashable = plan.key
-        if plan.shared:
-            key = (key, *(feeds[name].tobytes() for name in plan.shared))
-        return self._batcher.run(Request(feeds, plan.rows, plan.profile, plan.sizes, key))
+        return self._batcher.run(Request(feeds, plan.rows, plan.profile, plan.sizes, self._key(feeds, plan)))
+
+    def _runs_in_pieces(self, plan: _Plan, *, alone: bool) -> bool:
+        # A large batch with nobody to share the GPU with is better copied and uploaded at the same time.
+        return not plan.together or (alone and plan.large)
+
+    def _key(self, feeds: Feeds, plan: _Plan) -> Hashable:
+        """What the requests of a batch have in common."""
+        if not plan.shared:
+            return plan.key
+        return (plan.key, *(feeds[name].tobytes() for name in plan.shared))
 
     def _run_alone(self, request: Request) -> Outputs:
         return self._run_in_pieces(request.feeds, request.rows, request.profile)

@@ -1,0 +1,158 @@
+"""Requests of callers who do not wait: what comes of them is told to a function, by a thread that runs batches.
+
+They join the same batches as those of callers who wait. A thread is needed only for each batch that runs, not for each
+request.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Protocol
+
+from mlflow_trt.core.arrays import Feeds, Outputs
+from mlflow_trt.core.log import get_logger
+from mlflow_trt.errors import SessionClosedError
+from mlflow_trt.runtime.batching.microbatch import Request
+from mlflow_trt.runtime.batching.sizes import Sizes
+
+Done = Callable[["Outputs | None", "Exception | None"], object]
+"""Told what came of a request: its outputs, or the error; the other one is None."""
+
+_log = get_logger(__name__)
+
+
+class Submission(Protocol):
+    """A request that was submitted."""
+
+    def cancel(self) -> bool:
+        """Forget it: `done` is not called any more, and what is not running yet does not run for it.
+
+        False where `done` has been called, or is about to be.
+        """
+
+
+class Answer:
+    """Calls `done` once, unless it was cancelled before."""
+
+    __slots__ = ("_done", "_lock")
+
+    def __init__(self, done: Done) -> None:
+        self._done: Done | None = done
+        self._lock = threading.Lock()
+
+    @property
+    def is_wanted(self) -> bool:
+        return self._done is not None
+
+    def cancel(self) -> bool:
+        return self._take() is not None
+
+    def give(self, outputs: Outputs | None, error: Exception | None = None) -> None:
+        done = self._take()
+        if done is None:
+            return
+        try:
+            done(outputs, error)
+        except Exception:  # noqa: BLE001  # of whoever submitted it: the others of the batch go on
+            _log.exception("What was to be told of a request's end failed")
+
+    def _take(self) -> Done | None:
+        with self._lock:
+            done, self._done = self._done, None
+        return done
+
+
+class SubmittedRequest(Request):
+    """A request whose caller does not wait. `ended` is told when its batch has, whatever came of it."""
+
+    __slots__ = ("_ended", "answer")
+
+    def __init__(
+        self,
+        feeds: Feeds,
+        rows: int,
+        profile: int,
+        sizes: Sizes,
+        key: Hashable,
+        answer: Answer,
+        ended: Callable[[SubmittedRequest], None],
+    ) -> None:
+        super().__init__(feeds, rows, profile, sizes, key)
+        self.answer = answer
+        self._ended = ended
+
+    @property
+    def is_wanted(self) -> bool:
+        return self.answer.is_wanted
+
+    def let_go(self) -> None:
+        super().let_go()
+        self._ended(self)
+
+
+class Threads:
+    """Do what nobody waits for, a few tasks at a time; started when first needed."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._refuses = False
+
+    def check_open(self) -> None:
+        """Raises SessionClosedError after `refuse`."""
+        if self._refuses:
+            raise SessionClosedError
+
+    def do(self, task: Callable[[], None]) -> None:
+        """Raises SessionClosedError after `refuse`, RuntimeError where the system has no thread to give."""
+        with self._lock:
+            self.check_open()
+            if not self._threads:
+                self._start()
+            self._tasks.put(task)
+
+    def refuse(self) -> None:
+        """Take no more tasks."""
+        with self._lock:
+            self._refuses = True
+
+    def close(self) -> None:
+        """Take no more tasks, and wait for the end of those there are, unless one of them calls this."""
+        self.refuse()
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+    def _start(self) -> None:
+        for _ in range(self._most):
+            # As daemons: the interpreter would wait for them before it closes the session that ends them.
+            thread = threading.Thread(target=_work, args=(self._tasks,), name="mlflow-trt-run", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                if not self._threads:
+                    raise
+                return
+            self._threads.append(thread)
+        weakref.finalize(self, _end, self._tasks, self._most)
+
+
+def _work(tasks: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    while (task := tasks.get()) is not None:
+        try:
+            task()
+        except Exception:  # noqa: BLE001  # the thread goes on with the next task
+            _log.exception("A task of the session's own threads failed")
+        del task  # or what it refers to would stay until the next one
+
+
+def _end(tasks: queue.SimpleQueue[Callable[[], None] | None], threads: int) -> None:
+    for _ in range(threads):
+        tasks.put(None)
