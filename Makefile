@@ -28,7 +28,7 @@ test-lowest: | $(VENV)/bin/python
 TORCH_INDEX ?=
 test-torch: $(VENV)/.dev
 	$(RUN) -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[test-torch]'
-	$(RUN) -m pytest tests/test_sources.py
+	$(RUN) -m pytest tests/test_sources.py tests/test_torch_sources.py
 
 # Needs Java.
 test-spark: $(VENV)/.dev

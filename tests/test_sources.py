@@ -177,7 +177,7 @@ class TestTensorflow:
 
 @pytest.mark.parametrize("flavor", sorted(set(EXPORTERS.values())))
 def test_what_is_missing_is_named_with_its_line(flavor, monkeypatch):
-    needs = importlib.import_module(f"mlflow_trt.sources.{flavor}").NEEDS
+    needs = importlib.import_module(f"mlflow_trt.registry.sources.{flavor}").NEEDS
     monkeypatch.setattr(exporting, "is_installed", lambda module: False)
     with pytest.raises(MissingDependencyError, match=rf"pip install 'mlflow-trt\[{flavor}\]'") as caught:
         needs.check("models:/m/1")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 from mlflow.models import Model
 
 from mlflow_trt.core.optional import is_installed
@@ -21,20 +22,32 @@ ROWS = "rows"
 
 @dataclass(frozen=True, kw_only=True)
 class TracedInput:
-    """An input: its name where one is known, an array of its dtype, and the axes that vary."""
+    """An input: its name where one is known, an array of its dtype, and the axes that vary.
+
+    `axis_names` names axes that are one and the same in all inputs, and `unknown` are those that vary and whose size in
+    `array` is of no meaning.
+    """
 
     name: str | None
     array: npt.NDArray[Any]
     varying: tuple[int, ...]
+    axis_names: Mapping[int, str] = field(default_factory=lambda: {0: ROWS})
+    unknown: tuple[int, ...] = ()
 
-    @property
-    def grown(self) -> npt.NDArray[Any]:
+    def grown(self, *, but: int | None = None) -> npt.NDArray[Any]:
         """The array with more than one element along every axis that varies: exporters take a size of 1 for fixed."""
         array = self.array
         for axis in self.varying:
-            if axis < array.ndim and array.shape[axis] == 1:
+            if axis < array.ndim and array.shape[axis] == 1 and axis != but:
                 array = np.repeat(array, 2, axis)
         return np.asarray(array, order="C")
+
+    def sized(self, size: int) -> TracedInput:
+        """With this size along every axis of unknown size."""
+        array = self.array
+        for axis in self.unknown:
+            array = np.repeat(array.take([0], axis), size, axis)
+        return replace(self, array=array, unknown=())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +104,7 @@ def traced_inputs(model: Model, folder: Path) -> list[TracedInput]:
     if specs is None:
         return [TracedInput(name=name, array=array, varying=(0,)) for name, array in arrays or []]
     if arrays is None:
-        arrays = [(name, _zeros(name, shape, dtype)) for name, shape, dtype in specs]
+        return [_without_example(*spec) for spec in specs]
     if len(arrays) != len(specs):
         raise OnnxModelError(f"the signature has {len(specs)} inputs and the input example {len(arrays)}")
     by_name = {name: array for name, array in arrays if name is not None}
@@ -133,10 +146,23 @@ def _arrays(model: Model, folder: Path) -> list[tuple[str | None, npt.NDArray[An
     return [(None, np.asarray(example))]
 
 
-def _zeros(name: str | None, shape: Sequence[int], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    if -1 in shape[1:]:
+def _without_example(name: str | None, shape: Sequence[int], dtype: np.dtype[Any]) -> TracedInput:
+    varying = tuple(axis for axis, size in enumerate(shape) if size == -1)
+    array = np.zeros([2 if size == -1 else size for size in shape], dtype)
+    return TracedInput(name=name, array=array, varying=varying, unknown=tuple(axis for axis in varying if axis))
+
+
+def check_exported_inputs(proto: onnx.ModelProto, names: Sequence[str]) -> None:
+    """Raise OnnxModelError where an exported graph has other inputs than the model that it was exported from.
+
+    Exporters turn tensors that they did not recognize as constants into inputs, and leave unused inputs out.
+    """
+    present = {value.name for value in proto.graph.input} - {tensor.name for tensor in proto.graph.initializer}
+    more, missing = sorted(present - set(names)), sorted(set(names) - present)
+    if more or missing:
+        facts = [f"has the further inputs {', '.join(more)}"] * bool(more)
+        facts += [f"lacks the inputs {', '.join(missing)}"] * bool(missing)
         raise OnnxModelError(
-            f"input {name or ''} has the shape {tuple(shape)} in the signature, and no input example says which sizes "
-            "are usual; log the model again with input_example="
+            f"the exported graph {' and '.join(facts)}, compared with the model's own ({', '.join(names)}); "
+            "export the model to ONNX yourself, and convert the ONNX file"
         )
-    return np.zeros([2 if size == -1 else size for size in shape], dtype)
