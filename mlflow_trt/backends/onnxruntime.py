@@ -40,7 +40,7 @@ class CpuModel:
         onnxruntime = import_onnxruntime()
         self.version: str = onnxruntime.__version__
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is in the exception, too
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         cuda = [name for name in onnxruntime.get_available_providers() if prefer_cuda and name == _CUDA]

@@ -284,8 +284,9 @@ def _batch_text(axis: BatchAxis | None) -> str:
     if axis is None:
         return "none"
     origin = "declared" if axis.declared else "read off the graph"
-    use = "other sizes are split and padded" if axis.splits else "not carried by every output, so not split"
-    return f"axis 0 of {', '.join(axis.inputs)} ({origin}; {use})"
+    use = "other sizes are split and padded" if axis.splits else "neither split nor padded"
+    measured = "" if axis.dependence is None else f"; rows depend on each other: {axis.dependence}"
+    return f"axis 0 of {', '.join(axis.inputs)} ({origin}; {use}{measured})"
 
 
 def print_diagnosis(diagnosis: Diagnosis) -> None:

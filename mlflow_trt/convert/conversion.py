@@ -14,6 +14,7 @@ from mlflow_trt.convert.onnx.graph import label_of
 from mlflow_trt.convert.onnx.model import OnnxModel, subgraphs_of
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.convert.resolve_profiles import Profiles, resolve_profiles
+from mlflow_trt.convert.row_dependence import check_rows
 from mlflow_trt.convert.samples import (
     SampleData,
     SampleOrigin,
@@ -76,6 +77,7 @@ def convert(
     check_nodes(source.proto)
     profiles = resolve_profiles(source, recipe, example_shapes)
     samples = samples_of(data, source, profiles)
+    profiles = check_rows(source, profiles, samples)
     maker = maker_for(
         source,
         recipe,

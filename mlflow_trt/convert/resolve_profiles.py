@@ -124,6 +124,7 @@ class _Resolution:
     ) -> None:
         self._inputs = inputs
         self._batched = batch_axis.inputs if batch_axis is not None else ()
+        self._splits = batch_axis is not None and batch_axis.splits
         self._request = request
         self._example_shapes = example_shapes
         self._remarks = remarks
@@ -171,8 +172,9 @@ class _Resolution:
             self._set(limits, spec, axis, (DEFAULT_BATCH.min, DEFAULT_BATCH.opt, DEFAULT_BATCH.max))
             self._remarks.append(
                 f"axis 0 of input {spec.name!r} is taken as the batch axis, for {DEFAULT_BATCH.min} to "
-                f"{DEFAULT_BATCH.max} rows, {DEFAULT_BATCH.opt} usually; batch=(min, opt, max) says otherwise, and "
-                "that the rows do not depend on each other, so that larger batches can be split"
+                f"{DEFAULT_BATCH.max} rows, {DEFAULT_BATCH.opt} usually; shapes= says otherwise, and so does "
+                "batch=(min, opt, max), which also says that the rows do not depend on each other"
+                + ("" if self._splits else ", so that larger batches can be split")
             )
         elif len(self._example_shapes.get(spec.name, ())) == len(spec.shape):
             size = self._example_shapes[spec.name][axis]

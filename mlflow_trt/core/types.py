@@ -176,16 +176,38 @@ class ShapeProfile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowDependence:
+    """What was measured of rows that depend on each other: how far `output` is off where they do not run together.
+
+    `arrangement` is how they ran instead. `relative_error` is that of the worst row, None where nothing could be
+    compared; `problem` then says why.
+    """
+
+    output: str | None
+    arrangement: str
+    relative_error: float | None = None
+    problem: str | None = None
+
+    def __str__(self) -> str:
+        if self.output is None:
+            return f"{self.arrangement}: {self.problem}"
+        said = f"is off by {self.relative_error:.2g} (relative error)" if self.problem is None else self.problem
+        return f"{self.arrangement}, output {self.output!r} {said}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchAxis:
     """Axis 0 of `inputs` counts rows.
 
-    With `splits`, the rows do not depend on each other and every output carries the axis too, so that a batch of any
-    size can be run in pieces. `declared` tells that the user said so by `batch=`; otherwise it was read off the graph.
+    With `splits`, every output carries the axis too, so that a batch of any size is run in pieces. `declared` tells
+    that the user said by `batch=` that rows do not depend on each other; otherwise that was read off the graph and
+    measured. `dependence` is what was measured where they do: then only a declared axis `splits`.
     """
 
     inputs: tuple[str, ...]
     splits: bool
     declared: bool
+    dependence: RowDependence | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,9 @@ def find_batch_axis(model: OnnxModel, *, declared: bool) -> BatchAxis | None:
     """Axis 0 of the inputs, where it varies, is one and the same for all that have it, and reaches every output.
 
     Whether rows depend on each other cannot be seen: nodes of a graph and points of a cloud are rows too. So the batch
-    can be split only where the user declared it by `batch=`, or where the model calls the axis a batch. And it cannot
-    be where an input or output has it on another axis too, like a matrix of similarities between all rows.
+    can be split only where the user declared it by `batch=`, or where the model calls the axis a batch, and then
+    `row_dependence` measures whether that is true. And it cannot be where an input or output has it on another axis
+    too, like a matrix of similarities between all rows.
     """
     leading = [spec for spec in model.inputs if spec.shape and not isinstance(spec.shape[0], int)]
     names = {spec.shape[0] for spec in leading if not is_placeholder(spec.shape[0])}

@@ -66,6 +66,8 @@ def _no_profile(profiles: Sequence[ShapeProfile], feeds: Feeds, axis: BatchAxis 
     got = ", ".join(f"{name} {_extent(limits, feeds[name])}" for name, limits in profiles[0].ranges.items())
     if axis is None:
         advice = " It has no batch axis that could be split; batch= declares one."
+    elif not axis.splits and axis.dependence is not None:
+        advice = f" Batches are not split, since rows depend on each other: {axis.dependence}."
     elif not axis.declared:
         advice = " Batches are not split, since rows may depend on each other; batch= declares that they do not."
     elif not axis.splits:
