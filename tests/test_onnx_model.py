@@ -211,3 +211,33 @@ def test_refuses_a_proto_whose_weights_are_gone(tmp_path):
     emptied = onnx.load(tmp_path / "net.onnx", load_external_data=False)
     with pytest.raises(OnnxModelError, match="Pass the path of the ONNX file instead"):
         read_onnx(emptied, tmp_path)
+
+
+@pytest.mark.parametrize("name", [b"product", b"network", b"MatMul", b"batch", b"\x01x", b"\x01w", b"\x01y"], ids=repr)
+def test_names_that_are_no_text_are_refused(name, tmp_path):
+    damaged = name.replace(name.lstrip(b"\x01"), b"\xff" * len(name.lstrip(b"\x01")))
+    path = tmp_path / "damaged.onnx"
+    path.write_bytes(networks.product().SerializeToString().replace(name, damaged))
+    with pytest.raises(OnnxModelError, match="is no text in UTF-8"):
+        read_onnx(path, tmp_path)
+
+
+@pytest.mark.parametrize("shape", [["batch", 2**31], ["batch", *[1] * 8]], ids=["large", "many"])
+def test_dimensions_that_tensorrt_has_not_are_refused(shape, tmp_path):
+    model = networks.model(
+        [helper.make_node("Relu", ["x"], ["y"])],
+        [networks.value("x", networks.FLOAT, shape)],
+        [networks.value("y", networks.FLOAT, shape)],
+    )
+    with pytest.raises(OnnxModelError, match=r"TensorRT has up to 8 dimensions, each below 2\*\*31"):
+        read_onnx(model, tmp_path)
+
+
+@pytest.mark.parametrize("offset", ["9" * 5000, "-1", "0x10", "\u0663"])
+def test_offsets_that_are_no_numbers_are_refused(offset, tmp_path):
+    path = tmp_path / "net.onnx"
+    onnx.save_model(networks.product(), path, save_as_external_data=True, location="w.bin", size_threshold=0)
+    proto = onnx.load(path, load_external_data=False)
+    next(entry for entry in proto.graph.initializer[0].external_data if entry.key == "offset").value = offset
+    with pytest.raises(OnnxModelError, match="expected a number of bytes"):
+        read_onnx(saved(proto, path), tmp_path)

@@ -105,6 +105,12 @@ def test_what_can_be_split(first, second, outputs, expected, tmp_path):
     assert resolve(model, tmp_path, batch=(1, 2, 4), shapes=shapes).batch_axis == expected
 
 
+@pytest.mark.parametrize("size", [2**31, 2**70])
+def test_dimensions_that_nothing_counts_to_are_refused(size, tmp_path):
+    with pytest.raises(RecipeError, match=r"dimensions of 2\*\*31 and more"):
+        resolve(networks.product(), tmp_path, shapes={"x": ((1, 16), (1, 16), (size, 16))})
+
+
 @pytest.mark.parametrize("name", ["batch", "N", "batch_size", "input_dynamic_batch"])
 def test_an_axis_that_the_model_calls_a_batch_can_be_split(name, tmp_path):
     assert resolve(networks.product(batch=name), tmp_path).batch_axis.splits

@@ -16,6 +16,7 @@ from mlflow.exceptions import MlflowException
 import mlflow_trt
 from mlflow_trt import ExecutionError, InputDtypeError, InputError, InputShapeError, OutOfMemoryError
 from mlflow_trt.core.frames import feeds_from_frame, frame_from_outputs
+from mlflow_trt.core.inputs import prepare_feeds
 from mlflow_trt.core.types import TensorSpec
 
 CPU = {"runtime": "onnxruntime"}
@@ -175,6 +176,21 @@ class TestFrames:
             feeds_from_frame(frame, (IMAGE, SCORE, COUNT))
         with pytest.raises(InputError, match="has no column 'count'; it has image, score"):
             feeds_from_frame(frame[["image", "score"]], (IMAGE, SCORE, COUNT))
+
+    @pytest.mark.parametrize(
+        ("cells", "error", "message"),
+        [
+            ([b"1234" * 12, None], InputDtypeError, "are bytes and NoneType"),
+            ([None, b"1234" * 12], InputDtypeError, None),
+            ([np.zeros(12), np.zeros(12, "datetime64[s]")], InputDtypeError, "differ in dtype; expected float32"),
+            ([[1.0, 2.0], [[1.0], [2.0, 3.0]]], InputShapeError, "differ in shape"),
+            ([{"a": 1}, {"a": 2}], InputDtypeError, None),
+        ],
+    )
+    def test_cells_of_many_kinds(self, cells, error, message):
+        frame = pd.DataFrame({"image": pd.Series(cells, dtype=object), "score": [0.5, 0.25], "count": [1, 2]})
+        with pytest.raises((error, InputShapeError), match=message):
+            prepare_feeds(feeds_from_frame(frame, (IMAGE, SCORE, COUNT)), (IMAGE, SCORE, COUNT))
 
     def test_cells_of_bytes(self):
         images = np.arange(12, dtype=np.float32).reshape(2, 2, 3)

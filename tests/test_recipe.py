@@ -65,6 +65,9 @@ def test_brings_values_into_one_form():
         ({"precision": "tf32", "allow_tf32": False}, "contradict each other; choose precision='fp32'"),
         ({"timing_cache": "t", "builder_cache": False}, "timing_cache= needs the builder's cache"),
         ({"weight_streaming": True, "weights": "stripped"}, "choose one of the two"),
+        ({"timing_cache": 5}, "timing_cache is 5; expected the path of a file"),
+        ({"timing_cache": b"t"}, "timing_cache is b't'; expected the path"),
+        ({"timing_cache": "a\0b"}, "expected the path"),
     ],
 )
 def test_refuses_what_makes_no_sense(keywords, message):

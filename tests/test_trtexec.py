@@ -71,6 +71,11 @@ class TestOptions:
             (["--mem-pool-size", "dlaSRAM:1"], "there is no pool 'dlaSRAM' \\(no DLA is supported\\)"),
             (["--mem-pool-size", "workspace"], "expected pool:size, like workspace:2G"),
             (["--workspace", "0"], "--workspace: expected more than 0"),
+            (["--workspace", "nan"], "--workspace: expected more than 0"),
+            (["--workspace", "1e400"], "--workspace: expected more than 0"),
+            (["--mem-pool-size", "workspace:1.2.3"], "expected pool:size, like workspace:2G"),
+            (["--mem-pool-size", f"workspace:{'9' * 400}"], "expected pool:size, like workspace:2G"),
+            (["--mem-pool-size", "workspace:."], "expected pool:size, like workspace:2G"),
             (["--tactic-sources", "+CUDNN"], "TensorRT 11 removed CUDNN; it has EDGE_MASK_CONVOLUTIONS"),
             (["--tactic-sources", "+JIT_CONVOLUTIONS,EDGE_MASK_CONVOLUTIONS"], "give either a list, or"),
             (["--sparsity", "force"], "would overwrite the model's weights"),
@@ -135,6 +140,10 @@ class TestLines:
             ("trtexec --onnx=a --maxTiming=3", "--maxTiming has no counterpart: mlflow-trt does not know it"),
             ("trtexec --onnx", "--onnx wants a value: --onnx=..."),
             ("trtexec a.onnx", "a.onnx has no counterpart"),
+            ("trtexec --onnx='a.onnx", "cannot be read: No closing quotation"),
+            ("trtexec --onnx=a --profile=4294967296", "--profile=4294967296: expected a number below 256"),
+            (f"trtexec --onnx=a --profile={'9' * 5000}", "expected a number below 256"),
+            ("trtexec --onnx=a --profile=-1", "expected a number below 256"),
         ],
     )
     def test_what_has_no_counterpart_is_refused(self, line, message):

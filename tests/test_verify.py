@@ -10,11 +10,21 @@ import networks
 import numpy as np
 import pytest
 from helpers import reference
+from onnx import helper
 from real_models import MAGIKA
 from test_cli import run
 
 import mlflow_trt
-from mlflow_trt import AccuracyError, IntegrityError, MissingDependencyError, RecipeError, SelfTestError, Tolerance
+from mlflow_trt import (
+    AccuracyError,
+    IntegrityError,
+    MissingDependencyError,
+    OnnxModelError,
+    OutOfMemoryError,
+    RecipeError,
+    SelfTestError,
+    Tolerance,
+)
 from mlflow_trt.convert.onnx.model import read_onnx
 from mlflow_trt.core.accuracy import Verdict
 from mlflow_trt.flavor.fetch import read_record
@@ -44,6 +54,27 @@ def test_numbers_are_in_the_record_the_tags_and_the_metrics(store):
             "relative_error", "max_abs_error", "mean_abs_error", "cosine_similarity", "top_class_agreement"
         )
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("node", "found"),
+    [
+        (helper.make_node("ReduceMean", ["x"], ["y"], keepdims=0), r"shape \(\) for 4 rows"),
+        (helper.make_node("ReduceMean", ["x"], ["y"], axes=[0], keepdims=0), r"shape \(16,\) for 4 rows"),
+    ],
+    ids=["a scalar", "another axis"],
+)
+def test_an_output_that_has_no_rows_though_it_is_declared_to_have_them(node, found, tmp_path):
+    shape = networks.value("y", networks.FLOAT, ["batch"])
+    model = networks.model([node], [networks.value("x", networks.FLOAT, ["batch", 16])], [shape])
+    with pytest.raises(OnnxModelError, match=rf"declares the output y: float32\[batch\], and ONNX Runtime .* {found}"):
+        mlflow_trt.save_model(model, tmp_path / "model", batch=(1, 4, 8))
+    assert not (tmp_path / "model").exists()
+
+
+def test_samples_that_no_memory_holds(tmp_path):
+    with pytest.raises(OutOfMemoryError, match=r"input 'x' takes 137.4 GB .* give a smaller usual size"):
+        mlflow_trt.save_model(networks.product(), tmp_path / "model", batch=(1, 2**31 - 1, 2**31 - 1))
 
 
 def test_metrics_go_to_the_active_run_where_there_is_one(store):

@@ -62,7 +62,7 @@ def parse_settings(text: str, option: str) -> dict[str, Any] | None:
         return None
     try:
         settings = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter for what is nested a thousand times
         settings = None
     if not isinstance(settings, dict):
         raise typer.BadParameter(f'{option}: {text!r}: expected JSON like {{"runtime": "auto"}}')

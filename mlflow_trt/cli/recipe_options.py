@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
@@ -128,7 +129,7 @@ def _precision(given: Mapping[str, Any]) -> str:
 def _memory_pools(text: str) -> tuple[int | None, dict[str, int]]:
     workspace, pools = None, {}
     for item in filter(None, text.split(",")):
-        match = re.fullmatch(r"(\w+):([\d.]+)([BKMG]?)", item, re.IGNORECASE)
+        match = re.fullmatch(r"(\w+):([0-9]{1,18}(?:\.[0-9]*)?)([BKMG]?)", item, re.IGNORECASE)
         if not match:
             raise typer.BadParameter(f"--mem-pool-size: {item!r}: expected pool:size, like workspace:2G")
         name, amount, unit = match.groups()
@@ -144,7 +145,7 @@ def _memory_pools(text: str) -> tuple[int | None, dict[str, int]]:
 
 
 def _positive(amount: float, where: str, unit: int = 2**20) -> int:
-    if int(amount * unit) < 1:
+    if not (math.isfinite(amount) and int(amount * unit) >= 1):
         raise typer.BadParameter(f"{where}: expected more than 0")
     return int(amount * unit)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -96,6 +97,7 @@ OPTIONS = (
     ),
 )  # fmt: skip
 
+_MOST_PROFILES = 256
 _BY_NAME = {option.name.lower(): option for option in OPTIONS}
 _SHAPES = ("--min-shapes", "--opt-shapes", "--max-shapes")
 
@@ -130,8 +132,7 @@ def translate(line: str) -> Translation:
     translation = Translation()
     shapes: list[dict[str, str]] = [{}]
     shapes_to_run = None
-    words = shlex.split(line)
-    for word in words[1:] if words and not words[0].startswith("-") else words:
+    for word in _words_of(line):
         given, _, value = word.partition("=")
         option = _BY_NAME.get(given.lower())
         if option is None or option.becomes == "refused":
@@ -139,7 +140,7 @@ def translate(line: str) -> Translation:
         if not option.flag and not value:
             raise typer.BadParameter(f"trtexec's {given} wants a value: {given}=...")
         if option.name == "--profile":
-            shapes += [{} for _ in range(int(value) + 1 - len(shapes))] if value.isdecimal() else []
+            shapes += [{} for _ in range(_profile(value) + 1 - len(shapes))]
         elif option.name == "--shapes":
             shapes_to_run = value
         elif option.becomes in _SHAPES:
@@ -153,6 +154,21 @@ def translate(line: str) -> Translation:
     translation.options += _shape_options([profile for profile in shapes if profile], shapes_to_run)
     _add_default_precision(translation)
     return translation
+
+
+def _words_of(line: str) -> list[str]:
+    """What stands behind the name of the program, which may be left out."""
+    try:
+        words = shlex.split(line)
+    except ValueError as error:
+        raise typer.BadParameter(f"--from-trtexec: {line!r} cannot be read: {error}") from None
+    return words[1:] if words and not words[0].startswith("-") else words
+
+
+def _profile(value: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", value) or int(value) >= _MOST_PROFILES:
+        raise typer.BadParameter(f"trtexec's --profile={value}: expected a number below {_MOST_PROFILES}")
+    return int(value)
 
 
 def _reason(option: Option | None) -> str:

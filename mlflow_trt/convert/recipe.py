@@ -153,7 +153,7 @@ class Recipe:
             "workspace_bytes": _number("workspace_bytes", self.workspace_bytes, 1, None),
             "optimization_level": _number("optimization_level", self.optimization_level, 0, 5),
             "avg_timing_iterations": _number("avg_timing_iterations", self.avg_timing_iterations, 1, _LARGEST),
-            "timing_cache": None if self.timing_cache is None else os.fspath(self.timing_cache),
+            "timing_cache": _path("timing_cache", self.timing_cache),
             "builder_cache": bool(self.builder_cache),
             "memory_pools": _memory_pools(self.memory_pools),
             "allow_tf32": bool(self.allow_tf32),
@@ -299,6 +299,15 @@ def _memory_pools(value: Any) -> dict[str, int]:
             option="memory_pools",
         )
     return {name: _number("memory_pools", size, 1, None) or 0 for name, size in value.items()}
+
+
+def _path(option: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise RecipeError(f"{option} is {value!r}; expected the path of a file", option=option)
+    return path
 
 
 def _number(option: str, value: Any, low: int, high: int | None) -> int | None:

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from mlflow_trt.convert.onnx.batch_axis import find_batch_axis
 from mlflow_trt.convert.onnx.model import OnnxModel
 from mlflow_trt.convert.recipe import BatchRange, Recipe, ShapeRequest, ShapeTriple
-from mlflow_trt.core.types import BatchAxis, InputRange, Shape, ShapeProfile, TensorSpec, is_placeholder
+from mlflow_trt.core.types import (
+    LARGEST_DIMENSION,
+    BatchAxis,
+    InputRange,
+    Shape,
+    ShapeProfile,
+    TensorSpec,
+    is_placeholder,
+)
 from mlflow_trt.errors import RecipeError
 
 DEFAULT_BATCH = BatchRange(1, 8, 32)
@@ -79,6 +87,11 @@ def _check_request(name: str, triple: ShapeTriple, inputs: Mapping[str, TensorSp
         raise RecipeError(f"shapes[{name!r}] has {len(triple[0])} dimensions, but the input is {spec}", option="shapes")
     for role, shape in zip(("min", "opt", "max"), triple, strict=True):
         for axis, (asked, dim) in enumerate(zip(shape, spec.shape, strict=True)):
+            if asked > LARGEST_DIMENSION:
+                raise RecipeError(
+                    f"shapes[{name!r}]: {role} is {shape}; dimensions of 2**31 and more are not supported",
+                    option="shapes",
+                )
             if asked != -1 and (asked < 0 or (isinstance(dim, int) and asked != dim)):
                 raise RecipeError(
                     f"shapes[{name!r}]: {role} is {shape}, but axis {axis} of the input {spec} is {dim}",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,7 @@ from mlflow_trt.core.arrays import Array, Feeds, numpy_dtype
 from mlflow_trt.core.inputs import array_of, prepare_feeds
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.types import Shape, StrEnum, TensorSpec
-from mlflow_trt.errors import InputError, InputShapeError
+from mlflow_trt.errors import InputError, InputShapeError, OutOfMemoryError
 
 _log = get_logger(__name__)
 
@@ -184,6 +186,12 @@ def _usual_shape(spec: TensorSpec, profiles: Profiles) -> Shape:
 def _noise(random: np.random.Generator, spec: TensorSpec, shape: Shape, profiles: Profiles) -> Array:
     limits = next((p.ranges[spec.name] for p in profiles.profiles if spec.name in p.ranges), None)
     dtype = numpy_dtype(spec.dtype)
+    needed = math.prod(shape) * max(dtype.itemsize, 4)
+    if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise OutOfMemoryError(
+            f"input {spec.name!r} takes {needed / 1e9:,.1f} GB in its usual shape {shape}, more memory than this "
+            "machine has; give a smaller usual size, the middle one of batch= or shapes="
+        )
     if limits is not None and limits.is_values:
         return np.asarray(limits.opt, dtype).reshape(shape)
     if dtype.kind in "iub":

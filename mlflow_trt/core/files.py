@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-import uuid
 from pathlib import Path
 from typing import IO, Any
+
+from mlflow_trt.core.scratch import held, remove_abandoned, scratch_name
 
 
 def write_whole(path: Path, content: Any) -> None:
@@ -15,9 +16,10 @@ def write_whole(path: Path, content: Any) -> None:
     `content` is bytes, or memory that the buffer protocol shows, as TensorRT's.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    remove_abandoned(path.parent, f".{path.name}.")
+    partial = path.with_name(scratch_name(path.name))
     try:
-        with partial.open("xb") as file:
+        with partial.open("xb") as file, held(partial):
             file.write(memoryview(content))
         partial.replace(path)
     finally:

@@ -38,13 +38,7 @@ def _column(column: pd.Series[Any], spec: TensorSpec) -> Array:
     if values.dtype == object:
         if column.empty:
             return np.zeros((0, *(size or 0 for size in spec.fixed[1:])), numpy_dtype(spec.dtype))
-        cells = _from_bytes(values, spec) if isinstance(values[0], bytes) else [np.asarray(cell) for cell in values]
-        try:
-            values = np.stack(cells)
-        except ValueError as error:
-            raise InputShapeError(
-                f"the cells of column {spec.name!r} differ in shape: {error}", tensor=spec.name
-            ) from None
+        values = _stacked(values, spec)
     row = spec.fixed[1:]
     if values.ndim <= 2 and len(row) != values.ndim - 1 and None not in row:
         try:
@@ -56,16 +50,30 @@ def _column(column: pd.Series[Any], spec: TensorSpec) -> Array:
     return values
 
 
+def _stacked(values: npt.NDArray[Any], spec: TensorSpec) -> Array:
+    try:
+        cells = _from_bytes(values, spec) if isinstance(values[0], bytes) else [np.asarray(cell) for cell in values]
+        return np.stack(cells)
+    except InputError:
+        raise
+    except TypeError:  # numpy's, for dtypes without a common one
+        raise InputDtypeError(
+            f"the cells of column {spec.name!r} differ in dtype; expected {spec.dtype} in each", tensor=spec.name
+        ) from None
+    except ValueError as error:
+        raise InputShapeError(f"the cells of column {spec.name!r} differ in shape: {error}", tensor=spec.name) from None
+
+
 def _from_bytes(cells: npt.NDArray[Any], spec: TensorSpec) -> list[Array]:
     dtype = numpy_dtype(spec.dtype)
-    wrong = next((cell for cell in cells if not isinstance(cell, bytes) or len(cell) % dtype.itemsize), None)
-    if wrong is not None:
-        raise InputDtypeError(
-            f"a cell of column {spec.name!r} has {len(wrong)} bytes, which are no whole number of {spec.dtype}"
-            if isinstance(wrong, bytes)
-            else f"the cells of column {spec.name!r} are bytes and {type(wrong).__name__}; expected one of both",
-            tensor=spec.name,
-        )
+    for cell in cells:
+        if not isinstance(cell, bytes) or len(cell) % dtype.itemsize:
+            raise InputDtypeError(
+                f"a cell of column {spec.name!r} has {len(cell)} bytes, which are no whole number of {spec.dtype}"
+                if isinstance(cell, bytes)
+                else f"the cells of column {spec.name!r} are bytes and {type(cell).__name__}; expected one of both",
+                tensor=spec.name,
+            )
     return [np.frombuffer(cell, dtype) for cell in cells]
 
 

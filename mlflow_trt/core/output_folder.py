@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mlflow_trt.core.scratch import held, remove_abandoned, scratch_name
 from mlflow_trt.errors import RecipeError
 
 
@@ -30,10 +30,13 @@ def check_parent(path: Path, *, option: str) -> None:
 def written_aside(path: Path) -> Iterator[Path]:
     """A folder beside `path` that takes its place when the block ends well, and vanishes when it does not."""
     path = path.absolute()
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    aside.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path.parent, f".{path.name}.")
+    aside = path.with_name(scratch_name(path.name))
+    aside.mkdir()
     try:
-        yield aside
+        with held(aside):
+            yield aside
         if path.exists():
             # An empty folder may be somebody's current one, a link or a mount: it is filled, not replaced.
             for entry in aside.iterdir():

@@ -17,6 +17,9 @@ Dim = int | str | None
 
 Shape = tuple[int, ...]
 
+LARGEST_DIMENSION = 2**31 - 1
+"""TensorRT and the libraries below it count with 32 bits in places; nothing real comes near."""
+
 
 def is_placeholder(dim: Dim) -> bool:
     """Whether a dimension varies without a name that means anything: some exporters write `?` for any unknown."""

@@ -17,7 +17,7 @@ from mlflow_trt.core.compatibility import why_not
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.types import Precision, Weights
-from mlflow_trt.errors import AccuracyError, ExecutionError, InputError, RuntimeUnavailableError
+from mlflow_trt.errors import AccuracyError, ExecutionError, InputError, OnnxModelError, RuntimeUnavailableError
 from mlflow_trt.runtime.cuda.device import open_device
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.store.golden import Golden, golden_of
@@ -83,6 +83,7 @@ def measure_conversion(
             raise
         _log.warning("The model is not verified: %s", error.message)
         return Verification(tolerance=tolerance, remarks=(f"not verified: {error.message}",))
+    _check_rows(conversion, reference)
     samples = zip(conversion.samples.feeds, reference, strict=False)
     check_output_shapes(conversion.engine, conversion.shapes, samples, conversion.profiles.batch_axis)
     golden = golden_of(conversion, reference[0])
@@ -93,6 +94,24 @@ def measure_conversion(
         comparisons.append(engine)
         remarks += _about_tf32(conversion, engine)
     return Verification(tolerance=tolerance, comparisons=tuple(comparisons), golden=golden, remarks=tuple(remarks))
+
+
+def _check_rows(conversion: Conversion, reference: Sequence[Outputs]) -> None:
+    """Raise OnnxModelError where the model declares that an output has a row for each row of input, and it has not."""
+    axis = conversion.profiles.batch_axis
+    if axis is None or not axis.splits:
+        return
+    for feeds, outputs in zip(conversion.samples.feeds, reference, strict=False):
+        rows = feeds[axis.inputs[0]].shape[0]
+        for name, array in outputs.items():
+            if array.shape[:1] != (rows,):
+                spec = next(spec for spec in conversion.source.outputs if spec.name == name)
+                raise OnnxModelError(
+                    f"the model declares the output {spec}, and ONNX Runtime computes one of the shape {array.shape} "
+                    f"for {rows} rows, so they cannot be told apart. Export the model with an output that has axis 0 "
+                    "of the inputs, or convert it for one batch of fixed size",
+                    path=conversion.source.path,
+                )
 
 
 def compare_sessions(subject: Session, reference: Session, samples: Samples, tolerance: Tolerance) -> Comparison:

@@ -23,6 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mlflow_trt.core.files import open_lock_file
 from mlflow_trt.core.log import get_logger
+from mlflow_trt.core.scratch import scratch_folder
 from mlflow_trt.core.types import EngineRecord
 from mlflow_trt.store.private_folder import (
     NotPrivateError,
@@ -148,8 +149,8 @@ def store_engine(key: str, record: EngineRecord, plan: Path) -> None:
     folder = directory() / "engines" / key
     try:
         folder = folder_of("engines") / key
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as partial:
-            aside = Path(partial) / "engine"
+        with scratch_folder(folder.parent, ".partial-") as partial:
+            aside = partial / "engine"
             aside.mkdir()
             shutil.copyfile(plan, aside / _PLAN)
             (aside / _RECORD).write_bytes(_records.dump_json(record, indent=2))

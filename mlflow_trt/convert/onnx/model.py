@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import onnx
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
-from mlflow_trt.core.types import Dim, TensorSpec
+from mlflow_trt.core.types import LARGEST_DIMENSION, Dim, TensorSpec
 from mlflow_trt.errors import OnnxModelError
 
 MODEL_FILE = "model.onnx"
@@ -40,6 +41,9 @@ _DTYPES: Mapping[int, str] = {
     TensorProto.INT64: "int64",
     TensorProto.BOOL: "bool",
 }
+
+
+_MOST_DIMENSIONS = 8  # TensorRT's nvinfer1::Dims::MAX_DIMS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +108,7 @@ def read_onnx(model: str | os.PathLike[str] | ModelProto, workdir: Path) -> Onnx
     else:
         raise OnnxModelError(f"expected the path of an ONNX file or an onnx.ModelProto, got {type(model).__name__}")
     proto = _parse(path)
+    _check_text(proto, path)
     external_files = _check_external_files(proto, path)
     if any(_is_linked(path.parent, name) for name in external_files):
         path = _without_links(path, external_files, workdir)
@@ -224,6 +229,35 @@ def _parse(path: Path) -> ModelProto:
     return proto
 
 
+def _check_text(proto: ModelProto, path: Path) -> None:
+    """Protobuf hands over as bytes what is no text, which no name may be."""
+    names: list[object] = [prop for entry in proto.opset_import for prop in (entry.domain,)]
+    for graph in (proto.graph, *_inner_graphs(proto.graph.node)):
+        names += [graph.name, *(tensor.name for tensor in graph.initializer)]
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            names += [value.name, *(dim.dim_param for dim in value.type.tensor_type.shape.dim)]
+        names += _names_of(graph.node)
+    for function in proto.functions:
+        names += [function.name, function.domain, *function.input, *function.output, *_names_of(function.node)]
+    for tensor in tensors_of(proto):
+        names += [text for entry in tensor.external_data for text in (entry.key, entry.value)]
+    for name in names:
+        if not isinstance(name, str):
+            raise OnnxModelError(f"{path} is damaged: the name {name!r} in it is no text in UTF-8", path=path)
+
+
+def _names_of(nodes: Iterable[NodeProto]) -> Iterator[object]:
+    for node in nodes:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
+
+
+def _inner_graphs(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
+    for graph in subgraphs_of(nodes):
+        yield graph
+        yield from _inner_graphs(graph.node)
+
+
 def _check_external_files(proto: ModelProto, path: Path) -> tuple[str, ...]:
     needed: dict[str, tuple[int, str]] = {}
     for tensor in tensors_of(proto):
@@ -264,7 +298,7 @@ def _check_external_files(proto: ModelProto, path: Path) -> tuple[str, ...]:
 
 def _number(entries: Mapping[str, str], key: str, tensor: TensorProto, path: Path) -> int:
     text = entries.get(key) or "0"
-    if not text.isdecimal():
+    if not re.fullmatch(r"[0-9]{1,18}", text):
         raise OnnxModelError(
             f"{path}: the weights of {tensor.name!r} have the {key} {text!r}; expected a number of bytes", path=path
         )
@@ -274,7 +308,7 @@ def _number(entries: Mapping[str, str], key: str, tensor: TensorProto, path: Pat
 def _check(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path))
-    except onnx.checker.ValidationError as error:
+    except (onnx.checker.ValidationError, UnicodeDecodeError) as error:
         raise OnnxModelError(f"{path} is no valid ONNX model: {str(error).strip()}", path=path) from error
 
 
@@ -299,9 +333,14 @@ def _describe(value: ValueInfoProto, role: str, path: Path) -> TensorSpec:
             "export the model with shapes, or run onnx.shape_inference on it",
             path=path,
         )
-    return TensorSpec(
-        name=value.name, dtype=_DTYPES[tensor.elem_type], shape=tuple(_dim(dim) for dim in tensor.shape.dim)
-    )
+    shape = tuple(_dim(dim) for dim in tensor.shape.dim)
+    if len(shape) > _MOST_DIMENSIONS or any(isinstance(dim, int) and dim > LARGEST_DIMENSION for dim in shape):
+        raise OnnxModelError(
+            f"{path}: the {role} {value.name!r} has the shape {shape[:_MOST_DIMENSIONS]}; TensorRT has up to "
+            f"{_MOST_DIMENSIONS} dimensions, each below 2**31",
+            path=path,
+        )
+    return TensorSpec(name=value.name, dtype=_DTYPES[tensor.elem_type], shape=shape)
 
 
 def _type_name(number: int) -> str:
