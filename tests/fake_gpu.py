@@ -1,8 +1,8 @@
 """A GPU and a TensorRT that exist only in host memory, for what a session does with its memory and its streams.
 
 They are strict where a real one lets mistakes pass: nothing runs before somebody waits for it, freed memory is
-overwritten and its address given away again, and whatever reaches beyond its memory or comes without a current context
-is an error.
+overwritten and its address given away again, a graph uses the memory it was captured with, and whatever reaches beyond
+its memory, comes without a current context or disturbs a capture is an error.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import types
 import numpy as np
 
 from mlflow_trt.core.types import BatchAxis, ComputeCapability, Gpu, TensorSpec
+from mlflow_trt.runtime.cuda import dlpack
 from mlflow_trt.runtime.cuda.device import Device
 from mlflow_trt.runtime.tensorrt_session import TensorRTSession
 
@@ -43,7 +44,10 @@ class Driver:
         self.gives_addresses_again = True
         self._numbers = itertools.count(1)
         self._pushed = threading.local()
-        self._capturing = 0
+        self.capturing = 0
+        self.graphs = 0  # that were not closed
+        self.captures = 0
+        self.launches = 0
         self.Context = types.SimpleNamespace(pop=self._pop, synchronize=self.check_no_capture)
 
     def init(self):
@@ -102,15 +106,24 @@ class Driver:
     def check_no_capture(self):
         """What waits for the whole GPU is refused while a graph is captured, whichever thread does it."""
         self.check_current()
-        if self._capturing:
+        if self.capturing:
             raise self.Error("operation not permitted when stream is capturing")
 
-    def capture(self):
-        self._capturing += 1
+    def capture(self, handle, enqueue):
+        """As `Graphs` does: what is sent to the stream is kept instead of done."""
+        self.check_no_capture()
+        stream = self.streams[handle]
+        self.capturing += 1
+        stream.captured = work = []
         try:
             time.sleep(0.002)
+            enqueue()
         finally:
-            self._capturing -= 1
+            stream.captured = None
+            self.capturing -= 1
+        self.graphs += 1
+        self.captures += 1
+        return FakeGraph(self, stream, work)
 
     def _push(self):
         self._pushed.depth = getattr(self._pushed, "depth", 0) + 1
@@ -145,6 +158,26 @@ class Pinned:
         self._memory[:] = GARBAGE
 
 
+class FakeGraph:
+    def __init__(self, driver, stream, work):
+        self._driver = driver
+        self._stream = stream
+        self._work = work
+
+    def launch(self):
+        if self._work is None:
+            raise self._driver.Error("the graph was closed")
+        self._driver.launches += 1
+        for work in self._work:
+            self._stream.enqueue(work)
+
+    def close(self):
+        self._driver.check_current()
+        if self._work is not None:
+            self._driver.graphs -= 1
+            self._work = None
+
+
 class FakeStream:
     """Work that is done when somebody waits for it."""
 
@@ -153,10 +186,11 @@ class FakeStream:
         self._driver = driver
         self._work = []
         self._done = 0
+        self.captured = None
 
     def enqueue(self, work):
         self._driver.check_current()
-        self._work.append(work)
+        (self._work if self.captured is None else self.captured).append(work)
 
     def run(self, until=None):
         with self._driver.running:
@@ -168,12 +202,18 @@ class FakeStream:
     def position(self):
         return len(self._work)
 
+    def check_no_capture(self):
+        if self.captured is not None:
+            raise self._driver.Error("operation not permitted when stream is capturing")
+
     def wait_for_event(self, event):
+        self.check_no_capture()
         stream, position = event.recorded
         self.enqueue(lambda: stream.run(position))
 
     def synchronize(self):
         self._driver.check_current()
+        self.check_no_capture()
         self.run()
 
 
@@ -181,6 +221,7 @@ class FakeEvent:
     recorded = None
 
     def record(self, stream):
+        stream.check_no_capture()
         self.recorded = stream, stream.position()
 
     def synchronize(self):
@@ -238,9 +279,10 @@ class FakeTensorRT:
         return types.SimpleNamespace(reallocate=reallocate, notify_shape=notify_shape)
 
     def contexts(self, *_):
-        def new(*, cuda_graphs):
+        def new():
+            self.driver.check_no_capture()
             self.made += 1
-            return FakeContext(self, captures=cuda_graphs)
+            return FakeContext(self)
 
         return types.SimpleNamespace(new=new, close=lambda: None, kernels=self._kernels)
 
@@ -267,21 +309,20 @@ class FakeTensorRT:
 
 
 class FakeContext:
-    """Captures a graph in its second run, which from then on uses the memory it was captured with, late outputs too."""
+    """Compiles and allocates in its first run of a shape, and so may not be captured before."""
 
-    def __init__(self, tensorrt, *, captures):
+    def __init__(self, tensorrt):
         self._tensorrt = tensorrt
-        self._captures = captures
         self._shape = ()
         self._addresses = {}
         self._allocator = None
         self._scratch = 0
         self._scratch_bytes = 0
-        self._runs = {}
-        self._graphs = {}
+        self._has_run = False
 
     def set_input_shape(self, _name, shape):
         self._shape = shape
+        self._has_run = False
         return True
 
     def set_optimization_profile_async(self, _index, _handle):
@@ -316,19 +357,12 @@ class FakeContext:
         driver, (rows, columns) = self._tensorrt.driver, self._shape
         if self._scratch_bytes < 4 * math.prod(self._shape):
             return False
-        self._tensorrt.compile(self._shape)
-        bound = [address for name, address in self._addresses.items() if name != "z" or self._allocator is None]
-        run = (self._shape, *bound)
-        graph = self._graphs.get(run)
-        if graph is not None:
-            scratch, addresses, numbers = graph
-        else:
-            numbers = rows if self._allocator is None else self._allocate_late(rows)
-            scratch, addresses = self._scratch, dict(self._addresses)
-            self._runs[run] = self._runs.get(run, 0) + 1
-            if self._captures and self._runs[run] > 1:
-                driver.capture()
-                self._graphs[run] = scratch, addresses, numbers
+        if not self._has_run:
+            driver.check_no_capture()
+            self._tensorrt.compile(self._shape)
+        self._has_run = True
+        numbers = rows if self._allocator is None else self._allocate_late(rows)
+        scratch, addresses = self._scratch, dict(self._addresses)
 
         def work():
             driver.at(scratch, 4 * rows * columns)[:] = GARBAGE
@@ -350,6 +384,31 @@ class FakeContext:
         return numbers
 
 
+class Lent:
+    """Another library's array on the GPU, which is freed when nobody uses it any more."""
+
+    def __init__(self, driver, array):
+        self._array = array
+        self._address = next(driver._numbers) << 32
+        self._blocks = driver.blocks
+        driver.blocks[self._address] = array.copy().reshape(-1).view(np.uint8)
+
+    def __dlpack_device__(self):
+        return dlpack.CUDA, 0
+
+    def __dlpack__(self, *, stream):
+        return dlpack.export(Owner(self._blocks, self._address), self._address, "float32", self._array.shape, 0)
+
+
+class Owner:
+    def __init__(self, blocks, address):
+        self._blocks = blocks
+        self._address = address
+
+    def __del__(self):
+        del self._blocks[self._address]
+
+
 @contextlib.contextmanager
 def session(*, late=False, batch_axis=BATCH_AXIS, profiles=FakeTensorRT.profiles, **settings):
     """A session on such a GPU, and the GPU's driver and TensorRT."""
@@ -359,7 +418,7 @@ def session(*, late=False, batch_axis=BATCH_AXIS, profiles=FakeTensorRT.profiles
     opened = TensorRTSession(
         b"",
         tensorrt=tensorrt,
-        device=Device(gpu, None, driver),
+        device=Device(gpu, None, driver, driver),
         inputs=[TensorSpec(name="x", dtype="float32", shape=("rows", "columns"))],
         outputs=[TensorSpec(name=name, dtype="float32", shape=shape)
                  for name, shape in (("y", ("rows", "columns")), ("z", ("rows",)))],
@@ -369,4 +428,5 @@ def session(*, late=False, batch_axis=BATCH_AXIS, profiles=FakeTensorRT.profiles
     with opened:
         yield opened, driver, tensorrt
     assert not driver.blocks
+    assert not driver.graphs
     assert not driver.missed

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
+import contextlib
 import threading
 import time
 
@@ -12,7 +14,10 @@ import pytest
 
 from mlflow_trt.errors import OutOfMemoryError
 from mlflow_trt.runtime.batching.sizes import Rows
+from mlflow_trt.runtime.cuda.device import Device
+from mlflow_trt.runtime.engine import slot as slot_module
 from mlflow_trt.runtime.engine.contexts import MOST_CONTEXTS
+from mlflow_trt.runtime.engine.engine import MOST_FAILED_CAPTURES
 
 TOGETHER = pytest.mark.parametrize("delay", [0, 5.0], ids=["each by itself", "together"])
 LATE = pytest.mark.parametrize("late", [False, True], ids=["shapes known", "shapes late"])
@@ -58,10 +63,119 @@ def test_a_graph_never_uses_scratch_memory_that_grew_in_another_slot():
             assert np.array_equal(double(slot, rows(2, seed=seed)), 2 * rows(2, seed=seed))
         with session._scheduler.slots.lent() as other:
             double(other, rows(16, 64))
-        made = tensorrt.made
+        captures = driver.captures
         for seed in range(3):
             assert np.array_equal(double(slot, rows(2, seed=seed)), 2 * rows(2, seed=seed))
-        assert tensorrt.made == made + 1
+        assert driver.captures == captures + 1
+        assert tensorrt.made == 2
+
+
+@contextlib.contextmanager
+def counted(driver, monkeypatch):
+    """What is enqueued one by one, and launched as graphs, meanwhile."""
+    counts, enqueue = collections.Counter(), fake_gpu.FakeStream.enqueue
+
+    def count(stream, work):
+        counts["enqueued"] += 1
+        enqueue(stream, work)
+
+    launches, captures = driver.launches, driver.captures
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_gpu.FakeStream, "enqueue", count)
+        yield counts
+    counts["launched"], counts["captured"] = driver.launches - launches, driver.captures - captures
+
+
+class TestGraphs:
+    def test_a_call_that_comes_again_is_one_launch(self, monkeypatch):
+        with fake_gpu.session() as (session, driver, _):
+            for seed in range(2):
+                check(session, rows(3, seed=seed))
+            with counted(driver, monkeypatch) as counts:
+                for seed in range(4):
+                    check(session, rows(3, seed=seed))
+        # A launch stands for the upload, the engine, and two downloads.
+        assert counts == {"launched": 4, "captured": 0, "enqueued": 16}
+
+    @pytest.mark.parametrize("upload", [True, False], ids=["small inputs", "large inputs"])
+    @pytest.mark.parametrize("download", [True, False], ids=["small outputs", "large outputs"])
+    def test_what_is_large_is_copied_outside_of_the_graph(self, upload, download, monkeypatch):
+        monkeypatch.setattr(slot_module, "GRAPH_INPUT_BYTES", 1 << 20 if upload else 1)
+        monkeypatch.setattr(slot_module, "GRAPH_OUTPUT_BYTES", 1 << 20 if download else 1)
+        with fake_gpu.session() as (session, driver, _):
+            for seed in range(3):
+                check(session, rows(3, seed=seed))
+            with counted(driver, monkeypatch) as counts:
+                check(session, rows(3, seed=3))
+            names = {name for slot in session._scheduler.slots._free
+                     for context in slot.bindings._contexts.values() for name in context.graphs}  # fmt: skip
+        assert names == {f"{'upload, ' * upload}engine{', download' * download}"}
+        assert counts == {"launched": 1, "captured": 0, "enqueued": 4}
+
+    def test_they_are_captured_again_when_buffers_move(self, monkeypatch):
+        with fake_gpu.session() as (session, driver, _):
+            for seed in range(3):
+                check(session, rows(3, 2, seed))
+            check(session, rows(16, 64))
+            with counted(driver, monkeypatch) as counts:
+                for seed in range(3):
+                    check(session, rows(3, 2, seed))
+        assert (counts["captured"], counts["launched"]) == (1, 2)
+
+    @pytest.mark.parametrize("settings", [{"late": True}, {"cuda_graphs": False}], ids=["late outputs", "off"])
+    def test_where_there_are_none(self, settings):
+        with fake_gpu.session(**settings) as (session, driver, _):
+            for seed in range(5):
+                check(session, rows(3, seed=seed))
+            session.warm_up()
+            assert driver.captures == 0
+
+    def test_after_warming_up_nothing_is_captured_any_more(self, monkeypatch):
+        with fake_gpu.session(profiles=(*fake_gpu.FakeTensorRT.profiles, ((1, 1), (32, 64), (32, 64)))) as found:
+            session, driver, _ = found
+            session.warm_up()
+            with counted(driver, monkeypatch) as counts:
+                for count in (1, 2, 3, 8, 16):
+                    check(session, rows(count))
+        assert counts["captured"] == 0
+        assert counts["launched"] == 5
+
+    @pytest.mark.parametrize(("failures", "captured"), [(2, True), (99, False)])
+    def test_a_capture_that_fails_costs_no_call(self, failures, captured, monkeypatch, messages):
+        execute, failed = fake_gpu.FakeContext.execute_async_v3, []
+
+        def fail(context, handle):
+            if context._tensorrt.driver.capturing and len(failed) < failures:
+                failed.append(context)
+                raise context._tensorrt.driver.Error("capture invalidated")
+            return execute(context, handle)
+
+        monkeypatch.setattr(fake_gpu.FakeContext, "execute_async_v3", fail)
+        with fake_gpu.session() as (session, driver, _):
+            for seed in range(12):
+                check(session, rows(3, seed=seed))
+            assert bool(driver.captures) is captured
+        assert ("capture invalidated" in messages.text) is not captured
+        assert len(failed) == min(failures, MOST_FAILED_CAPTURES)
+
+    def test_who_allocates_is_not_waited_for(self):
+        with fake_gpu.session() as (session, driver, _), concurrent.futures.ThreadPoolExecutor(1) as pool:
+            check(session, rows(3))
+            with Device.allocating:
+                assert pool.submit(check, session, rows(3, seed=1)).result(10)
+                assert driver.captures == 0
+            check(session, rows(3, seed=2))
+            assert driver.captures == 1
+
+    def test_inputs_on_the_gpu(self):
+        """Their graphs hold the engine alone, beside those of calls from the host."""
+        with fake_gpu.session() as (session, driver, _):
+            for seed in range(4):
+                check(session, rows(3, seed=seed))
+                found = session.run_on_device({"x": fake_gpu.Lent(driver, rows(3, seed=seed))})
+                assert np.array_equal(found["y"].numpy(), rows(3, seed=seed) * 2)
+                del found
+            assert driver.captures == 2
 
 
 def test_no_graph_is_captured_of_allocations(monkeypatch):

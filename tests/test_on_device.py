@@ -9,34 +9,8 @@ import numpy as np
 import pytest
 
 from mlflow_trt.errors import InputShapeError, OutOfMemoryError
-from mlflow_trt.runtime.cuda import dlpack
 from mlflow_trt.runtime.cuda.device_array import view
 from mlflow_trt.runtime.engine.engine import Engine
-
-
-class Lent:
-    """Another library's array on the GPU, which is freed when nobody uses it any more."""
-
-    def __init__(self, driver, array):
-        self._array = array
-        self._address = next(driver._numbers) << 32
-        self._blocks = driver.blocks
-        driver.blocks[self._address] = array.copy().reshape(-1).view(np.uint8)
-
-    def __dlpack_device__(self):
-        return dlpack.CUDA, 0
-
-    def __dlpack__(self, *, stream):
-        return dlpack.export(Owner(self._blocks, self._address), self._address, "float32", self._array.shape, 0)
-
-
-class Owner:
-    def __init__(self, blocks, address):
-        self._blocks = blocks
-        self._address = address
-
-    def __del__(self):
-        del self._blocks[self._address]
 
 
 def rows(count, columns=2):
@@ -47,7 +21,7 @@ def rows(count, columns=2):
 @pytest.mark.parametrize("count", [1, 3, 16, 37])
 def test_the_same_as_on_the_host(count, late):
     with fake_gpu.session(late=late) as (session, driver, _):
-        outputs = session.run_on_device({"x": Lent(driver, rows(count))})
+        outputs = session.run_on_device({"x": fake_gpu.Lent(driver, rows(count))})
         assert np.array_equal(outputs["y"].numpy(), rows(count) * 2)
         assert np.array_equal(outputs["z"].numpy(), rows(count)[:, 0])
         del outputs
@@ -57,13 +31,13 @@ def test_pieces_whose_outputs_have_rows_of_different_sizes_are_refused():
     with fake_gpu.session(late=True) as (session, driver, tensorrt):
         tensorrt.late_shape = lambda rows: (rows, 1 if rows == 16 else 64)
         with pytest.raises(InputShapeError, match="its size depends on the data"):
-            session.run_on_device({"x": Lent(driver, rows(20))})
+            session.run_on_device({"x": fake_gpu.Lent(driver, rows(20))})
 
 
 def test_inputs_are_kept_until_nothing_reads_them_any_more():
     with fake_gpu.session() as (session, driver, _):
         session.run({"x": rows(16)})
-        x = Lent(driver, rows(16))
+        x = fake_gpu.Lent(driver, rows(16))
         driver.room = 0
         with pytest.raises(OutOfMemoryError):
             session.run_on_device({"x": x})
@@ -81,7 +55,7 @@ class TestWhatNobodyMayDoDuringACapture:
 
     def test_reading_an_output(self):
         with fake_gpu.session() as (session, driver, _):
-            outputs = session.run_on_device({"x": Lent(driver, rows(3))})
+            outputs = session.run_on_device({"x": fake_gpu.Lent(driver, rows(3))})
             self.meanwhile(session, outputs["y"].numpy)
             del outputs
 
@@ -91,7 +65,7 @@ class TestWhatNobodyMayDoDuringACapture:
                 self.__cuda_array_interface__ = array.__cuda_array_interface__
 
         with fake_gpu.session() as (session, driver, _):
-            x = session.run_on_device({"x": Lent(driver, rows(3))})["y"]
+            x = session.run_on_device({"x": fake_gpu.Lent(driver, rows(3))})["y"]
             self.meanwhile(session, lambda: view(Foreign(x), session.inputs[0], session._device, None))
             x = None
 

@@ -1,13 +1,14 @@
-"""Which GPUs the CUDA driver sees.
+"""The CUDA driver library, and which GPUs it sees.
 
-Asked of the driver library itself, which is there wherever a GPU can be used: neither pycuda nor the CUDA toolkit is
-needed to find out that they are missing. Source: the CUDA driver API, https://docs.nvidia.com/cuda/cuda-driver-api/.
+It is there wherever a GPU can be used: neither pycuda nor the CUDA toolkit is needed to find out that they are
+missing. Source: the CUDA driver API, https://docs.nvidia.com/cuda/cuda-driver-api/.
 """
 
 from __future__ import annotations
 
 import ctypes
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,28 +33,50 @@ class Hardware:
 def probe() -> Hardware:
     """Ask the driver. Heeds CUDA_VISIBLE_DEVICES. Initializes CUDA in this process, so do not fork afterwards."""
     try:
-        library = ctypes.CDLL(_LIBRARY)
+        library = DriverLibrary()
     except OSError:
         return Hardware(problem=f"no NVIDIA driver: {_LIBRARY} was not found")
     try:
         return _ask(library)
-    except _DriverError as error:
+    except DriverError as error:
         return Hardware(driver=_driver_release(), problem=str(error))
 
 
-class _DriverError(Exception):
-    pass
+class DriverError(Exception):
+    """The driver refused a call; `status` is its CUresult."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
-def _ask(library: ctypes.CDLL) -> Hardware:
-    def call(function: str, *arguments: object) -> None:
-        status = getattr(library, function)(*arguments)
+class DriverLibrary:
+    """Raises OSError where there is none."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL(_LIBRARY)
+        self._held = ctypes.PyDLL(_LIBRARY)
+
+    def call(self, function: str, *arguments: object) -> None:
+        """Raises DriverError."""
+        self.check(function, getattr(self._library, function)(*arguments))
+
+    def held(self, function: str) -> Callable[..., int]:
+        """A function that keeps Python's interpreter lock, for what takes less time than getting the lock back."""
+        found: Callable[..., int] = getattr(self._held, function)
+        return found
+
+    def check(self, function: str, status: int) -> None:
+        """Raises DriverError for what is not success."""
         if status != 0:
             text = ctypes.c_char_p()
-            library.cuGetErrorString(status, ctypes.byref(text))
+            self._library.cuGetErrorString(status, ctypes.byref(text))
             reason = text.value.decode() if text.value else f"error {status}"
-            raise _DriverError(f"the CUDA driver answers {function} with: {reason}")
+            raise DriverError(f"the CUDA driver answers {function} with: {reason}", status)
 
+
+def _ask(library: DriverLibrary) -> Hardware:
+    call = library.call
     call("cuInit", 0)
     version = ctypes.c_int()
     call("cuDriverGetVersion", ctypes.byref(version))

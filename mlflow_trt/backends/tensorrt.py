@@ -255,23 +255,20 @@ class Contexts:
     ) -> None:
         self._module = module
         self._engine: trt_api.ICudaEngine | None = engine
-        self._is_rtx = is_rtx
-        self._configs: dict[bool, trt_api.RtxIRuntimeConfig] = {}
+        self._config: trt_api.RtxIRuntimeConfig | None = None
         self._cache: trt_api.RtxIRuntimeCache | None = None
         if is_rtx:
-            for cuda_graphs in (False, True):
-                self._configs[cuda_graphs] = self._config(kernel_specialization, cuda_graphs=cuda_graphs)
-            self._cache = self._configs[False].create_runtime_cache()
+            self._config = self._configured(kernel_specialization)
+            self._cache = self._config.create_runtime_cache()
             for blob in kernels:
                 self._cache.deserialize(blob)
-            for config in self._configs.values():
-                config.set_runtime_cache(self._cache)
+            self._config.set_runtime_cache(self._cache)
 
-    def new(self, *, cuda_graphs: bool) -> trt_api.IExecutionContext | None:
-        """A context; one of TensorRT-RTX captures a CUDA graph for the shapes it runs, if asked."""
+    def new(self) -> trt_api.IExecutionContext | None:
+        """A context; None where there is no room for it."""
         engine = cast(trt_api.ICudaEngine, self._engine)
-        if self._is_rtx:
-            return engine.create_execution_context(self._configs[cuda_graphs])
+        if self._config is not None:
+            return engine.create_execution_context(self._config)
         return engine.create_execution_context(self._module.ExecutionContextAllocationStrategy.USER_MANAGED)
 
     def kernels(self, others: Sequence[bytes] = ()) -> bytes | None:
@@ -279,28 +276,28 @@ class Contexts:
 
         None for TensorRT, which has compiled everything when it builds the engine.
         """
-        if self._cache is None:
+        if self._cache is None or self._config is None:
             return None
         own = _bytes(self._cache.serialize())
         if not others:
             return own
-        together = self._configs[False].create_runtime_cache()
+        together = self._config.create_runtime_cache()
         for blob in (*others, own):
             together.deserialize(blob)
         return _bytes(together.serialize())
 
     def close(self) -> None:
         """Let go of the engine."""
-        self._configs.clear()
+        self._config = None
         self._cache = None
         self._engine = None
 
-    def _config(self, kernel_specialization: str, *, cuda_graphs: bool) -> trt_api.RtxIRuntimeConfig:
+    def _configured(self, kernel_specialization: str) -> trt_api.RtxIRuntimeConfig:
         config = cast(trt_api.RtxICudaEngine, self._engine).create_runtime_config()
         specializations = self._module.DynamicShapesKernelSpecializationStrategy
         config.dynamic_shapes_kernel_specialization_strategy = getattr(specializations, kernel_specialization.upper())
-        graphs = self._module.CudaGraphStrategy
-        config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if cuda_graphs else graphs.DISABLED
+        # Not by itself: we capture the copies along with the engine, and know when the addresses have changed.
+        config.cuda_graph_strategy = self._module.CudaGraphStrategy.DISABLED
         allocation = self._module.ExecutionContextAllocationStrategy.USER_MANAGED
         config.set_execution_context_allocation_strategy(allocation)
         return config

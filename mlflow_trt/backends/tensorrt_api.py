@@ -261,7 +261,6 @@ class RtxDynamicShapesKernelSpecializationStrategy(Protocol):
 
 class RtxCudaGraphStrategy(Protocol):
     DISABLED: Enumerator
-    WHOLE_GRAPH_CAPTURE: Enumerator
 
 
 class ExecutionContextAllocationStrategy(Protocol):

@@ -29,8 +29,8 @@ class LoadSettings:
             servers with a worker for each GPU; more processes than GPUs share them evenly.
         kernel_specialization: TensorRT-RTX only. `eager` gives the same result from the first call of a new shape on;
             `lazy` answers sooner.
-        cuda_graphs: launch shapes that come again as CUDA graphs: `auto` where the distribution can (TensorRT-RTX),
-            `on` there or an error, `off` nowhere.
+        cuda_graphs: launch shapes that come again as CUDA graphs, which take small inputs and outputs over the bus,
+            too: `auto` with TensorRT-RTX, `on` with TensorRT as well, `off` nowhere.
         max_batch_delay_ms: calls that arrive while a batch runs are put together into the next one, which stays open
             for so many milliseconds at most; 0 runs each call by itself. A call that is alone never waits.
         warm_up: run every batch size once while loading, so that no later call compiles kernels or makes contexts:

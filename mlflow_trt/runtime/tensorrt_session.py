@@ -47,7 +47,7 @@ class TensorRTSession(Session):
         batch_axis: what may be split and padded where a batch does not fit the engine's profiles.
         kernel_specialization: TensorRT-RTX only. `eager` compiles the kernels for a new shape before the first
             result, which then equals all later ones; `lazy` answers with generic kernels first.
-        cuda_graphs: launch shapes that come again as CUDA graphs, which only TensorRT-RTX can capture here.
+        cuda_graphs: launch what comes again as a CUDA graph: the engine, and the copies of small inputs and outputs.
         max_batch_delay_ms: milliseconds for which a batch stays open at most for the calls of other threads while
             another batch runs; 0 runs each call by itself.
         allow_engine_host_code: let the plan bring code that runs on the CPU.
@@ -143,8 +143,8 @@ class TensorRTSession(Session):
         self._check_open()
         with self._warming, contextlib.ExitStack() as stack:
             slots = [stack.enter_context(self._scheduler.slots.lent()) for _ in range(MOST_SLOTS)]
-            # Twice: a graph is no good any more once a later shape has made the scratch memory grow.
-            for _ in range(2):
+            # The second run captures a graph, which is no good any more once a later shape made scratch memory grow.
+            for _ in range(3):
                 self._run_every_size(slots)
 
     def _run_every_size(self, slots: Sequence[EngineSlot]) -> None:

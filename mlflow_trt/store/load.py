@@ -210,11 +210,6 @@ def session_on(
     """
     from mlflow_trt.runtime.tensorrt_session import TensorRTSession
 
-    if settings.cuda_graphs == "on" and not tensorrt.is_rtx:
-        raise RuntimeUnavailableError(
-            f"cuda_graphs='on': only TensorRT-RTX captures CUDA graphs by itself; for {tensorrt} the application would "
-            "have to, and pycuda has no API for it. Use 'auto'."
-        )
     return TensorRTSession(
         plan,
         tensorrt=tensorrt,
@@ -223,7 +218,7 @@ def session_on(
         outputs=outputs,
         batch_axis=batch_axis,
         kernel_specialization=settings.kernel_specialization,
-        cuda_graphs=settings.cuda_graphs != "off",
+        cuda_graphs=settings.cuda_graphs == "on" or (settings.cuda_graphs == "auto" and tensorrt.is_rtx),
         max_batch_delay_ms=settings.max_batch_delay_ms,
         allow_engine_host_code=settings.allow_engine_host_code,
         weights_from=weights_from,

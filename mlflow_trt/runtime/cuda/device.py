@@ -8,6 +8,7 @@ the calling thread and pops it again. Memory is allocated and freed only inside 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from mlflow_trt.backends.cuda_driver import Hardware, probe
 from mlflow_trt.core.types import Gpu
 from mlflow_trt.errors import ExecutionError, MissingDependencyError, OutOfMemoryError, RuntimeUnavailableError
+from mlflow_trt.runtime.cuda.graphs import DriverGraphs, Graph, Graphs
 
 _devices: dict[int, Device] = {}
 _devices_lock = threading.Lock()
@@ -30,7 +32,7 @@ def open_device(ordinal: int) -> Device:
     with _devices_lock:
         if ordinal not in _devices:
             hardware = probe()
-            _devices[ordinal] = Device(_find(hardware, ordinal), hardware, _import_pycuda())
+            _devices[ordinal] = Device(_find(hardware, ordinal), hardware, _import_pycuda(), DriverGraphs())
         return _devices[ordinal]
 
 
@@ -60,16 +62,17 @@ class Device:
     """One GPU and its primary context in this process. Get it from `open_device`.
 
     Attributes:
-        allocating: held while memory is allocated or freed, or the whole GPU waited for. CUDA refuses that to all
-            threads while one of them captures a graph, and makes the capture fail: whoever may capture holds it too.
+        allocating: held while memory is allocated or freed, or the whole GPU waited for. CUDA refuses part of that
+            while a graph is captured, and makes the capture fail: whoever captures holds it too.
     """
 
     allocating: ClassVar[threading.RLock] = threading.RLock()
 
-    def __init__(self, gpu: Gpu, hardware: Hardware, driver: Any) -> None:
+    def __init__(self, gpu: Gpu, hardware: Hardware, driver: Any, graphs: Graphs) -> None:
         self.gpu = gpu
         self.hardware = hardware
         self._driver = driver
+        self._graphs = graphs
         try:
             driver.init()
             self._context = driver.Device(gpu.ordinal).retain_primary_context()
@@ -126,7 +129,7 @@ class Device:
         return array
 
     def stream(self) -> Stream:
-        return Stream(self._driver.Stream(), self._driver)
+        return Stream(self._driver.Stream(), self._driver, self._graphs)
 
     def event(self) -> Event:
         return Event(self._driver.Event())
@@ -165,10 +168,18 @@ class Current:
 class Stream:
     """A CUDA stream of its own, not the default one, and the copies on it."""
 
-    def __init__(self, stream: Any, driver: Any) -> None:
+    def __init__(self, stream: Any, driver: Any, graphs: Graphs) -> None:
         self.handle = int(stream.handle)
         self._stream = stream
         self._driver = driver
+        self._graphs = graphs
+
+    def capture(self, enqueue: Callable[[], None]) -> Graph:
+        """What `enqueue` sends to this stream, which does not run for it. `Device.allocating` is held.
+
+        Raises ExecutionError, and what `enqueue` raises.
+        """
+        return self._graphs.capture(self.handle, enqueue)
 
     def upload(self, source: PinnedBuffer, target: DeviceBuffer, start: int, stop: int) -> None:
         """Copy these bytes of one to the same place in the other."""

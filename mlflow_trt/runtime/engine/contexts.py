@@ -5,18 +5,15 @@ from __future__ import annotations
 import collections
 from collections.abc import Hashable
 
-from mlflow_trt.core.log import get_logger
 from mlflow_trt.errors import ExecutionError, InputShapeError
 from mlflow_trt.runtime.batching.sizes import Shapes
 from mlflow_trt.runtime.cuda.device import Event, Stream
 from mlflow_trt.runtime.engine.buffers import Buffers
-from mlflow_trt.runtime.engine.engine import UNBOUND, Context, Engine
+from mlflow_trt.runtime.engine.engine import ENGINE_ALONE, Around, Context, Engine
 
 MOST_CONTEXTS = 16
 """Each keeps its shapes, its bindings and its CUDA graph, so that a shape that comes again costs nothing but a launch.
 They share their kernels and scratch memory: one takes up to 4 MB and 30 ms to make."""
-
-_log = get_logger(__name__)
 
 
 def depends_on_data(shape: tuple[int, ...]) -> bool:
@@ -59,30 +56,21 @@ class Bindings:
         self._contexts[key] = context
         return context, self._engine.is_new(key)
 
-    def execute(self, context: Context, profile: int, shapes: Shapes) -> None:
+    def execute(self, context: Context, profile: int, shapes: Shapes, around: Around = ENGINE_ALONE) -> None:
         """Enqueue a run. Raises ExecutionError; OutOfMemoryError where an output found no room."""
         self._allocation_error = None
         try:
-            if not self._execute(context):
-                self._replace(context, profile, shapes, cuda_graphs=True)
-                self._execute(context)
-        except ExecutionError as error:
+            while not self._execute(context, around):
+                context.replace(self._engine.new_raw_context())
+                self.set_shapes(context, profile, shapes)
+        except ExecutionError:
             if self._allocation_error is not None:
                 raise self._allocation_error from None
-            if "capture" not in error.message:
-                raise
-            # Another library of this process allocated memory meanwhile, which CUDA forbids and we cannot prevent.
-            _log.warning("A CUDA graph could not be captured, and its shapes run without: %s", error.message)
-            self._replace(context, profile, shapes, cuda_graphs=False)
-            self._execute(context)
+            raise
 
-    def _replace(self, context: Context, profile: int, shapes: Shapes, *, cuda_graphs: bool) -> None:
-        context.replace(self._engine.new_context(cuda_graphs=cuda_graphs))
-        self.set_shapes(context, profile, shapes)
-
-    def _execute(self, context: Context) -> bool:
+    def _execute(self, context: Context, around: Around) -> bool:
         assert self._done is not None  # noqa: S101  # for the type checker: only a closed slot has none
-        return self._engine.execute(context, self._stream, self._done)
+        return self._engine.execute(context, self._stream, self._done, around)
 
     def output_shapes(self, context: Context) -> Shapes:
         """The shapes of all outputs, after a run that came to its end."""
@@ -93,6 +81,8 @@ class Bindings:
 
     def clear(self) -> None:
         """Let go of everything, while the device is current: pycuda frees an event when nobody refers to it."""
+        for context in self._contexts.values():
+            context.unbind()
         self._contexts.clear()
         self._allocator = None
         self._done = None
@@ -100,8 +90,7 @@ class Bindings:
     def set_shapes(self, context: Context, profile: int, shapes: Shapes) -> None:
         """Bind a context to the buffers for these shapes."""
         raw, engine = context.raw, self._engine
-        context.moves = UNBOUND
-        context.runs = 0
+        context.unbind()
         if profile != context.profile:
             if not raw.set_optimization_profile_async(profile, self._stream.handle):
                 raise engine.failure(f"switch to optimization profile {profile}")
@@ -122,14 +111,11 @@ class Bindings:
         found = {name: tuple(raw.get_tensor_shape(name)) for name in engine.outputs}
         context.late = [name for name, shape in found.items() if depends_on_data(shape)]
         context.outputs = {name: shape for name, shape in found.items() if name not in context.late}
-        if context.late and context.captures:
-            # A graph would replay the allocations of the run that it was captured from.
-            engine.uses_cuda_graphs = False
-            self._replace(context, profile, shapes, cuda_graphs=False)
-            return
+        if context.late:
+            context.captures = False  # a graph would replay the allocations of the run that it was captured from
+        context.output_bytes = sum(self._buffers.nbytes(name, shape) for name, shape in context.outputs.items())
         self._bind_outputs(context)
         context.scratch_bytes = raw.update_device_memory_size_for_shapes()
-        context.scratch_address = 0  # how it is parted has changed, and TensorRT wants to be given it again
         context.moves = self._buffers.moves.count
 
     def _bind_outputs(self, context: Context) -> None:

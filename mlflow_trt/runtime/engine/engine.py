@@ -14,7 +14,7 @@ import re
 import threading
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 from mlflow_trt.backends import tensorrt_api as trt_api
 from mlflow_trt.backends.tensorrt import TensorRT
@@ -22,9 +22,10 @@ from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.types import InputRange, ShapeProfile, TensorSpec
 from mlflow_trt.errors import EngineMismatchError, ExecutionError, InputShapeError, OutOfMemoryError
 from mlflow_trt.runtime.cuda.device import Device, Event, Stream
+from mlflow_trt.runtime.cuda.graphs import Graph
 
-FIRST_RUNS = 3
 UNBOUND = -1
+MOST_FAILED_CAPTURES = 3
 _NOTHING = contextlib.nullcontext()
 _log = get_logger(__name__)
 
@@ -39,13 +40,34 @@ class KernelStore(Protocol):
         """Keep `merge(what others kept meanwhile)`, while no other process does the same."""
 
 
+class Around(NamedTuple):
+    """What is enqueued with a run as one CUDA graph: what comes before the engine, and what comes after it.
+
+    `name` tells apart the graphs that a context has: the same name always enqueues the same for the same shapes.
+    """
+
+    name: str
+    before: Callable[[], None]
+    after: Callable[[], None]
+
+
+def do_nothing() -> None:
+    """What comes before or after an engine that runs alone."""
+
+
+ENGINE_ALONE = Around("engine", do_nothing, do_nothing)
+
+
 class Context:
     """An execution context with shapes, and what follows from them.
 
-    `outputs` are the shapes of all outputs but the `late` ones, whose shape depends on data. `moves` is what the
-    buffers had counted when it was bound to them; UNBOUND: it is not. `runs` are those since then. `scratch_address`
-    is what it was given since it got its shapes, and `graph_scratch` what stands in the CUDA graph that it may have
-    captured, if it `captures`; 0: nothing.
+    Attributes:
+        captures: whether a shape that comes again is to be captured.
+        outputs: the shapes of all outputs but the `late` ones, whose shape depends on data.
+        moves: what the buffers had counted when it was bound to them; UNBOUND: it is not.
+        runs: since then, or since its scratch memory moved.
+        scratch_address: of the memory it was given since it got its shapes; 0: none.
+        graphs: captured since then.
     """
 
     def __init__(self, raw: trt_api.IExecutionContext, *, captures: bool) -> None:
@@ -54,16 +76,31 @@ class Context:
         self.profile = 0
         self.moves = UNBOUND
         self.outputs: dict[str, tuple[int, ...]] = {}
+        self.output_bytes = 0
         self.late: list[str] = []
         self.scratch_bytes = 0
         self.scratch_address = 0
-        self.graph_scratch = 0
         self.runs = 0
+        self.graphs: dict[str, Graph] = {}
+        self.failed_captures = 0
 
-    def replace(self, other: Context) -> None:
-        """Be another context, which has no shapes yet."""
-        self.raw, self.captures, self.profile, self.moves = other.raw, other.captures, 0, UNBOUND
-        self.scratch_address, self.graph_scratch, self.runs = 0, 0, 0
+    def replace(self, raw: trt_api.IExecutionContext) -> None:
+        """Go on with another one of TensorRT's, which has no shapes yet."""
+        self.unbind()
+        self.raw, self.profile = raw, 0
+
+    def unbind(self) -> None:
+        """Forget all that holds only for the addresses it knows of. The device is current, and nothing runs here."""
+        self.moves = UNBOUND
+        self.scratch_address = 0
+        self.forget_graphs()
+
+    def forget_graphs(self) -> None:
+        """What was captured is good no more; the next run goes without a graph."""
+        self.runs = 0
+        graphs, self.graphs = self.graphs, {}
+        for graph in graphs.values():
+            graph.close()
 
 
 class Engine:
@@ -129,18 +166,21 @@ class Engine:
 
     def new_context(self, *, cuda_graphs: bool = True) -> Context:
         """A context without scratch memory, which `execute` gives it."""
-        captures = cuda_graphs and self.uses_cuda_graphs
+        return Context(self.new_raw_context(), captures=cuda_graphs and self.uses_cuda_graphs)
+
+    def new_raw_context(self) -> trt_api.IExecutionContext:
+        """One of TensorRT's. Raises ExecutionError."""
         with self.device.allocating:
-            context = self._contexts.new(cuda_graphs=captures)
+            context = self._contexts.new()
         if context is None:
             raise self.failure("make an execution context")
-        return Context(context, captures=captures)
+        return context
 
-    def execute(self, context: Context, stream: Stream, done: Event) -> bool:
-        """Enqueue a run after all earlier ones, and record `done`. Raises ExecutionError.
+    def execute(self, context: Context, stream: Stream, done: Event, around: Around = ENGINE_ALONE) -> bool:
+        """Enqueue a run after all earlier ones, with what is to be `around` it, and record `done`.
 
-        Returns False, and does nothing, where the context has a graph that would use scratch memory of before: then it
-        has to be replaced.
+        The first time as it is, then as a CUDA graph where the context captures. Raises ExecutionError. Returns False,
+        after nothing was enqueued, where a capture has failed: then the context has to be replaced.
         """
         with self._turn:
             if self._last is not None and self._last[0] is not stream:
@@ -148,24 +188,58 @@ class Engine:
             if context.scratch_bytes > self._scratch.nbytes and self._last is not None:
                 self._last[1].synchronize()  # before its memory goes
             address = self._scratch.reserve(context.scratch_bytes)
-            if context.graph_scratch not in (0, address):
-                return False
             if address != context.scratch_address:
                 context.raw.set_device_memory(address, self._scratch.nbytes)
                 context.scratch_address = address
-                context.runs = 0
+                context.forget_graphs()
             self._last = (stream, done)
-            if context.captures:
-                context.graph_scratch = address  # before the run: it may end in an error after the capture
             try:
-                # The first runs of a context may compile, allocate, and capture its graph.
-                with self.device.allocating if context.runs < FIRST_RUNS else _NOTHING:
-                    if not context.raw.execute_async_v3(stream.handle):
-                        raise self.failure("run the engine")
-                context.runs += 1
+                return self._enqueue(context, stream, around)
             finally:
                 done.record(stream)
+
+    def _enqueue(self, context: Context, stream: Stream, around: Around) -> bool:
+        graph = context.graphs.get(around.name)
+        if graph is None and context.captures and context.runs and self.device.allocating.acquire(blocking=False):
+            # Where somebody allocates just now, one of the next runs captures.
+            try:
+                graph = self._capture(context, stream, around)
+            finally:
+                self.device.allocating.release()
+            if graph is None:
+                return False
+        if graph is not None:
+            graph.launch()
+        else:
+            # The first run may compile and allocate.
+            with _NOTHING if context.runs else self.device.allocating:
+                self._enqueue_all(context, stream, around)
+        context.runs += 1
         return True
+
+    def _enqueue_all(self, context: Context, stream: Stream, around: Around) -> None:
+        around.before()
+        if not context.raw.execute_async_v3(stream.handle):
+            raise self.failure("run the engine")
+        around.after()
+
+    def _capture(self, context: Context, stream: Stream, around: Around) -> Graph | None:
+        """A graph of a run, which is kept; None where there is none to be had now."""
+        try:
+            graph = stream.capture(lambda: self._enqueue_all(context, stream, around))
+        except Exception as raised:
+            error = raised if isinstance(raised, ExecutionError) else self.device.translated(raised)
+            if error is None:
+                raise
+            self.tensorrt.log.errors()  # what it says of this is no more than that
+            context.failed_captures += 1
+            # Another library of this process may have done what CUDA forbids meanwhile: the next time may be better.
+            context.captures = context.failed_captures < MOST_FAILED_CAPTURES
+            if not context.captures:
+                _log.warning("A CUDA graph could not be captured, and its shapes run without: %s", error)
+            return None
+        context.graphs[around.name] = graph
+        return graph
 
     def is_new(self, shapes: Hashable) -> bool:
         """Whether nothing of these shapes ran before, so that TensorRT-RTX has kernels to compile."""

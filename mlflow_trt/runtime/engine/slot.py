@@ -13,9 +13,14 @@ from mlflow_trt.runtime.batching.host_copy import copy_rows
 from mlflow_trt.runtime.batching.sizes import Rows, Shapes
 from mlflow_trt.runtime.engine.buffers import Buffers
 from mlflow_trt.runtime.engine.contexts import Bindings
-from mlflow_trt.runtime.engine.engine import Context, Engine
+from mlflow_trt.runtime.engine.engine import Around, Context, Engine, do_nothing
 
 UPLOAD_BYTES = 1 << 20
+GRAPH_INPUT_BYTES = 2 << 20
+"""Up to which a run's inputs are uploaded by its CUDA graph. Larger ones are sent off while they are still copied into
+pinned memory, and while another run is not done."""
+GRAPH_OUTPUT_BYTES = 2 << 20
+"""Up to which a run's outputs are downloaded by its CUDA graph. Larger ones come back while the next run has begun."""
 _log = get_logger(__name__)
 
 
@@ -38,13 +43,26 @@ class EngineSlot:
             self.stream = self._device.stream()
             self.buffers = Buffers(engine)
             self.bindings = Bindings(engine, self.buffers, self.stream)
+        self._arounds = {
+            (up, down): Around(
+                f"{'upload, ' if up else ''}engine{', download' if down else ''}",
+                self._upload_all if up else do_nothing,
+                self._download_all if down else do_nothing,
+            )
+            for up in (False, True)
+            for down in (False, True)
+        }
 
     # ---- what every slot can do
 
     def launch(self, rows: Rows, profile: int) -> None:
         with self._device.current():
-            self.load(rows, profile)
-            self.start()
+            self.profile = profile
+            self.shapes = rows.shapes
+            upload = self._graph_uploads()
+            for name in self.engine.inputs:
+                self._load(name, rows, upload=not upload)
+            self._start(upload=upload)
 
     def finish(self) -> Outputs:
         context = self._context
@@ -85,18 +103,38 @@ class EngineSlot:
         self.profile = profile
         self.shapes = rows.shapes
         for name in self.engine.inputs:
-            self._load(name, rows)
+            self._load(name, rows, upload=True)
 
-    def start(self) -> None:
-        """Enqueue a run of what was loaded, and the way back of its outputs."""
-        self.execute()
-        for name, shape in self._context.outputs.items():
-            self.download(name, shape)
+    def start_again(self) -> None:
+        """Enqueue the way of what was loaded, from pinned memory and back, as a call does it."""
+        upload = self._graph_uploads()
+        if not upload:
+            self._upload_all()
+        self._start(upload=upload)
 
     def execute(self) -> None:
         """Enqueue a run of what was loaded."""
         self.context, self._is_new = self.bindings.bind(self.profile, self.shapes)
         self.bindings.execute(self.context, self.profile, self.shapes)
+
+    def _start(self, *, upload: bool) -> None:
+        self.context, self._is_new = self.bindings.bind(self.profile, self.shapes)
+        download = self.context.output_bytes <= GRAPH_OUTPUT_BYTES
+        self.bindings.execute(self.context, self.profile, self.shapes, self._arounds[upload, download])
+        if not download:
+            self._download_all()
+
+    def _graph_uploads(self) -> bool:
+        nbytes = self.buffers.nbytes
+        return sum([nbytes(name, shape) for name, shape in self.shapes.items()]) <= GRAPH_INPUT_BYTES
+
+    def _upload_all(self) -> None:
+        for name in self.engine.inputs:
+            self.upload(name)
+
+    def _download_all(self) -> None:
+        for name, shape in self._context.outputs.items():
+            self.download(name, shape)
 
     def wait(self) -> None:
         """Wait for the run; keep the kernels that it compiled."""
@@ -122,17 +160,19 @@ class EngineSlot:
     def _context(self) -> Context:
         return cast("Context", self.context)  # launch comes before whoever asks
 
-    def _load(self, name: str, rows: Rows) -> None:
+    def _load(self, name: str, rows: Rows, *, upload: bool) -> None:
         shape = self.shapes[name]
         self.buffers.reserve(name, shape)
         target = self.buffers.array(name, shape)
         if not rows.is_batched(name):
             np.copyto(target, rows.parts[0][name])
-            self.upload(name)
+            if upload:
+                self.upload(name)
             return
+        upload = upload and name in self.buffers.memory
         row = self.buffers.nbytes(name, shape[1:])
         sent = 0
         for count in copy_rows(rows.copies(name), target):
-            if name in self.buffers.memory and ((count - sent) * row >= UPLOAD_BYTES or count == shape[0]):
+            if upload and ((count - sent) * row >= UPLOAD_BYTES or count == shape[0]):
                 self.stream.upload(self.buffers.host[name], self.buffers.memory[name], sent * row, count * row)
                 sent = count
