@@ -1,4 +1,4 @@
-"""What is measured: ResNet-50, and two of the real models that the tests convert."""
+"""What is measured: ResNet-50, a BERT-base, a detector, and two of the real models that the tests convert."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from benchmarks.networks import bert, detector, pictures, sentences
 from benchmarks.resnet50 import images, resnet50
 
 Feeds = dict[str, npt.NDArray[Any]]
@@ -48,6 +49,26 @@ def _resnet50() -> BenchmarkModel:
     )
 
 
+def _bert() -> BenchmarkModel:
+    return BenchmarkModel(
+        name="bert",
+        source=bert,
+        feeds=sentences,
+        bulk=1024,
+        recipe={"precision": "fp16", "batch": (1, 8, 128), "calibration_data": sentences(4)},
+    )
+
+
+def _detector() -> BenchmarkModel:
+    return BenchmarkModel(
+        name="detector",
+        source=detector,
+        feeds=lambda rows: {"images": pictures(rows)},
+        bulk=1024,
+        recipe={"precision": "fp16", "batch": (1, 8, 128), "calibration_data": {"images": pictures(4)}},
+    )
+
+
 def _rec() -> BenchmarkModel:
     real_models = _real_models()
     return BenchmarkModel(
@@ -80,4 +101,10 @@ def _real_models() -> Any:
     return real_models
 
 
-MODELS: dict[str, Callable[[], BenchmarkModel]] = {"resnet50": _resnet50, "rec": _rec, "magika": _magika}
+MODELS: dict[str, Callable[[], BenchmarkModel]] = {
+    "resnet50": _resnet50,
+    "rec": _rec,
+    "magika": _magika,
+    "bert": _bert,
+    "detector": _detector,
+}

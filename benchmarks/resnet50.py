@@ -6,6 +6,8 @@ and to compare results, useless for telling cats from dogs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -17,7 +19,7 @@ _EXPANSION = 4
 
 def resnet50(seed: int = 0) -> onnx.ModelProto:
     """`image` float32 [batch, 3, 224, 224] → `scores` float32 [batch, 1000]."""
-    network = _Network(seed)
+    network = Network(seed)
     x = network.convolution("image", 3, 64, kernel=7, stride=2)
     x = network.node("MaxPool", [x], kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
     channels = 64
@@ -30,8 +32,7 @@ def resnet50(seed: int = 0) -> onnx.ModelProto:
     network.node("Gemm", [x, weights, network.zeros(1000)], output="scores")
     image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, 224, 224])
     scores = helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", 1000])
-    graph = helper.make_graph(network.nodes, "resnet50", [image], [scores], network.initializers)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return network.model("resnet50", [image], scores)
 
 
 def images(count: int, seed: int = 0) -> npt.NDArray[np.float32]:
@@ -42,7 +43,7 @@ def images(count: int, seed: int = 0) -> npt.NDArray[np.float32]:
     return np.resize(some, (count, 3, 224, 224))
 
 
-class _Network:
+class Network:
     """Nodes and weights as they come."""
 
     def __init__(self, seed: int) -> None:
@@ -57,10 +58,10 @@ class _Network:
 
     def weights(self, shape: tuple[int, ...], fan_in: int, gain: float = 1.0) -> str:
         values = self._random.standard_normal(shape, dtype=np.float32) * np.float32(gain * (2 / fan_in) ** 0.5)
-        return self._initializer(values)
+        return self.constant(values)
 
     def zeros(self, size: int) -> str:
-        return self._initializer(np.zeros(size, np.float32))
+        return self.constant(np.zeros(size, np.float32))
 
     def convolution(self, x: str, inside: int, outside: int, *, kernel: int, stride: int = 1, gain: float = 1.0,
                     relu: bool = True) -> str:  # fmt: skip
@@ -85,7 +86,12 @@ class _Network:
             x = self.convolution(x, inside, outside, kernel=1, stride=stride, gain=0.7, relu=False)
         return self.node("Relu", [self.node("Add", [x, y])])
 
-    def _initializer(self, values: npt.NDArray[np.float32]) -> str:
+    def model(self, name: str, inputs: list[onnx.ValueInfoProto], output: onnx.ValueInfoProto) -> onnx.ModelProto:
+        """All that was added, as a model."""
+        graph = helper.make_graph(self.nodes, name, inputs, [output], self.initializers)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+    def constant(self, values: Any) -> str:
         name = f"weights_{len(self.initializers)}"
-        self.initializers.append(numpy_helper.from_array(values, name))
+        self.initializers.append(numpy_helper.from_array(np.asarray(values), name))
         return name

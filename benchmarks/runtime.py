@@ -9,13 +9,15 @@ Each row is measured beside its limit, in this process and in turns, so that bot
 - load, in fresh processes: reading plan and kernels, deserializing, making a context, and the first execution;
 - memory, likewise: engine, one execution context as TensorRT makes it by itself, and buffers for its largest batch.
 
-Needs a GPU. `--json FILE` and `--pictures FOLDER` write what was measured.
+With `--peers` it measures what one could use instead, beside this package. Needs a GPU. `--json FILE` and
+`--pictures FOLDER` write what was measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import threading
@@ -30,6 +32,7 @@ import mlflow
 import numpy as np
 
 import mlflow_trt
+from benchmarks import peers
 from benchmarks.alternatives import alternatives
 from benchmarks.fresh import fresh
 from benchmarks.models import MODELS, BenchmarkModel, Feeds
@@ -45,6 +48,7 @@ THREADS = (1, 8, 16, 64)
 WAY_IN = ("host copy", "upload")
 WAY_OUT = ("download", "results' copy")
 LOADED = ("bulk", "one", "batches", "threads")
+OWN_MODELS = ("resnet50", "rec", "magika")
 CASES = (*LOADED, "load", "alternatives")
 
 
@@ -94,8 +98,8 @@ HEADINGS = ("model", "case", "limit", "measured", "ratio", "goal", "note")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the tables and write the files that are asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.runtime", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", type=partial(parse_names, known=MODELS), default=",".join(MODELS),
-                        help="which, separated by commas")  # fmt: skip
+    parser.add_argument("--models", type=partial(parse_names, known=MODELS), help="which, separated by commas")
+    parser.add_argument("--peers", action="store_true", help="what one could use instead, each in its own process")
     parser.add_argument("--cases", type=partial(parse_names, known=CASES), default=",".join(CASES),
                         help="which, likewise")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5, help="of each measurement; the median counts")
@@ -108,17 +112,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if hardware.problem is not None:
         print(f"The runtime's speed is that of a GPU, and there is none: {hardware.problem}", file=sys.stderr)
         return 2
+    if options.peers:
+        measure_peers(options)
+    else:
+        measure_models(options)
+    return 0
+
+
+def measure_models(options: argparse.Namespace) -> None:
+    """Convert the models, measure them beside their limits, and print a table."""
     rows: list[Row] = []
     others: list[dict[str, Any]] = []
     about = {}
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-benchmark-") as workdir:
-        for name in options.models:
+        for name in options.models or OWN_MODELS:
             model = MODELS[name]()
             folder = Path(workdir) / name
             mlflow_trt.save_model(model.source(), folder, verify=False, **model.recipe)
             loaded = mlflow.pyfunc.load_model(str(folder), model_config={"warm_up": "on"})
             with loaded.get_raw_model() as session:
-                about = {"runtime": session.description, "driver": hardware.driver, "numpy": np.__version__}
+                about = {"runtime": session.description, "driver": probe().driver, "numpy": np.__version__}
                 bench = Bench(model, loaded, session, options.repeats, options.seconds)
                 for case in options.cases:
                     if case in LOADED:
@@ -139,7 +152,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks.pictures import draw
 
         draw(result, options.pictures)
-    return 0
+
+
+def measure_peers(options: argparse.Namespace) -> None:
+    """Convert the models, measure them by each peer, and print a table for each model."""
+    folders: dict[str, Path] = {}
+    with tempfile.TemporaryDirectory(prefix="mlflow-trt-benchmark-") as workdir:
+        os.environ.setdefault("MLFLOW_TRT_CACHE_DIR", str(Path(workdir) / "cache"))
+        for name in options.models or peers.MODELS_OF_PEERS:
+            folders[name] = Path(workdir) / name
+            model = MODELS[name]()
+            mlflow_trt.save_model(model.source(), folders[name], verify=False, **model.recipe)
+        measured = {}
+        for name, folder in folders.items():
+            found = peers.compare({name: folder}, peers=peers.installed(name), rounds=options.repeats,
+                                  seconds=options.seconds)  # fmt: skip
+            measured |= found
+            headings, cells = peers.table(found[name])
+            print(f"\n{name}; {probe().gpus[0]}\n")
+            print_table(headings, cells)
+    if options.json:
+        options.json.write_text(json.dumps(measured, indent=2))
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import onnx
 import onnxruntime
 import pytest
 
-from benchmarks import replicas, runtime
+from benchmarks import networks, peers, replicas, runtime
+from benchmarks.networks import pictures
 from benchmarks.resnet50 import images, resnet50
 from mlflow_trt.backends.cuda_driver import probe
 
@@ -27,6 +29,42 @@ def test_resnet50_is_valid_and_its_outputs_vary():
     (scores,) = session.run(None, {"image": images(3)})
     assert scores.shape == (3, 1000)
     assert scores.std(axis=0).mean() > 1e-2 * np.abs(scores).max()
+
+
+@pytest.mark.parametrize(
+    ("model", "feeds"),
+    [(partial(networks.bert, layers=1), networks.sentences), (networks.detector, lambda n: {"images": pictures(n)})],
+    ids=["bert", "detector"],
+)
+def test_the_other_networks_are_valid_and_their_outputs_vary(model, feeds):
+    model = model()
+    onnx.checker.check_model(model)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, feeds(3))
+    assert len(found) == 3
+    assert np.isfinite(found).all()
+    assert found.std(axis=0).max() > 1e-2 * np.abs(found).max()
+    # Rows do not depend on each other.
+    (alone,) = session.run(None, {name: array[1:2] for name, array in feeds(3).items()})
+    assert np.allclose(alone[0], found[1], rtol=1e-3, atol=1e-4)
+
+
+class TestPeers:
+    def test_a_table_of_medians(self, monkeypatch):
+        runs = iter([1.0, 5.0, 2.0, 9.0, 3.0, 7.0])
+        monkeypatch.setattr(peers, "_in_a_process", lambda *_: {"batch 1, ms": next(runs)})
+        found = peers.compare({"resnet50": Path()}, peers=["a", "b"], rounds=3, seconds=0.1)
+        assert found == {"resnet50": {"a": {"batch 1, ms": 2.0}, "b": {"batch 1, ms": 7.0}}}
+        assert peers.table(found["resnet50"]) == (["what", "batch 1, ms"], [["a", "2"], ["b", "7"]])
+
+    def test_a_peer_that_fails_is_left_out(self, tmp_path, capsys):
+        found = peers.compare({"resnet50": tmp_path}, peers=["plain loop"], rounds=2, seconds=0.1)
+        assert found == {"resnet50": {}}
+        assert capsys.readouterr().err.count("plain loop failed on resnet50") == 1
+
+    def test_what_is_installed(self):
+        assert peers.installed("bert")[:2] == ["mlflow-trt, session.run", "mlflow-trt, pyfunc"]
+        assert set(peers.installed("resnet50")) <= set(peers.PEERS)
 
 
 def test_images_repeat_after_sixty_four():
@@ -45,9 +83,9 @@ def test_without_a_gpu_it_says_so(capsys):
 @pytest.mark.parametrize(
     ("command", "options", "message"),
     [
-        (runtime, ["--models", "rec,bert"], "argument --models: there is no 'bert'; choose from resnet50, rec, magika"),
+        (runtime, ["--models", "rec,gpt"], "argument --models: there is no 'gpt'; choose from resnet50, rec, magika"),
         (runtime, ["--cases", "all"], "argument --cases: there is no 'all'; choose from bulk, one, batches"),
-        (replicas, ["--model", "bert"], "argument --model: invalid choice: 'bert'"),
+        (replicas, ["--model", "gpt"], "argument --model: invalid choice: 'gpt'"),
     ],
 )
 def test_names_that_nothing_has(command, options, message, capsys):
