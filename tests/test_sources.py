@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 from compare import relative_error
 from mlflow.models import infer_signature
+from mlflow.utils.file_utils import local_file_uri_to_path
 from test_lineage import server  # noqa: F401  # a fixture
 
 import mlflow_trt
@@ -146,9 +148,50 @@ class TestSklearn:
             mlflow_trt.convert_model_version("models:/m/1", "m-trt", batch=4)
         assert not store.client.search_registered_models("name = 'm-trt'")
 
+    @pytest.mark.filterwarnings("ignore")
+    def test_support_vectors_are_named(self, store):
+        from sklearn.svm import SVC
+
+        self.log(SVC(), np.where(Y > 0, "up", "down"))
+        with pytest.raises(UnsupportedModelError, match="SVC"):
+            mlflow_trt.convert_model_version("models:/m/1", "m-trt")
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("example", [False, True], ids=["signature", "example"])
+    def test_text_is_named(self, example, store):
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+
+        texts = np.array(["warm sun", "cold rain"] * 5)
+        pipeline = make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(texts, [0, 1] * 5)
+        more = {"input_example": texts} if example else {"signature": infer_signature(texts)}
+        mlflow.sklearn.log_model(pipeline, name="m", registered_model_name="m", pip_requirements=["scikit-learn"],
+                                 serialization_format="cloudpickle", **more)  # fmt: skip
+        with pytest.raises(UnsupportedModelError, match="TfidfVectorizer, LogisticRegression does not take rows of"):
+            mlflow_trt.convert_model_version("models:/m/1", "m-trt")
+        assert not store.client.search_registered_models("name = 'm-trt'")
+
 
 class TestTensorflow:
     images = np.random.default_rng(1).random((4, 16, 16, 3), np.float32)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_what_a_layer_captured_is_a_constant(self, store):
+        tf = pytest.importorskip("tensorflow", reason="needs the extra tensorflow")
+        pytest.importorskip("tf2onnx", reason="needs the extra tensorflow")
+        normalization = tf.keras.layers.Normalization()
+        normalization.adapt(3 * X + 5)
+        network = tf.keras.Sequential([tf.keras.layers.Input((6,)), normalization, tf.keras.layers.Dense(5)])
+        expected = network(X).numpy()
+        mlflow.tensorflow.log_model(
+            network, name="m", registered_model_name="m", signature=infer_signature(X, expected),
+            pip_requirements=["tensorflow"],
+        )  # fmt: skip
+        mlflow_trt.convert_model_version("models:/m/1", "m-trt", batch=(1, 2, 4))
+        assert len(read_record("models:/m-trt/1").inputs) == 1
+        model = mlflow.pyfunc.load_model("models:/m-trt/1", model_config=CPU)
+        assert relative_error({"y": next(iter(model.predict(X).values()))}, {"y": expected}) < 1e-5
 
     @pytest.mark.filterwarnings("ignore")  # TensorFlow's and MLflow's own
     @pytest.mark.parametrize("flavor", ["tensorflow", "keras"])
@@ -194,3 +237,18 @@ def test_other_flavors_are_named(store, tmp_path):
         ArtifactError, match="flavors python_function; expected onnx or one of pytorch, sklearn, tensorflow, keras"
     ):
         mlflow_trt.convert_model_version(str(tmp_path / "doubles"), "doubles-trt")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_cannot_be_converted_is_not_downloaded(store, tmp_path):
+    class Doubles(mlflow.pyfunc.PythonModel):
+        def predict(self, model_input: list[float]) -> list[float]:
+            return [2 * number for number in model_input]
+
+    info = mlflow.pyfunc.log_model(
+        name="m", python_model=Doubles(), pip_requirements=[], registered_model_name="doubles"
+    )
+    folder = local_file_uri_to_path(mlflow.get_logged_model(info.model_id).artifact_location)
+    (Path(folder) / "huge.bin").symlink_to(tmp_path / "nowhere")  # copying it fails
+    with pytest.raises(ArtifactError, match="flavors python_function; expected"):
+        mlflow_trt.convert_model_version("models:/doubles/1", "doubles-trt")

@@ -11,13 +11,16 @@ import onnx
 from onnx import ModelProto
 
 from mlflow_trt.backends.onnxruntime import CpuModel, calibrated_magnitudes
+from mlflow_trt.convert.onnx.byte_inputs import cast_bytes_first
 from mlflow_trt.convert.onnx.dimension_names import tell_apart
 from mlflow_trt.convert.onnx.graph import FlatModel, flatten, save
 from mlflow_trt.convert.onnx.model import OnnxModel, copy_files, describe, sha256_of
 from mlflow_trt.convert.precision import pass_for
+from mlflow_trt.convert.precision.masks import clamp_masks
 from mlflow_trt.convert.precision.quantized import QUANTIZABLE, is_quantized
 from mlflow_trt.convert.precision.ranges import Evidence, gather_evidence
 from mlflow_trt.convert.precision.refinement import refined
+from mlflow_trt.convert.precision.sensitivity import FLOAT16, headroom_of
 from mlflow_trt.convert.precision.typed_graph import PrecisionPass, TypedGraph
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.convert.resolve_profiles import Profiles
@@ -31,6 +34,8 @@ _QUANTIZED = (Precision.INT8, Precision.FP8)
 _FEWEST_ROWS = 8
 """What a range for quantization has to be seen on. A hundred and more are usual."""
 _QUICK_FEEDS = 2
+_SAME = 1e-6
+"""Relative error of what is the same but for rounding in float32."""
 _REFERENCE_BYTES = 256 * 2**20
 """Outputs of the source model are kept for comparing as long as they take no more than this."""
 
@@ -85,7 +90,7 @@ def maker_for(
         UnsupportedModelError: the precision follows from the model's values, and ONNX Runtime cannot run it.
         MissingDependencyError: the precision needs ONNX Runtime, and it is not installed.
     """
-    told_apart = tell_apart(source.proto, profiles.profiles)
+    told_apart = cast_bytes_first(tell_apart(source.proto, profiles.profiles))
     precision_pass = pass_for(recipe.precision, recipe.calibration_method, weight_only)
     remarks: tuple[str, ...] = ()
     if recipe.precision in _QUANTIZED and is_quantized(source.proto):
@@ -123,7 +128,7 @@ def reference_outputs(path: Path, names: Iterable[str], feeds: Iterable[Feeds]) 
 
 
 class _Unchanged:
-    """The graph as it is, but for dimension names that were told apart."""
+    """The graph as it is, but for dimension names that were told apart, and bytes that are cast where they come in."""
 
     def __init__(
         self, source: OnnxModel, told_apart: ModelProto, recipe: Recipe, workdir: Path, remarks: tuple[str, ...]
@@ -177,8 +182,9 @@ class _Retyped:
         self._excluded = _excluded_nodes(self._flat, recipe)
         self._names = [spec.name for spec in source.outputs]
         try:
-            evidence = gather_evidence(self._flat, samples, workdir)
             self._reference = reference_outputs(source.path, self._names, samples.feeds)
+            clamped = self._clamp_masks(headroom_of(samples))
+            evidence = gather_evidence(self._flat, samples, workdir)
         except OutOfMemoryError:
             raise
         except ExecutionError as error:
@@ -189,6 +195,32 @@ class _Retyped:
         if recipe.precision in _QUANTIZED:
             evidence = _calibrated(self._flat, evidence, recipe.calibration_method, workdir)
         self._make = precision_pass.on(self._flat, evidence)
+        self._remarks = clamped
+
+    def _clamp_masks(self, headroom: int) -> tuple[str, ...]:
+        """Bring masks into what float16 holds, where the results on all samples are the same; says which."""
+        if self._recipe.precision is not Precision.FP16:
+            return ()
+        largest = FLOAT16.largest / headroom / 2  # half of it, since scores are added
+        clamped, names = clamp_masks(self._flat, largest)
+        if not names:
+            return ()
+        path = self._workdir / "clamped.onnx"
+        save(clamped.proto, path)
+        runner = CpuModel(path)
+        same = compare(
+            "the model with clamped masks",
+            str(self._samples),
+            (
+                (runner.run(self._names, feeds), reference)
+                for feeds, reference in zip(self._samples.feeds, self._reference, strict=False)
+            ),
+            Tolerance(relative_error=_SAME),
+        )
+        if same.problems:
+            return (f"masks stay as large as they are ({', '.join(names)}), since smaller ones change the results",)
+        self._flat = clamped
+        return (f"the masks {', '.join(names)} are {largest:.4g} at most, and the results on {self._samples} the same",)
 
     def make(self, kept: Mapping[str, str]) -> TypedModel:
         stays = self._excluded | dict(kept)
@@ -197,7 +229,7 @@ class _Retyped:
         else:
             graph = self._make(stays)
             comparison = self._judge(graph)
-        report = graph.report
+        report = replace(graph.report, remarks=(*graph.report.remarks, *self._remarks))
         if not graph.changed:
             remark = f"nothing of this model runs in {self._recipe.precision}: every node has a reason against it"
             report = replace(report, remarks=(*report.remarks, remark))

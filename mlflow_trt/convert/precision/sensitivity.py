@@ -13,6 +13,7 @@ from onnx import NodeProto, TensorProto
 from mlflow_trt.convert.onnx.graph import SETTING, FlatModel, allows, schema_of
 from mlflow_trt.convert.onnx.model import subgraphs_of
 from mlflow_trt.convert.precision.ranges import Evidence
+from mlflow_trt.convert.samples import Samples
 from mlflow_trt.core.arrays import Array
 from mlflow_trt.core.types import Precision
 
@@ -86,6 +87,11 @@ BFLOAT16 = HalfFormat(
 )
 
 
+def headroom_of(samples: Samples) -> int:
+    """How many times what was seen on these samples must fit."""
+    return _HEADROOM if samples.is_evidence else _HEADROOM_OF_NOISE
+
+
 class Sensitivity:
     """Finds the reason, if any, for which a node stays in float32. The first that applies counts.
 
@@ -103,7 +109,7 @@ class Sensitivity:
         self._evidence = evidence
         self._format = target
         self._constants = model.constants
-        self._headroom = _HEADROOM if evidence.samples.is_evidence else _HEADROOM_OF_NOISE
+        self._headroom = headroom_of(evidence.samples)
         self._limit = target.largest / self._headroom
         self._blurred = {name for name, array in evidence.positions.items() if not target.distinguishes(array)}
 

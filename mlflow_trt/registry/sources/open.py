@@ -22,6 +22,7 @@ from mlflow_trt.errors import ArtifactError
 from mlflow_trt.flavor.fetch import download, local_path
 from mlflow_trt.registry.sources.exporting import Export
 
+ONNX = "onnx"
 EXPORTERS = {"pytorch": "pytorch", "sklearn": "sklearn", "tensorflow": "tensorflow", "keras": "tensorflow"}
 """The flavors that are exported to ONNX first, and the modules here that do it."""
 
@@ -58,6 +59,9 @@ def opened_source(source: str | os.PathLike[str]) -> Iterator[SourceModel]:
         return
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
         lineage, description, tags = _registered(source)
+        if not local.exists():
+            # A registry hands out the MLmodel file alone: what cannot be converted is not downloaded.
+            _check_flavor(source, Model.load(lineage["source"]))
         folder = download(lineage["source"], workdir)
         model = Model.load(str(folder))
         identity = {key: value for key in ("model_id", "run_id") if (value := getattr(model, key))}
@@ -78,20 +82,34 @@ def opened_source(source: str | os.PathLike[str]) -> Iterator[SourceModel]:
 
 def _onnx_file(source: str, model: Model, folder: Path) -> tuple[Path, dict[str, str]]:
     """The ONNX file of a downloaded model, exported where it has none, and what the lineage says about the export."""
-    if "onnx" in model.flavors:
-        return folder / model.flavors["onnx"]["data"], {}
-    flavor = next((flavor for flavor in EXPORTERS if flavor in model.flavors), None)
+    flavor = _check_flavor(source, model)
+    if flavor == ONNX:
+        return folder / model.flavors[ONNX]["data"], {}
+    exporter = _exporter_of(flavor)
+    target = folder / "exported"
+    target.mkdir()
+    export: Export = exporter.export(model, folder, target)
+    return export.path, export.lineage(flavor)
+
+
+def _check_flavor(source: str, model: Model) -> str:
+    """The flavor to convert a model by.
+
+    Raises ArtifactError where there is none, MissingDependencyError where its exporter is not installed.
+    """
+    flavor = next((flavor for flavor in (ONNX, *EXPORTERS) if flavor in model.flavors), None)
     if flavor is None:
         raise ArtifactError(
             f"{source} has the flavors {', '.join(model.flavors)}; expected onnx or one of {', '.join(EXPORTERS)}. "
             "Export the model to ONNX and log it with mlflow.onnx.log_model, or convert the ONNX file itself."
         )
-    exporter = importlib.import_module(f"mlflow_trt.registry.sources.{EXPORTERS[flavor]}")
-    exporter.NEEDS.check(source)
-    target = folder / "exported"
-    target.mkdir()
-    export: Export = exporter.export(model, folder, target)
-    return export.path, export.lineage(flavor)
+    if flavor != ONNX:
+        _exporter_of(flavor).NEEDS.check(source)
+    return flavor
+
+
+def _exporter_of(flavor: str) -> Any:
+    return importlib.import_module(f"mlflow_trt.registry.sources.{EXPORTERS[flavor]}")
 
 
 def _registered(source: str) -> tuple[dict[str, str], str | None, Mapping[str, str]]:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 import onnx
 from mlflow.models import Model
 
 from mlflow_trt.convert.onnx.model import MODEL_FILE
 from mlflow_trt.errors import OnnxModelError
-from mlflow_trt.registry.sources.exporting import ROWS, Export, Needs, TracedInput, traced_inputs
+from mlflow_trt.registry.sources.exporting import (
+    ROWS,
+    Export,
+    Needs,
+    TracedInput,
+    check_exported_inputs,
+    traced_inputs,
+)
 
 NEEDS = Needs(extra="tensorflow", modules={"tensorflow": "tensorflow", "tf2onnx": "tf2onnx"})
 _OPSET = 17
@@ -42,9 +50,12 @@ def export(model: Model, folder: Path, target: Path) -> Export:
 
         try:
             function = tf.function(call, input_signature=specs)
+            captured = _captured(tf, function.get_concrete_function(*specs))
             proto, _ = tf2onnx.convert.from_function(function, input_signature=specs, opset=_OPSET)
         except Exception as error:  # TensorFlow raises many
             raise OnnxModelError(f"tf2onnx cannot export the model: {str(error).strip() or repr(error)}") from error
+    _put_back(proto, captured)
+    check_exported_inputs(proto, names)
     _name_rows(proto, [name for name, traced in zip(names, inputs, strict=True) if 0 in traced.varying])
     onnx.save(proto, target / MODEL_FILE)
     return Export(path=target / MODEL_FILE, modules=NEEDS.modules)
@@ -63,6 +74,27 @@ def _load(model: Model, folder: Path) -> Any:
 def _spec(tf: Any, name: str, traced: TracedInput) -> Any:
     shape = [None if axis in traced.varying else size for axis, size in enumerate(traced.array.shape)]
     return tf.TensorSpec(shape, traced.array.dtype, name=name)
+
+
+def _captured(tf: Any, concrete: Any) -> dict[str, npt.NDArray[Any]]:
+    """Tensors from outside of the function, such as the mean that a layer normalizes by, by their names in its graph.
+
+    Variables are no such tensors: tf2onnx makes constants of them by itself.
+    """
+    return {
+        inner.name: outer.numpy()
+        for outer, inner in concrete.graph.captures
+        if outer.dtype not in (tf.resource, tf.variant)
+    }
+
+
+def _put_back(proto: onnx.ModelProto, captured: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Make constants of captured tensors, of which tf2onnx makes inputs."""
+    inputs = [value for value in proto.graph.input if value.name not in captured]
+    found = [value.name for value in proto.graph.input if value.name in captured]
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(captured[name], name) for name in found)
+    del proto.graph.input[:]
+    proto.graph.input.extend(inputs)
 
 
 def _name_rows(proto: onnx.ModelProto, varying: Sequence[str]) -> None:
