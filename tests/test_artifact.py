@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from mlflow_trt import ArtifactError, FormatError, IntegrityError
@@ -83,6 +86,44 @@ def test_a_newer_format_is_refused(folder):
         read_folder(folder)
 
 
+def range_of(low, usual, high):
+    return {"min": [low, 16], "opt": [usual, 16], "max": [high, 16]}
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"format": ' + b"9" * 5000 + b"}", b"\xff", b'{"format": NaN}'])
+def test_what_is_no_json_is_refused(content, folder):
+    (folder / RECORD_FILE).write_bytes(content)
+    with pytest.raises(ArtifactError, match="is damaged|names no format"):
+        read_folder(folder)
+
+
+def test_a_record_that_is_too_large_is_not_read(folder):
+    with (folder / RECORD_FILE).open("wb") as file:
+        file.truncate(2**40)  # which takes no space
+    with pytest.raises(ArtifactError, match="is larger than any record"):
+        read_folder(folder)
+
+
+def packed(**arrays) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PK", packed(x=np.zeros(2**25, np.int8)), packed(x=np.array([object()])), packed(x=np.zeros(9))[:-30]],
+    ids=["empty", "cut", "a bomb", "a pickle", "no directory"],
+)
+def test_a_golden_sample_that_is_none_is_refused(content, folder):
+    (folder / "golden.npz").write_bytes(content)
+    golden = {"file": "golden.npz", "sha256": hashlib.sha256(content).hexdigest(), "tolerance": {}}
+    edit(folder, lambda record: record.update(golden=golden))
+    model = read_folder(folder)
+    with pytest.raises(ArtifactError, match=r"golden.npz is no golden sample"):
+        model.read_golden(model.record.golden)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -95,6 +136,25 @@ def test_a_newer_format_is_refused(folder):
         (lambda record: record["source"]["files"].update({"/etc/passwd": "0"}), "outside of the model folder"),
         (lambda record: record["source"].update(file="../model.onnx"), "gives no sha256 for ../model.onnx"),
         (lambda record: record["typed"].update(file="/etc/passwd"), "gives no sha256 for /etc/passwd"),
+        (lambda record: record["source"]["files"].update({"a" * 300: "0" * 64}), "cannot be the name of a file"),
+        (lambda record: record["source"]["files"].update({"a\0": "0" * 64}), "cannot be the name of a file"),
+        (lambda record: record["engines"][0].update(file="\ud800"), "cannot be the name of a file"),
+        (lambda record: record["engines"][0].update(sha256="0"), "the sha256 of engines/.* is '0'"),
+        (lambda record: record["engines"][0].update(version="1.x"), "built by '1.x', which is no release"),
+        (lambda record: record["engines"][0].update(compute_capabilities=["hopper"]), "no compute capability"),
+        (lambda record: record["outputs"].clear(), "there is no output"),
+        (lambda record: record["inputs"].append(record["inputs"][0]), "there are two inputs"),
+        (lambda record: record["inputs"][0].update(dtype="float1"), "is of the unknown dtype 'float1'"),
+        (lambda record: record["outputs"][0].update(dtype="object"), "is of the unknown dtype 'object'"),
+        (lambda record: record["inputs"][0].update(shape=[2**31]), "has the shape"),
+        (lambda record: record["inputs"][0].update(shape=[-1, 16]), "has the shape"),
+        (lambda record: record["batch_axis"].update(inputs=[]), "the batch axis is that of no input"),
+        (lambda record: record["batch_axis"].update(inputs=["z"]), "the batch axis is that of 'z'"),
+        (lambda record: record["profiles"][0]["ranges"].clear(), "profile 0 has no range for 'x'"),
+        (lambda record: record["profiles"][0]["ranges"].update(z=range_of(1, 2, 3)), "there is no input 'z'"),
+        (lambda record: record["profiles"][0]["ranges"].update(x=range_of(3, 2, 1)), "the range of 'x' is"),
+        (lambda record: record["profiles"][0]["ranges"].update(x={"min": [], "opt": [], "max": []}), "the range of"),
+        (lambda record: record["profiles"][0]["ranges"].update(x=range_of(1, 2, 2**40)), "the range of 'x' is"),
     ],
 )
 def test_a_damaged_record_is_refused(change, message, folder):

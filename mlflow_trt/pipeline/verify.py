@@ -16,7 +16,7 @@ from mlflow_trt.core.arrays import Feeds, Outputs
 from mlflow_trt.core.compatibility import why_not
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.settings import LoadSettings
-from mlflow_trt.core.types import Precision, Weights
+from mlflow_trt.core.types import Precision, Weights, is_placeholder
 from mlflow_trt.errors import AccuracyError, ExecutionError, InputError, OnnxModelError, RuntimeUnavailableError
 from mlflow_trt.runtime.cuda.device import open_device
 from mlflow_trt.runtime.session import Session
@@ -101,16 +101,20 @@ def _check_rows(conversion: Conversion, reference: Sequence[Outputs]) -> None:
     axis = conversion.profiles.batch_axis
     if axis is None or not axis.splits:
         return
+    source = conversion.source
+    specs = {spec.name: spec for spec in (*source.inputs, *source.outputs)}
+    rows_are_called = specs[axis.inputs[0]].shape[0]
     for feeds, outputs in zip(conversion.samples.feeds, reference, strict=False):
         rows = feeds[axis.inputs[0]].shape[0]
         for name, array in outputs.items():
-            if array.shape[:1] != (rows,):
-                spec = next(spec for spec in conversion.source.outputs if spec.name == name)
+            declared = specs[name].shape[:1]
+            counts_rows = declared == (rows_are_called,) and not is_placeholder(rows_are_called)
+            if (declared and not array.ndim) or (counts_rows and array.shape[0] != rows):
                 raise OnnxModelError(
-                    f"the model declares the output {spec}, and ONNX Runtime computes one of the shape {array.shape} "
-                    f"for {rows} rows, so they cannot be told apart. Export the model with an output that has axis 0 "
-                    "of the inputs, or convert it for one batch of fixed size",
-                    path=conversion.source.path,
+                    f"the model declares the output {specs[name]}, and ONNX Runtime computes one of the shape "
+                    f"{array.shape} for {rows} rows, so they cannot be told apart. Export the model with an output "
+                    "that has axis 0 of the inputs, or convert it for one batch of fixed size",
+                    path=source.path,
                 )
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,6 +38,7 @@ from mlflow_trt.core.types import (
     TensorSpec,
 )
 from mlflow_trt.errors import ArtifactError, FormatError, IntegrityError
+from mlflow_trt.store.check_record import check_record, read_json
 from mlflow_trt.store.golden import GOLDEN_FILE, Golden, from_npz, to_npz
 
 FLAVOR_NAME = "mlflow_trt"
@@ -121,7 +121,11 @@ class ModelFolder:
         return self._checked(kernels.file, kernels.sha256)
 
     def read_golden(self, golden: StoredGolden) -> Golden:
-        return from_npz(self._checked(golden.file, golden.sha256))
+        content = self._checked(golden.file, golden.sha256)
+        try:
+            return from_npz(content)
+        except ValueError as error:
+            raise ArtifactError(f"{self.path / golden.file} is no golden sample: {error}", path=self.path) from error
 
     def _checked(self, name: str, sha256: str) -> bytes:
         content = self._existing(name).read_bytes()
@@ -245,13 +249,13 @@ def read_folder(path: Path, uri: str | None = None) -> ModelFolder:
         raise ArtifactError(
             f"{file} is damaged: {where}: {first['msg']}; download the model again", path=file
         ) from None
-    _check_names(record, file)
+    check_record(record, file)
     return ModelFolder(path=path, record=record)
 
 
 def _read_json(file: Path, uri: str | None) -> Any:
     try:
-        return json.loads(file.read_bytes())
+        return read_json(file)
     except (FileNotFoundError, NotADirectoryError):
         raise ArtifactError(
             f"{uri or file.parent} has no {RECORD_FILE}: it is not a model that mlflow-trt logged. "
@@ -260,21 +264,6 @@ def _read_json(file: Path, uri: str | None) -> Any:
         ) from None
     except OSError as error:
         raise ArtifactError(f"{file} cannot be read: {error.strerror}", path=file) from error
-    except ValueError as error:
-        raise ArtifactError(f"{file} is damaged ({error}); download the model again", path=file) from error
-
-
-def _check_names(record: Record, file: Path) -> None:
-    """Every file that is going to be used lies in the folder and has a digest."""
-    names = (*record.source.files, *record.typed.files, *(engine.file for engine in record.engines))
-    names += tuple(engine.kernels.file for engine in record.engines if engine.kernels is not None)
-    names += (record.golden.file,) if record.golden is not None else ()
-    for name in (PurePosixPath(name) for name in names):
-        if name.is_absolute() or ".." in name.parts:
-            raise ArtifactError(f"{file} names {name}, which is outside of the model folder", path=file)
-    for model in (record.source, record.typed):
-        if model.file not in model.files:
-            raise ArtifactError(f"{file} gives no sha256 for {model.file}, so it is not used", path=file)
 
 
 def record_to_dict(record: Record) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -50,9 +52,16 @@ def to_npz(golden: Golden) -> bytes:
 
 
 def from_npz(content: bytes) -> Golden:
-    """Raises ValueError for what is no such file."""
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        stored = {name: arrays[name] for name in arrays.files}
+    """Raises ValueError for what is no such file, and for one that unpacks to more than any."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as members:
+            size = sum(member.file_size for member in members.infolist())
+        if size > 2 * _LARGEST:
+            raise ValueError(f"it unpacks to {size} bytes")
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            stored = {name: arrays[name] for name in arrays.files}
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, NotImplementedError, SyntaxError) as error:
+        raise ValueError(str(error)) from error
     return Golden(feeds=_stripped(_INPUT, stored), outputs=_stripped(_OUTPUT, stored))
 
 
