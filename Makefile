@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test test-lowest test-spark test-torch lint docs check-python clean
+.PHONY: quickstart test test-fast test-lowest test-spark test-torch lint docs check-python clean
 
 quickstart: $(VENV)/.rtx
 	$(RUN) examples/quickstart.py
@@ -12,8 +12,16 @@ quickstart: $(VENV)/.rtx
 docs: $(VENV)/.dev
 	$(RUN) docs/generate_cli_page.py
 
+# Two processes, since that is what most machines for tests have. PYTEST_OPTIONS adds to it: --cov, or -k NAME.
+PYTEST_OPTIONS ?=
+PYTEST = DO_NOT_TRACK=true $(RUN) -m pytest -n 2 --dist loadscope $(PYTEST_OPTIONS)
+
 test: $(VENV)/.dev
-	DO_NOT_TRACK=true $(RUN) -m pytest
+	$(PYTEST)
+
+# What to run while editing: no servers, no MLflow stores, nothing that takes seconds.
+test-fast: $(VENV)/.dev
+	$(PYTEST) -m "not (slow or server or store or gpu)"
 
 # The lowest versions that pyproject.toml allows. What they deprecate or warn of is not ours to mend, nor that the server
 # of MLflow 3.10 does not start with starlette 1.
@@ -39,6 +47,7 @@ lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(RUN) -m mypy --config-file tests/mypy.ini tests/*.py benchmarks
 	$(VENV)/bin/lint-imports
 
 GPU := $(shell $(PYTHON) -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null && echo yes)

@@ -51,7 +51,7 @@ class Network:
         self.initializers: list[onnx.TensorProto] = []
         self._random = np.random.default_rng(seed)
 
-    def node(self, operator: str, inputs: list[str], output: str | None = None, **attributes: object) -> str:
+    def node(self, operator: str, inputs: list[str], output: str | None = None, **attributes: Any) -> str:
         name = output or f"{operator.lower()}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
         return name

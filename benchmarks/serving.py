@@ -175,9 +175,9 @@ def check(target: str, server: Server, request: wire.Request, expected: Feeds) -
         raise wire.error_of(response.status_code, response.content)
     answer = wire.decode_answer(response.content)
     for name, array in expected.items():
-        error = float(np.abs(answer[name] - array).max() / np.abs(array).max())
-        if answer[name].shape != array.shape or (target != "floor" and not error < _TOLERANCE):
-            raise RuntimeError(f"{target} answers {name!r} with an error of {error:.2g} of the largest value")
+        off = float(np.abs(np.subtract(answer[name], array)).max() / np.abs(array).max())
+        if answer[name].shape != array.shape or (target != "floor" and not off < _TOLERANCE):
+            raise RuntimeError(f"{target} answers {name!r} with an error of {off:.2g} of the largest value")
 
 
 def table(rows: list[Measured]) -> Table:

@@ -11,8 +11,13 @@ from real_models import CLS, MAGIKA
 import mlflow_trt
 from mlflow_trt.backends.cuda_driver import probe
 
+STORES = {"store", "module_store"}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if STORES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.store)
     problem = probe().problem
     if problem is None:
         return

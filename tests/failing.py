@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import networks
 import numpy as np
@@ -30,7 +31,7 @@ class FailingSession(OnnxRuntimeSession):
         self.runs_before_failure = 0
         self.before_run = lambda: None
         self.lost: str | None = None
-        slots = self._runner.slots
+        slots: Any = self._runner.slots  # type: ignore[attr-defined]  # a scheduler's
         make = slots._make
 
         def make_one():
@@ -58,6 +59,7 @@ class LostByInput(PyfuncModel):
 
     def _run(self, feeds):
         if np.max(feeds["x"]) >= 1000:
+            assert isinstance(self._session, FailingSession)
             self._session.failure = ExecutionError("CUDA failed: unspecified launch failure")
             self._session.lost = "unspecified launch failure"
         return super()._run(feeds)

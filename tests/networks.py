@@ -194,7 +194,7 @@ def every_dtype_feeds(count: int) -> dict[str, np.ndarray]:
         "i64": random.integers(-9, 9, (count, 4)),
         "i32": random.integers(-9, 9, (count, 4)).astype(np.int32),
         "f16": random.standard_normal((count, 4)).astype(np.float16),
-        "scale": np.float32(2.5),
+        "scale": np.array(2.5, np.float32),
     }
 
 

@@ -67,7 +67,7 @@ def lines(rows: int, width: int = 320) -> Feeds:
 def turned_lines(rows: int) -> Feeds:
     """Lines upright, upside down, and blends of both, of which the classifier is not sure: errors would show."""
     upright = lines(rows, 192)["x"]
-    share = np.resize(np.float32([1, 0.35, 0, 0.45, 0.5, 0.4]), rows)[:, None, None, None]
+    share = np.resize(np.array([1, 0.35, 0, 0.45, 0.5, 0.4], np.float32), rows)[:, None, None, None]
     return {"x": share * upright + (1 - share) * upright[:, :, ::-1, ::-1]}
 
 

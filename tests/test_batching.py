@@ -60,7 +60,8 @@ def test_every_row_is_run_once_and_at_the_least_cost_that_a_search_finds(limits)
 
 
 def test_sizes_get_smaller_until_there_are_none():
-    sizes, met = FewSizes(2, 8, 64), []
+    sizes: FewSizes | None = FewSizes(2, 8, 64)
+    met = []
     while sizes is not None:
         met.append(sizes.largest)
         sizes = sizes.smaller()

@@ -130,7 +130,7 @@ def test_a_process_forked_meanwhile_does_not_keep_the_lock():
 def test_the_doctor_can_ask_whether_anything_can_be_kept(monkeypatch):
     assert cache.problem() is None
     monkeypatch.setenv(cache.DIRECTORY_VARIABLE, "/proc/no/cache")
-    assert "cannot be written to" in cache.problem()
+    assert "cannot be written to" in str(cache.problem())
 
 
 class TestWhoseItIs:

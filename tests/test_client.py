@@ -18,9 +18,9 @@ import pandas as pd
 import pytest
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema, TensorSpec
-from serving import free_port, served
 
 import mlflow_trt
+from examples.serving import free_port, served
 from mlflow_trt.client import AsyncClient, Client
 from mlflow_trt.core import wire
 from mlflow_trt.errors import (
@@ -39,14 +39,16 @@ RANKS_DTYPES = {"scaled": "float32", "sums": "float32", "total": "float32", "dou
 
 
 @contextmanager
-def scripted(*answers, seconds=0.0, signatures=(b"{}",)):
+def scripted(*answers, silent=False, signatures=(b"{}",)):
     """A server that gives these (status, headers, body) one after the other, then the last one; and what it got.
 
-    Whoever asks for the signature gets one of those in the same way, which is not counted.
+    Whoever asks for the signature gets one of those in the same way, which is not counted. A silent one answers nothing
+    else before the block ends.
     """
     remaining = list(answers)
     signatures = [(400, {}, signature) for signature in signatures]
     received = []
+    ends = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -56,7 +58,8 @@ def scripted(*answers, seconds=0.0, signatures=(b"{}",)):
             left = signatures if body == wire.signature_request().content else remaining
             if left is remaining:
                 received.append((self.headers["content-type"], body))
-                time.sleep(seconds)
+                if silent:
+                    ends.wait()
             status, headers, content = left.pop(0) if len(left) > 1 else left[0]
             if status is None:
                 self.close_connection = True
@@ -77,6 +80,7 @@ def scripted(*answers, seconds=0.0, signatures=(b"{}",)):
     try:
         yield f"http://127.0.0.1:{server.server_port}", received
     finally:
+        ends.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -218,8 +222,8 @@ class TestTryingAgain:
 
     def test_not_after_a_timeout(self):
         with (
-            scripted(GOOD, seconds=0.5) as (address, received),
-            Client(address, timeout=0.1) as client,
+            scripted(GOOD, silent=True) as (address, received),
+            Client(address, timeout=1) as client,
             pytest.raises(ServerTimeoutError, match="no answer in time .ReadTimeout.*raise timeout="),
         ):
             client.predict(ROW)

@@ -12,6 +12,8 @@ from mlflow import MlflowClient
 from test_cli import run
 from tracking_server import tracking_server
 
+pytestmark = pytest.mark.server
+
 
 @pytest.fixture
 def environment(tmp_path, empty_database):

@@ -14,10 +14,10 @@ from pathlib import Path
 import networks
 import numpy as np
 import pytest
-from serving import ServerProcess, free_port, running
 from test_cli import run
 
 import mlflow_trt
+from examples.serving import ServerProcess, free_port, running
 from mlflow_trt import RecipeError
 from mlflow_trt.client import Client
 from mlflow_trt.deploy.dockerfile import ImageOptions, dockerfile_text, write_image_context

@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import networks
@@ -13,14 +14,15 @@ import numpy as np
 import pytest
 import typer
 from onnx import helper
-from serving import served
 
 import mlflow_trt
+from examples.serving import served
 from mlflow_trt.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-COMMANDS = typer.main.get_command(app).commands
+COMMAND: Any = typer.main.get_command(app)
+COMMANDS = COMMAND.commands
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -50,7 +52,7 @@ def in_folder(store, tmp_path, monkeypatch):
 
 def test_the_code_in_the_readme_runs(in_folder):
     (in_folder / "model.onnx").write_bytes(image_model().SerializeToString())
-    names = {"images": np.random.default_rng(1).standard_normal((70, 3, 16, 16)).astype(np.float32)}
+    names: dict[str, Any] = {"images": np.random.default_rng(1).standard_normal((70, 3, 16, 16)).astype(np.float32)}
     code = blocks("README.md", "python")
     assert len(code) == 2
     for block in code:
@@ -63,7 +65,7 @@ def test_the_code_in_the_guide_runs(in_folder, capsys):
     (in_folder / "text.onnx").write_bytes(networks.transformer().SerializeToString())
     mlflow.onnx.log_model(networks.transformer(), name="text", registered_model_name="text", pip_requirements=["onnx"])
     mlflow.MlflowClient().set_registered_model_alias("text", "champion", "1")
-    names = {"shapes": {"input_ids": ((-1, 4), (-1, 24), (-1, 48))}}
+    names: dict[str, Any] = {"shapes": {"input_ids": ((-1, 4), (-1, 24), (-1, 48))}}
     code = blocks("docs/guide.md", "python")
     assert len(code) == 6
     for block in code:
@@ -87,7 +89,7 @@ def test_the_client_in_the_page_about_deploying_runs(in_folder):
     mlflow_trt.save_model(image_model(), "model", batch=(1, 4, 8), verify=False)
     (code,) = blocks("docs/deploy.md", "python")
     with served("model", mlflow.get_tracking_uri(), {"runtime": "onnxruntime"}) as address:
-        names = {"address": address}
+        names: dict[str, Any] = {"address": address}
         exec(code, names)
     assert names["scores"].shape == (4, 5)
 

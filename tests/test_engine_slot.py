@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import threading
 import time
+from typing import Any
 
 import fake_gpu
 import numpy as np
@@ -186,7 +187,8 @@ def test_no_graph_is_captured_of_allocations(monkeypatch):
         outputs = slot.finish()
         assert np.array_equal(outputs["z"], x[:, 0])
 
-    infer, others = fake_gpu.FakeContext.infer_shapes, []
+    infer = fake_gpu.FakeContext.infer_shapes
+    others: list[Any] = []
 
     def infer_later(context):
         if others:

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import inspect
 import pickle
+from typing import Any
 
 import pytest
 from mlflow.exceptions import MlflowException
 
 from mlflow_trt import errors
 
-ERRORS = {name: value for name, value in vars(errors).items() if inspect.isclass(value) and name.endswith("Error")}
+ERRORS: dict[str, Any] = {
+    name: value for name, value in vars(errors).items() if inspect.isclass(value) and name.endswith("Error")
+}
 STATUS = {
     "MlflowTrtError": 500,
     "OnnxModelError": 400,

@@ -59,7 +59,11 @@ def test_no_update_is_lost_among_many(file):
         started.wait()
         for step in range(10):
             own = bytes([number * 10 + step])
-            KernelFile("a" * 64).update(lambda kept, own=own: b"".join(kept) + own)
+
+            def merge(kept, own=own):
+                return b"".join(kept) + own
+
+            KernelFile("a" * 64).update(merge)
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(add, range(8)))

@@ -34,11 +34,11 @@ REAL = SampleOrigin.CALIBRATION_DATA
 def typed_model(model, folder, precision, data=None, *, tolerance=None, weight_only=None, **recipe):
     """The typed model of a small network, without an engine."""
     source = read(model, folder)
-    recipe = Recipe(precision=precision, **recipe)
-    profiles = resolve_profiles(source, recipe)
+    wanted = Recipe(precision=precision, **recipe)
+    profiles = resolve_profiles(source, wanted)
     samples = generate_samples(source, profiles) if data is None else cut_samples(data, REAL, source, profiles)
     maker = maker_for(
-        source, recipe, profiles, folder, samples=samples, tolerance=tolerance, weight_only=weight_only or {}
+        source, wanted, profiles, folder, samples=samples, tolerance=tolerance, weight_only=weight_only or {}
     )
     return maker.make({})
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-import mlflow.data
 import networks
 import numpy as np
 import pandas as pd
 import pytest
 from helpers import read
+from mlflow.data.numpy_dataset import from_numpy
+from mlflow.data.pandas_dataset import from_pandas
 from real_models import SILERO
 
 import mlflow_trt
@@ -35,9 +36,9 @@ def forms(folder, rows):
     yield ({"x": rows[start : start + 4]} for start in range(0, len(rows), 4))
     yield pd.DataFrame({"x": list(rows)})
     yield pd.DataFrame(rows)
-    yield mlflow.data.from_numpy({"x": rows})
-    yield mlflow.data.from_numpy(rows)
-    yield mlflow.data.from_pandas(pd.DataFrame({"x": list(rows)}))
+    yield from_numpy({"x": rows})
+    yield from_numpy(rows)
+    yield from_pandas(pd.DataFrame({"x": list(rows)}))
 
 
 @pytest.mark.filterwarnings("ignore:.*")  # MLflow guesses at the source of a dataset, and warns of what it tries

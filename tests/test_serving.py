@@ -13,9 +13,11 @@ import pandas as pd
 import pytest
 import requests
 from real_models import MAGIKA
-from serving import served
 
 import mlflow_trt
+from examples.serving import served
+
+pytestmark = pytest.mark.server
 
 CPU = {"runtime": "onnxruntime"}
 COUNT = 5

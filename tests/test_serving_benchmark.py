@@ -11,12 +11,14 @@ import networks
 import onnx
 import pytest
 import typer
-from serving import free_port
 from typer.testing import CliRunner
 
 from benchmarks import serving
 from benchmarks.load import Answer, drive, summarized
+from examples.serving import free_port
 from mlflow_trt.core import wire
+
+pytestmark = pytest.mark.server
 
 ROOT = Path(__file__).resolve().parent.parent
 

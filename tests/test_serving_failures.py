@@ -20,12 +20,14 @@ import pandas as pd
 import pytest
 import requests
 from helpers import wait_for
-from serving import Server, served
 
 import mlflow_trt
+from examples.serving import Server, served
 from mlflow_trt.client import Client
 from mlflow_trt.core import wire
 from mlflow_trt.errors import InputError, OutOfMemoryError, ServerError, ServerTimeoutError
+
+pytestmark = pytest.mark.server
 
 CPU = {"runtime": "onnxruntime"}
 X = np.array([1, -2, 3], np.float32)

@@ -65,7 +65,7 @@ def close(found, array):
 class TestRows:
     @pytest.fixture
     def rows(self, folder):
-        with open_session(read_folder(folder), LoadSettings(**CPU)) as session:
+        with open_session(read_folder(folder), LoadSettings.of(CPU)) as session:
             yield Rows(session, partition=3)
 
     def test_in_pieces(self, rows, feeds, expected):
@@ -111,7 +111,7 @@ class TestRows:
             rows.run(columns, 32)
 
     def test_types_that_spark_lacks(self):
-        outputs = {
+        outputs: dict[str, np.ndarray] = {
             "half": np.ones((2, 3), np.float16), "byte": np.ones(2, np.uint8), "deep": np.ones((2, 1, 2, 3), np.uint32),
         }  # fmt: skip
         specs = [TensorSpec(name=name, dtype=array.dtype.name, shape=array.shape) for name, array in outputs.items()]
@@ -302,9 +302,9 @@ class TestSpark:
         client = MlflowClient(store.uri)
         log(2)
         log(3)
-        client.set_registered_model_alias("times", "champion", 1)
+        client.set_registered_model_alias("times", "champion", "1")
         before = predictions(spark, "models:/times@champion")
-        client.set_registered_model_alias("times", "champion", 2)
+        client.set_registered_model_alias("times", "champion", "2")
         after = predictions(spark, "models:/times@champion")
         # The column was made while the alias pointed to version 1.
         assert [collected(column) for column in (before, after, before)] == [[2, 4], [3, 6], [2, 4]]

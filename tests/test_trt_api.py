@@ -84,7 +84,7 @@ def names_of(requirement: str) -> dict[str, Any]:
         source = cache / "empty.c"
         source.write_text("\n".join(f"void *{function}(void) {{ return 0; }}" for function in FUNCTIONS))
         for library in libraries:
-            command = [compiler, "-shared", "-fPIC", "-o", cache / library, source, f"-Wl,-soname,{library}"]
+            command = [compiler, "-shared", "-fPIC", "-o", str(cache / library), str(source), f"-Wl,-soname,{library}"]
             subprocess.run(command, check=True)
         # Isolated, so that the libraries of an installed TensorRT stay out of it.
         listed = subprocess.run(

@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -16,7 +17,8 @@ from mlflow_trt.cli.recipe_options import recipe_from
 from mlflow_trt.cli.trtexec import OPTIONS, translate
 
 ROOT = Path(__file__).resolve().parent.parent
-CONVERT = typer.main.get_command(app).commands["convert"]
+COMMAND: Any = typer.main.get_command(app)
+CONVERT = COMMAND.commands["convert"]
 
 
 def recipe_of(*arguments: str) -> Recipe:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from serving import ServerProcess, free_port, running
+from examples.serving import ServerProcess, free_port, running
 
 
 @contextlib.contextmanager

@@ -13,9 +13,9 @@ import pytest
 from compare import relative_error
 from helpers import Store
 from real_models import CLS, MAGIKA
-from serving import served
 
 import mlflow_trt
+from examples.serving import served
 from mlflow_trt import EngineMismatchError, IntegrityError
 from mlflow_trt.backends import cuda_driver as hardware
 from mlflow_trt.backends import tensorrt as trt

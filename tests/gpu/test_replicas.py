@@ -18,9 +18,9 @@ import requests
 from compare import relative_error
 from helpers import wait_for
 from real_models import CLS
-from serving import Server
 
 import mlflow_trt
+from examples.serving import Server
 from mlflow_trt.backends.cuda_driver import probe
 from mlflow_trt.runtime.replicas import ReplicaSession
 
