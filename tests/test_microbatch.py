@@ -58,7 +58,7 @@ class DoublingSlot:
         return {"y": self.x * 2}
 
     def abandon(self):
-        del self.x
+        self.x = np.empty(0)
 
     def trim(self):
         self.gate.trimmed += 1

@@ -228,7 +228,7 @@ def test_what_is_missing_is_named_with_its_line(flavor, monkeypatch):
 
 
 def test_other_flavors_are_named(store, tmp_path):
-    class Doubles(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]  # MLflow hides it
+    class Doubles(mlflow.pyfunc.PythonModel):
         def predict(self, model_input: list[float]) -> list[float]:
             return [2 * number for number in model_input]
 
