@@ -5,7 +5,9 @@ import pytest
 
 from mlflow_trt import Precision, RecipeError, Tolerance
 from mlflow_trt.core.accuracy import Comparison, Verdict, compare
+from mlflow_trt.core.types import BatchAxis
 
+AXIS = BatchAxis(inputs=("x",), splits=True, declared=True)
 ROWS = np.random.default_rng(0).standard_normal((20, 5)).astype(np.float32)
 
 
@@ -96,7 +98,13 @@ def test_names_and_shapes_are_no_matter_of_tolerance():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"relative_error": -1}, {"relative_error": "much"}, {"top_class_agreement": 2}, {"max_abs_error": float("nan")}],
+    [
+        {"relative_error": -1},
+        {"relative_error": "much"},
+        {"top_class_agreement": 2},
+        {"worst_row_error": -1},
+        {"max_abs_error": float("nan")},
+    ],
 )
 def test_a_tolerance_that_makes_no_sense_is_refused(arguments):
     with pytest.raises(RecipeError, match=next(iter(arguments))):
@@ -106,3 +114,79 @@ def test_a_tolerance_that_makes_no_sense_is_refused(arguments):
 def test_every_precision_has_a_default():
     for precision in set(Precision) - {Precision.BEST}:
         assert 0 < Tolerance.default(precision).relative_error <= 0.1
+
+
+def by_row(actual, reference, tolerance=None, pieces=1) -> Comparison:
+    pairs = zip(np.array_split(actual, pieces), np.array_split(reference, pieces), strict=True)
+    return compare(
+        "subject", "inputs", (({"y": a}, {"y": b}) for a, b in pairs), tolerance or Tolerance(), batch_axis=AXIS
+    )
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_rows_are_measured_each_against_its_own_norm(pieces):
+    noisy = ROWS + np.float32(0.01) * ROWS[::-1]
+    output = by_row(noisy, ROWS, pieces=pieces).outputs[0]
+    differences, norms = np.linalg.norm(noisy - ROWS, axis=1), np.linalg.norm(ROWS, axis=1)
+    assert output.rows == 20
+    assert output.median_row_error == pytest.approx(np.median(differences / norms), rel=1e-5)
+    one_usual_value = np.median(norms) / np.sqrt(5)
+    assert output.worst_row_error == pytest.approx((differences / np.maximum(norms, one_usual_value)).max(), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1,), (4, 6, 6), (10, 8)])
+def test_a_loud_row_does_not_hide_the_others(shape):
+    reference = np.random.default_rng(1).standard_normal((64, *shape)).astype(np.float32)
+    reference[0] *= 1000
+    wrong = np.where(np.abs(reference) < 10, 0, reference)
+    comparison = by_row(wrong, reference, Tolerance.default(Precision.INT8))
+    assert comparison.outputs[0].relative_error < 0.1
+    assert comparison.verdict is Verdict.FAILED
+    assert any("relative error of the median of 64 rows 1, at most 0.1 is tolerated" in p for p in comparison.problems)
+    assert comparison.severity == pytest.approx(10, rel=0.01)
+
+
+def test_a_single_wrong_row_of_many_is_found():
+    reference = np.random.default_rng(1).standard_normal((1000, 5, 2)).astype(np.float32)
+    wrong = reference.copy()
+    wrong[17] *= -1
+    comparison = by_row(wrong, reference, Tolerance.default(Precision.INT8))
+    assert comparison.outputs[0].relative_error < 0.1
+    assert comparison.problems == ("output 'y': relative error of the worst of 1000 rows 2, at most 0.5 is tolerated",)
+
+
+def test_a_number_that_is_near_zero_by_chance_is_no_failure():
+    reference = np.random.default_rng(1).standard_normal((64, 1)).astype(np.float32)
+    reference[9] = 1e-6
+    assert by_row(reference + np.float32(0.01), reference, Tolerance(worst_row_error=0.1)).verdict is Verdict.PASSED
+    assert by_row(np.zeros_like(reference), np.zeros_like(reference)).outputs[0].worst_row_error == 0
+
+
+def test_without_a_batch_axis_each_sample_is_a_row():
+    loud = ROWS.copy() * np.float32(1000)
+    pairs = [({"y": loud}, {"y": loud}), ({"y": ROWS * 0}, {"y": ROWS}), ({"y": ROWS * 0}, {"y": ROWS})]
+    output = compare("subject", "inputs", pairs, Tolerance()).outputs[0]
+    assert (output.rows, output.median_row_error, output.worst_row_error) == (3, 1, 1)
+    assert compared(ROWS * 2, ROWS).outputs[0].median_row_error is None
+
+
+def test_integers_have_no_worst_row():
+    """One label that is another would be as wrong as can be."""
+    labels = np.arange(1, 41)
+    output = by_row(np.where(labels == 3, 4, labels), labels).outputs[0]
+    assert (output.median_row_error, output.worst_row_error) == (0, None)
+
+
+def test_a_tolerance_without_rows_says_what_it_does_not_judge():
+    reference = np.resize(ROWS, (64, 5))
+    reference[0] *= 1000
+    comparison = by_row(np.where(np.abs(reference) < 10, 0, reference), reference, Tolerance(relative_error=0.1))
+    assert comparison.verdict is Verdict.PASSED
+    assert "relative error of the median of 64 rows 1" in comparison.hidden_rows[0]
+    assert by_row(reference, reference, Tolerance(relative_error=0.1)).hidden_rows == ()
+
+
+def test_the_limits_of_rows_change_with_that_of_all():
+    changed = Tolerance.default(Precision.INT8).with_relative_error(0.2)
+    assert (changed.relative_error, changed.median_row_error, changed.worst_row_error) == (0.2, 0.2, 1.0)
+    assert Tolerance(max_abs_error=1).with_relative_error(0.2) == Tolerance(max_abs_error=1, relative_error=0.2)

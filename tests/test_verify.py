@@ -51,7 +51,8 @@ def test_numbers_are_in_the_record_the_tags_and_the_metrics(store):
     assert set(metrics) == {
         f"mlflow_trt/y/{name}"
         for name in (
-            "relative_error", "max_abs_error", "mean_abs_error", "cosine_similarity", "top_class_agreement"
+            "relative_error", "max_abs_error", "mean_abs_error", "cosine_similarity", "top_class_agreement",
+            "median_row_error", "worst_row_error"
         )
     }  # fmt: skip
 
@@ -129,6 +130,23 @@ def test_noise_that_a_model_fails_on_is_said_to_be_noise(tmp_path):
             networks.product(), tmp_path / "m", precision="fp16", verify=Tolerance(relative_error=1e-7)
         )
     assert not (tmp_path / "m").exists()
+
+
+def test_a_loud_row_does_not_make_the_others_pass(tmp_path, messages):
+    """Beside it they are rounded to nothing in int8, and the error over all rows together is that of the loud one."""
+    data = networks.rows(64)
+    data[0] *= 1000
+    with pytest.raises(AccuracyError, match="relative error of the median of 64 rows"):
+        mlflow_trt.save_model(networks.product(), tmp_path / "m", precision="int8", calibration_data=data)
+    assert not (tmp_path / "m").exists()
+    given = Tolerance(relative_error=0.1)
+    mlflow_trt.save_model(networks.product(), tmp_path / "m", precision="int8", calibration_data=data, verify=given)
+    assert "does not judge rows, and these are off: output 'y': relative error of the median" in messages.text
+    (comparison,) = read_folder(tmp_path / "m").record.comparisons
+    assert comparison.relative_error < 0.1 < comparison.outputs[0].median_row_error <= 1
+    code, output, errors = run("verify", tmp_path / "m", "--relative-error", 0.1)
+    assert code == 0, errors
+    assert "median row" in output
 
 
 def test_nodes_go_back_to_float32_until_the_gate_is_passed(tmp_path):

@@ -125,13 +125,16 @@ def print_candidates(selection: Selection) -> None:
 def print_accuracy(comparisons: Sequence[Comparison]) -> None:
     print_rows(
         "\naccuracy, against the source model on ONNX Runtime",
-        ("what", "verdict", "output", "relative error", "largest error", "same best class", "on"),
+        ("what", "verdict", "output", "relative error", "median row", "worst row", "largest error", "same best class",
+         "on"),
         [
             (
                 comparison.subject,
                 comparison.verdict,
                 output.name,
                 f"{output.relative_error:.2e}",
+                _error_text(output.median_row_error),
+                _error_text(output.worst_row_error),
                 f"{output.max_abs_error:.2e}",
                 "" if output.top_class_agreement is None else f"{output.top_class_agreement:.1%}",
                 comparison.inputs,
@@ -139,7 +142,11 @@ def print_accuracy(comparisons: Sequence[Comparison]) -> None:
             for comparison in comparisons
             for output in comparison.outputs
         ],
-    )
+    )  # fmt: skip
+
+
+def _error_text(error: float | None) -> str:
+    return "" if error is None else f"{error:.2e}"
 
 
 def _print_kept(report: PrecisionReport) -> None:
@@ -232,11 +239,14 @@ def print_benchmark(uri: str, benchmark: Benchmark, run_id: str | None = None) -
 
 def print_side_by_side(result: SideBySide, run_id: str | None = None) -> None:
     comparison = result.comparison
-    headings = ("output", "relative error", "largest error", "mean error", "cosine", "same best class")
+    headings = ("output", "relative error", "median row", "worst row", "largest error", "mean error", "cosine",
+                "same best class")  # fmt: skip
     rows = [
         (
             output.name,
             f"{output.relative_error:.2e}",
+            _error_text(output.median_row_error),
+            _error_text(output.worst_row_error),
             f"{output.max_abs_error:.2e}",
             f"{output.mean_abs_error:.2e}",
             f"{output.cosine_similarity:.6f}",

@@ -15,7 +15,10 @@ def verify(
     uri: Annotated[str, typer.Argument(help="An MLflow model URI such as models:/name/version, or a folder.")],
     data: Annotated[Path | None, typer.Option(help="An .npz or .npy file of inputs; else the golden sample.")] = None,
     relative_error: Annotated[
-        float | None, typer.Option(help="What is tolerated. Default: what the model was logged with.")
+        float | None,
+        typer.Option(
+            help="What is tolerated, and in proportion of single rows. Default: what the model was logged with."
+        ),
     ] = None,
     device: Annotated[int, typer.Option(help="CUDA device ordinal.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,

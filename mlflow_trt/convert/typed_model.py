@@ -27,7 +27,7 @@ from mlflow_trt.convert.resolve_profiles import Profiles
 from mlflow_trt.convert.samples import Samples
 from mlflow_trt.core.accuracy import Comparison, Tolerance, compare
 from mlflow_trt.core.arrays import Feeds, Outputs
-from mlflow_trt.core.types import CalibrationMethod, Precision, PrecisionReport, TensorSpec
+from mlflow_trt.core.types import BatchAxis, CalibrationMethod, Precision, PrecisionReport, TensorSpec
 from mlflow_trt.errors import ExecutionError, OutOfMemoryError, RecipeError, UnsupportedModelError
 
 _QUANTIZED = (Precision.INT8, Precision.FP8)
@@ -99,7 +99,7 @@ def maker_for(
     if precision_pass is None:
         return _Unchanged(source, told_apart, recipe, workdir, remarks)
     check_calibration(source, recipe, samples)
-    return _Retyped(source, told_apart, recipe, workdir, precision_pass, samples, tolerance)
+    return _Retyped(source, told_apart, recipe, workdir, precision_pass, samples, tolerance, profiles.batch_axis)
 
 
 def check_calibration(source: OnnxModel, recipe: Recipe, samples: Samples) -> None:
@@ -172,8 +172,10 @@ class _Retyped:
         precision_pass: PrecisionPass,
         samples: Samples,
         tolerance: Tolerance | None,
+        batch_axis: BatchAxis | None,
     ) -> None:
         self._recipe = recipe
+        self._batch_axis = batch_axis
         self._workdir = workdir
         self._samples = samples
         self._tolerance = tolerance or Tolerance()
@@ -260,6 +262,7 @@ class _Retyped:
             str(self._samples),
             ((runner.run(self._names, feeds), reference) for feeds, reference in pairs),
             self._tolerance,
+            batch_axis=self._batch_axis,
         )
 
 

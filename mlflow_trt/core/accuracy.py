@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from mlflow_trt.core.arrays import Array
-from mlflow_trt.core.types import Precision, StrEnum
+from mlflow_trt.core.row_errors import RowErrors
+from mlflow_trt.core.types import BatchAxis, Precision, StrEnum
 from mlflow_trt.errors import RecipeError
 
 Outputs = Mapping[str, Array]
@@ -41,12 +42,17 @@ class Tolerance:
         top_class_agreement: lower limit, 0 to 1, for outputs that look like scores of classes: the share of rows with
             the same best class. Rows whose two best classes are so close that the tolerated `relative_error` of the
             best score could swap them do not count.
+        median_row_error: upper limit of the relative error of the row in the middle, where there are several rows: the
+            norm over all of them is that of the loudest, beside which the others may be wrong altogether.
+        worst_row_error: upper limit of the relative error of any row, for outputs that are floats.
     """
 
     relative_error: float | None = None
     max_abs_error: float | None = None
     cosine_similarity: float | None = None
     top_class_agreement: float | None = None
+    median_row_error: float | None = None
+    worst_row_error: float | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -54,7 +60,7 @@ class Tolerance:
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if value is not None and not number:
                 raise RecipeError(f"{field.name} is {value!r}; expected a number or None", option=field.name)
-        for name in ("relative_error", "max_abs_error"):
+        for name in ("relative_error", "max_abs_error", "median_row_error", "worst_row_error"):
             if (getattr(self, name) or 0) < 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}; expected 0 or more", option=name)
         for name, low in (("cosine_similarity", -1), ("top_class_agreement", 0)):
@@ -67,8 +73,25 @@ class Tolerance:
         if precision not in _DEFAULTS:
             return cls()  # `best` has none of its own
         relative_error, agreement = _DEFAULTS[precision]
-        return cls(relative_error=relative_error, top_class_agreement=agreement)
+        return cls(
+            relative_error=relative_error,
+            top_class_agreement=agreement,
+            median_row_error=relative_error,
+            worst_row_error=_WORST_ROW * relative_error,
+        )
 
+    def with_relative_error(self, limit: float) -> Tolerance:
+        """The same with another limit of the relative error; those of rows change in proportion."""
+        if not self.relative_error:
+            return replace(self, relative_error=limit)
+        share = limit / self.relative_error
+        rows = {name: getattr(self, name) for name in ("median_row_error", "worst_row_error")}
+        scaled = {name: value * share for name, value in rows.items() if value is not None}
+        return replace(self, relative_error=limit, **scaled)
+
+
+_WORST_ROW = 5
+"""How many times the usual relative error is tolerated of a single row."""
 
 _DEFAULTS: Mapping[Precision, tuple[float, float]] = {
     Precision.FP32: (0.02, 0.99),
@@ -88,7 +111,8 @@ class OutputComparison:
     that are so where the reference is finite, `other_shapes` the samples for which the shapes differ. `classes` is how
     many classes it scores, where it looks as if it did; `top_class_agreement` is then the share of rows with the same
     best class, `clear_agreement` that of the rows whose best class is beyond doubt (see Tolerance). `varies` tells
-    whether the reference varies enough to prove anything.
+    whether the reference varies enough to prove anything. `median_row_error` and `worst_row_error` are relative errors
+    of `rows` rows each by itself; None where there is only one, and the worst also where values are no floats.
     """
 
     name: str
@@ -104,6 +128,9 @@ class OutputComparison:
     classes: int | None = None
     top_class_agreement: float | None = None
     clear_agreement: float | None = None
+    rows: int = 0
+    median_row_error: float | None = None
+    worst_row_error: float | None = None
 
     @property
     def metric_part(self) -> str:
@@ -119,6 +146,8 @@ class OutputComparison:
             _share(self.max_abs_error, tolerance.max_abs_error),
             _share(_missing(self.cosine_similarity), _missing(tolerance.cosine_similarity)),
             _share(_missing(self.clear_agreement), _missing(tolerance.top_class_agreement)),
+            _share(self.median_row_error, tolerance.median_row_error),
+            _share(self.worst_row_error, tolerance.worst_row_error),
         ]
         return max(shares)
 
@@ -134,6 +163,8 @@ class OutputComparison:
             ("largest absolute error", self.max_abs_error, tolerance.max_abs_error, 1),
             ("cosine similarity", self.cosine_similarity, tolerance.cosine_similarity, -1),
             ("agreement of the best class", self.clear_agreement, tolerance.top_class_agreement, -1),
+            (f"relative error of the median of {self.rows} rows", self.median_row_error, tolerance.median_row_error, 1),
+            (f"relative error of the worst of {self.rows} rows", self.worst_row_error, tolerance.worst_row_error, 1),
         )
         for label, measured, limit, sign in limits:
             # Written so that a NaN fails.
@@ -168,6 +199,17 @@ class Comparison:
         return Verdict.PASSED if any(output.varies for output in self.outputs) else Verdict.INCONCLUSIVE
 
     @property
+    def hidden_rows(self) -> tuple[str, ...]:
+        """Outputs of which most rows are off by more than is tolerated of all together, where rows are not judged."""
+        limit = self.tolerance.relative_error
+        if limit is None or self.tolerance.median_row_error is not None:
+            return ()
+        rows = Tolerance(median_row_error=limit)
+        return tuple(
+            problem for output in self.outputs for problem in replace(output, nans=0, infinities=0).problems(rows)
+        )
+
+    @property
     def severity(self) -> float:
         """That of the worst output."""
         return max((output.severity(self.tolerance) for output in self.outputs), default=0.0)
@@ -182,19 +224,32 @@ class Comparison:
             f"{output.name}: relative error {output.relative_error:.2e}, largest absolute error "
             f"{output.max_abs_error:.2e}"
             + ("" if output.top_class_agreement is None else f", best class agrees in {output.top_class_agreement:.1%}")
+            + ("" if output.median_row_error is None else f", median row {output.median_row_error:.2e}")
+            + ("" if output.worst_row_error is None else f", worst row {output.worst_row_error:.2e}")
             for output in self.outputs
         )
         return f"{self.subject} {self.verdict} against the source model on {self.inputs} ({numbers})"
 
 
-def compare(subject: str, inputs: str, pairs: Iterable[tuple[Outputs, Outputs]], tolerance: Tolerance) -> Comparison:
-    """Compare pairs of (outputs, reference), one for each sample. Raises ValueError where their names differ."""
+def compare(
+    subject: str,
+    inputs: str,
+    pairs: Iterable[tuple[Outputs, Outputs]],
+    tolerance: Tolerance,
+    *,
+    batch_axis: BatchAxis | None = None,
+) -> Comparison:
+    """Compare pairs of (outputs, reference), one for each sample. Raises ValueError where their names differ.
+
+    Along a `batch_axis` that splits, each row is judged by itself as well; else each sample is.
+    """
+    by_row = batch_axis is not None and batch_axis.splits
     totals: dict[str, _Totals] = {}
     for actual, reference in pairs:
         if actual.keys() != reference.keys():
             raise ValueError(f"the outputs are {', '.join(actual)}; expected {', '.join(reference)}")
         for name, expected in reference.items():
-            totals.setdefault(name, _Totals()).add(actual[name], expected, tolerance)
+            totals.setdefault(name, _Totals(by_row=by_row)).add(actual[name], expected, tolerance)
     return Comparison(
         subject=subject,
         inputs=inputs,
@@ -216,7 +271,10 @@ def _share(measured: float | None, limit: float | None) -> float:
 class _Totals:
     """Sums over samples, so that a long series of them need not be kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, by_row: bool) -> None:
+        self.by_row = by_row
+        self.row_errors = RowErrors()
+        self.is_float = True
         self.values = self.nans = self.infinities = self.other_shapes = 0
         self.largest = self.magnitude = 0.0
         self.difference = self.squares = self.reference_squares = self.actual_squares = self.product = self.sum = 0.0
@@ -227,14 +285,16 @@ class _Totals:
         if actual.shape != reference.shape:  # a size that depends on the data, such as the number of boxes found
             self.other_shapes += 1
             return
-        is_float = np.dtype(reference.dtype).kind == "f"
+        # Those of ml_dtypes, such as bfloat16, are of kind V.
+        self.is_float = np.dtype(reference.dtype).kind in "fV"
         got, wanted = actual.astype(np.float64), reference.astype(np.float64)
         finite = np.isfinite(wanted)
         self.nans += int((np.isnan(got) & finite).sum())
         self.infinities += int((np.isinf(got) & finite).sum())
-        if is_float:
+        if self.is_float:
             self._add_classes(got, wanted, tolerance)
         usable = finite & np.isfinite(got)
+        self.row_errors.add(got, wanted, usable, by_row=self.by_row)
         got, wanted = got[usable], wanted[usable]
         if not wanted.size:
             return
@@ -269,6 +329,7 @@ class _Totals:
         scale = math.sqrt(self.reference_squares)
         norms = scale * math.sqrt(self.actual_squares)
         error = math.sqrt(self.squares)
+        rows = self.row_errors.summary()
         return OutputComparison(
             name=name,
             values=self.values,
@@ -283,6 +344,9 @@ class _Totals:
             classes=self.classes,
             top_class_agreement=self.agreeing / self.rows if self.rows else None,
             clear_agreement=self.clear_agreeing / self.clear if self.clear else None,
+            rows=rows.rows,
+            median_row_error=rows.median,
+            worst_row_error=rows.worst if self.is_float else None,
         )
 
 

@@ -44,5 +44,8 @@ def log_report(
                 mlflow.log_metric(f"{prefix}/relative_error", output.relative_error)
                 mlflow.log_metric(f"{prefix}/max_abs_error", output.max_abs_error)
                 mlflow.log_metric(f"{prefix}/cosine_similarity", output.cosine_similarity)
+                for name in ("median_row_error", "worst_row_error"):
+                    if (error := getattr(output, name)) is not None:
+                        mlflow.log_metric(f"{prefix}/{name}", error)
             mlflow.log_artifacts(workdir)
     return str(run.info.run_id)

@@ -99,6 +99,7 @@ def _compared(reference: Runnable, subject: Runnable, data: Any, tolerance: Tole
             f"{size} rows of {origin}",
             [(subject.session.run(feeds), expected)],
             tolerance or Tolerance.default(precision),
+            batch_axis=None if subject.record is None else subject.record.batch_axis,
         )
     except ValueError as error:
         raise InputShapeError(f"{subject.name} and {reference.name} cannot be compared: {error}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ def verify_model(
 
     Args:
         data: as `calibration_data` of `log_model`; None takes the model's golden sample.
-        relative_error: what is tolerated; None takes what the model was logged with.
+        relative_error: what is tolerated, and of rows in proportion; None takes what the model was logged with.
 
     Raises:
         InputError: the data does not fit the model, or there is neither data nor a golden sample.
@@ -45,14 +44,14 @@ def verify_model(
         record = folder.record
         tolerance = record.golden.tolerance if record.golden else Tolerance.default(record.recipe.precision)
         if relative_error is not None:
-            tolerance = replace(tolerance, relative_error=relative_error)
+            tolerance = tolerance.with_relative_error(relative_error)
         source = read_onnx(folder.checked_model(record.source), Path(workdir))
         samples = _samples(folder, source, data)
         with (
             OnnxRuntimeSession(source.path, source.inputs, source.outputs) as reference,
             _subject(folder, device) as subject,
         ):
-            return compare_sessions(subject, reference, samples, tolerance)
+            return compare_sessions(subject, reference, samples, tolerance, record.batch_axis)
 
 
 def _samples(folder: ModelFolder, source: OnnxModel, data: Any) -> Samples:

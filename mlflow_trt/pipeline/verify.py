@@ -16,7 +16,7 @@ from mlflow_trt.core.arrays import Feeds, Outputs
 from mlflow_trt.core.compatibility import why_not
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.settings import LoadSettings
-from mlflow_trt.core.types import Precision, Weights, is_placeholder
+from mlflow_trt.core.types import BatchAxis, Precision, Weights, is_placeholder
 from mlflow_trt.errors import AccuracyError, ExecutionError, InputError, OnnxModelError, RuntimeUnavailableError
 from mlflow_trt.runtime.cuda.device import open_device
 from mlflow_trt.runtime.session import Session
@@ -118,13 +118,16 @@ def _check_rows(conversion: Conversion, reference: Sequence[Outputs]) -> None:
                 )
 
 
-def compare_sessions(subject: Session, reference: Session, samples: Samples, tolerance: Tolerance) -> Comparison:
+def compare_sessions(
+    subject: Session, reference: Session, samples: Samples, tolerance: Tolerance, batch_axis: BatchAxis | None
+) -> Comparison:
     """What `subject` computes against `reference`, piece by piece."""
     return compare(
         subject.description,
         str(samples),
         ((subject.run(feeds), reference.run(feeds)) for feeds in samples.feeds),
         tolerance,
+        batch_axis=batch_axis,
     )
 
 
@@ -140,8 +143,12 @@ def metrics_of(comparisons: Iterable[Comparison]) -> dict[str, float]:
                 f"{prefix}/mean_abs_error": output.mean_abs_error,
                 f"{prefix}/cosine_similarity": output.cosine_similarity,
             }
-            if output.top_class_agreement is not None:
-                metrics[f"{prefix}/top_class_agreement"] = output.top_class_agreement
+            others = {
+                "top_class_agreement": output.top_class_agreement,
+                "median_row_error": output.median_row_error,
+                "worst_row_error": output.worst_row_error,
+            }
+            metrics |= {f"{prefix}/{name}": number for name, number in others.items() if number is not None}
     return metrics
 
 
@@ -155,7 +162,8 @@ def _compare_engine(
         return None
     with engine_session(conversion, settings) as session:
         pairs = _run(session, conversion.samples.feeds, reference)
-        return compare(session.description, str(conversion.samples), pairs, tolerance)
+        axis = conversion.profiles.batch_axis
+        return compare(session.description, str(conversion.samples), pairs, tolerance, batch_axis=axis)
 
 
 def why_not_here(conversion: Conversion, settings: LoadSettings) -> str | None:
@@ -214,6 +222,13 @@ def judge(verification: Verification, *, demanded: bool, is_evidence: bool) -> N
                 f"{comparison.subject} is too far from the source model on {comparison.inputs}: "
                 f"{'; '.join(comparison.problems)}. Nothing was logged. {advice}",
                 comparison=comparison,
+            )
+        if comparison.hidden_rows:
+            _log.warning(
+                "%s passes the tolerance that was given, which does not judge rows, and these are off: %s. "
+                "Tolerance(median_row_error=..., worst_row_error=...) judges them.",
+                comparison.subject,
+                "; ".join(comparison.hidden_rows),
             )
         if comparison.verdict is Verdict.INCONCLUSIVE:
             text = (

@@ -66,12 +66,14 @@ def _selection(selection: Selection) -> Iterator[str]:
 def _comparison(comparison: Comparison) -> Iterator[str]:
     yield from _table(
         f"Accuracy: {comparison.subject} {comparison.verdict} on {comparison.inputs}",
-        ("output", "relative error", "largest absolute error", "mean absolute error", "cosine similarity",
-         "same best class", "NaN", "infinite"),
+        ("output", "relative error", "median row", "worst row", "largest absolute error", "mean absolute error",
+         "cosine similarity", "same best class", "NaN", "infinite"),
         [
             (
                 output.name,
                 f"{output.relative_error:.3g}",
+                "" if output.median_row_error is None else f"{output.median_row_error:.3g}",
+                "" if output.worst_row_error is None else f"{output.worst_row_error:.3g}",
                 f"{output.max_abs_error:.3g}",
                 f"{output.mean_abs_error:.3g}",
                 f"{output.cosine_similarity:.6f}",

@@ -28,7 +28,13 @@ def check(session: Session, folder: ModelFolder, identity: dict[str, object]) ->
         return
     golden = folder.read_golden(stored)
     pairs = [(session.run(golden.feeds), golden.outputs)]
-    comparison = compare(session.description, "the golden sample", pairs, stored.tolerance)
+    comparison = compare(
+        session.description,
+        "the golden sample",
+        pairs,
+        stored.tolerance,
+        batch_axis=folder.record.batch_axis,
+    )
     if comparison.problems:
         raise SelfTestError(
             f"{session.description} answers wrongly: {'; '.join(comparison.problems)}, on the golden sample of the "
