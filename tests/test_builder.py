@@ -258,7 +258,10 @@ class TestFailures:
             build(model, tmp_path)
         assert caught.value.nodes == ("decode (Attention)",)
         del model.graph.node[0].input[3:]
+        del model.graph.input[3]
         limits.check_nodes(model)
+        # Without a fused kernel for these sizes, which nothing is built with unless it may be several kernels.
+        assert build(model, tmp_path, batch=(1, 2, 4)).shapes["y"] == (-1, 2, 8, 16)
 
     @pytest.mark.parametrize(("operator", "gates"), [("RNN", 1), ("GRU", 3), ("LSTM", 4)])
     def test_batches_before_the_sequence_are_refused(self, operator, gates, tmp_path):

@@ -126,6 +126,15 @@ class TensorRT:
     def parser(self, network: trt_api.INetworkDefinition) -> trt_api.OnnxParser:
         return cast(trt_api.OnnxParser, self._module.OnnxParser(network, self.log))
 
+    def allow_decomposed_attention(self, network: trt_api.INetworkDefinition) -> None:
+        """Let attention run as several kernels where there is no fused one: by default nothing is built then."""
+        boundary = getattr(self._module, "IAttentionBoundaryLayer", None)  # TensorRT before 10.14 lacks it
+        for index in range(network.num_layers if boundary is not None else 0):
+            layer: Any = network.get_layer(index)
+            if layer.type.name == "ATTENTION_INPUT":
+                layer.__class__ = boundary  # how TensorRT's bindings tell what kind of layer a plain one is
+                layer.attention.decomposable = True
+
     def runtime(self, *, allow_engine_host_code: bool = False) -> trt_api.Runtime:
         """A runtime, which by default refuses plans that bring code for the CPU."""
         runtime = cast(trt_api.Runtime, self._module.Runtime(self.log))

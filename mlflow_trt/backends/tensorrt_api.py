@@ -35,10 +35,16 @@ class ITensor(Protocol):
     is_shape_tensor: bool
 
 
+class ILayer(Protocol):
+    type: Enumerator
+
+
 class INetworkDefinition(Protocol):
     num_inputs: int
     num_outputs: int
+    num_layers: int
 
+    def get_layer(self, index: int) -> ILayer: ...
     def get_input(self, index: int) -> ITensor: ...
     def get_output(self, index: int) -> ITensor: ...
 

@@ -95,7 +95,7 @@ def convert(
         )
 
     try:
-        typed, built = build_with_retreat(maker, build, source)
+        typed, built = build_with_retreat(maker, build, plan)
     except BuildError as error:
         raise _naming_control_flow(error, source) from error
     remarks = (

@@ -99,6 +99,7 @@ def build(tensorrt: TensorRT, job: Job, report: Any) -> dict[str, Any]:
     parser = tensorrt.parser(network)
     if not parser.parse_from_file(job.model):
         raise _parser_failure(tensorrt, parser)
+    tensorrt.allow_decomposed_attention(network)
     config = builder.create_builder_config()
     _configure(tensorrt, config, job)
     _add_profiles(tensorrt, builder, network, config, job.profiles)
