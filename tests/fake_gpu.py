@@ -241,6 +241,8 @@ class FakeTensorRT:
         self.profiles = profiles
         self.made = 0
         self.compiled = set()
+        self.may_compile = threading.Event()  # held up where a test clears it
+        self.may_compile.set()
         self.late_shape = lambda rows: (rows,)
         self._compiling = threading.Lock()
         self.log = types.SimpleNamespace(errors=list, last_error=lambda: "nothing")
@@ -291,6 +293,7 @@ class FakeTensorRT:
         if shape not in self.compiled:
             with self._alone():
                 time.sleep(0.002)
+                assert self.may_compile.wait(10)
                 self.compiled.add(shape)
 
     def _kernels(self, _others):

@@ -351,6 +351,109 @@ def test_stress(delay, late):
             list(pool.map(work, range(8)))
 
 
+class TestCompilingBesideCalls:
+    @staticmethod
+    def wait_until(condition):
+        end = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.001)
+
+    @TOGETHER
+    def test_calls_are_run_in_the_sizes_there_are(self, delay):
+        with fake_gpu.session(max_batch_delay_ms=delay, compile_beside_calls=True) as (session, _, tensorrt):
+            check(session, rows(2))
+            assert session.runs == {2: 1}
+            tensorrt.may_compile.clear()
+            for count in (1, 2, 3, 7, 16, 40):
+                check(session, rows(count, seed=count))
+            assert set(session.runs) == {2}
+            assert session.runs[2] == 1 + 1 + 1 + 2 + 4 + 8 + 20
+            tensorrt.may_compile.set()
+            self.wait_until(lambda: {shape[0] for shape in tensorrt.compiled.copy()} == {1, 2, 4, 8, 16})
+            self.wait_until(lambda: not session._scheduler._readiness._thread)
+            for count in (1, 7, 16):
+                check(session, rows(count, seed=count))
+            assert set(session.runs) == {1, 2, 8, 16}
+
+    def test_a_call_waits_for_no_kernels_but_its_own(self):
+        """Nor does anybody else, where a call brings shapes that are new."""
+        with fake_gpu.session() as (session, _, tensorrt), concurrent.futures.ThreadPoolExecutor(1) as pool:
+            check(session, rows(4))
+            tensorrt.may_compile.clear()
+            waiting = pool.submit(check, session, rows(4, 8))
+            self.wait_until(tensorrt._compiling.locked)
+            for seed in range(5):
+                check(session, rows(4, seed=seed))
+            assert not waiting.done()
+            tensorrt.may_compile.set()
+            waiting.result(10)
+
+    def test_unusual_shapes_get_the_sizes_that_calls_want(self):
+        with fake_gpu.session(compile_beside_calls=True) as (session, _, tensorrt):
+            check(session, rows(1, 5))
+            check(session, rows(8, 5))
+            self.wait_until(lambda: (8, 5) in tensorrt.compiled)
+            self.wait_until(lambda: not session._scheduler._readiness._thread)
+            assert {shape for shape in tensorrt.compiled if shape[1] == 5} == {(1, 5), (8, 5)}
+
+    def test_threads_that_come_together_want_larger_sizes(self):
+        with fake_gpu.session(max_batch_delay_ms=5.0, compile_beside_calls=True) as (session, _, tensorrt):
+            check(session, rows(1, 5))
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+
+                def grown():
+                    list(pool.map(lambda n: check(session, rows(1, 5, n)), range(64)))
+                    return any(count > 1 and columns == 5 for count, columns in tensorrt.compiled.copy())
+
+                self.wait_until(grown)
+
+    def test_warm_is_warm(self):
+        with fake_gpu.session(compile_beside_calls=True) as (session, _, tensorrt):
+            session.warm_up()
+            compiled = set(tensorrt.compiled)
+            for count in (1, 3, 16):
+                check(session, rows(count))
+            assert session.runs == {1: 1, 4: 1, 16: 1}
+            assert tensorrt.compiled == compiled
+
+    def test_a_size_that_fails_is_not_used(self, monkeypatch, messages):
+        execute = fake_gpu.FakeContext.execute_async_v3
+
+        def fail(context, handle):
+            return context._shape[0] != 8 and execute(context, handle)
+
+        monkeypatch.setattr(fake_gpu.FakeContext, "execute_async_v3", fail)
+        with fake_gpu.session(compile_beside_calls=True) as (session, _, tensorrt):
+            check(session, rows(2))
+            self.wait_until(lambda: (16, 2) in tensorrt.compiled)
+            self.wait_until(lambda: not session._scheduler._readiness._thread)
+            check(session, rows(7))
+            assert 8 not in session.runs
+        assert "Batches of 8 rows are run in other sizes" in messages.text
+
+    def test_closing_ends_it(self):
+        with fake_gpu.session(compile_beside_calls=True) as (session, _, tensorrt):
+            tensorrt.may_compile.clear()
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                call = pool.submit(check, session, rows(2))
+                self.wait_until(tensorrt._compiling.locked)
+                tensorrt.may_compile.set()
+                call.result(10)
+        assert session._scheduler._readiness._thread is None
+
+    def test_empty_batches(self):
+        with fake_gpu.session(compile_beside_calls=True) as (session, _, _):
+            check(session, rows(0))
+            check(session, rows(3))
+
+    @LATE
+    def test_stress(self, late):
+        settings = {"late": late, "max_batch_delay_ms": 2.0, "compile_beside_calls": True}
+        with fake_gpu.session(**settings) as (session, _, _), concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda n: check(session, rows(n % 21, 1 + n % 3, seed=n)), range(300)))
+
+
 def test_kernels_are_not_read_while_others_compile():
     class Store:
         kept = b""

@@ -33,8 +33,9 @@ class LoadSettings:
             too: `auto` with TensorRT-RTX, `on` with TensorRT as well, `off` nowhere.
         max_batch_delay_ms: calls that arrive while a batch runs are put together into the next one, which stays open
             for so many milliseconds at most; 0 runs each call by itself. A call that is alone never waits.
-        warm_up: run every batch size once while loading, so that no later call compiles kernels or makes contexts:
-            `auto` under MLflow's scoring server, `on` everywhere, `off` nowhere.
+        warm_up: when the batch sizes are compiled. `on`: all of them while loading. `background`: the one that the
+            first call needs, and the others beside the calls, which are run in the sizes that are ready. `off`: each in
+            the first call that needs it. `auto`: `on` under MLflow's scoring server, elsewhere `background`.
         allow_engine_host_code: let engines bring code that runs on the CPU, as those do that were built with
             `version_compatible`. Only for engines from a source you trust like your own programs.
         self_test: run the model's golden sample before an engine is first used with a GPU, driver and TensorRT, and
@@ -60,7 +61,7 @@ class LoadSettings:
             "on_mismatch": ("rebuild", "error"),
             "kernel_specialization": ("eager", "lazy"),
             "cuda_graphs": ("auto", "on", "off"),
-            "warm_up": ("auto", "on", "off"),
+            "warm_up": ("auto", "on", "background", "off"),
             "answers": ("lists", "base64"),
         }
         for name, known in choices.items():

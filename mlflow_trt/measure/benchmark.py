@@ -152,7 +152,7 @@ def opened(model_uri: str, *, device: int = 0, progress: Progress | None = None)
     with opened_folder(model_uri) as folder:
         record = folder.record
         try:
-            session, problem = open_tensorrt(folder, LoadSettings(device=device), progress), None
+            session, problem = open_tensorrt(folder, LoadSettings(device=device, warm_up="off"), progress), None
         except (RuntimeUnavailableError, EngineMismatchError, BuildError, ExecutionError) as error:
             problem = f"{model_uri} does not run on TensorRT here: {error.message}"
             source = folder.checked_model(record.source)

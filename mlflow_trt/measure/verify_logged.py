@@ -67,7 +67,7 @@ def _samples(folder: ModelFolder, source: OnnxModel, data: Any) -> Samples:
 
 def _subject(folder: ModelFolder, device: int) -> Session:
     try:
-        return open_tensorrt(folder, LoadSettings(device=device, self_test=False))
+        return open_tensorrt(folder, LoadSettings(device=device, self_test=False, warm_up="off"))
     except RuntimeUnavailableError as error:
         _log.warning("Verifying the typed model, since the engine cannot run here: %s", error.message)
     record = folder.record

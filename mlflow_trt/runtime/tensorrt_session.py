@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlflow_trt.backends.tensorrt import TensorRT
-from mlflow_trt.core.arrays import numpy_dtype
+from mlflow_trt.core.arrays import Feeds, numpy_dtype
 from mlflow_trt.core.inputs import prepare_feeds
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.types import BatchAxis, ShapeProfile, TensorSpec
@@ -50,6 +51,8 @@ class TensorRTSession(Session):
         cuda_graphs: launch what comes again as a CUDA graph: the engine, and the copies of small inputs and outputs.
         max_batch_delay_ms: milliseconds for which a batch stays open at most for the calls of other threads while
             another batch runs; 0 runs each call by itself.
+        compile_beside_calls: TensorRT-RTX only. Run calls in the batch sizes that have been compiled, and compile the
+            others in a thread; the first one is what the first call needs.
         allow_engine_host_code: let the plan bring code that runs on the CPU.
         weights_from: the ONNX file with the weights of a plan that was stripped of them.
         weight_streaming: the plan was built for it: as many weights stay in host memory as TensorRT thinks best.
@@ -74,6 +77,7 @@ class TensorRTSession(Session):
         kernel_specialization: str = "eager",
         cuda_graphs: bool = True,
         max_batch_delay_ms: float = 0.0,
+        compile_beside_calls: bool = False,
         allow_engine_host_code: bool = False,
         weights_from: Path | None = None,
         weight_streaming: bool = False,
@@ -98,6 +102,7 @@ class TensorRTSession(Session):
             profiles=engine.profiles,
             axis=batch_axis,
             max_batch_delay=max_batch_delay_ms / 1e3,
+            prepare=partial(_prepare, engine) if compile_beside_calls and tensorrt.is_rtx else None,
         )
         super().__init__(
             scheduler, [engine.described(spec) for spec in inputs], [engine.described(spec) for spec in outputs]
@@ -156,6 +161,7 @@ class TensorRTSession(Session):
                 for slot in slots:
                     slot.launch(Rows([feeds], None, 0), number)
                     slot.finish()
+                self._scheduler.mark_ready(feeds, number, size)
 
     def _usual(self, spec: TensorSpec, profile: ShapeProfile, rows: int | None) -> npt.NDArray[np.generic]:
         """An input that the profile takes: zeros, and for a shape tensor the usual values."""
@@ -202,6 +208,16 @@ class TensorRTSession(Session):
 
     def _release(self) -> None:
         self._finalizer()
+
+
+def _prepare(engine: Engine, profile: int, feeds: Feeds) -> None:
+    """Run feeds in a slot of their own, so that nobody waits for them."""
+    slot = EngineSlot(engine)
+    try:
+        slot.launch(Rows([feeds], None, 0), profile)
+        slot.finish()
+    finally:
+        slot.close()
 
 
 def _close(scheduler: Scheduler[EngineSlot], engine: Engine) -> None:

@@ -126,7 +126,7 @@ def _open_on(ordinal: int, folder: ModelFolder, settings: LoadSettings, progress
         try:
             if settings.self_test:
                 self_test.check(opened, folder, _identity(engine, kernels, tensorrt, device, settings))
-            if settings.warm_up == "on" or (settings.warm_up == "auto" and in_server()):
+            if _warm_up(settings) == "on":
                 opened.warm_up()
         except BaseException:
             opened.close()
@@ -220,11 +220,19 @@ def session_on(
         kernel_specialization=settings.kernel_specialization,
         cuda_graphs=settings.cuda_graphs == "on" or (settings.cuda_graphs == "auto" and tensorrt.is_rtx),
         max_batch_delay_ms=settings.max_batch_delay_ms,
+        compile_beside_calls=_warm_up(settings) == "background",
         allow_engine_host_code=settings.allow_engine_host_code,
         weights_from=weights_from,
         weight_streaming=weight_streaming,
         kernel_store=store,
     )
+
+
+def _warm_up(settings: LoadSettings) -> str:
+    """What `auto` stands for here."""
+    if settings.warm_up != "auto":
+        return settings.warm_up
+    return "on" if in_server() else "background"
 
 
 def kernel_file(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Generic, NamedTuple
+from typing import Generic, NamedTuple, cast
 
 from mlflow_trt.core.arrays import Feeds, Outputs
 from mlflow_trt.core.log import get_logger
@@ -14,6 +14,7 @@ from mlflow_trt.errors import OutOfMemoryError, SessionClosedError
 from mlflow_trt.runtime.batching.choose_profile import choose_profile
 from mlflow_trt.runtime.batching.host_copy import copies
 from mlflow_trt.runtime.batching.microbatch import MicroBatcher, Request
+from mlflow_trt.runtime.batching.readiness import Prepare, Readiness
 from mlflow_trt.runtime.batching.shared_work import Work
 from mlflow_trt.runtime.batching.sizes import (
     AnySize,
@@ -47,6 +48,7 @@ class Scheduler(Generic[AnySlot]):
         largest: the largest batch to run at once where there are no profiles; None for no limit, and then calls are
             not put together either.
         max_batch_delay: seconds for which a batch of several callers stays open at most; 0 runs each call by itself.
+        prepare: makes a batch size ready beside the calls, which are run in sizes that are; None: all of them are.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Scheduler(Generic[AnySlot]):
         axis: BatchAxis | None,
         largest: int | None = None,
         max_batch_delay: float = 0.0,
+        prepare: Prepare | None = None,
     ) -> None:
         self.slots: Slots[AnySlot] = Slots(make_slot, MOST_SLOTS)
         self._profiles = tuple(profiles)
@@ -71,6 +74,8 @@ class Scheduler(Generic[AnySlot]):
         self._batches = max_batch_delay > 0
         self._threads = Threads(MOST_SLOTS)
         self._plans: dict[Hashable, _Plan] = {}
+        self._generation = 0  # of plans
+        self._readiness = Readiness(prepare, self._axis, self._forget_plans) if prepare and self._axis else None
         self._values_matter = any(limits.is_values for profile in profiles for limits in profile.ranges.values())
         self._without_rows: OutputWithoutRowsError | None = None
         self._runs: collections.Counter[int] = collections.Counter()
@@ -96,7 +101,7 @@ class Scheduler(Generic[AnySlot]):
         except OutputWithoutRowsError as error:
             return self._run_without_rows(feeds, plan, error)
         finally:
-            self._count_off()
+            self._end(plan)
 
     def submit(self, feeds: Feeds, done: Done) -> Submission:
         """Run feeds without letting the caller wait; `done` is told what came of it.
@@ -110,11 +115,11 @@ class Scheduler(Generic[AnySlot]):
             alone = self._calls == 1
         try:
             if plan.sizes is None or self._runs_in_pieces(plan, alone=alone):
-                self._threads.do(lambda: self._answer(answer, lambda: self._run_by_itself(feeds, plan)))
+                self._threads.do(lambda: self._answer(answer, plan, lambda: self._run_by_itself(feeds, plan)))
             else:
                 self._submit_together(feeds, plan, plan.sizes, answer)
         except BaseException:
-            self._count_off()
+            self._end(plan)
             raise
         return answer
 
@@ -127,12 +132,12 @@ class Scheduler(Generic[AnySlot]):
 
         def end(request: SubmittedRequest) -> None:
             if request.outputs is not None or request.error is not None or not answer.is_wanted:
-                self._answer(answer, lambda: result(request))
+                self._answer(answer, plan, lambda: result(request))
                 return
             try:
-                self._threads.do(lambda: self._answer(answer, lambda: result(request)))
+                self._threads.do(lambda: self._answer(answer, plan, lambda: result(request)))
             except SessionClosedError as error:
-                self._count_off()
+                self._end(plan)
                 answer.give(None, error)
 
         request = SubmittedRequest(feeds, plan.rows, plan.profile, sizes, self._key(feeds, plan), answer, end)
@@ -144,7 +149,7 @@ class Scheduler(Generic[AnySlot]):
                 # No thread to be had, or closed meanwhile. Others may have joined, and want to be told.
                 self._batcher.lead(batch)
 
-    def _answer(self, answer: Answer, result: Callable[[], Outputs]) -> None:
+    def _answer(self, answer: Answer, plan: _Plan, result: Callable[[], Outputs]) -> None:
         """Tell what came of a submission, and count it off before, since who is told may send the next one."""
         outputs, failure = None, None
         try:
@@ -152,12 +157,16 @@ class Scheduler(Generic[AnySlot]):
                 outputs = result()
         except Exception as error:  # noqa: BLE001  # told to whoever submitted it
             failure = error
-        self._count_off()
+        self._end(plan)
         answer.give(outputs, failure)
 
-    def _count_off(self) -> None:
+    def _end(self, plan: _Plan) -> None:
+        """A call has come to its end."""
         with self._counting:
+            calls = self._calls
             self._calls -= 1
+        if self._readiness is not None:
+            self._readiness.ran(plan.key, plan.rows * calls if plan.together else plan.rows)
 
     def _run_by_itself(self, feeds: Feeds, plan: _Plan) -> Outputs:
         if plan.sizes is None:
@@ -170,7 +179,7 @@ class Scheduler(Generic[AnySlot]):
     def _run_without_rows(self, feeds: Feeds, plan: _Plan, error: OutputWithoutRowsError) -> Outputs:
         """Whole, now that the outputs are known to have no rows. Raises the error where the engine cannot do that."""
         self._without_rows = error
-        self._plans.clear()
+        self._forget_plans()
         if not plan.fits:
             raise error
         return self._run_whole(feeds, plan.profile)
@@ -212,7 +221,7 @@ class Scheduler(Generic[AnySlot]):
             if sizes is None or sizes is self._sizes[profile]:
                 return
             self._sizes[profile] = sizes
-            self._plans.clear()
+        self._forget_plans()
         _log.warning("Running at most %d rows at once from now on: %s", sizes.largest, cause)
 
     def _had_no_room(self, request: Request, cause: str) -> None:
@@ -231,6 +240,19 @@ class Scheduler(Generic[AnySlot]):
             self.slots.close()
         finally:
             self._threads.close()
+            if self._readiness is not None:
+                self._readiness.stop()
+
+    def mark_ready(self, feeds: Feeds, profile: int, size: int | None) -> None:
+        """Feeds of so many rows were run in every slot."""
+        sizes = self._sizes[profile]
+        if self._readiness is not None and sizes is not None and size:
+            self._readiness.mark(self._family(profile, feeds), profile, sizes, size, feeds)
+
+    def _forget_plans(self) -> None:
+        with self._counting:
+            self._generation += 1
+            self._plans.clear()
 
     def _sizes_for(self, profile: ShapeProfile) -> Sizes | None:
         limits = profile.ranges.get(self._axis.inputs[0]) if self._axis else None
@@ -241,12 +263,13 @@ class Scheduler(Generic[AnySlot]):
         shapes = tuple([array.shape for array in feeds.values()])
         plan = self._plans.get(shapes)
         if plan is None:
+            generation = self._generation
             plan = self._new_plan(feeds)
             if not self._values_matter:
                 with self._counting:
                     if len(self._plans) >= _MOST_PLANS:
                         self._plans.clear()
-                    if plan.sizes is None or plan.sizes is self._sizes[plan.profile]:
+                    if generation == self._generation:
                         self._plans[shapes] = plan
         return plan
 
@@ -264,6 +287,7 @@ class Scheduler(Generic[AnySlot]):
         if fits and any(len(feeds[name]) != len(feeds[first]) for name in others):
             return _Plan(profile, fits)
         rows = batch_size(feeds, axis)
+        sizes = self._usable(sizes, profile, rows, feeds)
         shared = tuple(name for name in feeds if name not in axis.inputs)
         together = (
             self._batches
@@ -271,9 +295,26 @@ class Scheduler(Generic[AnySlot]):
             and len(sizes.cut(rows)) == 1
             and sum(feeds[name].nbytes for name in shared) <= _MOST_SHARED_BYTES
         )
-        key = (profile, *(feeds[name].shape[name in axis.inputs :] for name in feeds))
+        key = self._family(profile, feeds)
         large = sum(array.nbytes for array in feeds.values()) > _LARGE_BYTES
         return _Plan(profile, fits, rows, sizes, key, together, shared, large)
+
+    def _family(self, profile: int, feeds: Feeds) -> Hashable:
+        """What calls have in common whose rows can be run together, but for the values of shared inputs."""
+        batched = self._axis.inputs if self._axis else ()
+        return (profile, *(array.shape[name in batched :] for name, array in feeds.items()))
+
+    def _usable(self, sizes: Sizes, profile: int, rows: int, feeds: Feeds) -> Sizes:
+        """Of these sizes those that need not be made ready first."""
+        if self._readiness is None or rows == 0:
+            return sizes
+        axis = cast("BatchAxis", self._axis)
+        is_usual = not self._profiles or all(
+            array.shape[name in axis.inputs :] == limits.opt[name in axis.inputs :]
+            for name, array in feeds.items()
+            if (limits := self._profiles[profile].ranges.get(name)) is not None and not limits.is_values
+        )
+        return self._readiness.usable(self._family(profile, feeds), profile, rows, sizes, feeds, is_usual=is_usual)
 
     def _run_rows(self, feeds: Feeds, plan: _Plan, *, alone: bool) -> Outputs:
         if plan.sizes is None or self._runs_in_pieces(plan, alone=alone):
@@ -329,7 +370,7 @@ class Scheduler(Generic[AnySlot]):
                         slot = self.slots.acquire_now()
                     else:
                         slot = self.slots.acquire()
-                piece = work.take(sizes)
+                piece = work.take(self._usable(sizes, work.profile, work.rows, work.feeds))
                 if piece is None:  # another GPU was faster
                     self.slots.release(slot)
                     break

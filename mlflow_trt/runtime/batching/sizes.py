@@ -67,14 +67,12 @@ class AnySize:
         return AnySize(self.largest // 2) if self.largest > 1 else None
 
 
-class FewSizes:
-    """The ends of a profile's range, its usual size, and the powers of two between: a handful."""
+class GivenSizes:
+    """These, the smallest first."""
 
-    def __init__(self, smallest: int, usual: int, largest: int) -> None:
-        powers = (1 << n for n in range(largest.bit_length()))
-        between = (size for size in powers if smallest < size < largest)
-        self.all = tuple(sorted({smallest, usual, largest, *between}))
-        self.largest = largest
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        self.all = sizes
+        self.largest = sizes[-1]
 
     def cut(self, rows: int) -> Sequence[int]:
         whole, rest = divmod(rows, self.largest)
@@ -83,11 +81,17 @@ class FewSizes:
     def hold(self, rows: int) -> int:
         return self.all[bisect.bisect_left(self.all, rows)]
 
-    def smaller(self) -> FewSizes | None:
-        if len(self.all) == 1:
-            return None
-        *kept, largest = self.all[:-1]
-        return FewSizes(self.all[0], largest, largest) if kept else FewSizes(largest, largest, largest)
+    def smaller(self) -> GivenSizes | None:
+        return GivenSizes(self.all[:-1]) if len(self.all) > 1 else None
+
+
+class FewSizes(GivenSizes):
+    """The ends of a profile's range, its usual size, and the powers of two between: a handful."""
+
+    def __init__(self, smallest: int, usual: int, largest: int) -> None:
+        powers = (1 << n for n in range(largest.bit_length()))
+        between = (size for size in powers if smallest < size < largest)
+        super().__init__(tuple(sorted({smallest, usual, largest, *between})))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -34,8 +34,8 @@ class Bindings:
         self._allocated: Shapes = {}
         self._allocation_error: Exception | None = None
 
-    def bind(self, profile: int, shapes: Shapes) -> tuple[Context, bool]:
-        """A context for these shapes, and whether nothing of these shapes ran before on the engine.
+    def bind(self, profile: int, shapes: Shapes) -> tuple[Context, Hashable]:
+        """A context for these shapes, and what names them.
 
         Raises InputShapeError where TensorRT finds that the shapes do not go together.
         """
@@ -45,7 +45,7 @@ class Bindings:
         context = self._contexts.get(key)
         if context is not None and context.moves == self._buffers.moves.count:
             self._contexts.move_to_end(key)
-            return context, False
+            return context, key
         context = self._contexts.pop(key, None)
         if context is None:
             if len(self._contexts) < MOST_CONTEXTS:
@@ -54,7 +54,7 @@ class Bindings:
                 _, context = self._contexts.popitem(last=False)
         self.set_shapes(context, profile, shapes)
         self._contexts[key] = context
-        return context, self._engine.is_new(key)
+        return context, key
 
     def execute(self, context: Context, profile: int, shapes: Shapes, around: Around = ENGINE_ALONE) -> None:
         """Enqueue a run. Raises ExecutionError; OutOfMemoryError where an output found no room."""

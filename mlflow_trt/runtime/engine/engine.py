@@ -127,6 +127,7 @@ class Engine:
         self.tensorrt = tensorrt
         self.device = device
         self._turn = threading.Lock()
+        self._compiling = threading.Lock()
         self._scratch = device.device_buffer()
         self._last: tuple[Stream, Event] | None = None
         self._store = kernel_store if tensorrt.is_rtx else None
@@ -241,11 +242,32 @@ class Engine:
         context.graphs[around.name] = graph
         return graph
 
-    def is_new(self, shapes: Hashable) -> bool:
-        """Whether nothing of these shapes ran before, so that TensorRT-RTX has kernels to compile."""
-        new = shapes not in self._met
-        self._met.add(shapes)
-        return new
+    def compile(self, context: Context, stream: Stream, shapes: Hashable, around: Around = ENGINE_ALONE) -> bool:
+        """Run shapes that were never run beside what runs, so that only this call waits for TensorRT-RTX to compile.
+
+        Returns whether there was anything to compile. Raises ExecutionError.
+        """
+        if shapes in self._met or not self.tensorrt.is_rtx:
+            return False
+        scratch = self.device.device_buffer()
+        with self._compiling:  # several at a time take as long as one after the other
+            if shapes in self._met:
+                return False
+            try:
+                context.raw.set_device_memory(scratch.reserve(context.scratch_bytes), scratch.nbytes)
+                context.scratch_address = 0  # `execute` is to give it what all contexts share
+                self._enqueue_all(context, stream, around)
+                stream.synchronize()
+            except Exception as raised:
+                if not isinstance(self.device.translated(raised), OutOfMemoryError):
+                    raise
+                return False  # there may be room for it in the scratch memory that all contexts share
+            finally:
+                with contextlib.suppress(Exception):  # after an error; the first one is the one to tell
+                    stream.synchronize()
+                scratch.free()
+            self._met.add(shapes)
+        return True
 
     def keep_kernels(self) -> None:
         """Store what was compiled, for the next process."""
@@ -274,7 +296,7 @@ class Engine:
 
     def _kernels(self, others: list[bytes]) -> bytes | None:
         # No context may compile meanwhile into what is read here.
-        with self._turn, self.device.allocating:
+        with self._compiling, self._turn, self.device.allocating:
             return self._contexts.kernels(others)
 
     def _deserialize(self, runtime: trt_api.Runtime, plan: bytes) -> trt_api.ICudaEngine:

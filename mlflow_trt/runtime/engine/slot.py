@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Hashable
 from typing import cast
 
 import numpy as np
@@ -13,7 +14,7 @@ from mlflow_trt.runtime.batching.host_copy import copy_rows
 from mlflow_trt.runtime.batching.sizes import Rows, Shapes
 from mlflow_trt.runtime.engine.buffers import Buffers
 from mlflow_trt.runtime.engine.contexts import Bindings
-from mlflow_trt.runtime.engine.engine import Around, Context, Engine, do_nothing
+from mlflow_trt.runtime.engine.engine import ENGINE_ALONE, Around, Context, Engine, do_nothing
 
 UPLOAD_BYTES = 1 << 20
 GRAPH_INPUT_BYTES = 2 << 20
@@ -114,15 +115,19 @@ class EngineSlot:
 
     def execute(self) -> None:
         """Enqueue a run of what was loaded."""
-        self.context, self._is_new = self.bindings.bind(self.profile, self.shapes)
-        self.bindings.execute(self.context, self.profile, self.shapes)
+        self._run(*self.bindings.bind(self.profile, self.shapes), ENGINE_ALONE)
 
     def _start(self, *, upload: bool) -> None:
-        self.context, self._is_new = self.bindings.bind(self.profile, self.shapes)
-        download = self.context.output_bytes <= GRAPH_OUTPUT_BYTES
-        self.bindings.execute(self.context, self.profile, self.shapes, self._arounds[upload, download])
+        context, shapes = self.bindings.bind(self.profile, self.shapes)
+        download = context.output_bytes <= GRAPH_OUTPUT_BYTES
+        self._run(context, shapes, self._arounds[upload, download])
         if not download:
             self._download_all()
+
+    def _run(self, context: Context, shapes: Hashable, around: Around) -> None:
+        self.context = context
+        self._is_new = self.engine.compile(context, self.stream, shapes, around)
+        self.bindings.execute(context, self.profile, self.shapes, around)
 
     def _graph_uploads(self) -> bool:
         nbytes = self.buffers.nbytes
