@@ -129,7 +129,7 @@ def examine(case: Case, precision: str) -> Finding:
 
 def _examined(case: Case, precision: str, model) -> Finding:
     from mlflow_trt import BuildError, MlflowTrtError, Precision, Recipe, Tolerance
-    from mlflow_trt.convert.conversion import convert
+    from mlflow_trt.convert.conversion import ConversionTask, convert_source
     from mlflow_trt.convert.onnx.model import read_onnx
     from mlflow_trt.convert.samples import SampleData, SampleOrigin
 
@@ -142,7 +142,9 @@ def _examined(case: Case, precision: str, model) -> Finding:
             source = read_onnx(model, Path(folder))
             recipe = Recipe(**case.recipe, precision=precision)
             data = SampleData(arrays=case.data, origin=SampleOrigin.CALIBRATION_DATA)
-            conversion = convert(source, recipe, Path(folder), data=data, tolerance=tolerance)
+            conversion = convert_source(
+                ConversionTask(source=source, recipe=recipe, workdir=Path(folder), data=data, tolerance=tolerance)
+            )
         except BuildError as error:
             return finding("not built", error.message)
         except MlflowTrtError as error:

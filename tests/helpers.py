@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,8 +15,15 @@ from mlflow import MlflowClient
 from packaging.version import Version
 from real_models import RealModel
 
+from mlflow_trt.convert.conversion import Conversion, ConversionTask, convert_source
 from mlflow_trt.convert.onnx.model import OnnxModel, read_onnx
+from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.core.types import ComputeCapability, Gpu
+from mlflow_trt.flavor.conversions import LoggingOptions, log_conversion, save_conversion
+from mlflow_trt.flavor.mlmodel import PackagingOptions
+from mlflow_trt.flavor.undo import undone_on_failure
+from mlflow_trt.pipeline.make import PreparedConversion, open_onnx, prepare_conversion
+from mlflow_trt.pipeline.options import ConversionOptions
 from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
 
 
@@ -63,3 +71,26 @@ def reference(source: OnnxModel) -> OnnxRuntimeSession:
 
 def read(model: RealModel | onnx.ModelProto, folder: Path) -> OnnxModel:
     return read_onnx(model.path() if isinstance(model, RealModel) else model, folder)
+
+
+def convert_in(folder: Path, source: OnnxModel, recipe: Recipe | None = None, **keywords) -> Conversion:
+    return convert_source(ConversionTask(source=source, recipe=recipe or Recipe(), workdir=folder, **keywords))
+
+
+def prepare(**keywords) -> PreparedConversion:
+    """The options of a conversion, from the keywords of `save_model` and those that only tests give."""
+    others = {field.name for field in fields(ConversionOptions)} - {"recipe"}
+    options = {name: keywords.pop(name) for name in others & set(keywords)}
+    return prepare_conversion(ConversionOptions(recipe=Recipe.of(**keywords), **options))
+
+
+def save_prepared(model, path: Path, prepared: PreparedConversion, **packaging) -> None:
+    """`mlflow_trt.save_model` with options that have no keyword there, such as another GPU than this machine's."""
+    with open_onnx(model) as source:
+        save_conversion(source, path, prepared, PackagingOptions(**packaging))
+
+
+def log_prepared(model, prepared: PreparedConversion, **logging):
+    """`mlflow_trt.log_model` with such options."""
+    with undone_on_failure() as undo, open_onnx(model) as source:
+        return log_conversion(source, prepared, PackagingOptions(), LoggingOptions(**logging), undo)

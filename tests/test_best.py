@@ -13,7 +13,7 @@ import networks
 import numpy as np
 import pytest
 from compare import relative_error
-from helpers import gpu
+from helpers import convert_in, gpu, log_prepared, prepare, save_prepared
 from real_models import MAGIKA, TRANSFORMER, calibration_data
 from test_cli import run
 from typer.testing import CliRunner
@@ -32,14 +32,15 @@ from mlflow_trt import (
 )
 from mlflow_trt.backends.cuda_driver import probe
 from mlflow_trt.cli import app
-from mlflow_trt.convert.conversion import convert
 from mlflow_trt.convert.onnx.model import read_onnx
 from mlflow_trt.convert.samples import SampleData, SampleOrigin
 from mlflow_trt.core.selection import Fate
 from mlflow_trt.flavor.fetch import read_record
-from mlflow_trt.pipeline.bench import measured_on, usual_feeds
+from mlflow_trt.pipeline.bench import usual_feeds
+from mlflow_trt.pipeline.options import ConversionOptions
 from mlflow_trt.registry.add_engine import add_engine
 from mlflow_trt.registry.convert_all import convert_all
+from mlflow_trt.registry.convert_version import convert_to_version
 from mlflow_trt.registry.plan import plan_conversion
 from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
 from mlflow_trt.store.folder import read_folder
@@ -61,7 +62,7 @@ class Stopwatch:
         self.feeds: dict[str, dict] = {}
 
     @contextlib.contextmanager
-    def opened(self, conversion, feeds):
+    def load_engine(self, conversion, feeds):
         name = str(conversion.recipe.precision)
         assert conversion.plan.stat().st_size == conversion.engine.size
         self.feeds[name] = feeds
@@ -80,14 +81,14 @@ class Stopwatch:
 
 @pytest.fixture
 def bench():
-    bench = Stopwatch()
-    with measured_on(bench):
-        yield bench
+    return Stopwatch()
 
 
-def save(path, **keywords):
-    keywords = {"batch": (1, 4, 8), "calibration_data": DATA} | keywords
-    mlflow_trt.save_model(networks.product(), path, precision="best", **keywords)
+def save(path, bench, *, model=None, input_example=None, **keywords):
+    keywords = {"calibration_data": DATA, "bench": bench} | keywords
+    if "recipe" not in keywords:
+        keywords = {"precision": "best", "batch": (1, 4, 8)} | keywords
+    save_prepared(model or networks.product(), path, prepare(**keywords), input_example=input_example)
     return read_folder(path).record
 
 
@@ -100,7 +101,7 @@ def reasons(record) -> dict[str, str]:
 
 
 def test_the_fastest_that_passes_is_kept_as_if_it_had_been_asked_for(bench, tmp_path):
-    record = save(tmp_path / "best")
+    record = save(tmp_path / "best", bench)
     assert fates(record) == {
         "fp32": Fate.SLOWER, "tf32": Fate.LEFT_OUT, "fp16": Fate.SLOWER, "bf16": Fate.SLOWER, "int8": Fate.WON,
         "fp8": Fate.LEFT_OUT,
@@ -121,7 +122,7 @@ def test_the_fastest_that_passes_is_kept_as_if_it_had_been_asked_for(bench, tmp_
 
 
 def test_errors_are_those_of_the_real_typed_models(bench, tmp_path):
-    errors = {str(c.precision): c.relative_error for c in save(tmp_path / "m").selection.candidates}
+    errors = {str(c.precision): c.relative_error for c in save(tmp_path / "m", bench).selection.candidates}
     assert errors["fp32"] == 0  # on ONNX Runtime it is the source model itself
     assert 1e-5 < errors["fp16"] < 1e-3 < errors["bf16"] < errors["int8"] < 0.05
     assert errors["fp8"] is None
@@ -129,10 +130,8 @@ def test_errors_are_those_of_the_real_typed_models(bench, tmp_path):
 
 @pytest.mark.parametrize("model", [MAGIKA, TRANSFORMER], ids=lambda model: model.name)
 def test_real_models(model, bench, tmp_path):
-    mlflow_trt.save_model(
-        model.path(), tmp_path / "m", **model.recipe, precision="best", calibration_data=calibration_data(model)
-    )
-    record = read_folder(tmp_path / "m").record
+    recipe = Recipe(**model.recipe, precision="best")
+    record = save(tmp_path / "m", bench, model=model.path(), recipe=recipe, calibration_data=calibration_data(model))
     errors = {str(c.precision): c.relative_error for c in record.selection.candidates if c.milliseconds}
     assert set(errors) == {"fp32", "fp16", "bf16", "int8"}
     assert 0 < errors["fp16"] < errors["bf16"] < 0.05
@@ -147,7 +146,7 @@ def test_real_models(model, bench, tmp_path):
 
 
 def test_rounds_are_interleaved_at_the_usual_shapes_with_all_engines_loaded(bench, tmp_path):
-    save(tmp_path / "m")
+    save(tmp_path / "m", bench)
     tried = ["fp32", "fp16", "bf16", "int8"]
     assert len(bench.order) == 9 * 4
     assert bench.order[:8] == [*tried, *tried[1:], tried[0]]  # each round begins with another
@@ -162,22 +161,21 @@ def test_usual_feeds_are_samples_of_the_opt_shapes(tmp_path):
     recipe = Recipe(batch=(2, 4, 8), shapes={"input_ids": ((-1, 4), (-1, 24), (-1, 48))})
     sentences = networks.sentences(3, 10)
     data = SampleData(arrays=sentences, origin=SampleOrigin.CALIBRATION_DATA)
-    feeds = usual_feeds(convert(source, recipe, tmp_path, data=data))
+    feeds = usual_feeds(convert_in(tmp_path, source, recipe, data=data))
     assert {name: array.shape for name, array in feeds.items()} == {"input_ids": (4, 24), "attention_mask": (4, 24)}
     assert np.array_equal(feeds["input_ids"][:3, :10], sentences["input_ids"])
     assert np.array_equal(feeds["input_ids"][3, 10:20], sentences["input_ids"][0])
 
 
 def test_a_tie_goes_to_the_more_accurate_one(tmp_path):
-    with measured_on(Stopwatch(fp16=1.01, int8=1.0)):
-        record = save(tmp_path / "m")
+    record = save(tmp_path / "m", Stopwatch(fp16=1.01, int8=1.0))
     assert record.recipe.precision is Precision.FP16
     assert "as fast as int8 within the noise, 1.01 ms against 1 ms of int8" in record.selection.reason
     assert fates(record)["int8"] is Fate.LESS_ACCURATE
 
 
 def test_what_fails_the_gate_loses_with_its_numbers(bench, tmp_path):
-    record = save(tmp_path / "m", verify=Tolerance(relative_error=1e-3))
+    record = save(tmp_path / "m", bench, verify=Tolerance(relative_error=1e-3))
     assert fates(record) | {"tf32": None, "fp8": None} == {
         "fp32": Fate.SLOWER, "tf32": None, "fp16": Fate.WON, "bf16": Fate.FAILED_GATE, "int8": Fate.FAILED_GATE,
         "fp8": None,
@@ -189,8 +187,7 @@ def test_what_fails_the_gate_loses_with_its_numbers(bench, tmp_path):
 
 def test_engines_that_do_not_run_lose(tmp_path):
     broken = Stopwatch(int8=ExecutionError("no kernel image"), fp16=ExecutionError("out of memory"))
-    with measured_on(broken):
-        record = save(tmp_path / "m")
+    record = save(tmp_path / "m", broken)
     assert record.recipe.precision is Precision.BF16
     assert fates(record)["int8"] is Fate.NOT_RUN
     assert reasons(record)["int8"] == "no kernel image"
@@ -199,22 +196,24 @@ def test_engines_that_do_not_run_lose(tmp_path):
 
 @pytest.mark.parametrize("data", [None, {"x": networks.rows(7)}])
 def test_int8_wants_evidence(bench, data, tmp_path):
-    record = save(tmp_path / "m", calibration_data=data)
+    record = save(tmp_path / "m", bench, calibration_data=data)
     assert fates(record)["int8"] is Fate.LEFT_OUT
     assert "pass calibration_data with at least 8 rows" in reasons(record)["int8"]
     assert record.recipe.precision is Precision.FP16
 
 
 def test_an_input_example_is_evidence_and_an_iterator_is_read_once(bench, tmp_path):
-    record = save(tmp_path / "example", calibration_data=None, input_example=DATA["x"])
+    record = save(tmp_path / "example", bench, calibration_data=None, input_example=DATA["x"])
     assert record.recipe.precision is Precision.INT8
-    record = save(tmp_path / "iterator", calibration_data=({"x": networks.rows(8, seed=seed)} for seed in range(4)))
+    record = save(
+        tmp_path / "iterator", bench, calibration_data=({"x": networks.rows(8, seed=seed)} for seed in range(4))
+    )
     assert record.recipe.precision is Precision.INT8
     assert record.precision_report.calibration.samples == "32 rows of calibration data"
 
 
 def test_a_comparison_that_proves_nothing_is_enough_for_float32_only(bench, tmp_path, messages):
-    record = save(tmp_path / "m", calibration_data={"x": np.zeros((16, 16), np.float32)})
+    record = save(tmp_path / "m", bench, calibration_data={"x": np.zeros((16, 16), np.float32)})
     assert record.recipe.precision is Precision.FP32
     assert fates(record)["fp16"] is Fate.FAILED_GATE
     assert "nothing proves that the fp16 model, emulated on ONNX Runtime, is right" in reasons(record)["fp16"]
@@ -222,77 +221,63 @@ def test_a_comparison_that_proves_nothing_is_enough_for_float32_only(bench, tmp_
 
 def test_what_would_be_float32_again_is_left_out(bench, tmp_path):
     recipe = Recipe(precision="best", keep_float32="MatMul")
-    mlflow_trt.save_model(networks.product(), tmp_path / "m", recipe=recipe, calibration_data=DATA)
-    record = read_folder(tmp_path / "m").record
+    record = save(tmp_path / "m", bench, recipe=recipe)
     assert record.recipe.precision is Precision.FP32
     for precision in ("fp16", "bf16", "int8"):
         assert fates(record)[precision] is Fate.LEFT_OUT
         assert reasons(record)[precision] == f"nothing of this model runs in {precision}"
 
 
-def test_targets_that_execute_fp8_have_it_tried(bench, tmp_path):
-    with measured_on(Stopwatch("sm89", fp8=0.5)):
-        record = save(tmp_path / "m", targets=["sm89"])
+def test_targets_that_execute_fp8_have_it_tried(tmp_path):
+    record = save(tmp_path / "m", Stopwatch("sm89", fp8=0.5), targets=["sm89"])
     assert record.recipe.precision is Precision.FP8
     assert record.engines[0].target == "sm89"
 
 
 def test_engines_for_other_gpus_cannot_be_measured_here(bench, tmp_path):
     with pytest.raises(RecipeError, match=r"a GPU \(sm86\), and the targets are sm89, sm120; add sm86"):
-        save(tmp_path / "m", targets=["sm89", "sm120"])
-    with (
-        measured_on(Stopwatch("sm75")),
-        pytest.raises(RecipeError, match=r"give targets=\['sm75'\]"),
-    ):
-        save(tmp_path / "m")
+        save(tmp_path / "m", bench, targets=["sm89", "sm120"])
+    with pytest.raises(RecipeError, match=r"give targets=\['sm75'\]"):
+        save(tmp_path / "m", Stopwatch("sm75"))
 
 
 def test_without_verification_there_is_nothing_to_choose_by(bench, tmp_path):
     with pytest.raises(RecipeError, match="verify=False leaves nothing to choose by"):
-        save(tmp_path / "m", verify=False)
+        save(tmp_path / "m", bench, verify=False)
     assert not bench.feeds
 
 
 def test_the_recipe_is_to_blame_for_what_is_wrong_whatever_the_precision(bench, tmp_path):
     with pytest.raises(RecipeError, match="keep_float32 names 'Sotfmax'"):
-        mlflow_trt.save_model(
-            networks.product(), tmp_path / "m", recipe=Recipe(precision="best", keep_float32="Sotfmax")
-        )
-    with measured_on(Stopwatch("sm99")), pytest.raises(RecipeError, match="cannot build for sm99"):
-        save(tmp_path / "m", targets=["sm99"])
+        save(tmp_path / "m", bench, recipe=Recipe(precision="best", keep_float32="Sotfmax"))
+    with pytest.raises(RecipeError, match="cannot build for sm99"):
+        save(tmp_path / "m", Stopwatch("sm99"), targets=["sm99"])
     with pytest.raises(mlflow_trt.UnsupportedModelError):
-        mlflow_trt.save_model(networks.through_int16(), tmp_path / "m", precision="best")
+        save(tmp_path / "m", bench, model=networks.through_int16(), batch=None, calibration_data=None)
     assert not (tmp_path / "m").exists()
 
 
 def test_where_none_passes_the_error_shows_all_of_them(store):
     broken = ExecutionError("no kernel image")
-    with (
-        measured_on(Stopwatch(fp32=broken)),
-        pytest.raises(AccuracyError, match="precision 'best' found no engine that passes") as caught,
-    ):
-        mlflow_trt.log_model(
-            networks.product(), name="m", precision="best", calibration_data=DATA, registered_model_name="product",
-            verify=Tolerance(relative_error=1e-6),
-        )  # fmt: skip
+    strict = Tolerance(relative_error=1e-6)
+    prepared = prepare(precision="best", calibration_data=DATA, verify=strict, bench=Stopwatch(fp32=broken))
+    with pytest.raises(AccuracyError, match="precision 'best' found no engine that passes") as caught:
+        log_prepared(networks.product(), prepared, name="m", registered_model_name="product")
     for text in ("fp32: not run: no kernel image", "fp16: failed the gate", "int8: failed the gate", "fp8: left out"):
         assert text in caught.value.message
     assert caught.value.comparison.relative_error < 1e-3  # the nearest
     assert store.is_untouched()
-    with (
-        measured_on(Stopwatch(**dict.fromkeys(("fp32", "fp16", "bf16", "int8"), broken))),
-        pytest.raises(ExecutionError, match="fp16: not run: no kernel image") as failed,
-    ):
-        mlflow_trt.log_model(networks.product(), name="m", precision="best", calibration_data=DATA)
+    nowhere = Stopwatch(**dict.fromkeys(("fp32", "fp16", "bf16", "int8"), broken))
+    prepared = prepare(precision="best", calibration_data=DATA, bench=nowhere)
+    with pytest.raises(ExecutionError, match="fp16: not run: no kernel image") as failed:
+        log_prepared(networks.product(), prepared, name="m")
     assert not isinstance(failed.value, BuildError)
     assert store.is_untouched()
 
 
 def test_table_picture_tags_and_metrics(bench, store):
-    info = mlflow_trt.log_model(
-        networks.product(), name="m", precision="best", batch=(1, 4, 8), calibration_data=DATA,
-        registered_model_name="product",
-    )  # fmt: skip
+    prepared = prepare(precision="best", batch=(1, 4, 8), calibration_data=DATA, bench=bench)
+    info = log_prepared(networks.product(), prepared, name="m", registered_model_name="product")
     folder = Path(mlflow.artifacts.download_artifacts(info.model_uri))
     report = (folder / "precision_report.md").read_text()
     assert "## Candidates for best: int8 won" in report
@@ -308,7 +293,7 @@ def test_table_picture_tags_and_metrics(bench, store):
 
 def test_without_matplotlib_there_is_the_table_and_a_word(bench, tmp_path, monkeypatch, messages):
     monkeypatch.setattr("mlflow_trt.core.figures.is_installed", lambda name: False)
-    save(tmp_path / "m")
+    save(tmp_path / "m", bench)
     assert not (tmp_path / "m" / "candidates.png").exists()
     assert "| int8 | won |" in (tmp_path / "m" / "precision_report.md").read_text()
     assert (
@@ -318,7 +303,7 @@ def test_without_matplotlib_there_is_the_table_and_a_word(bench, tmp_path, monke
 
 def test_progress_goes_one_way_and_names_the_candidate(bench, tmp_path):
     events = []
-    save(tmp_path / "m", progress=events.append)
+    save(tmp_path / "m", bench, progress=events.append)
     fractions = [event.fraction for event in events]
     assert fractions == sorted(fractions)
     assert fractions[0] >= 0
@@ -330,13 +315,12 @@ def test_progress_goes_one_way_and_names_the_candidate(bench, tmp_path):
 
 def test_a_version_is_found_again_and_gets_engines_of_the_winners_precision(bench, store):
     mlflow.onnx.log_model(networks.product(), name="p", registered_model_name="p", pip_requirements=["onnx"])
-    keywords = {"precision": "best", "batch": (1, 4, 8), "calibration_data": DATA}
-    made = mlflow_trt.convert_model_version("models:/p/1", "p-trt", **keywords)
+    prepared = prepare(precision="best", batch=(1, 4, 8), calibration_data=DATA, bench=bench)
+    made = convert_to_version("models:/p/1", "p-trt", prepared)
     bench.order.clear()
-    assert mlflow_trt.convert_model_version("models:/p/1", "p-trt", **keywords).version == made.version
+    assert convert_to_version("models:/p/1", "p-trt", prepared).version == made.version
     assert not bench.order
-    plan = plan_conversion("models:/p/1", Recipe(precision="best", batch=(1, 4, 8)), registered_model_name="p-trt",
-                           calibration_data=DATA)  # fmt: skip
+    plan = plan_conversion("models:/p/1", prepared, registered_model_name="p-trt")
     assert plan.existing == "models:/p-trt/1"
     extended = add_engine("models:/p-trt/1", targets="sm120")
     record = read_record(f"models:/p-trt/{extended.version}")
@@ -348,7 +332,8 @@ def test_a_version_is_found_again_and_gets_engines_of_the_winners_precision(benc
 def test_all_models_that_a_filter_finds(bench, store):
     for name in ("a", "b"):
         mlflow.onnx.log_model(networks.product(), name=name, registered_model_name=name, pip_requirements=["onnx"])
-    outcomes = convert_all("name LIKE '%'", Recipe(precision="best", batch=(1, 4, 8)), calibration_data=DATA)
+    recipe = Recipe(precision="best", batch=(1, 4, 8))
+    outcomes = convert_all("name LIKE '%'", ConversionOptions(recipe=recipe, calibration_data=DATA, bench=bench))
     assert [(outcome.status, outcome.detail) for outcome in outcomes] == [
         ("converted", "models:/a-trt/1"), ("converted", "models:/b-trt/1"),
     ]  # fmt: skip
@@ -361,7 +346,7 @@ def test_the_command(line, bench, tmp_path):
     model.write_bytes(networks.product().SerializeToString())
     np.savez(data, **DATA)
     arguments = ["convert", *line, "--onnx", str(model), "--output", str(output), "--calibration-data", str(data)]
-    result = CliRunner(env={"COLUMNS": "250"}).invoke(app, arguments)
+    result = CliRunner(env={"COLUMNS": "250"}).invoke(app, arguments, obj=ConversionOptions(bench=bench))
     assert result.exit_code == 0, result.output
     assert "candidates, measured on a stopwatch" in result.stdout
     assert "best; int8 is the fastest: 1 ms against 2 ms of fp16" in result.stdout
@@ -396,9 +381,7 @@ class TestWithoutAGpu:
         with pytest.raises(RuntimeUnavailableError, match=said):
             mlflow_trt.convert_model_version("models:/missing/1", "m", precision="best")
         with pytest.raises(RuntimeUnavailableError, match=said):
-            plan_conversion("models:/missing/1", Recipe(precision="best"))
-        with pytest.raises(RuntimeUnavailableError, match=said):
-            convert_all("name LIKE '%'", Recipe(precision="best"))
+            convert_all("name LIKE '%'", ConversionOptions(recipe=Recipe(precision="best")))
         assert not (tmp_path / "m").exists()
         assert store.is_untouched()
 
@@ -415,5 +398,5 @@ class TestWithoutAGpu:
     def test_a_missing_package_is_named(self, monkeypatch, tmp_path):
         monkeypatch.setattr("mlflow_trt.backends.onnxruntime.is_installed", lambda name: False)
         with pytest.raises(MissingDependencyError, match="pip install onnxruntime") as caught:
-            save(tmp_path / "m")
+            save(tmp_path / "m", None)
         assert "onnxruntime" in caught.value.packages

@@ -18,7 +18,7 @@ from typing import Any, cast
 import networks
 import numpy as np
 import pytest
-from helpers import needs_release, read, wait_for
+from helpers import convert_in, needs_release, read, wait_for
 from onnx import TensorProto, helper
 from real_models import MAGIKA, REC
 
@@ -33,7 +33,6 @@ from mlflow_trt import (
 from mlflow_trt.backends import tensorrt as trt
 from mlflow_trt.backends.cuda_driver import Hardware
 from mlflow_trt.convert import checks as limits
-from mlflow_trt.convert.conversion import convert
 from mlflow_trt.convert.engine import builder
 from mlflow_trt.convert.engine import worker as build_worker
 from mlflow_trt.convert.engine.builder import build_engine
@@ -44,7 +43,7 @@ from mlflow_trt.core.types import Distribution, HardwareCompatibility, Profiling
 
 
 def build(model, folder, progress=None, **recipe):
-    return convert(read(model, folder), Recipe(**recipe), folder, progress=progress)
+    return convert_in(folder, read(model, folder), Recipe(**recipe), progress=progress)
 
 
 def children() -> set[int]:
@@ -225,7 +224,7 @@ def test_builds_from_external_data(tmp_path):
     (tmp_path / "net").mkdir()
     networks.external(tmp_path / "net" / "net.onnx")
     path = tmp_path / "net" / "net.onnx"
-    conversion = convert(read_onnx(path, tmp_path), Recipe(), tmp_path)
+    conversion = convert_in(tmp_path, read_onnx(path, tmp_path))
     assert conversion.engine.size > 0
 
 
@@ -465,14 +464,13 @@ def building(folder):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which the tests' own background may ignore
         sys.path[:0] = {sys.path!r}
         from pathlib import Path
-        from helpers import read
+        from helpers import convert_in, read
         from real_models import REC
         from mlflow_trt import Recipe
-        from mlflow_trt.convert.conversion import convert
         folder = Path({str(folder)!r})
         def show(event):
             print("building", flush=True)
-        convert(read(REC, folder), Recipe(**REC.recipe), folder, progress=show)
+        convert_in(folder, read(REC, folder), Recipe(**REC.recipe), progress=show)
     """)
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

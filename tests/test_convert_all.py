@@ -7,12 +7,14 @@ import json
 import mlflow
 import networks
 import pytest
+from helpers import prepare
 from mlflow.exceptions import MlflowException
 from test_cli import run
 
 import mlflow_trt
 from mlflow_trt import InputError, Recipe, RecipeError
 from mlflow_trt.cli.options import default_name
+from mlflow_trt.pipeline.options import ConversionOptions
 from mlflow_trt.registry.convert_all import convert_all
 from mlflow_trt.registry.plan import plan_conversion
 
@@ -42,7 +44,7 @@ def statuses(outcomes):
 
 def test_goes_on_after_a_failure(models):
     seen = []
-    outcomes = convert_all(FILTER, Recipe(batch=4), alias="champion", on_outcome=seen.append)
+    outcomes = convert_all(FILTER, ConversionOptions(recipe=Recipe(batch=4)), alias="champion", on_outcome=seen.append)
     assert seen == outcomes
     assert statuses(outcomes) == {
         "models:/a/1": "converted", "models:/b/1": "converted", "models:/broken/1": "failed",
@@ -56,10 +58,12 @@ def test_goes_on_after_a_failure(models):
 
 
 def test_the_same_again_finds_what_is_there(models):
-    convert_all(FILTER, Recipe(batch=4), name_pattern="gpu.{name}")
-    again = statuses(convert_all(FILTER, Recipe(batch=4), name_pattern="gpu.{name}"))
+    convert_all(FILTER, ConversionOptions(recipe=Recipe(batch=4)), name_pattern="gpu.{name}")
+    again = statuses(convert_all(FILTER, ConversionOptions(recipe=Recipe(batch=4)), name_pattern="gpu.{name}"))
     assert again["models:/a/1"] == again["models:/b/1"] == "exists"
-    dry = statuses(convert_all(FILTER, Recipe(batch=8), name_pattern="gpu.{name}", dry_run=True))
+    dry = statuses(
+        convert_all(FILTER, ConversionOptions(recipe=Recipe(batch=8)), name_pattern="gpu.{name}", dry_run=True)
+    )
     assert dry["models:/a/1"] == "planned"
     assert len(models.client.search_model_versions("name = 'gpu.a'")) == 1
 
@@ -67,40 +71,41 @@ def test_the_same_again_finds_what_is_there(models):
 def test_what_was_made_is_not_converted_again(models):
     mlflow_trt.convert_model_version("models:/a/1", "a", batch=4)
     mlflow_trt.log_model(networks.product(), name="b", registered_model_name="b", batch=4)
-    outcomes = convert_all(FILTER, Recipe(batch=4), dry_run=True)
+    outcomes = convert_all(FILTER, ConversionOptions(recipe=Recipe(batch=4)), dry_run=True)
     assert statuses(outcomes)["models:/a/2"] == statuses(outcomes)["models:/b/2"] == "skipped"
 
 
 def test_a_name_for_all_is_refused(models):
     with pytest.raises(RecipeError, match="write {name} where the source's name goes"):
-        convert_all(FILTER, Recipe(), name_pattern="all")
+        convert_all(FILTER, ConversionOptions(recipe=Recipe()), name_pattern="all")
 
 
 def test_a_plan_does_nothing_and_knows_what_exists(models):
     before = len(models.logged_models())
-    plan = plan_conversion("models:/a/1", Recipe(batch=(1, 4, 8)), registered_model_name="a-trt")
+    plan = plan_conversion("models:/a/1", prepare(batch=(1, 4, 8)), registered_model_name="a-trt")
     assert (plan.existing, plan.destination) == (None, "a version of a-trt")
     assert plan.profiles[0].ranges["x"].max == (8, 16)
     assert len(models.logged_models()) == before
     mlflow_trt.convert_model_version("models:/a/1", "a-trt", batch=(1, 4, 8))
-    plan = plan_conversion("models:/a/1", Recipe(batch=(1, 4, 8)), registered_model_name="a-trt")
+    plan = plan_conversion("models:/a/1", prepare(batch=(1, 4, 8)), registered_model_name="a-trt")
     assert plan.existing == "models:/a-trt/1"
     with pytest.raises(RecipeError, match="cannot build for sm70"):
-        plan_conversion("models:/a/1", Recipe(targets=["sm70"]))
+        plan_conversion("models:/a/1", prepare(targets=["sm70"]))
 
 
 def test_a_plan_refuses_what_the_conversion_would(models, tmp_path):
     def both(message, error, **options):
-        recipe = Recipe(precision=options.pop("precision", "fp32"))
-        for ask in (plan_conversion, mlflow_trt.convert_model_version):
-            with pytest.raises(error, match=message):
-                ask("models:/a/1", recipe=recipe, registered_model_name="a-trt", **options)
+        alias = options.pop("alias", None)
+        with pytest.raises(error, match=message):
+            plan_conversion("models:/a/1", prepare(**options), registered_model_name="a-trt", alias=alias)
+        with pytest.raises(error, match=message):
+            mlflow_trt.convert_model_version("models:/a/1", "a-trt", alias=alias, **options)
 
     both("int8 is calibrated on real inputs", RecipeError, precision="int8")
     both("none.npz does not exist", InputError, calibration_data=tmp_path / "none.npz")
     both("expected 16 at axis 1", InputError, calibration_data={"x": networks.rows(8, 3)})
     both("reserved", MlflowException, alias="latest")
-    plan_conversion("models:/a/1", Recipe(precision="int8"), calibration_data={"x": networks.rows(8)})
+    plan_conversion("models:/a/1", prepare(precision="int8", calibration_data={"x": networks.rows(8)}))
 
 
 class TestCommand:

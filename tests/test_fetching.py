@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from mlflow_trt.flavor.fetch import fetch_folder, is_of_this_flavor, opened_folder, read_record
-from mlflow_trt.registry.sources.open import opened_source
+from mlflow_trt.registry.sources.open import open_source
 from mlflow_trt.store.folder import read_folder
 
 
@@ -37,7 +37,7 @@ def test_a_local_source_may_have_any_name(tmp_path, name, as_uri):
     mlflow.onnx.save_model(networks.product(), tmp_path / name, pip_requirements=["onnx"])
     onnx.save(networks.product(), tmp_path / f"{name}.onnx")
     for path in (tmp_path / name, tmp_path / f"{name}.onnx"):
-        with opened_source(path.as_uri() if as_uri else str(path)) as source:
+        with open_source(path.as_uri() if as_uri else str(path)) as source:
             assert onnx.load(source.path).graph == networks.product().graph
 
 

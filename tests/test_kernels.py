@@ -9,7 +9,7 @@ from pathlib import Path
 import mlflow
 import networks
 import pytest
-from helpers import gpu
+from helpers import gpu, log_prepared, prepare, save_prepared
 from mlflow.artifacts import download_artifacts
 from test_cli import run
 from typer.testing import CliRunner
@@ -31,9 +31,11 @@ from mlflow_trt.cli import app
 from mlflow_trt.convert.engine import builder
 from mlflow_trt.core.types import Distribution
 from mlflow_trt.deploy.engine_file import save_engine
-from mlflow_trt.pipeline.compile_kernels import check_kernels, compiled_on
-from mlflow_trt.registry.add_engine import add_engine
+from mlflow_trt.pipeline.compile_kernels import check_kernels
+from mlflow_trt.pipeline.options import ConversionOptions
+from mlflow_trt.registry.add_engine import add_engine, extend_version
 from mlflow_trt.registry.convert_all import convert_all
+from mlflow_trt.registry.convert_version import convert_to_version
 from mlflow_trt.registry.plan import plan_conversion
 from mlflow_trt.runtime.cuda import device
 from mlflow_trt.store.folder import RECORD_FILE, read_folder
@@ -51,7 +53,7 @@ class Compiler:
         self.problem = problem
         self.engines: list[str] = []
 
-    def compiled(self, folder, engine):
+    def compile_kernels(self, folder, engine):
         if self.problem is not None:
             raise self.problem
         assert len(folder.read_plan(engine)) == engine.size
@@ -64,14 +66,13 @@ class Compiler:
 
 @pytest.fixture
 def compiler():
-    compiler = Compiler()
-    with compiled_on(compiler):
-        yield compiler
+    return Compiler()
 
 
 @pytest.fixture
 def folder(compiler, tmp_path):
-    mlflow_trt.save_model(networks.product(), tmp_path / "model", batch=(1, 4, 8), store_kernels=True)
+    prepared = prepare(batch=(1, 4, 8), store_kernels=True, compiler=compiler)
+    save_prepared(networks.product(), tmp_path / "model", prepared)
     return tmp_path / "model"
 
 
@@ -111,7 +112,7 @@ def test_they_are_stored_as_they_were_serialized(folder, compiler):
     assert model.predict(networks.rows(3))["y"].shape == (3, 8)
 
 
-def test_none_are_stored_unasked(magika_folder, compiler):
+def test_none_are_stored_unasked(magika_folder):
     assert not (magika_folder / "runtime_cache").exists()
     assert read_folder(magika_folder).record.engines[0].kernels is None
 
@@ -169,10 +170,8 @@ class TestWhereTheyCannotBeCompiled:
         for uri in ("models:/p/1", "models:/missing/1"):  # said before anything is downloaded
             with pytest.raises(RuntimeUnavailableError):
                 mlflow_trt.convert_model_version(uri, "p-trt", store_kernels=True)
-            with pytest.raises(RuntimeUnavailableError):
-                plan_conversion(uri, Recipe(), store_kernels=True)
         with pytest.raises(RuntimeUnavailableError):
-            convert_all("", Recipe(), store_kernels=True)
+            convert_all("", ConversionOptions(store_kernels=True))
         assert not registered.client.search_model_versions("name = 'p-trt'")
 
     def test_pycuda_is_missing(self, no_gpu, monkeypatch):
@@ -187,7 +186,7 @@ class TestWhereTheyCannotBeCompiled:
         with pytest.raises(MissingDependencyError, match=r"store_kernels .*mlflow-trt\[rtx\]"):
             check_kernels(Recipe(), LoadSettings())
 
-    def test_the_tensorrt_distribution_has_none(self, compiler, monkeypatch):
+    def test_the_tensorrt_distribution_has_none(self, monkeypatch):
         stand_in = trt.TensorRT(Distribution.TENSORRT, trt.load()._module)
         monkeypatch.setattr(trt, "load", lambda: stand_in)
         with pytest.raises(RecipeError, match="compiles all kernels when it builds the engine; leave it out") as caught:
@@ -201,45 +200,42 @@ class TestWhereTheyCannotBeCompiled:
             ("sm75", (), r"by default engines are built for sm80 and later; give targets=\['sm75'\]"),
         ],
     )
-    def test_this_gpu_is_no_target(self, target, targets, message, nothing_is_built, tmp_path):
-        with compiled_on(Compiler(target)), pytest.raises(RecipeError, match=message) as caught:
-            mlflow_trt.save_model(networks.product(), tmp_path / "model", targets=targets, store_kernels=True)
+    def test_this_gpu_is_no_target(self, target, targets, message):
+        with pytest.raises(RecipeError, match=message) as caught:
+            prepare(targets=targets, store_kernels=True, compiler=Compiler(target))
         assert caught.value.option == "targets"
 
     def test_the_engine_does_not_run(self, store, tmp_path):
-        with compiled_on(Compiler(problem=ExecutionError("no kernel image"))):
-            with pytest.raises(ExecutionError, match="no kernel image"):
-                mlflow_trt.log_model(networks.product(), name="m", registered_model_name="m", store_kernels=True)
-            with pytest.raises(ExecutionError, match="no kernel image"):
-                mlflow_trt.save_model(networks.product(), tmp_path / "out" / "model", store_kernels=True)
+        prepared = prepare(store_kernels=True, compiler=Compiler(problem=ExecutionError("no kernel image")))
+        with pytest.raises(ExecutionError, match="no kernel image"):
+            log_prepared(networks.product(), prepared, name="m", registered_model_name="m")
+        with pytest.raises(ExecutionError, match="no kernel image"):
+            save_prepared(networks.product(), tmp_path / "out" / "model", prepared)
         assert store.is_untouched()
         assert list((tmp_path / "out").iterdir()) == []
 
 
 class TestTheRegistry:
     def test_with_and_without_are_two_versions(self, registered, compiler):
-        def convert(**keywords):
-            made = mlflow_trt.convert_model_version("models:/p/1", "p-trt", batch=(1, 4, 8), **keywords)
-            return str(made.version)
+        def convert(prepared):
+            return str(convert_to_version("models:/p/1", "p-trt", prepared).version)
 
-        assert convert() == "1"
-        assert convert(store_kernels=True) == "2"
-        assert convert() == "1"
-        assert convert(store_kernels=True) == "2"
-        plan = plan_conversion(
-            "models:/p/1", Recipe(batch=(1, 4, 8)), registered_model_name="p-trt", store_kernels=True
-        )
-        assert plan.existing == "models:/p-trt/2"
-        with compiled_on(Compiler("sm89")):
-            assert convert(store_kernels=True) == "3"
+        without = prepare(batch=(1, 4, 8))
+        having = prepare(batch=(1, 4, 8), store_kernels=True, compiler=compiler)
+        assert convert(without) == "1"
+        assert convert(having) == "2"
+        assert convert(without) == "1"
+        assert convert(having) == "2"
+        assert plan_conversion("models:/p/1", having, registered_model_name="p-trt").existing == "models:/p-trt/2"
+        assert convert(prepare(batch=(1, 4, 8), store_kernels=True, compiler=Compiler("sm89"))) == "3"
 
     def test_another_engine_brings_its_own_and_keeps_those_of_the_first(self, registered, compiler, tmp_path):
-        mlflow_trt.convert_model_version("models:/p/1", "p-trt", batch=(1, 4, 8), targets="sm86", store_kernels=True)
+        prepared = prepare(batch=(1, 4, 8), targets="sm86", store_kernels=True, compiler=compiler)
+        convert_to_version("models:/p/1", "p-trt", prepared)
         add_engine("models:/p-trt/1", targets="sm89")
-        with compiled_on(Compiler("sm120")):
-            made = add_engine("models:/p-trt/2", targets="sm120", store_kernels=True)
+        for uri in ("models:/p-trt/2", "models:/p-trt/3"):
+            made = extend_version(uri, targets="sm120", store_kernels=True, compiler=Compiler("sm120"))
             assert str(made.version) == "3"
-            assert str(add_engine("models:/p-trt/3", targets="sm120", store_kernels=True).version) == "3"
         folder = read_folder(Path(download_artifacts("models:/p-trt/3", dst_path=str(tmp_path))))
         first, second, third = folder.record.engines
         assert folder.read_kernels(first.kernels) == compiler.kernels(first)
@@ -248,18 +244,16 @@ class TestTheRegistry:
 
     def test_an_engine_that_is_there_gets_them(self, registered, compiler, tmp_path):
         mlflow_trt.convert_model_version("models:/p/1", "p-trt", batch=(1, 4, 8), targets="sm86")
-        made = add_engine("models:/p-trt/1", targets="sm86", store_kernels=True)
+        made = extend_version("models:/p-trt/1", targets="sm86", store_kernels=True, compiler=compiler)
         folder = read_folder(Path(download_artifacts("models:/p-trt/2", dst_path=str(tmp_path))))
         (engine,) = folder.record.engines
         assert folder.read_kernels(engine.kernels) == compiler.kernels(engine)
         assert made.tags["mlflow_trt.extends"] == folder.record.lineage["extends"] == "models:/p-trt/1"
 
     def test_those_of_another_kind_of_gpu_take_their_place(self, registered, compiler, tmp_path):
-        mlflow_trt.convert_model_version(
-            "models:/p/1", "p-trt", batch=(1, 4, 8), targets=["sm86", "sm89"], store_kernels=True
-        )
-        with compiled_on(Compiler("sm89")):
-            add_engine("models:/p-trt/1", targets="sm89", store_kernels=True)
+        prepared = prepare(batch=(1, 4, 8), targets=["sm86", "sm89"], store_kernels=True, compiler=compiler)
+        convert_to_version("models:/p/1", "p-trt", prepared)
+        extend_version("models:/p-trt/1", targets="sm89", store_kernels=True, compiler=Compiler("sm89"))
         folder = read_folder(Path(download_artifacts("models:/p-trt/2", dst_path=str(tmp_path))))
         (engine,) = folder.record.engines
         assert folder.read_kernels(engine.kernels) == Compiler("sm89").kernels(engine)
@@ -270,8 +264,8 @@ class TestTheRegistry:
             add_engine("no-uri", store_kernels=True)
         with pytest.raises(RuntimeUnavailableError, match="store_kernels compiles on a GPU"):
             add_engine("models:/p/1", store_kernels=True)
-        with compiled_on(Compiler("sm86")), pytest.raises(RecipeError, match="the targets are sm120"):
-            add_engine("models:/p/1", targets="sm120", store_kernels=True)
+        with pytest.raises(RecipeError, match="the targets are sm120"):
+            extend_version("models:/p/1", targets="sm120", store_kernels=True, compiler=Compiler("sm86"))
 
 
 def test_an_exported_engine_leaves_them_behind(folder, tmp_path):
@@ -284,7 +278,9 @@ def test_the_command(compiler, tmp_path):
     source = tmp_path / "product.onnx"
     source.write_bytes(networks.product().SerializeToString())
     arguments = ["convert", str(source), "--batch", "1:4:8", "--store-kernels"]
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*arguments, "--output", str(tmp_path / "model")])
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(
+        app, [*arguments, "--output", str(tmp_path / "model")], obj=ConversionOptions(compiler=compiler)
+    )
     assert result.exit_code == 0, result.output
     assert "a GPU (sm86)" in result.output
     assert len(compiler.engines) == 1

@@ -97,7 +97,7 @@ def test_the_same_again_is_found(client, messages, monkeypatch):
     register("c")
     first = mlflow_trt.convert_model_version("models:/c/1", "c-trt", batch=(1, 4, 8))
     with monkeypatch.context() as patched:
-        patched.setattr(registry, "log_model", None)
+        patched.setattr(registry, "log_conversion", None)
         again = mlflow_trt.convert_model_version("models:/c/1", "c-trt", batch=(1, 4, 8), alias="best")
     assert again.version == first.version
     assert "models:/c-trt/1 was made of the same source by the same recipe" in messages.text
@@ -140,7 +140,7 @@ def failing(error):
     [
         "mlflow.tracking.client.MlflowClient.log_model_artifacts",
         "mlflow.tracking._model_registry.fluent._register_model",
-        "mlflow_trt.flavor.api._tag_version",
+        "mlflow_trt.flavor.conversions._tag_version",
         "mlflow.MlflowClient.update_model_version",
         "mlflow_trt.registry.convert_version.point_to",
         "mlflow.MlflowClient.set_registered_model_alias",
@@ -191,7 +191,7 @@ def test_an_alias_is_set_last_and_only_where_all_went_well(client, monkeypatch):
     with pytest.raises(RecipeError):
         mlflow_trt.convert_model_version("models:/h/1", "h-trt", batch=(8, 4, 2), alias="champion")
     with monkeypatch.context() as patched:
-        patched.setattr(registry, "log_model", None)  # nothing is built for an alias that MLflow refuses
+        patched.setattr(registry, "log_conversion", None)  # nothing is built for an alias that MLflow refuses
         for alias in ("not/allowed", "v1", "latest"):
             with pytest.raises(mlflow.MlflowException, match="alias"):
                 mlflow_trt.convert_model_version("models:/h/1", "h-trt", alias=alias)

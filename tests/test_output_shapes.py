@@ -6,16 +6,17 @@ import mlflow
 import networks
 import numpy as np
 import pytest
+from helpers import prepare, save_prepared
 from test_best import Stopwatch
 from test_lineage import registry_state
 
 import mlflow_trt
 from mlflow_trt import BuildError, UnsupportedModelError
+from mlflow_trt.convert.conversion import convert_source
 from mlflow_trt.convert.engine.output_shapes import check_output_shapes
 from mlflow_trt.core.selection import Fate
 from mlflow_trt.core.types import BatchAxis, Distribution, EngineRecord
 from mlflow_trt.pipeline import verify
-from mlflow_trt.pipeline.bench import measured_on
 from mlflow_trt.registry.add_engine import add_engine
 from mlflow_trt.store.folder import read_folder
 
@@ -107,19 +108,16 @@ def test_of_the_candidates_for_best_it_is_the_one_to_lose(tmp_path, monkeypatch)
             check_output_shapes(engine, network | {"y": (-1, 9)}, samples, axis)
 
     refused = []
-    convert = mlflow_trt.pipeline.trial.convert
 
-    def noting(source, recipe, *arguments, **keywords):
-        conversion = convert(source, recipe, *arguments, **keywords)
-        refused.append(conversion.engine.sha256 if str(recipe.precision) == "bf16" else None)
+    def noting(task):
+        conversion = convert_source(task)
+        refused.append(conversion.engine.sha256 if str(task.recipe.precision) == "bf16" else None)
         return conversion
 
-    monkeypatch.setattr("mlflow_trt.pipeline.trial.convert", noting)
+    monkeypatch.setattr("mlflow_trt.pipeline.best.convert_source", noting)
     monkeypatch.setattr(verify, "check_output_shapes", only_bf16)
-    with measured_on(Stopwatch(bf16=0.1)):
-        mlflow_trt.save_model(
-            networks.product(), tmp_path / "m", precision="best", calibration_data={"x": networks.rows(32)}
-        )
+    prepared = prepare(precision="best", calibration_data={"x": networks.rows(32)}, bench=Stopwatch(bf16=0.1))
+    save_prepared(networks.product(), tmp_path / "m", prepared)
     candidates = {str(c.precision): c for c in read_folder(tmp_path / "m").record.selection.candidates}
     assert candidates["int8"].fate is Fate.WON
     assert candidates["bf16"].fate is Fate.FAILED_GATE
@@ -127,11 +125,9 @@ def test_of_the_candidates_for_best_it_is_the_one_to_lose(tmp_path, monkeypatch)
 
 
 def test_where_all_candidates_for_best_lose_the_error_says_why(tmp_path):
-    with (
-        measured_on(Stopwatch()),
-        pytest.raises(BuildError, match="found no engine that passes. fp32: failed the gate"),
-    ):
-        mlflow_trt.save_model(networks.pooled(), tmp_path / "m", precision="best", calibration_data=IMAGES)
+    prepared = prepare(precision="best", calibration_data=IMAGES, bench=Stopwatch())
+    with pytest.raises(BuildError, match="found no engine that passes. fp32: failed the gate"):
+        save_prepared(networks.pooled(), tmp_path / "m", prepared)
 
 
 def test_an_engine_that_is_added_is_checked_with_the_golden_sample(store, monkeypatch):

@@ -9,13 +9,13 @@ import numpy as np
 import onnx
 import pytest
 from compare import relative_error
-from helpers import read
+from helpers import convert_in, read
 from onnx import TensorProto, helper
 from real_models import CLS, DET_DYNAMIC, MAGIKA, REC, SILERO, TRANSFORMER, calibration_data
 
 from mlflow_trt import Precision, Recipe, RecipeError, Tolerance, UnsupportedModelError
 from mlflow_trt.backends.onnxruntime import CpuModel
-from mlflow_trt.convert.conversion import Conversion, convert
+from mlflow_trt.convert.conversion import Conversion
 from mlflow_trt.convert.engine.builder import build_engine
 from mlflow_trt.convert.onnx import graph
 from mlflow_trt.convert.onnx.graph import flatten, save
@@ -45,10 +45,10 @@ def typed_model(model, folder, precision, data=None, *, tolerance=None, weight_o
 
 def converted(model, folder, precision, data, **recipe) -> Conversion:
     targets = ["sm89"] if precision == "fp8" else ()
-    return convert(
+    return convert_in(
+        folder,
         read(model, folder),
         Recipe(**model.recipe, precision=precision, targets=targets, **recipe),
-        folder,
         data=SampleData(arrays=data, origin=REAL),
         tolerance=Tolerance.default(Precision(precision)),
     )
@@ -277,13 +277,13 @@ def test_fp8_is_refused_for_targets_that_cannot_execute_it(tmp_path):
     data = SampleData(arrays=networks.rows(16), origin=REAL)
     for targets, words in ([], "the default target"), (["sm86", "sm89"], "sm86 cannot"):
         with pytest.raises(RecipeError, match=words) as caught:
-            convert(source, Recipe(precision="fp8", targets=targets), tmp_path, data=data)
+            convert_in(tmp_path, source, Recipe(precision="fp8", targets=targets), data=data)
         assert "'sm89'" in str(caught.value)
 
 
 def test_an_engine_has_one_precision(tmp_path):
     with pytest.raises(RecipeError, match="an engine has one precision; 'best' is for save_model"):
-        convert(read(networks.product(), tmp_path), Recipe(precision="best"), tmp_path)
+        convert_in(tmp_path, read(networks.product(), tmp_path), Recipe(precision="best"))
 
 
 class TestWeightsOnly:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 from compare import relative_error
-from helpers import read, reference
+from helpers import convert_in, read, reference
 from real_models import ALL, RealModel, nested_if
 
 from mlflow_trt import Recipe, UnsupportedModelError
-from mlflow_trt.convert.conversion import convert
 from mlflow_trt.convert.onnx.model import read_onnx
 from mlflow_trt.core.types import Distribution
 
@@ -16,7 +15,7 @@ from mlflow_trt.core.types import Distribution
 @pytest.mark.parametrize("model", ALL, ids=lambda model: model.name)
 def test_converts_and_the_typed_model_computes_the_same(model: RealModel, tmp_path):
     source = read(model, tmp_path)
-    conversion = convert(source, Recipe(**model.recipe), tmp_path)
+    conversion = convert_in(tmp_path, source, Recipe(**model.recipe))
 
     engine = conversion.engine
     assert engine.distribution is Distribution.TENSORRT_RTX
@@ -33,7 +32,7 @@ def test_converts_and_the_typed_model_computes_the_same(model: RealModel, tmp_pa
 def test_nested_control_flow_is_named(tmp_path):
     shapes = {"input": ((1, 512),) * 3, "state": ((2, 1, 128),) * 3}
     with pytest.raises(UnsupportedModelError, match="nested If, Loop or Scan") as caught:
-        convert(read_onnx(nested_if(), tmp_path), Recipe(shapes=shapes), tmp_path)
+        convert_in(tmp_path, read_onnx(nested_if(), tmp_path), Recipe(shapes=shapes))
     assert caught.value.nodes == ("If_0 (If)",)
     assert "Internal Error" in caught.value.log[-1]
     assert not list(tmp_path.glob("*.plan*"))

@@ -15,7 +15,7 @@ from onnx import helper
 import mlflow_trt
 from mlflow_trt.backends.onnxruntime import CpuModel
 from mlflow_trt.cli.render import print_record
-from mlflow_trt.convert.conversion import samples_of
+from mlflow_trt.convert.conversion import choose_samples
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.convert.resolve_profiles import Profiles, resolve_profiles
 from mlflow_trt.convert.row_dependence import check_rows
@@ -51,7 +51,7 @@ def measured(model, tmp_path, data=None, **recipe) -> Profiles:
     source = read(model, tmp_path)
     profiles = resolve_profiles(source, Recipe.of(**recipe))
     given = None if data is None else SampleData(arrays=data, origin=SampleOrigin.CALIBRATION_DATA)
-    return check_rows(source, profiles, samples_of(given, source, profiles))
+    return check_rows(source, profiles, choose_samples(given, source, profiles))
 
 
 DEPENDENT = {

@@ -18,7 +18,7 @@ import mlflow_trt
 from mlflow_trt import ArtifactError, MissingDependencyError, OnnxModelError, UnsupportedModelError
 from mlflow_trt.flavor.fetch import read_record
 from mlflow_trt.registry.sources import exporting
-from mlflow_trt.registry.sources.open import EXPORTERS, opened_source
+from mlflow_trt.registry.sources.open import EXPORTERS, open_source
 
 CPU = {"runtime": "onnxruntime"}
 X = np.random.default_rng(0).standard_normal((60, 6)).astype(np.float32)
@@ -94,7 +94,7 @@ class TestPytorch:
     @pytest.mark.filterwarnings("ignore")
     def test_the_onnx_names_no_file_of_this_machine(self, network, torch, store):
         self.log(network, torch, serialization_format="pickle")
-        with opened_source("models:/net/1") as source:
+        with open_source("models:/net/1") as source:
             assert b".py" not in source.path.read_bytes()
 
 

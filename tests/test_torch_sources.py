@@ -13,7 +13,7 @@ import mlflow_trt
 from mlflow_trt import OnnxModelError
 from mlflow_trt.flavor.fetch import read_record
 from mlflow_trt.registry.sources.exporting import ROWS
-from mlflow_trt.registry.sources.open import opened_source
+from mlflow_trt.registry.sources.open import open_source
 
 torch = pytest.importorskip("torch", reason="needs the extra test-torch")
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's and MLflow's own
@@ -107,7 +107,7 @@ def test_rows_that_the_model_fixes_are_those_of_its_example(store, messages):
         FourRows(), name="m", registered_model_name="m", signature=signature, input_example=x,
         serialization_format="pickle", pip_requirements=["torch"],
     )  # fmt: skip
-    with opened_source("models:/m/1") as source:
+    with open_source("models:/m/1") as source:
         assert source.signature is not None
         mlflow_trt.save_model(source.path, "m-trt")
     assert "takes 4 rows and no other number" in messages.text

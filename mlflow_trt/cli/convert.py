@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +13,9 @@ from mlflow_trt.cli import recipe_options as options
 from mlflow_trt.cli.options import default_name, results_on_stdout
 from mlflow_trt.cli.render import print_json, print_outcomes, print_plan, print_record
 from mlflow_trt.cli.trtexec import translate
+
+if TYPE_CHECKING:
+    from mlflow_trt.pipeline.options import ConversionOptions
 
 
 def _take_over(context: typer.Context, line: str) -> str:
@@ -131,39 +135,46 @@ def convert(
     if all_ and (output or save_engine):
         raise typer.BadParameter("--all registers what it makes: leave --output and --save-engine out")
     with results_on_stdout(as_json):
-        recipe = options.recipe_from(given)
+        conversion = _options_from(context)
         if save_engine:
             from mlflow_trt.deploy.engine_file import check_engine_path
 
             check_engine_path(save_engine)
     command = _convert_all if all_ else _plan if dry_run else _convert_one
-    command(given, source or onnx, recipe)
+    command(given, source or onnx, conversion)
 
 
-def _asked(given: dict[str, Any]) -> dict[str, Any]:
-    """What every way of converting wants to know besides the recipe."""
-    return {
-        "calibration_data": given["calibration_data"],
-        "verify": not given["no_verify"],
-        "store_kernels": given["store_kernels"],
-    }
+def _options_from(context: typer.Context) -> ConversionOptions:
+    """The options of the conversion. What the command line has no option for is taken from the context's object."""
+    from mlflow_trt.pipeline.options import ConversionOptions
+
+    given = context.params
+    base = context.obj if isinstance(context.obj, ConversionOptions) else ConversionOptions()
+    return replace(
+        base,
+        recipe=options.recipe_from(given),
+        calibration_data=given["calibration_data"],
+        verify=not given["no_verify"],
+        store_kernels=given["store_kernels"],
+    )
 
 
-def _convert_one(given: dict[str, Any], source: str, recipe: Any) -> None:
+def _convert_one(given: dict[str, Any], source: str, conversion: ConversionOptions) -> None:
     from mlflow_trt.deploy.engine_file import save_engine
     from mlflow_trt.flavor.fetch import read_record
-    from mlflow_trt.registry.convert_version import convert_model_version, convert_to_folder
+    from mlflow_trt.pipeline.make import prepare_conversion
+    from mlflow_trt.registry.convert_version import convert_to_folder, convert_to_version
     from mlflow_trt.store.folder import record_to_dict
 
     name, alias, force = given["register_as"], given["alias"] or None, given["force"]
-    asked = _asked(given)
     with results_on_stdout(given["as_json"]), tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
         if name:
-            version = convert_model_version(source, name, recipe=recipe, alias=alias, force=force, **asked)
+            version = convert_to_version(source, name, prepare_conversion(conversion), alias=alias, force=force)
             uri = f"models:/{version.name}/{version.version}"
         else:
-            uri = str(given["output"] or Path(workdir, "model"))
-            convert_to_folder(source, uri, recipe, **asked)
+            path = given["output"] or Path(workdir, "model")
+            convert_to_folder(source, path, conversion)
+            uri = str(path)
         record = read_record(uri)
         if given["save_engine"] is not None:
             save_engine(uri, given["save_engine"])
@@ -174,21 +185,18 @@ def _convert_one(given: dict[str, Any], source: str, recipe: Any) -> None:
         print_record(uri, record)
 
 
-def _plan(given: dict[str, Any], source: str, recipe: Any) -> None:
-    from dataclasses import asdict
-
+def _plan(given: dict[str, Any], source: str, conversion: ConversionOptions) -> None:
+    from mlflow_trt.pipeline.make import prepare_conversion
     from mlflow_trt.registry.plan import plan_conversion
 
     with results_on_stdout(given["as_json"]):
-        name, path = given["register_as"] or None, given["output"]
         plan = plan_conversion(
             source,
-            recipe,
-            registered_model_name=name,
+            prepare_conversion(conversion),
+            registered_model_name=given["register_as"] or None,
             alias=given["alias"] or None,
-            path=path,
+            path=given["output"],
             force=given["force"],
-            **_asked(given),
         )
     if given["as_json"]:
         print_json(asdict(plan))
@@ -196,7 +204,7 @@ def _plan(given: dict[str, Any], source: str, recipe: Any) -> None:
         print_plan(plan)
 
 
-def _convert_all(given: dict[str, Any], _source: str, recipe: Any) -> None:
+def _convert_all(given: dict[str, Any], _source: str, conversion: ConversionOptions) -> None:
     from mlflow_trt.registry.convert_all import Outcome, convert_all
 
     outcomes: list[Outcome] = []
@@ -204,13 +212,12 @@ def _convert_all(given: dict[str, Any], _source: str, recipe: Any) -> None:
         with results_on_stdout(given["as_json"]):
             convert_all(
                 given["all_"],
-                recipe,
+                conversion,
                 name_pattern=given["register_as"] or "{name}-trt",
                 alias=given["alias"] or None,
                 force=given["force"],
                 dry_run=given["dry_run"],
                 on_outcome=outcomes.append,
-                **_asked(given),
             )
     except (KeyboardInterrupt, SystemExit):  # what was converted before it stays
         _render_outcomes(given, outcomes)

@@ -34,6 +34,26 @@ _log = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConversionTask:
+    """What to make an engine of, by which recipe, and where.
+
+    `data` are sample inputs; None generates some. `tolerance` is what the typed model may be off from the source
+    model: nodes are kept in float32 until it is met, and None takes what comes. `example_shapes` fix the axes that
+    nothing else says anything about. `distribution` is which TensorRT builds; None takes the preferred one of those
+    installed.
+    """
+
+    source: OnnxModel
+    recipe: Recipe
+    workdir: Path
+    data: SampleData | None = None
+    tolerance: Tolerance | None = None
+    example_shapes: Mapping[str, Shape] | None = None
+    distribution: Distribution | None = None
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Conversion:
     """A source model and everything that was made of it. `plan` is the engine's file; `samples` were used on the way.
 
@@ -52,46 +72,32 @@ class Conversion:
     plan: Path
 
 
-def convert(
-    source: OnnxModel,
-    recipe: Recipe,
-    workdir: Path,
-    *,
-    data: SampleData | None = None,
-    tolerance: Tolerance | None = None,
-    example_shapes: Mapping[str, Shape] | None = None,
-    distribution: Distribution | None = None,
-    progress: Progress | None = None,
-) -> Conversion:
-    """Make the typed model and the engine of `source` in `workdir`.
-
-    Args:
-        data: sample inputs; None generates some.
-        tolerance: what the typed model may be off from the source model; nodes are kept in float32 until it is met.
-            None takes what comes.
+def convert_source(task: ConversionTask) -> Conversion:
+    """Make the typed model and the engine of a source model, both in the task's `workdir`.
 
     Raises what its steps raise, and InputError for data that does not fit the model.
     """
-    tensorrt = trt.load(distribution)
+    source, recipe = task.source, task.recipe
+    tensorrt = trt.load(task.distribution)
     check_recipe(tensorrt, recipe)
     check_nodes(source.proto)
-    profiles = resolve_profiles(source, recipe, example_shapes)
-    samples = samples_of(data, source, profiles)
+    profiles = resolve_profiles(source, recipe, task.example_shapes)
+    samples = choose_samples(task.data, source, profiles)
     profiles = check_rows(source, profiles, samples)
     maker = maker_for(
         source,
         recipe,
         profiles,
-        workdir,
+        task.workdir,
         samples=samples,
-        tolerance=tolerance,
+        tolerance=task.tolerance,
         weight_only=weight_only_operators(tensorrt, recipe.precision),
     )
-    plan = workdir / "engine.plan"
+    plan = task.workdir / "engine.plan"
 
     def build(typed: TypedModel) -> Built:
         return build_engine(
-            typed.path, plan, recipe, profiles.profiles, distribution=tensorrt.distribution, progress=progress
+            typed.path, plan, recipe, profiles.profiles, distribution=tensorrt.distribution, progress=task.progress
         )
 
     try:
@@ -119,7 +125,7 @@ def convert(
     )
 
 
-def samples_of(data: SampleData | None, source: OnnxModel, profiles: Profiles) -> Samples:
+def choose_samples(data: SampleData | None, source: OnnxModel, profiles: Profiles) -> Samples:
     """The samples that a conversion works on: what was given, or noise for want of it.
 
     Raises InputError for data that does not fit the model; an input example that does not is passed over.

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from mlflow import MlflowClient, pyfunc
+from mlflow import pyfunc
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import ModelInfo
 from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
@@ -21,16 +19,13 @@ from mlflow_trt.core.progress import told_progress
 from mlflow_trt.core.progress_event import Progress
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.types import Precision
-from mlflow_trt.errors import MlflowTrtError
+from mlflow_trt.flavor.conversions import LoggingOptions, log_conversion, save_conversion
 from mlflow_trt.flavor.fetch import fetch_folder
-from mlflow_trt.flavor.metrics import log_metrics
-from mlflow_trt.flavor.mlmodel import PackagingOptions, check_names, move_model, searchable_facts, write_model
-from mlflow_trt.flavor.undo import undo_logging, undone_on_failure
-from mlflow_trt.pipeline.make import Asked, OnnxSource, converted
-from mlflow_trt.pipeline.verify import metrics_of
-from mlflow_trt.runtime.cuda.device import open_device
+from mlflow_trt.flavor.mlmodel import PackagingOptions
+from mlflow_trt.flavor.undo import undone_on_failure
+from mlflow_trt.pipeline.make import OnnxSource, open_onnx, prepare_conversion
+from mlflow_trt.pipeline.options import ConversionOptions
 from mlflow_trt.runtime.session import Session
-from mlflow_trt.store.folder import FLAVOR_NAME
 from mlflow_trt.store.load import open_session
 
 
@@ -101,9 +96,15 @@ def save_model(
         RuntimeUnavailableError: `best` or `store_kernels` was asked for, and there is no GPU for it.
     """
     check_target(Path(path))
-    request = Recipe.of(recipe, precision=precision, batch=batch, shapes=shapes, targets=targets)
-    options = PackagingOptions(
-        settings=LoadSettings.of(model_config),
+    options = ConversionOptions(
+        recipe=Recipe.of(recipe, precision=precision, batch=batch, shapes=shapes, targets=targets),
+        calibration_data=calibration_data,
+        verify=verify,
+        store_kernels=store_kernels,
+        model_config=model_config,
+        progress=progress,
+    )
+    packaging = PackagingOptions(
         signature=signature,
         input_example=input_example,
         conda_env=conda_env,
@@ -114,9 +115,9 @@ def save_model(
         extra_files=extra_files,
         lineage=lineage or {},
     )
-    asked = Asked(request, calibration_data, input_example, verify, options.settings, store_kernels)
-    with converted(onnx_model, asked, progress) as made:
-        write_model(made, Path(path), options, mlflow_model)
+    prepared = prepare_conversion(options)
+    with open_onnx(onnx_model) as source:
+        save_conversion(source, Path(path), prepared, packaging, mlflow_model)
 
 
 def log_model(
@@ -169,9 +170,15 @@ def log_model(
     Returns:
         What every MLflow flavor returns: the logged model's URI, signature and, if registered, version.
     """
-    request = Recipe.of(recipe, precision=precision, batch=batch, shapes=shapes, targets=targets)
-    options = PackagingOptions(
-        settings=LoadSettings.of(model_config),
+    options = ConversionOptions(
+        recipe=Recipe.of(recipe, precision=precision, batch=batch, shapes=shapes, targets=targets),
+        calibration_data=calibration_data,
+        verify=verify,
+        store_kernels=store_kernels,
+        model_config=model_config,
+        progress=progress,
+    )
+    packaging = PackagingOptions(
         signature=signature,
         input_example=input_example,
         conda_env=conda_env,
@@ -182,45 +189,21 @@ def log_model(
         extra_files=extra_files,
         lineage=lineage or {},
     )
-    check_names(registered_model_name, tags)
-    if validate_serving_input is None:
-        validate_serving_input = input_example is not None and _can_run_here(options.settings)
-    asked = Asked(request, calibration_data, input_example, verify, options.settings, store_kernels)
-    with (
-        undone_on_failure() as undo,  # first, and so last to end: removing the temporary folders may be interrupted too
-        converted(onnx_model, asked, progress) as made,
-        tempfile.TemporaryDirectory(prefix="mlflow-trt-") as staging,
-    ):
-        logged = undo_logging(undo, registered_model_name, keep_model=model_id is not None)
-        # Written before MLflow hears of it: what cannot be written leaves no half of a logged model.
-        folder = Path(staging) / "model"
-        written = write_model(made, folder, options)
-
-        def save(path: str, mlflow_model: Model, validate_serving_input: bool) -> None:
-            del validate_serving_input  # Model.log reads it, and passes on all its keywords
-            logged(str(mlflow_model.model_id))
-            move_model(written, folder, Path(path), mlflow_model)
-
-        facts = searchable_facts(made)
-        tags = {**facts, **(tags or {})}
-        info: ModelInfo = Model.log(
-            artifact_path=None,
-            name=name,
-            flavor=SimpleNamespace(__name__=FLAVOR_NAME, save_model=save),
-            registered_model_name=registered_model_name,
-            await_registration_for=await_registration_for,
-            params={**facts, **(params or {})},
-            tags=tags,
-            model_type=model_type,
-            step=step,
-            model_id=model_id,
-            validate_serving_input=validate_serving_input,
-        )
-        if registered_model_name is not None:
-            _tag_version(registered_model_name, str(info.registered_model_version), tags)
-        metrics = {} if made.verification is None else metrics_of(made.verification.comparisons)
-        log_metrics({**metrics, **(made.selection.metrics() if made.selection is not None else {})}, info)
-        return info
+    logging = LoggingOptions(
+        name=name,
+        registered_model_name=registered_model_name,
+        await_registration_for=await_registration_for,
+        params=params or {},
+        tags=tags or {},
+        model_type=model_type,
+        step=step,
+        model_id=model_id,
+        validate_serving_input=validate_serving_input,
+    )
+    prepared = prepare_conversion(options)
+    # First, and so last to end: removing the temporary folders may be interrupted too.
+    with undone_on_failure() as undo, open_onnx(onnx_model) as source:
+        return log_conversion(source, prepared, packaging, logging, undo)
 
 
 def load_model(
@@ -268,22 +251,3 @@ def load_model(
     settings = LoadSettings.of(logged | {name: value for name, value in given.items() if value is not None})
     with told_progress("Building a TensorRT engine for this machine", progress) as shown:
         return open_session(folder, settings, shown)
-
-
-def _tag_version(name: str, version: str, tags: Mapping[str, Any]) -> None:
-    """Give a model version the tags of its logged model, as recent releases of MLflow do by themselves."""
-    client = MlflowClient()
-    present = client.get_model_version(name, version).tags
-    for key, value in tags.items():
-        if key not in present:
-            client.set_model_version_tag(name, version, key, str(value))
-
-
-def _can_run_here(settings: LoadSettings) -> bool:
-    if settings.runtime != "tensorrt":
-        return True
-    try:
-        open_device(settings.first_device)
-    except MlflowTrtError:
-        return False
-    return True

@@ -43,7 +43,6 @@ from mlflow_trt.convert.onnx.model import MODEL_FILE
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.output_folder import check_target, written_aside
 from mlflow_trt.core.selection import Selection
-from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.errors import MissingDependencyError, RecipeError
 from mlflow_trt.flavor.signatures import signature_of
 from mlflow_trt.flavor.tags import (
@@ -57,7 +56,7 @@ from mlflow_trt.flavor.tags import (
     VERIFICATION_TAG,
 )
 from mlflow_trt.pipeline.compile_kernels import store_kernels
-from mlflow_trt.pipeline.make import Made
+from mlflow_trt.pipeline.make import ConvertedModel
 from mlflow_trt.pipeline.selection_plot import draw_candidates
 from mlflow_trt.pipeline.verify import Verification
 from mlflow_trt.store.folder import FLAVOR_NAME, Record, write_folder
@@ -85,7 +84,6 @@ class PackagingOptions:
     Checked when made, which is before anything is built. Raises what MLflow raises, and RecipeError for a missing file.
     """
 
-    settings: LoadSettings
     signature: ModelSignature | bool | None = None
     input_example: Any = None
     conda_env: Any = None
@@ -115,7 +113,9 @@ class PackagingOptions:
                     raise RecipeError(f"{option}: {path} does not exist", option=option)
 
 
-def write_model(made: Made, path: Path, options: PackagingOptions, mlflow_model: Model | None = None) -> Model:
+def write_model(
+    made: ConvertedModel, path: Path, options: PackagingOptions, mlflow_model: Model | None = None
+) -> Model:
     """Write the model folder of a conversion, whole or not at all; returns what its MLmodel says.
 
     With a compiler, it holds the kernels of its engine. Raises then what running the engine raises.
@@ -146,7 +146,7 @@ def write_model(made: Made, path: Path, options: PackagingOptions, mlflow_model:
             conda_env=_CONDA_ENV_FILE_NAME,
             python_env=_PYTHON_ENV_FILE_NAME,
             code=code,
-            model_config=options.settings.to_dict(),
+            model_config=made.settings.to_dict(),
         )
         model.add_flavor("onnx", onnx_version=onnx.__version__, data=MODEL_FILE, code=code)
         extra_files = _copy_extra_files(options.extra_files, str(folder))
@@ -194,7 +194,7 @@ def _kept(verification: Verification | None) -> dict[str, Any]:
     }
 
 
-def searchable_facts(made: Made) -> dict[str, str]:
+def searchable_facts(made: ConvertedModel) -> dict[str, str]:
     """What is worth searching for, as it appears in params and tags."""
     conversion, verification = made.conversion, made.verification
     engine, axis = conversion.engine, conversion.profiles.batch_axis

@@ -33,7 +33,7 @@ from mlflow_trt.errors import (
 )
 from mlflow_trt.flavor.fetch import is_of_this_flavor, opened_folder
 from mlflow_trt.measure.inputs import Feeds, sample
-from mlflow_trt.registry.sources.open import opened_source
+from mlflow_trt.registry.sources.open import open_source
 from mlflow_trt.runtime.latency import Latency, measure
 from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
 from mlflow_trt.runtime.session import Session
@@ -126,9 +126,9 @@ class Runnable:
 
 
 @contextmanager
-def opened_source_of(model_uri: str) -> Iterator[Runnable]:
+def open_source_of(model_uri: str) -> Iterator[Runnable]:
     """The source model on ONNX Runtime, on the GPU where its CUDA provider works, else on the CPU."""
-    with opened_source(model_uri) as source, tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+    with open_source(model_uri) as source, tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
         model = read_onnx(source.path, Path(workdir))
         axes = tuple(spec.name for spec in model.inputs if spec.shape and not isinstance(spec.shape[0], int))
         with OnnxRuntimeSession(model.path, model.inputs, model.outputs, prefer_cuda=True) as session:
@@ -146,7 +146,7 @@ def opened_source_of(model_uri: str) -> Iterator[Runnable]:
 def opened(model_uri: str, *, device: int = 0, progress: Progress | None = None) -> Iterator[Runnable]:
     """A model as it runs here: its engine on a GPU; without one its source on ONNX Runtime, and a word that says so."""
     if not is_of_this_flavor(model_uri):
-        with opened_source_of(model_uri) as runnable:
+        with open_source_of(model_uri) as runnable:
             yield runnable
         return
     with opened_folder(model_uri) as folder:
@@ -262,7 +262,7 @@ def _at(runnable: Runnable, batch: int, feeds: Feeds, seconds: float) -> list[Me
 @contextmanager
 def _source(model_uri: str, runnable: Runnable, problems: list[str]) -> Iterator[Runnable | None]:
     try:
-        with opened_source_of(model_uri) as source:
+        with open_source_of(model_uri) as source:
             # Its record knows the usual shapes and the batch axis; the ONNX file alone does not.
             yield replace(source, profiles=runnable.profiles, batch_axis=runnable.batch_axis, name=runnable.name)
     except MissingDependencyError as error:

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from mlflow_trt._version import __version__
 from mlflow_trt.backends import cuda_driver as hardware
 from mlflow_trt.backends import tensorrt as trt
-from mlflow_trt.convert.conversion import Conversion, convert
+from mlflow_trt.convert.conversion import Conversion, ConversionTask, convert_source
 from mlflow_trt.convert.onnx.model import read_onnx
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.core.optional import is_installed
@@ -138,7 +138,9 @@ def _check_rows(outputs: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.gener
 
 def _try_build(workdir: Path) -> tuple[Check, Conversion | None]:
     try:
-        conversion = convert(read_onnx(_small_model(), workdir), Recipe(batch=(1, 4, 8)), workdir)
+        conversion = convert_source(
+            ConversionTask(source=read_onnx(_small_model(), workdir), recipe=Recipe(batch=(1, 4, 8)), workdir=workdir)
+        )
     except MlflowTrtError as error:
         return Check(name="can build", ok=False, detail=error.message), None
     engine = conversion.engine

@@ -5,7 +5,6 @@ Everything that has to be decided about measurements is decided elsewhere, on nu
 
 from __future__ import annotations
 
-import contextvars
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -40,10 +39,10 @@ class Bench(Protocol):
     def description(self) -> str:
         """The GPU and what runs engines on it, for people."""
 
-    def opened(self, conversion: Conversion, feeds: Feeds) -> AbstractContextManager[Round]:
+    def load_engine(self, conversion: Conversion, feeds: Feeds) -> AbstractContextManager[Round]:
         """An engine that is loaded and warm, for inputs that it takes at once.
 
-        Opening or running raises EngineMismatchError or ExecutionError where the engine does not run here.
+        Loading or running it raises EngineMismatchError or ExecutionError where the engine does not run here.
         """
         ...
 
@@ -68,7 +67,7 @@ class GpuBench:
         return f"{self.gpu}, {self._tensorrt}, driver {self._device.hardware.driver}"
 
     @contextmanager
-    def opened(self, conversion: Conversion, feeds: Feeds) -> Iterator[Round]:
+    def load_engine(self, conversion: Conversion, feeds: Feeds) -> Iterator[Round]:
         reason = why_not_here(conversion, self._settings)
         if reason is not None:
             raise EngineMismatchError(f"the engine does not run here: {reason}", reasons=(reason,))
@@ -80,24 +79,6 @@ class GpuBench:
             usual = one(_WARM_UP_RUNS)
             runs = max(_LEAST_RUNS, min(_MOST_RUNS, int(_ROUND_MILLISECONDS / max(usual, 1e-3))))
             yield lambda: one(runs)
-
-
-_bench: contextvars.ContextVar[Callable[[LoadSettings], Bench]] = contextvars.ContextVar("bench", default=GpuBench)
-
-
-def open_bench(settings: LoadSettings) -> Bench:
-    """The bench to measure on. Raises RuntimeUnavailableError where this machine has none."""
-    return _bench.get()(settings)
-
-
-@contextmanager
-def measured_on(bench: Bench) -> Iterator[None]:
-    """Measure on another bench than the GPU of this machine, within the block."""
-    token = _bench.set(lambda _: bench)
-    try:
-        yield
-    finally:
-        _bench.reset(token)
 
 
 def usual_feeds(conversion: Conversion) -> Feeds:

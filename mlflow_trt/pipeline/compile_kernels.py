@@ -5,9 +5,7 @@ Everything that has to be decided and written is done on bytes. What needs a GPU
 
 from __future__ import annotations
 
-import contextvars
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -40,7 +38,7 @@ class KernelCompiler(Protocol):
     @property
     def driver(self) -> str | None: ...
 
-    def compiled(self, folder: ModelFolder, engine: EngineRecord) -> bytes:
+    def compile_kernels(self, folder: ModelFolder, engine: EngineRecord) -> bytes:
         """The kernels for every batch size of every profile, as TensorRT-RTX serializes them.
 
         Raises what running the engine raises.
@@ -68,7 +66,7 @@ class GpuCompiler:
     def driver(self) -> str | None:
         return self._device.hardware.driver
 
-    def compiled(self, folder: ModelFolder, engine: EngineRecord) -> bytes:
+    def compile_kernels(self, folder: ModelFolder, engine: EngineRecord) -> bytes:
         # Not the user's cache, which may hold kernels for shapes that others ran.
         store = _Memory()
         with session_of(
@@ -98,10 +96,14 @@ class _Memory:
         self.kernels = merge([])
 
 
-def check_kernels(recipe: Recipe | None, settings: LoadSettings) -> KernelCompiler:
+def check_kernels(
+    recipe: Recipe | None, settings: LoadSettings, compiler: KernelCompiler | None = None
+) -> KernelCompiler:
     """What compiles the kernels of a model that is made by this recipe. Called before any work is done.
 
-    None is for an engine that is built for the GPU of this machine, whichever that is.
+    Args:
+        recipe: None is for an engine that is built for the GPU of this machine, whichever that is.
+        compiler: None takes the GPU of this machine.
 
     Raises:
         RecipeError: TensorRT compiles everything when it builds, or this machine's GPU is none of the targets.
@@ -115,7 +117,7 @@ def check_kernels(recipe: Recipe | None, settings: LoadSettings) -> KernelCompil
                 f"leave it out, or build with TensorRT-RTX ({trt.DISTRIBUTION_VARIABLE}=tensorrt_rtx)",
                 option="store_kernels",
             )
-        compiler = _compiler.get()(settings)
+        compiler = compiler or GpuCompiler(settings)
     except RuntimeUnavailableError as error:
         raise error.retold(
             wanted="store_kernels compiles on a GPU",
@@ -148,7 +150,7 @@ def store_kernels(path: Path, compiler: KernelCompiler) -> Record:
         reason = why_not(engine, tensorrt.distribution, tensorrt.version, compiler.gpu)
         if reason is None:
             _log.info("Compiling the kernels of %s on %s ...", engine, compiler.gpu)
-            kernels = compiler.compiled(folder, engine)
+            kernels = compiler.compile_kernels(folder, engine)
             _log.info("Stored %.1f MB of kernels with the model", len(kernels) / 1e6)
             return add_kernels_file(path, engine, kernels, gpu=compiler.gpu, driver=compiler.driver)
         reasons.append(f"{engine.file}: {reason}")
@@ -157,18 +159,3 @@ def store_kernels(path: Path, compiler: KernelCompiler) -> Record:
         "leave store_kernels out",
         reasons=reasons,
     )
-
-
-_compiler: contextvars.ContextVar[Callable[[LoadSettings], KernelCompiler]] = contextvars.ContextVar(
-    "compiler", default=GpuCompiler
-)
-
-
-@contextmanager
-def compiled_on(compiler: KernelCompiler) -> Iterator[None]:
-    """Compile on something else than the GPU of this machine, within the block."""
-    token = _compiler.set(lambda _: compiler)
-    try:
-        yield
-    finally:
-        _compiler.reset(token)

@@ -71,14 +71,36 @@ def add_engine(
         SelfTestError: the new engine answers wrongly on this machine.
         Everything that a build raises. After any failure or interruption the registry is as it was before.
     """
+    return extend_version(
+        model_uri,
+        targets=targets,
+        registered_model_name=registered_model_name,
+        alias=alias,
+        store_kernels=store_kernels,
+        progress=progress,
+    )
+
+
+def extend_version(
+    model_uri: str,
+    *,
+    targets: Sequence[str] | str,
+    registered_model_name: str | None = None,
+    alias: str | None = None,
+    store_kernels: bool = False,
+    compiler: kernels.KernelCompiler | None = None,
+    progress: Progress | None = None,
+) -> ModelVersion:
+    """`add_engine`; with a `compiler`, kernels are compiled there and not on this machine's GPU."""
     version = registered_version(model_uri)
     if version is None:
         raise RecipeError(f"{model_uri} is no registered version; expected models:/name/version or models:/name@alias")
     name = registered_model_name or version.name
     check_names(name, alias=alias)
-    compiler = (
-        kernels.check_kernels(Recipe(targets=targets) if targets else None, LoadSettings()) if store_kernels else None
-    )
+    if store_kernels:
+        compiler = kernels.check_kernels(Recipe(targets=targets) if targets else None, LoadSettings(), compiler)
+    else:
+        compiler = None
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir, undone_on_failure() as undo:
         uri = f"models:/{version.name}/{version.version}"
         folder = fetch_folder(uri, workdir)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
 
-from mlflow_trt.convert.recipe import Recipe
-from mlflow_trt.core.accuracy import Tolerance
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.errors import RecipeError
 from mlflow_trt.flavor.mlmodel import check_names
 from mlflow_trt.flavor.tags import TENSORRT_TAG
 from mlflow_trt.flavor.undo import exists, versions_of
-from mlflow_trt.registry.convert_version import convert_model_version, refuse_early
+from mlflow_trt.pipeline.make import PreparedConversion, prepare_conversion
+from mlflow_trt.pipeline.options import ConversionOptions
+from mlflow_trt.registry.convert_version import convert_to_version
 from mlflow_trt.registry.plan import plan_conversion
 
 _log = get_logger(__name__)
@@ -40,14 +39,10 @@ class Outcome:
 
 def convert_all(
     filter_string: str,
-    recipe: Recipe,
+    options: ConversionOptions,
     *,
     name_pattern: str = "{name}-trt",
     alias: str | None = None,
-    calibration_data: Any = None,
-    verify: Tolerance | bool = True,
-    store_kernels: bool = False,
-    model_config: Mapping[str, Any] | None = None,
     force: bool = False,
     dry_run: bool = False,
     on_outcome: Callable[[Outcome], None] | None = None,
@@ -57,12 +52,12 @@ def convert_all(
     Args:
         filter_string: as for `MlflowClient.search_registered_models`, such as `tags.deploy = 'gpu'`.
         name_pattern: the name to register each result under; `{name}` stands for the source's.
-        alias, calibration_data, verify, store_kernels, model_config, force: as for `convert_model_version`.
+        alias, force: as for `convert_model_version`.
         dry_run: convert nothing, and find out what would be done.
         on_outcome: called after each model.
 
     Raises RecipeError where the pattern gives several models one name; what MLflow raises for a filter that it does
-    not understand and an alias that it does not allow; what `refuse_early` raises. What goes wrong with one model
+    not understand and an alias that it does not allow; what `prepare_conversion` raises. What goes wrong with one model
     becomes its outcome.
     """
     if "{name}" not in name_pattern:
@@ -72,27 +67,21 @@ def convert_all(
             option="register_as",
         )
     check_names(None, alias=alias)
-    refuse_early(recipe, model_config, verify, store_kernels=store_kernels)
+    prepared = prepare_conversion(options)
     outcomes = []
     for model in list(_matching(filter_string)):
         started = time.monotonic()
-        options = {
-            "calibration_data": calibration_data,
-            "verify": verify,
-            "store_kernels": store_kernels,
-            "model_config": model_config,
-            "force": force,
-        }
-        outcome = _outcome(model, name_pattern.replace("{name}", model.name), recipe, alias, options, dry_run=dry_run)
-        outcome = Outcome(**{**vars(outcome), "seconds": round(time.monotonic() - started, 1)})
+        target = name_pattern.replace("{name}", model.name)
+        outcome = _convert_newest(model, target, prepared, alias=alias, force=force, dry_run=dry_run)
+        outcome = replace(outcome, seconds=round(time.monotonic() - started, 1))
         outcomes.append(outcome)
         if on_outcome is not None:
             on_outcome(outcome)
     return outcomes
 
 
-def _outcome(
-    model: RegisteredModel, target: str, recipe: Recipe, alias: str | None, options: Mapping[str, Any], *, dry_run: bool
+def _convert_newest(
+    model: RegisteredModel, target: str, prepared: PreparedConversion, *, alias: str | None, force: bool, dry_run: bool
 ) -> Outcome:
     source = f"models:/{model.name}"
     try:
@@ -103,11 +92,11 @@ def _outcome(
         if TENSORRT_TAG in newest.tags:
             return Outcome(source=source, status="skipped", detail="it was made by mlflow-trt")
         if dry_run:
-            plan = plan_conversion(source, recipe, registered_model_name=target, **options)
+            plan = plan_conversion(source, prepared, registered_model_name=target, force=force)
             detail = plan.existing or plan.destination
             return Outcome(source=source, status="exists" if plan.existing else "planned", detail=detail)
         before = set(_versions(target))
-        version = convert_model_version(source, target, recipe=recipe, alias=alias, **options)
+        version = convert_to_version(source, target, prepared, alias=alias, force=force)
     except MlflowException as error:
         return Outcome(source=source, status="failed", detail=error.message)
     except Exception as error:  # noqa: BLE001

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,19 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from mlflow_trt.backends import tensorrt as trt
-from mlflow_trt.convert.onnx.model import read_onnx
 from mlflow_trt.convert.recipe import BatchRequest, Recipe, ShapesRequest
 from mlflow_trt.core.accuracy import Tolerance
 from mlflow_trt.core.log import get_logger
+from mlflow_trt.core.output_folder import check_target
 from mlflow_trt.core.progress_event import Progress
-from mlflow_trt.core.settings import LoadSettings
-from mlflow_trt.core.types import Gpu, Precision
-from mlflow_trt.flavor.api import log_model, save_model
-from mlflow_trt.flavor.mlmodel import check_names
-from mlflow_trt.flavor.undo import set_alias, undo_logging, undone_on_failure
-from mlflow_trt.pipeline.best import check_best
-from mlflow_trt.pipeline.compile_kernels import check_kernels
-from mlflow_trt.registry.lineage import asked, carried_tags, find_twin, point_to, recipe_digest, tags_of
-from mlflow_trt.registry.sources.open import SourceModel, opened_source
+from mlflow_trt.core.types import Precision
+from mlflow_trt.flavor.conversions import LoggingOptions, log_conversion, save_conversion
+from mlflow_trt.flavor.mlmodel import PackagingOptions, check_names
+from mlflow_trt.flavor.undo import set_alias, undone_on_failure
+from mlflow_trt.pipeline.make import PreparedConversion, open_onnx, prepare_conversion
+from mlflow_trt.pipeline.options import ConversionOptions
+from mlflow_trt.registry.lineage import carried_tags, find_twin, point_to, recipe_digest, tags_of
+from mlflow_trt.registry.sources.open import SourceModel, open_source
 
 _log = get_logger(__name__)
 
@@ -72,99 +69,77 @@ def convert_model_version(
         ArtifactError: the model is of no flavor that can be converted.
         Everything that `log_model` raises. After any failure or interruption the registry is as it was before.
     """
-    request = Recipe.of(recipe, precision=precision, batch=batch, shapes=shapes, targets=targets)
+    options = ConversionOptions(
+        recipe=Recipe.of(recipe, precision=precision, batch=batch, shapes=shapes, targets=targets),
+        calibration_data=calibration_data,
+        verify=verify,
+        store_kernels=store_kernels,
+        model_config=model_config,
+        progress=progress,
+    )
     check_names(registered_model_name, tags, alias)
-    kernels_for = refuse_early(request, model_config, verify, store_kernels=store_kernels)
-    with opened_source(model_uri) as source:
-        digest = recipe_digest(request, trt.load(), asked(model_config, calibration_data, verify, kernels_for))
-        client = MlflowClient()
-        with undone_on_failure() as undo:
-            version = None
-            if not force:
-                version = find_twin(client, registered_model_name, source.lineage, source_digest(source), digest)
-            if version is not None:
-                _log.info(
-                    "models:/%s/%s was made of the same source by the same recipe; force makes another version",
-                    version.name,
-                    version.version,
-                )
-            else:
-                logged = undo_logging(undo, registered_model_name)
-                info = log_model(
-                    source.path,
-                    name=logged_name(registered_model_name),
-                    recipe=request,
-                    calibration_data=calibration_data,
-                    verify=verify,
-                    store_kernels=store_kernels,
-                    signature=source.signature,
-                    input_example=source.input_example,
-                    metadata=source.metadata,
-                    model_config=model_config,
-                    registered_model_name=registered_model_name,
-                    tags={**carried_tags(source.tags), **tags_of(source.lineage, digest), **(tags or {})},
-                    lineage=source.lineage,
-                    progress=progress,
-                )
-                logged(str(info.model_id))
-                version = client.get_model_version(registered_model_name, str(info.registered_model_version))
-                if source.description:
-                    client.update_model_version(version.name, str(version.version), source.description)
-                point_to(undo, source.lineage, version)
-            if alias is not None:
-                set_alias(undo, registered_model_name, alias, str(version.version))
+    prepared = prepare_conversion(options)
+    return convert_to_version(model_uri, registered_model_name, prepared, tags=tags, alias=alias, force=force)
+
+
+def convert_to_version(
+    model_uri: str | os.PathLike[str],
+    registered_model_name: str,
+    prepared: PreparedConversion,
+    *,
+    tags: Mapping[str, Any] | None = None,
+    alias: str | None = None,
+    force: bool = False,
+) -> ModelVersion:
+    """`convert_model_version`, with options that were checked before."""
+    check_names(registered_model_name, tags, alias)
+    client = MlflowClient()
+    # First, and so last to end: removing the temporary folders may be interrupted too.
+    with undone_on_failure() as undo, open_source(model_uri) as source, open_onnx(source.path) as model:
+        digest = recipe_digest(prepared)
+        version = None
+        if not force:
+            version = find_twin(client, registered_model_name, source.lineage, model.digest, digest)
+        if version is not None:
+            _log.info(
+                "models:/%s/%s was made of the same source by the same recipe; force makes another version",
+                version.name,
+                version.version,
+            )
+        else:
+            logging = LoggingOptions(
+                name=logged_name(registered_model_name),
+                registered_model_name=registered_model_name,
+                tags={**carried_tags(source.tags), **tags_of(source.lineage, digest), **(tags or {})},
+            )
+            info = log_conversion(model, prepared, _packaging_of(source), logging, undo)
+            version = client.get_model_version(registered_model_name, str(info.registered_model_version))
+            if source.description:
+                client.update_model_version(version.name, str(version.version), source.description)
+            point_to(undo, source.lineage, version)
+        if alias is not None:
+            set_alias(undo, registered_model_name, alias, str(version.version))
     return client.get_model_version(registered_model_name, str(version.version))
 
 
-def convert_to_folder(
-    model_uri: str | os.PathLike[str],
-    path: str | os.PathLike[str],
-    recipe: Recipe,
-    *,
-    calibration_data: Any = None,
-    verify: Tolerance | bool = True,
-    store_kernels: bool = False,
-    model_config: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-) -> None:
+def convert_to_folder(model_uri: str | os.PathLike[str], path: Path, options: ConversionOptions) -> None:
     """Convert a model and write the result to a new folder, with all that `convert_model_version` carries over."""
-    refuse_early(recipe, model_config, verify, store_kernels=store_kernels)
-    with opened_source(model_uri) as source:
-        save_model(
-            source.path,
-            path,
-            recipe=recipe,
-            calibration_data=calibration_data,
-            verify=verify,
-            store_kernels=store_kernels,
-            signature=source.signature,
-            input_example=source.input_example,
-            metadata=source.metadata,
-            model_config=model_config,
-            lineage=source.lineage,
-            progress=progress,
-        )
+    check_target(path)
+    prepared = prepare_conversion(options)
+    with open_source(model_uri) as source, open_onnx(source.path) as model:
+        save_conversion(model, path, prepared, _packaging_of(source))
 
 
-def refuse_early(
-    recipe: Recipe, model_config: Mapping[str, Any] | None, verify: Tolerance | bool, *, store_kernels: bool
-) -> Gpu | None:
-    """What cannot be measured or compiled here is said before a model is downloaded and exported.
-
-    Returns the GPU that kernels are going to be stored for.
-    """
-    settings = LoadSettings.of(model_config)
-    if recipe.precision is Precision.BEST:
-        check_best(recipe, settings, verify)
-    return check_kernels(recipe, settings).gpu if store_kernels else None
+def _packaging_of(source: SourceModel) -> PackagingOptions:
+    """What the MLflow model of a source hands on to the one that is made of it."""
+    return PackagingOptions(
+        signature=source.signature,
+        input_example=source.input_example,
+        metadata=source.metadata,
+        lineage=source.lineage,
+    )
 
 
 def logged_name(registered_model_name: str) -> str:
     """What a registered model may be called, a logged one may not."""
     return re.sub(r"[/:.%\"']", "-", registered_model_name)
-
-
-def source_digest(source: SourceModel) -> str:
-    """The sha256 that the record of what is made of this source is going to name."""
-    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
-        return read_onnx(source.path, Path(workdir)).digest

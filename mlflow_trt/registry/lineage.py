@@ -26,7 +26,7 @@ from mlflow_trt.backends import tensorrt as trt
 from mlflow_trt.convert.onnx.model import sha256_of
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.core.accuracy import Tolerance
-from mlflow_trt.core.types import Gpu, Precision
+from mlflow_trt.core.types import Precision
 from mlflow_trt.flavor.tags import (
     CONVERTED_TAG,
     PREFIX,
@@ -37,44 +37,41 @@ from mlflow_trt.flavor.tags import (
     SOURCE_VERSION_TAG,
 )
 from mlflow_trt.flavor.undo import Undo, exists, restore_tag, versions_of
+from mlflow_trt.pipeline.make import PreparedConversion
 from mlflow_trt.store import cache
 
 _NOT_IN_DIGEST = frozenset({"timing_cache"})  # how fast an engine is built, not what it is
 
 
-def recipe_digest(recipe: Recipe, tensorrt: trt.TensorRT, rest: Mapping[str, Any]) -> str:
-    """The sha256 of what makes two conversions of one source twins: recipe, TensorRT, and the `rest` that was asked.
+def recipe_digest(prepared: PreparedConversion) -> str:
+    """The sha256 of what makes two conversions of one source twins: the recipe, TensorRT, and the other options.
 
     Options at their defaults are left out, so that a release with more options still finds what older ones made.
     """
-    defaults = Recipe()
-    asked = {
+    options, tensorrt = prepared.options, trt.load()
+    recipe, defaults = options.recipe, Recipe()
+    changed = {
         name: value
         for name, value in asdict(recipe).items()
         if name not in _NOT_IN_DIGEST and value != getattr(defaults, name)
     }
     is_chosen_here = recipe.precision is Precision.BEST
     gpus = () if tensorrt.is_rtx and not is_chosen_here else hardware.probe().gpus
+    verify, compiler = options.verify, prepared.compiler
+    rest = {
+        "model_config": options.model_config,
+        "calibration_data": _data_digest(options.calibration_data),
+        "verify": asdict(verify) if isinstance(verify, Tolerance) else None if verify else False,
+        "kernels_for": None if compiler is None else str(compiler.gpu.compute_capability),
+    }
     return cache.key_of(
         {
-            "recipe": asked,
+            "recipe": changed,
             "tensorrt": str(tensorrt),
             "gpu": gpus[0].name if gpus else None,
             **{name: value for name, value in rest.items() if value is not None},
         }
     )
-
-
-def asked(
-    model_config: Any, calibration_data: Any, verify: Tolerance | bool, kernels_for: Gpu | None = None
-) -> dict[str, Any]:
-    """What besides the recipe makes a conversion another one, for `recipe_digest`; defaults are None."""
-    return {
-        "model_config": model_config,
-        "calibration_data": _data_digest(calibration_data),
-        "verify": asdict(verify) if isinstance(verify, Tolerance) else None if verify else False,
-        "kernels_for": None if kernels_for is None else str(kernels_for.compute_capability),
-    }
 
 
 def _data_digest(data: Any) -> str | None:

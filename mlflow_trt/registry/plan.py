@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from mlflow import MlflowClient
 
 from mlflow_trt.backends import tensorrt as trt
 from mlflow_trt.convert.checks import check_nodes, check_recipe
-from mlflow_trt.convert.conversion import samples_of
-from mlflow_trt.convert.onnx.model import read_onnx
+from mlflow_trt.convert.conversion import choose_samples
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.convert.resolve_profiles import resolve_profiles
 from mlflow_trt.convert.typed_model import check_calibration
-from mlflow_trt.core.accuracy import Tolerance
 from mlflow_trt.core.output_folder import check_target
 from mlflow_trt.core.types import BatchAxis, Precision, ShapeProfile, TensorSpec
 from mlflow_trt.flavor.mlmodel import check_names
+from mlflow_trt.pipeline.make import PreparedConversion, open_onnx
 from mlflow_trt.pipeline.user_samples import example_shapes, sample_data_of
-from mlflow_trt.registry.convert_version import refuse_early
-from mlflow_trt.registry.lineage import asked, find_twin, recipe_digest
-from mlflow_trt.registry.sources.open import opened_source
+from mlflow_trt.registry.lineage import find_twin, recipe_digest
+from mlflow_trt.registry.sources.open import open_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +42,11 @@ class Plan:
 
 def plan_conversion(
     model_uri: str | os.PathLike[str],
-    recipe: Recipe,
+    prepared: PreparedConversion,
     *,
     registered_model_name: str | None = None,
     alias: str | None = None,
     path: Path | None = None,
-    calibration_data: Any = None,
-    verify: Tolerance | bool = True,
-    store_kernels: bool = False,
-    model_config: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Plan:
     """Look at the source, resolve its profiles, and look for a version that exists. Writes nothing.
@@ -65,23 +56,23 @@ def plan_conversion(
     check_names(registered_model_name, alias=alias)
     if path is not None:
         check_target(path)
-    tensorrt = trt.load()
-    kernels_for = refuse_early(recipe, model_config, verify, store_kernels=store_kernels)
+    options, tensorrt = prepared.options, trt.load()
+    recipe = options.recipe
     if recipe.precision is Precision.BEST:
         check_recipe(tensorrt, replace(recipe, precision=Precision.FP32))
     else:
         check_recipe(tensorrt, recipe)
-    with opened_source(model_uri) as source, tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
-        model = read_onnx(source.path, Path(workdir))
+    with open_source(model_uri) as source, open_onnx(source.path) as model:
         check_nodes(model.proto)
         profiles = resolve_profiles(model, recipe, example_shapes(source.input_example, model.inputs))
         twin = None
         if registered_model_name is not None and not force:
-            digest = recipe_digest(recipe, tensorrt, asked(model_config, calibration_data, verify, kernels_for))
-            twin = find_twin(MlflowClient(), registered_model_name, source.lineage, model.digest, digest)
+            twin = find_twin(
+                MlflowClient(), registered_model_name, source.lineage, model.digest, recipe_digest(prepared)
+            )
         if twin is None:
-            data = sample_data_of(calibration_data, source.input_example, model.inputs)
-            check_calibration(model, recipe, samples_of(data, model, profiles))
+            data = sample_data_of(options.calibration_data, source.input_example, model.inputs)
+            check_calibration(model, recipe, choose_samples(data, model, profiles))
         return Plan(
             source=source.lineage["source"],
             source_digest=model.digest,

@@ -15,7 +15,7 @@ import networks
 import numpy as np
 import pytest
 from compare import relative_error
-from helpers import read, reference
+from helpers import convert_in, read, reference
 
 import mlflow_trt
 from mlflow_trt import (
@@ -28,7 +28,6 @@ from mlflow_trt import (
     SessionClosedError,
 )
 from mlflow_trt.backends import tensorrt as trt
-from mlflow_trt.convert.conversion import convert
 from mlflow_trt.runtime.cuda.device import open_device
 from mlflow_trt.runtime.engine import contexts as bindings
 from mlflow_trt.runtime.tensorrt_session import TensorRTSession
@@ -47,7 +46,7 @@ def opened(tmp_path):
         def open_both(model, *, on_cpu=True, settings=None, **recipe):
             folder = tmp_path / str(len(list(tmp_path.iterdir())))
             folder.mkdir()
-            conversion = convert(read(model, folder), Recipe(**recipe), folder)
+            conversion = convert_in(folder, read(model, folder), Recipe(**recipe))
             session = TensorRTSession(
                 conversion.plan.read_bytes(),
                 tensorrt=trt.load(),

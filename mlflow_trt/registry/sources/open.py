@@ -46,7 +46,7 @@ class SourceModel:
 
 
 @contextmanager
-def opened_source(source: str | os.PathLike[str]) -> Iterator[SourceModel]:
+def open_source(source: str | os.PathLike[str]) -> Iterator[SourceModel]:
     """An MLflow model, downloaded for the length of the block and exported to ONNX if need be, or an ONNX file.
 
     Raises ArtifactError for an MLflow model of no flavor that can be converted, MissingDependencyError where its

@@ -1,0 +1,50 @@
+"""What a user decides about a conversion, in one object that is handed on whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlflow_trt.convert.recipe import Recipe
+from mlflow_trt.core.accuracy import Tolerance
+from mlflow_trt.core.progress_event import Progress
+from mlflow_trt.core.settings import LoadSettings
+from mlflow_trt.errors import RecipeError
+from mlflow_trt.pipeline.bench import Bench
+from mlflow_trt.pipeline.compile_kernels import KernelCompiler
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionOptions:
+    """Everything that decides about a conversion besides its source; the keywords of `save_model` explain each.
+
+    `bench` is where the candidates for `best` are measured, and `compiler` where kernels are compiled; None takes the
+    GPU of this machine for both.
+
+    Raises RecipeError for a `verify` that is neither a bool nor a Tolerance, and for load settings that do not exist.
+    """
+
+    recipe: Recipe = field(default_factory=Recipe)
+    calibration_data: Any = None
+    verify: Tolerance | bool = True
+    store_kernels: bool = False
+    model_config: Mapping[str, Any] | None = None
+    progress: Progress | None = None
+    bench: Bench | None = None
+    compiler: KernelCompiler | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.verify, (bool, Tolerance)):
+            raise RecipeError(f"verify is {self.verify!r}; expected True, False or a Tolerance", option="verify")
+        LoadSettings.of(self.model_config)
+
+    @property
+    def settings(self) -> LoadSettings:
+        """The load settings that the model gets as its defaults."""
+        return LoadSettings.of(self.model_config)
+
+    @property
+    def demanded_tolerance(self) -> Tolerance | None:
+        """The tolerance that the user set; None where what is usual for the precision will do."""
+        return self.verify if isinstance(self.verify, Tolerance) else None
