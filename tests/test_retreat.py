@@ -9,7 +9,7 @@ from helpers import read
 from networks import FLOAT, constant, model, value
 from onnx import helper
 
-from mlflow_trt.convert.conversion import samples_of
+from mlflow_trt.convert.conversion import choose_samples
 from mlflow_trt.convert.engine.builder import build_engine
 from mlflow_trt.convert.engine.fallback import build_with_retreat
 from mlflow_trt.convert.onnx.model import sha256_of
@@ -60,7 +60,7 @@ class Retreat:
             recipe,
             profiles,
             folder,
-            samples=samples_of(None, source, profiles),
+            samples=choose_samples(None, source, profiles),
             tolerance=None,
             weight_only={},
         )
@@ -112,7 +112,13 @@ def test_a_model_that_cannot_be_built_at_all_raises_its_error(tmp_path):
     source, recipe = read(chain("Conv"), tmp_path), Recipe.of(precision="fp16")
     profiles = resolve_profiles(source, recipe)
     maker = maker_for(
-        source, recipe, profiles, tmp_path, samples=samples_of(None, source, profiles), tolerance=None, weight_only={}
+        source,
+        recipe,
+        profiles,
+        tmp_path,
+        samples=choose_samples(None, source, profiles),
+        tolerance=None,
+        weight_only={},
     )
 
     def build(typed):
