@@ -279,9 +279,9 @@ class AsyncClient:
 
 
 def _option_error(option: str, value: object, expected: str) -> Exception:
-    from mlflow_trt.errors import RecipeError
+    from mlflow_trt.errors import OptionError
 
-    return RecipeError(f"{option} is {value!r}; expected {expected}", option=option)
+    return OptionError(f"{option} is {value!r}; expected {expected}", option=option)
 
 
 def _options(address: str, timeout: float, headers: Mapping[str, str] | None) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
     MlflowTrtError (mlflow.exceptions.MlflowException)
     ├── OnnxModelError (ValueError)                   400  the source model cannot be read or is not supported
-    ├── RecipeError (ValueError)                      400  a precision, shape, batch or builder option makes no sense
+    ├── OptionError (ValueError)                      400  an argument, load setting or path makes no sense
+    │   └── RecipeError                               400  ... of a recipe: a precision, shape, batch or builder option
     ├── BuildError (RuntimeError)                     500  TensorRT did not build an engine
     │   └── UnsupportedModelError                     400  ... because of nodes it cannot run, or would misread
     ├── ArtifactError (ValueError)                    500  a model folder is not one of ours
@@ -77,14 +78,18 @@ class OnnxModelError(MlflowTrtError, ValueError):
         self.path = path
 
 
-class RecipeError(MlflowTrtError, ValueError):
-    """What was asked for contradicts itself or the model. `option` names the keyword to change."""
+class OptionError(MlflowTrtError, ValueError):
+    """An argument, load setting, environment variable or path makes no sense. `option` names the one to change."""
 
     _error_code = INVALID_PARAMETER_VALUE
 
     def __init__(self, message: str, *, option: str | None = None) -> None:
         super().__init__(message)
         self.option = option
+
+
+class RecipeError(OptionError):
+    """What was asked of an engine contradicts itself or the model. `option` names the keyword to change."""
 
 
 class BuildError(MlflowTrtError, RuntimeError):

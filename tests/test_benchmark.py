@@ -12,7 +12,7 @@ from PIL import Image
 from test_cli import run
 
 import mlflow_trt
-from mlflow_trt import RecipeError
+from mlflow_trt import OptionError
 from mlflow_trt.measure.benchmark import Benchmark, Measurement, benchmark
 from mlflow_trt.measure.inputs import sample
 from mlflow_trt.measure.plots import draw_benchmark, draw_layers
@@ -81,7 +81,7 @@ def test_a_size_that_is_refused_is_a_problem_and_the_others_go_on(tmp_path, no_g
 
 @pytest.mark.parametrize(("batches", "seconds"), [([], 1), ([0], 1), ([1], 0)])
 def test_what_makes_no_sense(batches, seconds, folder):
-    with pytest.raises(RecipeError, match="expected"):
+    with pytest.raises(OptionError, match="expected"):
         benchmark(str(folder), batches, seconds=seconds)
 
 

@@ -25,6 +25,7 @@ from real_models import MAGIKA, REC
 from mlflow_trt import (
     BuildError,
     MissingDependencyError,
+    OptionError,
     Recipe,
     RecipeError,
     RuntimeUnavailableError,
@@ -444,7 +445,7 @@ class TestFailures:
         with pytest.raises(MissingDependencyError, match="tensorrt is not installed"):
             trt.load()
         monkeypatch.setenv(trt.DISTRIBUTION_VARIABLE, "tensorflow")
-        with pytest.raises(RecipeError, match="expected one of tensorrt, tensorrt_rtx"):
+        with pytest.raises(OptionError, match="expected one of tensorrt, tensorrt_rtx"):
             trt.load()
 
 

@@ -27,8 +27,8 @@ from mlflow_trt.errors import (
     InputDtypeError,
     InputError,
     InputShapeError,
+    OptionError,
     OutOfMemoryError,
-    RecipeError,
     ServerError,
     ServerTimeoutError,
     ServerUnavailableError,
@@ -273,7 +273,7 @@ class TestFallingBack:
         [{"wire_format": "arrow"}, {"retries": -1}, {"backoff": -0.5}, {"timeout": -1}, {"address": "127.0.0.1:1"}],
     )
     def test_options_that_make_no_sense(self, options):
-        with pytest.raises(RecipeError, match=f"{next(iter(options))} is .*; expected"):
+        with pytest.raises(OptionError, match=f"{next(iter(options))} is .*; expected"):
             Client(**{"address": "http://127.0.0.1:1", **options})
 
     @pytest.mark.parametrize("inputs", [{}, np.ones(3)])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlflow_trt import Precision, RecipeError, Tolerance
+from mlflow_trt import OptionError, Precision, Tolerance
 from mlflow_trt.core.accuracy import Comparison, Verdict, compare
 from mlflow_trt.core.types import BatchAxis
 
@@ -107,7 +107,7 @@ def test_names_and_shapes_are_no_matter_of_tolerance():
     ],
 )
 def test_a_tolerance_that_makes_no_sense_is_refused(arguments):
-    with pytest.raises(RecipeError, match=next(iter(arguments))):
+    with pytest.raises(OptionError, match=next(iter(arguments))):
         Tolerance(**arguments)
 
 

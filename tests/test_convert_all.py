@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 from test_cli import run
 
 import mlflow_trt
-from mlflow_trt import InputError, Recipe, RecipeError
+from mlflow_trt import InputError, OptionError, Recipe, RecipeError
 from mlflow_trt.cli.options import default_name
 from mlflow_trt.pipeline.options import ConversionOptions
 from mlflow_trt.registry.convert_all import convert_all
@@ -76,7 +76,7 @@ def test_what_was_made_is_not_converted_again(models):
 
 
 def test_a_name_for_all_is_refused(models):
-    with pytest.raises(RecipeError, match="write {name} where the source's name goes"):
+    with pytest.raises(OptionError, match="write {name} where the source's name goes"):
         convert_all(FILTER, ConversionOptions(recipe=Recipe()), name_pattern="all")
 
 

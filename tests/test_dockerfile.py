@@ -18,7 +18,7 @@ from test_cli import run
 
 import mlflow_trt
 from examples.serving import ServerProcess, free_port, running
-from mlflow_trt import RecipeError
+from mlflow_trt import OptionError
 from mlflow_trt.client import Client
 from mlflow_trt.deploy.dockerfile import ImageOptions, dockerfile_text, write_image_context
 
@@ -129,14 +129,14 @@ def test_what_the_image_runs_serves_the_model(folder, tmp_path, request):
     ],
 )
 def test_options_that_make_no_sense(options, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(OptionError, match=message):
         ImageOptions(**options)
 
 
 def test_nothing_is_written_over(folder, tmp_path):
     (tmp_path / "image").mkdir()
     (tmp_path / "image" / "Dockerfile").write_text("mine")
-    with pytest.raises(RecipeError, match="exists already"):
+    with pytest.raises(OptionError, match="exists already"):
         write_image_context(str(folder), tmp_path / "image")
     assert [path.name for path in (tmp_path / "image").iterdir()] == ["Dockerfile"]
 

@@ -15,6 +15,7 @@ ERRORS: dict[str, Any] = {
 STATUS = {
     "MlflowTrtError": 500,
     "OnnxModelError": 400,
+    "OptionError": 400,
     "RecipeError": 400,
     "BuildError": 500,
     "UnsupportedModelError": 400,

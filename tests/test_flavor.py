@@ -21,7 +21,7 @@ from mlflow.types import Schema, TensorSpec
 from real_models import CLS, MAGIKA
 
 import mlflow_trt
-from mlflow_trt import BuildError, OnnxModelError, Recipe, RecipeError
+from mlflow_trt import BuildError, OnnxModelError, OptionError, Recipe, RecipeError
 from mlflow_trt.convert.engine import builder
 from mlflow_trt.flavor import mlmodel as packaging
 from mlflow_trt.flavor.fetch import read_record
@@ -210,7 +210,7 @@ class TestFailuresLeaveNothing:
             (lambda path: path / "no.onnx", {}, OnnxModelError),
             (lambda path: networks.product(), {"precision": "fp13"}, RecipeError),
             (lambda path: networks.product(batch=3), {"batch": 4}, RecipeError),
-            (lambda path: networks.product(), {"model_config": {"runtime": "gpu"}}, RecipeError),
+            (lambda path: networks.product(), {"model_config": {"runtime": "gpu"}}, OptionError),
             (lambda path: networks.product(), {"recipe": Recipe(), "batch": 4}, RecipeError),
         ],
     )
@@ -271,12 +271,12 @@ class TestFailuresLeaveNothing:
 
     def test_where_nothing_can_be_written_is_found_out_first(self, monkeypatch):
         monkeypatch.setattr(builder, "_WORKER", "import os; os.abort()")
-        with pytest.raises(RecipeError, match="/proc/version is no folder that you may write to"):
+        with pytest.raises(OptionError, match="/proc/version is no folder that you may write to"):
             mlflow_trt.save_model(networks.product(), "/proc/version/model")
 
     def test_an_existing_folder_is_kept(self, tmp_path):
         (tmp_path / "precious").write_text("mine")
-        with pytest.raises(RecipeError, match="exists already"):
+        with pytest.raises(OptionError, match="exists already"):
             mlflow_trt.save_model(networks.product(), tmp_path)
         assert (tmp_path / "precious").read_text() == "mine"
 

@@ -21,6 +21,7 @@ from mlflow_trt import (
     IntegrityError,
     LoadSettings,
     MissingDependencyError,
+    OptionError,
     Recipe,
     RecipeError,
     RuntimeUnavailableError,
@@ -189,7 +190,7 @@ class TestWhereTheyCannotBeCompiled:
     def test_the_tensorrt_distribution_has_none(self, monkeypatch):
         stand_in = trt.TensorRT(Distribution.TENSORRT, trt.load()._module)
         monkeypatch.setattr(trt, "load", lambda: stand_in)
-        with pytest.raises(RecipeError, match="compiles all kernels when it builds the engine; leave it out") as caught:
+        with pytest.raises(OptionError, match="compiles all kernels when it builds the engine; leave it out") as caught:
             check_kernels(Recipe(), LoadSettings())
         assert caught.value.option == "store_kernels"
 
@@ -260,7 +261,7 @@ class TestTheRegistry:
         assert engine.kernels.compute_capability == "sm89"
 
     def test_adding_them_needs_a_gpu_too(self, registered, no_gpu):
-        with pytest.raises(RecipeError, match="is no registered version"):
+        with pytest.raises(OptionError, match="is no registered version"):
             add_engine("no-uri", store_kernels=True)
         with pytest.raises(RuntimeUnavailableError, match="store_kernels compiles on a GPU"):
             add_engine("models:/p/1", store_kernels=True)

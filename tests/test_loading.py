@@ -11,7 +11,7 @@ from compare import relative_error
 from real_models import MAGIKA
 
 import mlflow_trt
-from mlflow_trt import IntegrityError, LoadSettings, MissingDependencyError, RecipeError, RuntimeUnavailableError
+from mlflow_trt import IntegrityError, LoadSettings, MissingDependencyError, OptionError, RuntimeUnavailableError
 from mlflow_trt.backends.cuda_driver import Hardware
 from mlflow_trt.core.types import ComputeCapability, Gpu
 from mlflow_trt.runtime.cuda import device
@@ -66,7 +66,7 @@ def test_a_device_that_is_not_there_is_named(magika_folder, monkeypatch):
 
 def test_auto_does_not_hide_a_mistake(magika_folder, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRT_DISTRIBUTION", "tensorrt-rtx")
-    with pytest.raises(RecipeError, match="MLFLOW_TRT_DISTRIBUTION is 'tensorrt-rtx'; expected one of"):
+    with pytest.raises(OptionError, match="MLFLOW_TRT_DISTRIBUTION is 'tensorrt-rtx'; expected one of"):
         mlflow_trt.load_model(str(magika_folder), runtime="auto")
 
 
@@ -106,7 +106,7 @@ def test_a_changed_source_model_is_refused_even_by_auto(magika_folder, tmp_path)
         ({"runtime": "gpu"}, "runtime is 'gpu'; choose one of tensorrt, auto, onnxruntime"),
         ({"on_mismatch": "ignore"}, "on_mismatch is 'ignore'; choose one of rebuild, error"),
         ({"kernel_specialization": "none"}, "choose one of eager, lazy"),
-        ({"warm_up": True}, "choose one of auto, on, off"),
+        ({"warm_up": True}, "choose one of auto, on, background, off"),
         ({"max_batch_delay_ms": -1}, "expected milliseconds, 0 or more"),
         ({"cuda_graphs": "yes"}, "choose one of auto, on, off"),
         ({"device": -1}, "device is -1; expected a CUDA device ordinal"),
@@ -119,7 +119,7 @@ def test_a_changed_source_model_is_refused_even_by_auto(magika_folder, tmp_path)
     ],
 )
 def test_settings_that_make_no_sense(settings, message):
-    with pytest.raises(RecipeError, match=message) as caught:
+    with pytest.raises(OptionError, match=message) as caught:
         LoadSettings.of(settings)
     assert caught.value.option in settings
 

@@ -26,6 +26,7 @@ NAMES = {
     "MissingDependencyError",
     "MlflowTrtError",
     "OnnxModelError",
+    "OptionError",
     "OutOfMemoryError",
     "Precision",
     "Recipe",

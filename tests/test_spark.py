@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from onnx import helper
 
 import mlflow_trt
-from mlflow_trt import InputError, InputShapeError, RecipeError, UnsupportedModelError
+from mlflow_trt import InputError, InputShapeError, OptionError, UnsupportedModelError
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.types import TensorSpec
 from mlflow_trt.deploy.spark_rows import Rows, columns_of_outputs
@@ -147,7 +147,7 @@ def test_a_gpu_that_spark_knows_by_another_name():
     pytest.importorskip("pyspark", reason="`make test-spark` installs it")
     from mlflow_trt.deploy import spark
 
-    with pytest.raises(RecipeError, match="assigned the GPU 'MIG-1a2b' to this task.*discoveryScript"):
+    with pytest.raises(OptionError, match="assigned the GPU 'MIG-1a2b' to this task.*discoveryScript"):
         spark._devices(Task(gpu=["MIG-1a2b"]))
 
 
@@ -237,7 +237,7 @@ class TestSpark:
         rows = sorted(frame.select("id", predict("image", frame["count"], gain="gain").alias("p")).collect())
         assert np.array_equal(np.asarray([row.p.doubled for row in rows]), expected["doubled"])
         with pytest.raises(
-            RecipeError, match="the model has the inputs image, count, gain, and 1 columns and sum were"
+            OptionError, match="the model has the inputs image, count, gain, and 1 columns and sum were"
         ):
             predict("image", sum="count")
 
@@ -295,7 +295,7 @@ class TestSpark:
         )
         rows = sorted(frame.select("id", predict_udf(spark, "models:/r/1")().alias("p")).collect())
         assert close(np.asarray([row.p.total for row in rows], np.float32), expected["total"])
-        with pytest.raises(RecipeError, match="unknown load setting 'runtim'"):
+        with pytest.raises(OptionError, match="unknown load setting 'runtim'"):
             predict_udf(spark, "models:/r/1", model_config={"runtim": "onnxruntime"})
 
     def test_a_version_that_an_alias_does_not_point_to_any_more(self, spark, store):

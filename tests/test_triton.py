@@ -19,7 +19,7 @@ from test_cli import run
 from wheel_files import wheel_file
 
 import mlflow_trt
-from mlflow_trt import EngineMismatchError, IntegrityError, RecipeError, UnsupportedModelError
+from mlflow_trt import EngineMismatchError, IntegrityError, OptionError, UnsupportedModelError
 from mlflow_trt.backends.onnxruntime import CpuModel
 from mlflow_trt.core.types import Distribution, EngineRecord, HardwareCompatibility, TensorSpec, Weights
 from mlflow_trt.deploy.triton import export_triton
@@ -303,13 +303,13 @@ class TestNothingIsWritten:
     )
     def test_where_options_make_no_sense(self, options, message, folder, tmp_path):
         before = set(tmp_path.rglob("*"))
-        with pytest.raises(RecipeError, match=message):
+        with pytest.raises(OptionError, match=message):
             export_triton(str(folder), tmp_path / "models", **options)
         assert set(tmp_path.rglob("*")) == before
 
     def test_over_another_model(self, folder, tmp_path):
         export_triton(str(folder), tmp_path / "models", backend="onnxruntime")
-        with pytest.raises(RecipeError, match="exists already; name another repository, or another name="):
+        with pytest.raises(OptionError, match="exists already; name another repository, or another name="):
             export_triton(str(folder), tmp_path / "models", backend="onnxruntime")
 
     def test_when_a_plan_was_changed(self, folder, tmp_path):
@@ -320,7 +320,7 @@ class TestNothingIsWritten:
         assert not any((tmp_path / "models").rglob("*"))
 
     def test_without_a_name(self, tmp_path):
-        with pytest.raises(RecipeError, match="tells no name for the model; give one with name="):
+        with pytest.raises(OptionError, match="tells no name for the model; give one with name="):
             export_triton("runs:/1/model", tmp_path)
 
 

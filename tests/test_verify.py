@@ -20,8 +20,8 @@ from mlflow_trt import (
     IntegrityError,
     MissingDependencyError,
     OnnxModelError,
+    OptionError,
     OutOfMemoryError,
-    RecipeError,
     SelfTestError,
     Tolerance,
 )
@@ -176,7 +176,7 @@ def test_verify_may_be_left_out(tmp_path):
     record = read_folder(tmp_path / "m").record
     assert (record.comparisons, record.golden) == ((), None)
     assert not (tmp_path / "m" / "golden.npz").exists()
-    with pytest.raises(RecipeError, match="verify is 'yes'; expected True, False or a Tolerance"):
+    with pytest.raises(OptionError, match="verify is 'yes'; expected True, False or a Tolerance"):
         mlflow_trt.save_model(networks.product(), tmp_path / "n", verify="yes")
 
 

@@ -52,11 +52,11 @@ def load(distribution: Distribution | None = None) -> TensorRT:
     Raises MissingDependencyError where it is not installed and RuntimeUnavailableError where its import fails.
     """
     # Not at the top of the file: errors imports mlflow, which takes seconds, and the build process needs neither.
-    from mlflow_trt.errors import MissingDependencyError, RecipeError, RuntimeUnavailableError
+    from mlflow_trt.errors import MissingDependencyError, OptionError, RuntimeUnavailableError
 
     preferred = os.environ.get(DISTRIBUTION_VARIABLE)
     if preferred and preferred not in set(Distribution):
-        raise RecipeError(
+        raise OptionError(
             f"{DISTRIBUTION_VARIABLE} is {preferred!r}; expected one of {', '.join(Distribution)}",
             option=DISTRIBUTION_VARIABLE,
         )

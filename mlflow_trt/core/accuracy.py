@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mlflow_trt.core.arrays import Array
 from mlflow_trt.core.row_errors import RowErrors
 from mlflow_trt.core.types import BatchAxis, Precision, StrEnum
-from mlflow_trt.errors import RecipeError
+from mlflow_trt.errors import OptionError
 
 Outputs = Mapping[str, Array]
 
@@ -59,13 +59,13 @@ class Tolerance:
             value = getattr(self, field.name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if value is not None and not number:
-                raise RecipeError(f"{field.name} is {value!r}; expected a number or None", option=field.name)
+                raise OptionError(f"{field.name} is {value!r}; expected a number or None", option=field.name)
         for name in ("relative_error", "max_abs_error", "median_row_error", "worst_row_error"):
             if (getattr(self, name) or 0) < 0:
-                raise RecipeError(f"{name} is {getattr(self, name)}; expected 0 or more", option=name)
+                raise OptionError(f"{name} is {getattr(self, name)}; expected 0 or more", option=name)
         for name, low in (("cosine_similarity", -1), ("top_class_agreement", 0)):
             if not low <= (getattr(self, name) or 0) <= 1:
-                raise RecipeError(f"{name} is {getattr(self, name)}; expected {low} to 1", option=name)
+                raise OptionError(f"{name} is {getattr(self, name)}; expected {low} to 1", option=name)
 
     @classmethod
     def default(cls, precision: Precision) -> Tolerance:

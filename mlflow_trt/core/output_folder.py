@@ -9,21 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mlflow_trt.core.scratch import held, remove_abandoned, scratch_name
-from mlflow_trt.errors import RecipeError
+from mlflow_trt.errors import OptionError
 
 
 def check_target(path: Path) -> None:
-    """Raise RecipeError where no folder can be written, before anything takes time."""
+    """Raise OptionError where no folder can be written, before anything takes time."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RecipeError(f"{path} exists already; name a folder that does not exist or is empty", option="path")
+        raise OptionError(f"{path} exists already; name a folder that does not exist or is empty", option="path")
     check_parent(path, option="path")
 
 
 def check_parent(path: Path, *, option: str) -> None:
-    """Raise RecipeError where nothing can be written at `path`, since it would be in no folder or a foreign one."""
+    """Raise OptionError where nothing can be written at `path`, since it would be in no folder or a foreign one."""
     nearest = next(parent for parent in path.absolute().parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise RecipeError(f"{path} cannot be written: {nearest} is no folder that you may write to", option=option)
+        raise OptionError(f"{path} cannot be written: {nearest} is no folder that you may write to", option=option)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from mlflow_trt.errors import RecipeError
+from mlflow_trt.errors import OptionError
 
 ALL = "all"
 """`LoadSettings(device="all")`: every GPU that the process sees."""
@@ -67,24 +67,24 @@ class LoadSettings:
         for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
-                raise RecipeError(f"{name} is {value!r}; choose one of {', '.join(known)}", option=name)
+                raise OptionError(f"{name} is {value!r}; choose one of {', '.join(known)}", option=name)
         for name in ("allow_engine_host_code", "self_test"):
             if not isinstance(getattr(self, name), bool):
-                raise RecipeError(f"{name} is {getattr(self, name)!r}; expected true or false", option=name)
+                raise OptionError(f"{name} is {getattr(self, name)!r}; expected true or false", option=name)
         self._check_device()
         delay = self.max_batch_delay_ms
         if isinstance(delay, bool) or not isinstance(delay, (int, float)) or not 0 <= delay < float("inf"):
-            raise RecipeError(
+            raise OptionError(
                 f"max_batch_delay_ms is {delay!r}; expected milliseconds, 0 or more", option="max_batch_delay_ms"
             )
 
     @classmethod
     def of(cls, values: Mapping[str, Any] | None) -> LoadSettings:
-        """Settings from a mapping such as `model_config`. Raises RecipeError for an unknown name or value."""
+        """Settings from a mapping such as `model_config`. Raises OptionError for an unknown name or value."""
         known = [field.name for field in fields(cls)]
         unknown = [name for name in values or {} if name not in known]
         if unknown:
-            raise RecipeError(
+            raise OptionError(
                 f"unknown load setting {unknown[0]!r}; there are {', '.join(known)}", option=str(unknown[0])
             )
         return cls(**(values or {}))
@@ -110,11 +110,11 @@ class LoadSettings:
         several = isinstance(self.device, (list, tuple))
         ordinals = tuple(self.device) if isinstance(self.device, (list, tuple)) else (self.device,)
         if not ordinals or any(type(ordinal) is not int or ordinal < 0 for ordinal in ordinals):
-            raise RecipeError(
+            raise OptionError(
                 f"device is {self.device!r}; expected a CUDA device ordinal, 0 or more, a list of them, 'all' or 'own'",
                 option="device",
             )
         if len(set(ordinals)) < len(ordinals):
-            raise RecipeError(f"device is {self.device!r}, which names a GPU twice", option="device")
+            raise OptionError(f"device is {self.device!r}, which names a GPU twice", option="device")
         if several:
             object.__setattr__(self, "device", ordinals)  # frozen, and hashable whatever sequence came

@@ -17,7 +17,7 @@ from typing import Any
 from mlflow_trt.core.output_folder import check_target, written_aside
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.types import Distribution
-from mlflow_trt.errors import RecipeError
+from mlflow_trt.errors import OptionError
 from mlflow_trt.flavor.fetch import opened_folder
 
 CUDA_IMAGE = "nvidia/cuda:13.0.1-{kind}-ubuntu24.04"
@@ -75,7 +75,7 @@ class ImageOptions:
         wheels: wheels to install from before any index, such as one of mlflow-trt that is on none.
 
     Raises:
-        RecipeError: a value makes no sense, or a wheel does not exist.
+        OptionError: a value makes no sense, or a wheel does not exist.
     """
 
     port: int = 8080
@@ -85,13 +85,13 @@ class ImageOptions:
 
     def __post_init__(self) -> None:
         if not 1 <= self.port < 2**16:
-            raise RecipeError(f"port is {self.port}; expected 1 to 65535", option="port")
+            raise OptionError(f"port is {self.port}; expected 1 to 65535", option="port")
         if not re.fullmatch(r"[\w./:@-]+", self.base.replace("{kind}", "")):
-            raise RecipeError(f"base is {self.base!r}; expected an image like {CUDA_IMAGE}", option="base")
+            raise OptionError(f"base is {self.base!r}; expected an image like {CUDA_IMAGE}", option="base")
         LoadSettings.of(self.model_config)
         for wheel in map(Path, self.wheels):
             if wheel.suffix != ".whl" or not wheel.is_file():
-                raise RecipeError(f"wheels: {wheel} is no wheel; give a .whl file that exists", option="wheels")
+                raise OptionError(f"wheels: {wheel} is no wheel; give a .whl file that exists", option="wheels")
 
 
 def write_image_context(model_uri: str, path: str | Path, options: ImageOptions | None = None) -> list[str]:
@@ -100,7 +100,7 @@ def write_image_context(model_uri: str, path: str | Path, options: ImageOptions 
     Returns remarks: what to know before it is built and run.
 
     Raises:
-        RecipeError: the folder cannot be written, or has something in it.
+        OptionError: the folder cannot be written, or has something in it.
         ArtifactError: it is no model of this flavor.
     """
     options = options or ImageOptions()

@@ -7,14 +7,14 @@ from pathlib import Path
 from mlflow_trt.core.files import write_whole
 from mlflow_trt.core.output_folder import check_parent
 from mlflow_trt.core.types import EngineRecord
-from mlflow_trt.errors import RecipeError
+from mlflow_trt.errors import OptionError
 from mlflow_trt.flavor.fetch import opened_folder
 
 
 def check_engine_path(path: Path) -> None:
-    """Raise RecipeError where `save_engine` cannot write, before anything takes time or is registered."""
+    """Raise OptionError where `save_engine` cannot write, before anything takes time or is registered."""
     if path.is_dir():
-        raise RecipeError(f"{path} is a folder; name a file for the engine", option="save_engine")
+        raise OptionError(f"{path} is a folder; name a file for the engine", option="save_engine")
     check_parent(path, option="save_engine")
 
 

@@ -20,7 +20,7 @@ from mlflow.models import Model
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.types import BatchAxis, TensorSpec
 from mlflow_trt.deploy.spark_rows import Rows, columns_of_outputs
-from mlflow_trt.errors import MissingDependencyError, RecipeError, UnsupportedModelError
+from mlflow_trt.errors import MissingDependencyError, OptionError, UnsupportedModelError
 from mlflow_trt.flavor.fetch import read_record
 from mlflow_trt.registry.sources.open import registered_version
 from mlflow_trt.runtime.session import Session
@@ -82,7 +82,7 @@ def predict_udf(
 
     Raises:
         UnsupportedModelError: rows of the model's batch are not independent, or Spark lacks the type of an output.
-        RecipeError: unknown load settings; when the function is called, columns that do not fit the inputs.
+        OptionError: unknown load settings; when the function is called, columns that do not fit the inputs.
 
         In the tasks: InputError, which names the partition and the row, and what loading raises.
     """
@@ -140,7 +140,7 @@ def _columns(names: list[str], columns: tuple[Column | str, ...], named: Mapping
         return [spark_functions.col(f"`{name}`") for name in names]
     unknown = [name for name in named if name not in names[len(columns) :]]
     if unknown or len(columns) + len(named) != len(names):
-        raise RecipeError(
+        raise OptionError(
             f"the model has the inputs {', '.join(names)}, and {len(columns)} columns"
             f"{' and ' + ', '.join(named) if named else ''} were given: give one for each, or none",
             option="columns",
@@ -167,7 +167,7 @@ def _devices(context: Any) -> tuple[int, ...]:
     gpus = context.resources().get("gpu") if context is not None else None
     addresses = list(gpus.addresses) if gpus is not None else []
     if unknown := [address for address in addresses if not address.isdecimal()]:
-        raise RecipeError(
+        raise OptionError(
             f"Spark assigned the GPU {unknown[0]!r} to this task; expected a number, as Spark's own "
             "getGpusResources.sh gives: set spark.executor.resource.gpu.discoveryScript",
             option="spark.executor.resource.gpu.discoveryScript",

@@ -13,7 +13,7 @@ from mlflow_trt.backends.onnxruntime import CpuModel
 from mlflow_trt.core.output_folder import check_target, written_aside
 from mlflow_trt.core.types import ComputeCapability, Distribution, EngineRecord, Precision, Weights
 from mlflow_trt.deploy.triton_config import Layout, config_text, largest_batch, max_batch_size, warmup_files
-from mlflow_trt.errors import EngineMismatchError, ExecutionError, MissingDependencyError, RecipeError
+from mlflow_trt.errors import EngineMismatchError, ExecutionError, MissingDependencyError, OptionError
 from mlflow_trt.flavor.fetch import opened_folder
 from mlflow_trt.store.folder import ModelFolder, Record, StoredModel
 
@@ -65,19 +65,19 @@ def export_triton(
     Raises:
         EngineMismatchError: no engine is one that Triton can load; `reasons` says why, for each.
         IntegrityError: a file is not the one that was logged.
-        RecipeError: an option makes no sense, or the repository has a model of that name.
+        OptionError: an option makes no sense, or the repository has a model of that name.
     """
     if backend not in BACKENDS:
-        raise RecipeError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}", option="backend")
+        raise OptionError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}", option="backend")
     for option, value, smallest in (("instances", instances, 1), ("queue_delay", queue_delay, 0)):
         if value < smallest:
-            raise RecipeError(f"{option} is {value}; expected {smallest} or more", option=option)
+            raise OptionError(f"{option} is {value}; expected {smallest} or more", option=option)
     name = name or _name_of(model_uri)
     if name == ".." or Path(name).name != name:
-        raise RecipeError(f"name is {name!r}; expected the name of a folder in the repository", option="name")
+        raise OptionError(f"name is {name!r}; expected the name of a folder in the repository", option="name")
     target = Path(repository) / name
     if target.exists():
-        raise RecipeError(f"{target} exists already; name another repository, or another name=", option="repository")
+        raise OptionError(f"{target} exists already; name another repository, or another name=", option="repository")
     check_target(target)
     with opened_folder(model_uri) as folder, written_aside(target) as aside:
         (aside / _VERSION_FOLDER).mkdir()
@@ -111,7 +111,7 @@ def _name_of(model_uri: str) -> str:
         return registered[1]
     if Path(model_uri).is_dir():
         return Path(model_uri).resolve().name
-    raise RecipeError(f"{model_uri} tells no name for the model; give one with name=", option="name")
+    raise OptionError(f"{model_uri} tells no name for the model; give one with name=", option="name")
 
 
 def _write_engines(folder: ModelFolder, target: Path) -> _Written:

@@ -87,7 +87,7 @@ def save_model(
 
     Raises:
         OnnxModelError: the model cannot be read, lacks weights, or has inputs or outputs that TensorRT cannot have.
-        RecipeError: the recipe contradicts itself or the model.
+        RecipeError: the recipe contradicts itself or the model. OptionError: another argument makes no sense.
         BuildError: TensorRT built no engine; UnsupportedModelError names the nodes it cannot run, or the output that
             would be wrong.
         InputError: the calibration data does not fit the model.

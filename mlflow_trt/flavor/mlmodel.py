@@ -43,7 +43,7 @@ from mlflow_trt.convert.onnx.model import MODEL_FILE
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.output_folder import check_target, written_aside
 from mlflow_trt.core.selection import Selection
-from mlflow_trt.errors import MissingDependencyError, RecipeError
+from mlflow_trt.errors import MissingDependencyError, OptionError
 from mlflow_trt.flavor.signatures import signature_of
 from mlflow_trt.flavor.tags import (
     BATCH_TAG,
@@ -81,7 +81,7 @@ def get_default_pip_requirements(record: Record | None = None) -> list[str]:
 class PackagingOptions:
     """What the user decides about the MLflow model around an engine; the keywords of `save_model` explain each.
 
-    Checked when made, which is before anything is built. Raises what MLflow raises, and RecipeError for a missing file.
+    Checked when made, which is before anything is built. Raises what MLflow raises, and OptionError for a missing file.
     """
 
     signature: ModelSignature | bool | None = None
@@ -97,7 +97,7 @@ class PackagingOptions:
     def __post_init__(self) -> None:
         _validate_env_arguments(self.conda_env, self.pip_requirements, self.extra_pip_requirements)
         if not isinstance(self.signature, (ModelSignature, bool, type(None))):
-            raise RecipeError(
+            raise OptionError(
                 f"signature is a {type(self.signature).__name__}; expected a mlflow.models.ModelSignature, "
                 "None to derive one, or False for none",
                 option="signature",
@@ -107,10 +107,10 @@ class PackagingOptions:
         for option in ("code_paths", "extra_files"):
             paths = getattr(self, option)
             if paths is not None and not isinstance(paths, list):
-                raise RecipeError(f"{option} is {paths!r}; expected a list of paths", option=option)
+                raise OptionError(f"{option} is {paths!r}; expected a list of paths", option=option)
             for path in paths or ():
                 if ":/" not in str(path) and not Path(path).exists():
-                    raise RecipeError(f"{option}: {path} does not exist", option=option)
+                    raise OptionError(f"{option}: {path} does not exist", option=option)
 
 
 def write_model(

@@ -28,7 +28,7 @@ from mlflow_trt.errors import (
     InputShapeError,
     MissingDependencyError,
     MlflowTrtError,
-    RecipeError,
+    OptionError,
     RuntimeUnavailableError,
 )
 from mlflow_trt.flavor.fetch import is_of_this_flavor, opened_folder
@@ -281,6 +281,6 @@ def _named(example: Any, session: Session) -> Mapping[str, Any] | None:
 
 def _check(batches: Sequence[int], seconds: float) -> None:
     if not batches or min(batches) < 1:
-        raise RecipeError(f"batches are {tuple(batches)}; expected numbers of 1 or more", option="batch")
+        raise OptionError(f"batches are {tuple(batches)}; expected numbers of 1 or more", option="batch")
     if not seconds > 0:
-        raise RecipeError(f"seconds is {seconds!r}; expected more than 0", option="seconds")
+        raise OptionError(f"seconds is {seconds!r}; expected more than 0", option="seconds")

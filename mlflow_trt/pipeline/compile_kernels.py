@@ -19,7 +19,7 @@ from mlflow_trt.core.types import Distribution, EngineRecord, Gpu
 from mlflow_trt.errors import (
     EngineMismatchError,
     ExecutionError,
-    RecipeError,
+    OptionError,
     RuntimeUnavailableError,
 )
 from mlflow_trt.runtime.cuda.device import open_device
@@ -106,13 +106,14 @@ def check_kernels(
         compiler: None takes the GPU of this machine.
 
     Raises:
-        RecipeError: TensorRT compiles everything when it builds, or this machine's GPU is none of the targets.
+        OptionError: TensorRT compiles everything when it builds.
+        RecipeError: this machine's GPU is none of the targets.
         RuntimeUnavailableError: there is no GPU to compile on; MissingDependencyError: or no package to do it with.
     """
     try:
         tensorrt = trt.load()
         if not tensorrt.is_rtx:
-            raise RecipeError(
+            raise OptionError(
                 f"store_kernels is for TensorRT-RTX, and {tensorrt} compiles all kernels when it builds the engine; "
                 f"leave it out, or build with TensorRT-RTX ({trt.DISTRIBUTION_VARIABLE}=tensorrt_rtx)",
                 option="store_kernels",

@@ -10,7 +10,7 @@ from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.core.accuracy import Tolerance
 from mlflow_trt.core.progress_event import Progress
 from mlflow_trt.core.settings import LoadSettings
-from mlflow_trt.errors import RecipeError
+from mlflow_trt.errors import OptionError
 from mlflow_trt.pipeline.bench import Bench
 from mlflow_trt.pipeline.compile_kernels import KernelCompiler
 
@@ -22,7 +22,7 @@ class ConversionOptions:
     `bench` is where the candidates for `best` are measured, and `compiler` where kernels are compiled; None takes the
     GPU of this machine for both.
 
-    Raises RecipeError for a `verify` that is neither a bool nor a Tolerance, and for load settings that do not exist.
+    Raises OptionError for a `verify` that is neither a bool nor a Tolerance, and for load settings that do not exist.
     """
 
     recipe: Recipe = field(default_factory=Recipe)
@@ -36,7 +36,7 @@ class ConversionOptions:
 
     def __post_init__(self) -> None:
         if not isinstance(self.verify, (bool, Tolerance)):
-            raise RecipeError(f"verify is {self.verify!r}; expected True, False or a Tolerance", option="verify")
+            raise OptionError(f"verify is {self.verify!r}; expected True, False or a Tolerance", option="verify")
         LoadSettings.of(self.model_config)
 
     @property

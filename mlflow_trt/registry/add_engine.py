@@ -27,7 +27,7 @@ from mlflow_trt.core.progress import told_progress
 from mlflow_trt.core.progress_event import Progress
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.types import EngineRecord, Gpu, HardwareCompatibility
-from mlflow_trt.errors import EngineMismatchError, RecipeError, RuntimeUnavailableError
+from mlflow_trt.errors import EngineMismatchError, OptionError, RecipeError, RuntimeUnavailableError
 from mlflow_trt.flavor.fetch import fetch_folder
 from mlflow_trt.flavor.mlmodel import check_names, flavor_fields, move_model
 from mlflow_trt.flavor.tags import CONVERTED_TAG, EXTENDS_TAG, PREFIX, TARGET_TAG
@@ -66,7 +66,8 @@ def add_engine(
         The new version, or the one that was given where it has such an engine already.
 
     Raises:
-        ArtifactError: it is no model of this flavor. RecipeError: there is neither a GPU nor a target.
+        OptionError: the URI names no registered version. ArtifactError: it is no model of this flavor.
+        RecipeError: there is neither a GPU nor a target.
         RuntimeUnavailableError: kernels are to be stored, and there is no GPU to compile them on.
         SelfTestError: the new engine answers wrongly on this machine.
         Everything that a build raises. After any failure or interruption the registry is as it was before.
@@ -94,7 +95,7 @@ def extend_version(
     """`add_engine`; with a `compiler`, kernels are compiled there and not on this machine's GPU."""
     version = registered_version(model_uri)
     if version is None:
-        raise RecipeError(f"{model_uri} is no registered version; expected models:/name/version or models:/name@alias")
+        raise OptionError(f"{model_uri} is no registered version; expected models:/name/version or models:/name@alias")
     name = registered_model_name or version.name
     check_names(name, alias=alias)
     if store_kernels:

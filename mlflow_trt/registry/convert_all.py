@@ -11,7 +11,7 @@ from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from mlflow_trt.core.log import get_logger
-from mlflow_trt.errors import RecipeError
+from mlflow_trt.errors import OptionError
 from mlflow_trt.flavor.mlmodel import check_names
 from mlflow_trt.flavor.tags import TENSORRT_TAG
 from mlflow_trt.flavor.undo import exists, versions_of
@@ -56,12 +56,12 @@ def convert_all(
         dry_run: convert nothing, and find out what would be done.
         on_outcome: called after each model.
 
-    Raises RecipeError where the pattern gives several models one name; what MLflow raises for a filter that it does
+    Raises OptionError where the pattern gives several models one name; what MLflow raises for a filter that it does
     not understand and an alias that it does not allow; what `prepare_conversion` raises. What goes wrong with one model
     becomes its outcome.
     """
     if "{name}" not in name_pattern:
-        raise RecipeError(
+        raise OptionError(
             f"{name_pattern!r} would be the name of every result; write {{name}} where the source's name goes, "
             "like '{name}-trt'",
             option="register_as",
