@@ -89,6 +89,7 @@ class Models:
             precision=options["precision"],
             batch=options["batch"],
             verify=False,
+            signature=True,  # of inputs, too, for models that need to be told
             model_config={**options["settings"], "runtime": options["runtime"], "answers": options["answers"]},
         )
         self.record: Record = read_folder(folder / "mlflow-trt").record

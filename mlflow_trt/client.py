@@ -98,7 +98,7 @@ class _Exchange:
     def _checked_signature(
         self, inputs: wire.Inputs
     ) -> Generator[wire.Request | float, httpx.Response | httpx.TransportError | None, dict[str, wire.Tensor]]:
-        """What arrays are compared with: MLflow does so with JSON, and shapes the rows of a table by it."""
+        """What arrays are compared with, if the server enforces a signature: MLflow shapes rows of a table by it."""
         if self._signature is not None and not wire.misshapen(inputs, self._signature):
             return self._signature
         # Asked again before anything is refused: the server may have another model by now.
@@ -173,8 +173,8 @@ class Client:
     def predict(self, inputs: wire.Inputs) -> Outputs:
         """Run the model on arrays by name of input; gives arrays by name of output.
 
-        A value is an array of any rank, a number, nested lists, or a list of `bytes` where the model's signature has
-        binary columns. MLflow converts lists to the signature's dtype.
+        A value is an array of any rank, a number, nested lists, or a list of `bytes`; these go as JSON only where the
+        model's signature has binary columns.
 
         Raises:
             InputError: the server refused the input, and why; InputShapeError: an array has another shape than the

@@ -318,3 +318,14 @@ def sentences(count: int, length: int) -> dict[str, np.ndarray]:
         "input_ids": random.integers(0, VOCABULARY, (count, length)),
         "attention_mask": (np.arange(length) < lengths[:, None]).astype(np.int64),
     }
+
+
+def doubled(dtype: int, *row: int) -> onnx.ModelProto:
+    """y = 2 x, in float32: what reached a model with an input of this type, whose rows have this shape."""
+    shape = ["batch", *row]
+    return model(
+        [helper.make_node("Cast", ["x"], ["numbers"], to=FLOAT), helper.make_node("Mul", ["numbers", "two"], ["y"])],
+        [value("x", dtype, shape)],
+        [value("y", FLOAT, shape)],
+        [constant("two", np.float32(2))],
+    )

@@ -396,7 +396,7 @@ class TestAgainstMlflow:
         feeds = networks.ranks_feeds(3)
         with Client(ranks_server, output_dtypes=RANKS_DTYPES) as client:
             for count in (np.array([1.5, 2, 3]), np.array([1, np.nan, 3])):
-                with pytest.raises(InputError, match="input 'count' is of dtype float64; expected int64"):
+                with pytest.raises(InputError, match="column .count., row [01]: the value is (missing|no whole)"):
                     client.predict({**feeds, "count": count})
             expected = run_here(folders / "ranks", feeds)
             same(client.predict({**feeds, "count": feeds["count"].astype(np.int8)}), expected)
@@ -409,24 +409,27 @@ class TestAgainstMlflow:
     def test_what_the_model_does_not_want(self, wire_format, ranks_server):
         feeds = networks.ranks_feeds(2)
         with Client(ranks_server, wire_format=wire_format) as client:
-            with pytest.raises(InputError, match=r"Model is missing inputs \['gain'\]"):
+            with pytest.raises(InputError, match="input 'gain' is missing|has no column 'gain'"):
                 client.predict({"image": feeds["image"], "count": feeds["count"]})
-            with pytest.raises(InputError, match=r"wants .*\(-1, 2, 3"):
-                client.predict({**feeds, "image": feeds["image"][:, :, :2]})
-            with pytest.raises(InputError, match=r"wants .*\(-1, 2, 3"):
-                client.predict({**feeds, "image": feeds["image"].swapaxes(1, 2)})
+            for image in (feeds["image"][:, :, :2], feeds["image"].swapaxes(1, 2), feeds["image"].reshape(2, 6)):
+                with pytest.raises(InputError, match=r"expected .*image: float32\[batch, 2, 3\]"):
+                    client.predict({**feeds, "image": image})
 
     def test_images_of_uint8_without_a_server(self, tmp_path):
-        """What the server does with the request: pandas reads it, and MLflow compares it with the signature."""
+        """What the server does with the request: pandas reads it, and the model the shapes that came along."""
         mlflow_trt.save_model(networks.pixels(), tmp_path / "model", batch=(1, 4, 8), verify=False)
         model = mlflow.pyfunc.load_model(str(tmp_path / "model"), model_config=CPU)
         images = np.random.default_rng(4).integers(0, 256, (5, 8, 6, 3), np.uint8)
         frame = pd.read_parquet(io.BytesIO(wire.parquet_request({"image": images}).content))
         assert np.allclose(model.predict(frame)["means"], images.mean((1, 2)), rtol=1e-6)
 
-    def test_a_model_whose_inputs_fit_no_table(self, folders):
-        """What the server does with parquet where more than the first dimension varies."""
-        model = mlflow.pyfunc.load_model(str(folders / "scalar"), model_config=CPU)
+    def test_a_signature_of_tensors_that_fit_no_table(self, tmp_path):
+        """What the server does with parquet where more than the first dimension varies, and MLflow enforces it."""
+        shapes = {"x": ((1, 1), (4, 4), (8, 8))}
+        mlflow_trt.save_model(
+            networks.scaled_by_a_scalar(), tmp_path / "model", shapes=shapes, verify=False, signature=True
+        )
+        model = mlflow.pyfunc.load_model(str(tmp_path / "model"), model_config=CPU)
         request = wire.parquet_request({"x": networks.rows(3, 5), "k": np.ones(3, np.float32)})
         with pytest.raises(mlflow.MlflowException) as caught:
             model.predict(pd.read_parquet(io.BytesIO(request.content)))
@@ -440,7 +443,7 @@ class TestAgainstMlflow:
         settings = {**CPU, "answers": "base64"}
         with served(str(folders / "scalar"), module_store.uri, settings) as address, Client(address) as client:
             same(client.predict({"x": x, "k": np.float32(2.5)}), {"y": x * np.float32(2.5)})
-            with pytest.raises(InputShapeError, match=r"'k' has the shape \(3,\); the model's signature wants \(\)"):
+            with pytest.raises(InputError, match="input 'k' has 1 dimensions, .*expected 0"):
                 client.predict({"x": x, "k": np.ones(3, np.float32)})
 
     def test_images_as_bytes_and_packed_answers(self, packing_server, folders):
@@ -452,7 +455,7 @@ class TestAgainstMlflow:
             ]
             with Client(packing_server, wire_format="json") as other:
                 answers.append(other.predict({"image": [image.tobytes() for image in images]}))
-            with pytest.raises(InputError, match=r"column 'image' have the shape \(5,\); expected \(8, 6, 3\)"):
+            with pytest.raises(InputError, match=r"column 'image' have the shape \(5,\), .*; expected \(8, 6, 3\)"):
                 client.predict({"image": [b"short"] * 2})
         for outputs in answers:
             assert outputs["means"].dtype == np.float32

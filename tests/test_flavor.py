@@ -16,8 +16,9 @@ import pytest
 import yaml
 from compare import relative_error
 from helpers import needs_release
-from mlflow.models import Model, infer_signature
-from mlflow.types import Schema, TensorSpec
+from mlflow.models import Model, ModelSignature, infer_signature
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+from mlflow.types.schema import Array
 from real_models import CLS, MAGIKA
 
 import mlflow_trt
@@ -326,16 +327,31 @@ class TestSignatures:
     def signature(self, folder):
         return Model.load(str(folder)).signature
 
-    def test_is_derived_from_the_graph(self, magika_folder):
-        signature = self.signature(magika_folder)
+    def test_is_derived_from_the_graph(self, magika_folder, tmp_path):
+        """Of outputs: MLflow would cast inputs to it. Those are in the file for whoever looks."""
+        assert self.signature(magika_folder).inputs is None
+        assert self.signature(magika_folder).outputs == Schema([ColSpec(Array("float"), "target_label")])
+        own = Model.load(str(magika_folder)).flavors["mlflow_trt"]
+        assert own["inputs"] == [{"name": "bytes", "dtype": "int32", "shape": ["unk__214", 2048]}]
+        assert [(output["name"], output["dtype"]) for output in own["outputs"]] == [("target_label", "float32")]
+        mlflow_trt.save_model(networks.ranks(), tmp_path / "model", batch=(1, 4, 8), verify=False)
+        assert self.signature(tmp_path / "model").outputs == Schema([
+            ColSpec(Array(Array("float")), "scaled"), ColSpec(Array("float"), "sums"), ColSpec("float", "total"),
+            ColSpec("long", "doubled"),
+        ])  # fmt: skip
+
+    def test_of_named_tensors(self, tmp_path):
+        mlflow_trt.save_model(MAGIKA.path(), tmp_path / "model", signature=True, verify=False, **MAGIKA.recipe)
+        signature = self.signature(tmp_path / "model")
         assert signature.inputs == Schema([TensorSpec(np.dtype("int32"), (-1, 2048), "bytes")])
         assert signature.outputs == Schema([TensorSpec(np.dtype("float32"), (-1, 214), "target_label")])
 
-    def test_a_dimension_that_the_profiles_fix_is_fixed(self, cls_folder):
-        assert self.signature(cls_folder).inputs.inputs[0].shape == (-1, 3, 48, 192)
+    def test_a_dimension_that_the_profiles_fix_is_fixed(self, tmp_path):
+        mlflow_trt.save_model(CLS.path(), tmp_path / "model", signature=True, verify=False, **CLS.recipe)
+        assert self.signature(tmp_path / "model").inputs.inputs[0].shape == (-1, 3, 48, 192)
 
     def test_the_rows_of_a_static_batch_are_free_where_they_can_be_split(self, tmp_path):
-        mlflow_trt.save_model(networks.product(), tmp_path / "model", batch=4)
+        mlflow_trt.save_model(networks.product(), tmp_path / "model", batch=4, signature=True)
         assert self.signature(tmp_path / "model").inputs.inputs[0].shape == (-1, 16)
 
     def test_a_model_without_inputs(self, tmp_path):
@@ -350,7 +366,7 @@ class TestSignatures:
         assert outputs["y"].tolist() == [0, 2, 4, 6]
 
     def test_bfloat16_is_float32_to_mlflow(self, tmp_path):
-        mlflow_trt.save_model(networks.bfloat16_product(), tmp_path / "model")
+        mlflow_trt.save_model(networks.bfloat16_product(), tmp_path / "model", signature=True)
         assert self.signature(tmp_path / "model").inputs.inputs[0].type == np.dtype("float32")
 
     def test_the_users_own(self, tmp_path):
@@ -359,6 +375,23 @@ class TestSignatures:
         assert self.signature(tmp_path / "model") == own
         model = mlflow.pyfunc.load_model(str(tmp_path / "model"), model_config=CPU)
         assert model.predict(networks.rows(2))["y"].shape == (2, 8)
+
+    def test_params_are_left_out_with_a_remark(self, tmp_path, messages):
+        temperature = ParamSchema([ParamSpec("temperature", "double", 0.5)])
+        for name, signature in {
+            "all": infer_signature(networks.rows(2), networks.rows(2, 8), params={"temperature": 0.5}),
+            "nothing else": ModelSignature(params=temperature),
+        }.items():
+            folder = tmp_path / name
+            mlflow_trt.save_model(
+                networks.product(), folder, signature=signature, input_example=(networks.rows(2), {"temperature": 0.1})
+            )
+            assert "The params of the signature (temperature) are left out" in messages.text
+            assert any("(temperature) are left out" in remark for remark in read_record(str(folder)).remarks)
+            left = self.signature(folder)
+            assert left is None or (left.params is None and left.inputs == signature.inputs)
+            model = mlflow.pyfunc.load_model(str(folder), model_config=CPU)
+            assert model.predict(networks.rows(2), params={"temperature": 1.5})["y"].shape == (2, 8)
 
     def test_none_at_all(self, tmp_path):
         mlflow_trt.save_model(networks.product(), tmp_path / "model", signature=False)

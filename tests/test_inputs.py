@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from decimal import Decimal
+
 import ml_dtypes
 import numpy as np
+import pandas as pd
 import pytest
 
 from mlflow_trt import InputDtypeError, InputError, InputShapeError
@@ -35,6 +38,14 @@ def prepared(array, dtype="float32"):
         (np.array([True, False]), "bool"),
         (np.array([True, False]), "int64"),
         ([1.5, 2.5], "float32"),
+        (np.array([2.0, -(2.0**53)]), "int64"),
+        (np.array([2.0, 255], np.float16), "uint8"),
+        (np.array([5, 2**53 + 1], object), "int64"),
+        (np.array([5, 1.5, True, np.float32(2)], object), "float32"),
+        (np.array([Decimal("1.5"), Decimal(3)], object), "float32"),
+        (np.array([Decimal(9), Decimal(3)], object), "int64"),
+        (pd.array([1, 2], dtype="Int64"), "int64"),
+        (np.ma.masked_array([1, 2], [False, False]), "int64"),
     ],
 )
 def test_converts_where_nothing_is_lost(array, dtype):
@@ -50,9 +61,9 @@ def test_nan_stays_nan():
 @pytest.mark.parametrize(
     ("array", "dtype", "message"),
     [
-        (np.array([1.0, 1e39]), "float32", r"input 'x': the value at \[1\] is too large for float32"),
+        (np.array([1.0, 1e39]), "float32", r"input 'x', row 1: the value at \[1\] is too large for float32"),
         (np.array([70000.0], np.float32), "float16", "is too large for float16"),
-        (np.array([2**31]), "int32", r"input 'x': the value at \[0\] cannot be represented in int32"),
+        (np.array([2**31]), "int32", r"input 'x', row 0: the value at \[0\] cannot be represented in int32"),
         (np.array([-1]), "uint8", "cannot be represented in uint8"),
         (np.array([256]), "uint8", "cannot be represented"),
         (np.array([-1]), "uint64", "cannot be represented in uint64"),
@@ -65,10 +76,20 @@ def test_nan_stays_nan():
         (np.array([2**64 - 1], np.uint64), "float16", "cannot be represented in float16"),
         (np.array([2**64 - 1], np.uint64), "bfloat16", "cannot be represented in bfloat16"),
         (np.array([2**31 - 1], np.int32), "bfloat16", "cannot be represented in bfloat16"),
-        (np.array([1.5]), "int64", "is of dtype float64; expected int64"),
+        (np.array([2.0, 1.5]), "int64", r"row 1: the value at \[1\] is no whole number, which every int64 is"),
+        (np.array([np.nan]), "int64", "is missing or infinite, which no int64 is"),
+        (np.array([np.inf], np.float16), "int8", "is missing or infinite, which no int8 is"),
+        (np.array([2.0**53 + 2]), "int64", "cannot be represented in int64"),
+        (np.array([300.0]), "uint8", "cannot be represented in uint8"),
+        (np.array([2, 2**70], object), "int64", r"row 1: the value at \[1\] cannot be represented in int64"),
+        (np.array([2, 2**70], object), "float32", "cannot be represented in float32"),
+        (np.array([1, "2"], object), "int64", "row 1: .* is of type str; expected int64"),
+        (pd.array([1, None], dtype="Int64"), "int64", r"row 1: the value at \[1\] is missing"),
+        (np.ma.masked_array([1, 2], [False, True]), "int64", r"row 1: the value at \[1\] is missing"),
+        (np.array(["2020-01-01"], "M8[s]"), "int64", "is of dtype datetime64"),
         (np.array([1, 0]), "bool", "is of dtype int64; expected bool"),
         (np.array(["cat"]), "float32", "is of dtype <U3; expected float32"),
-        (np.array([None]), "float32", "is of dtype object; expected float32"),
+        (np.array([1.5, None]), "float32", r"row 1: the value at \[1\] is missing"),
     ],
 )
 def test_refuses_what_would_be_lost(array, dtype, message):

@@ -56,7 +56,11 @@ def expected(model):
     return model.predict({"x": X})
 
 
-class TestWithASignature:
+def stacked(frame):
+    return {name: np.stack(frame[name]) for name in frame}
+
+
+class TestAsLogged:
     def test_an_array_or_a_dict(self, model, expected):
         weights = networks.onnx.numpy_helper.to_array(networks.product().graph.initializer[0])
         assert relative_error(expected, {"y": (X @ weights).astype(np.float32)}) < 1e-6
@@ -72,19 +76,38 @@ class TestWithASignature:
         ids=["lists", "arrays", "arrays of float64"],
     )
     def test_a_frame(self, cells, model, expected):
-        # MLflow turns the frame into arrays before the flavor sees it: the answer has one row for each of its rows.
-        assert relative_error(model.predict(pd.DataFrame({"x": cells})), expected) == 0
+        frame = pd.DataFrame({"x": cells}, index=[10, 20, 30, 40])
+        answer = model.predict(frame)
+        assert relative_error(stacked(answer), expected) == 0
+        assert answer.index.equals(frame.index)
+        series = model.predict(frame["x"])
+        assert relative_error(stacked(series), expected) == 0
+        assert series.index.equals(frame.index)
+
+    def test_rows_of_a_frame_that_was_filtered(self, model, expected):
+        everything = pd.DataFrame(X, columns=[f"feature{number}" for number in range(16)])
+        kept = everything[everything.index % 2 == 1]
+        answer = model.predict(kept)
+        assert list(answer.index) == [1, 3]
+        assert relative_error(stacked(answer), {"y": expected["y"][1::2]}) < 1e-6
+
+    def test_columns_of_several_dtypes(self, model):
+        whole = np.round(X * 10)
+        frame = pd.DataFrame(whole).astype({0: "int8", 1: "Int64", 2: "float16", 3: "Float32", 4: object, 5: "int64"})
+        frame[6] = pd.Series(whole[:, 6]).astype(pd.ArrowDtype(pa.float64()))
+        assert relative_error(stacked(model.predict(frame)), model.predict(whole)) == 0
+        frame.loc[2, 1] = pd.NA
+        with pytest.raises(InputDtypeError, match="column 1, row 2 is missing"):
+            model.predict(frame)
 
     def test_several_inputs(self, transformer):
         feeds = networks.sentences(5, 12)
         outputs = transformer.predict(feeds)
         assert outputs["hidden"].shape == (5, 12, networks.WIDTH)
         frame = pd.DataFrame({name: list(array) for name, array in feeds.items()})
-        assert relative_error(transformer.predict(frame), outputs) == 0
-
-    def test_mlflow_refuses_other_dtypes_in_arrays(self, model):
-        with pytest.raises(MlflowException, match="float64 does not match expected dtype float32"):
-            model.predict(X.astype(np.float64))
+        assert relative_error(stacked(transformer.predict(frame)), outputs) == 0
+        numbered = frame.set_axis(["0", "1"], axis="columns")  # as Spark calls columns that were given without names
+        assert relative_error(stacked(transformer.predict(numbered)), outputs) == 0
 
     @pytest.mark.parametrize("data", [{"z": X}, {"x": X[:, :3]}, X[0], "text"])
     def test_bad_input_is_a_bad_request(self, data, model):
@@ -92,14 +115,34 @@ class TestWithASignature:
             model.predict(data)
         assert caught.value.get_http_status_code() == 400
 
-    def test_params_are_refused(self, model):
-        with pytest.raises(InputError, match="takes no params, and got temperature"):
-            model.unwrap = model._model_impl.predict(X, params={"temperature": 1})
+    def test_params_are_ignored_with_a_warning(self, model, expected, messages):
+        assert relative_error(model.predict(X, params={"temperature": 1}), expected) == 0  # MLflow's own warning
+        assert relative_error(model._model_impl.predict(X, params={"temperature": 1}), expected) == 0
+        assert "takes no params, and ignores temperature" in messages.text
 
     def test_mlflow_finds_the_signature_of_predict_at_hand(self, model):
         predict = model._model_impl.predict
         assert list(inspect.signature(predict).parameters) == ["data", "params"]
         assert inspect.signature(predict) is inspect.signature(predict)
+
+
+@pytest.fixture(scope="module")
+def enforced(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("enforced") / "model"
+    mlflow_trt.save_model(networks.product(), folder, signature=True, verify=False)
+    return mlflow.pyfunc.load_model(str(folder), model_config=CPU)
+
+
+class TestWithAnEnforcedSignature:
+    """What MLflow makes of data by a signature of tensors reaches the model as arrays."""
+
+    def test_frames_become_arrays(self, enforced, expected):
+        frame = pd.DataFrame({"x": list(X)})
+        assert relative_error(enforced.predict(frame), expected) == 0
+
+    def test_mlflow_refuses_other_dtypes_in_arrays(self, enforced):
+        with pytest.raises(MlflowException, match="float64 does not match expected dtype float32"):
+            enforced.predict(X.astype(np.float64))
 
 
 class TestWithoutASignature:
@@ -133,7 +176,12 @@ class TestWithoutASignature:
             ("text", InputError, "expected a dict of arrays, an array or a DataFrame, got str"),
             ({"z": X}, InputError, "input 'x' is missing"),
             (pd.DataFrame({"x": [[1.0, 2.0], [1.0]]}), InputShapeError, "the cells of column 'x' differ in shape"),
-            (pd.DataFrame({"a": [1.0], "b": [2.0]}), InputShapeError, "expected 16 at axis 1"),
+            (
+                pd.DataFrame({"a": [1.0], "b": [2.0]}),
+                InputShapeError,
+                "no column 'x', and its 2 columns .a, b. together are no",
+            ),
+            (pd.DataFrame({"x": [1.0]}), InputShapeError, "the cells of column 'x' are numbers, as in row 0; expected"),
         ],
     )
     def test_bad_input(self, data, error, message, unsigned):
@@ -172,7 +220,9 @@ class TestFrames:
 
     def test_cells_that_do_not_fit(self):
         frame = pd.DataFrame({"image": [[1.0] * 5], "score": [0.5], "count": [1]})
-        with pytest.raises(InputShapeError, match=r"cells of column 'image' have the shape \(5,\); expected \(2, 3\)"):
+        with pytest.raises(
+            InputShapeError, match=r"cells of column 'image' have the shape \(5,\), as in row 0; expected \(2, 3\)"
+        ):
             feeds_from_frame(frame, (IMAGE, SCORE, COUNT))
         with pytest.raises(InputError, match="has no column 'count'; it has image, score"):
             feeds_from_frame(frame[["image", "score"]], (IMAGE, SCORE, COUNT))
@@ -180,10 +230,10 @@ class TestFrames:
     @pytest.mark.parametrize(
         ("cells", "error", "message"),
         [
-            ([b"1234" * 12, None], InputDtypeError, "are bytes and NoneType"),
+            ([b"1234" * 12, None], InputDtypeError, "are bytes and, in row 1, NoneType"),
             ([None, b"1234" * 12], InputDtypeError, None),
-            ([np.zeros(12), np.zeros(12, "datetime64[s]")], InputDtypeError, "differ in dtype; expected float32"),
-            ([[1.0, 2.0], [[1.0], [2.0, 3.0]]], InputShapeError, "differ in shape"),
+            ([np.zeros(12), np.zeros(12, "datetime64[s]")], InputDtypeError, "row 1 holds a time; expected float32"),
+            ([[1.0, 2.0], [[1.0], [2.0, 3.0]]], InputShapeError, "row 1: the lists in the cell differ in length"),
             ([{"a": 1}, {"a": 2}], InputDtypeError, None),
         ],
     )
@@ -197,8 +247,8 @@ class TestFrames:
         frame = pd.DataFrame({"image": [image.tobytes() for image in images], "score": [0.5, 0.25], "count": [1, 2]})
         assert np.array_equal(feeds_from_frame(frame, (IMAGE, SCORE, COUNT))["image"], images)
         for cell, message in (
-            (b"12345", "has 5 bytes, which are no whole number of float32"),
-            (1.5, "bytes and float"),
+            (b"12345", "column 'image', row 1 has 5 bytes, which are no whole number of float32"),
+            (1.5, "bytes and, in row 1, float"),
         ):
             frame["image"] = pd.Series([images[0].tobytes(), cell], dtype=object)
             with pytest.raises(InputDtypeError, match=message):
@@ -225,6 +275,45 @@ class TestFrames:
         frame = frame_from_outputs(outputs, pd.Index(["a", "b"]))
         assert frame.loc["b", "label"] == 1
         assert frame.loc["b", "scores"].tolist() == [4, 5, 6, 7]
+
+    def test_a_number_for_each_row_is_a_column_of_numbers(self):
+        frame = frame_from_outputs({"score": np.array([[0.5], [0.25]], np.float32)}, pd.Index(["a", "b"]))
+        assert frame["score"].dtype == np.float32
+        assert frame["score"].tolist() == [0.5, 0.25]
+
+    @pytest.mark.parametrize(
+        ("column", "message"),
+        [
+            (pd.Series([1, None], dtype="Int64"), "row 1 is missing"),
+            (pd.Series([0.5, None], dtype="Float64"), "row 1 is missing"),
+            (pd.Series([True, None], dtype="boolean"), "row 1 is missing"),
+            (pd.Series([1, None], dtype=pd.ArrowDtype(pa.int64())), "row 1 is missing"),
+            (pd.Series([1, None], dtype=object), "row 1 is missing"),
+            (pd.Series([1, pd.NA], dtype=object), "row 1 is missing"),
+            (pd.Series([1.0, np.nan]), "row 1: the value is missing or infinite"),
+            (pd.Series(["1", "2"]), "row 0(: the value is of type str| holds text)"),
+            (pd.Series([1, 2], dtype="category"), "holds categories"),
+            (pd.Series(pd.to_datetime(["2020-01-01"])), "datetime64"),
+            (pd.Series([[1], [None]]), r"row 1: the value at \[0\] of the cell is missing"),
+            (pd.Series([{"a": 1}]), "row 0: the value is of type dict"),
+        ],
+    )
+    def test_what_is_no_number(self, column, message):
+        with pytest.raises(InputDtypeError, match=message):
+            feeds_from_frame(pd.DataFrame({"count": column}), (COUNT,))
+
+    def test_numbers_that_numpy_would_make_floats_of(self):
+        big = 2**53 + 1
+        for cells in ([big, 1.0], [[big], [1.0]]):
+            assert (
+                feeds_from_frame(pd.DataFrame({"count": pd.Series(cells, dtype=object)}), (COUNT,))["count"][0] == big
+            )
+
+    def test_a_column_that_has_the_name_of_the_only_input_by_chance(self):
+        pair = TensorSpec(name="x", dtype="float32", shape=("n", 2))
+        assert feeds_from_frame(pd.DataFrame({"x": [1, 2], "y": [3, 4]}), (pair,))["x"].tolist() == [[1, 3], [2, 4]]
+        cells = pd.DataFrame({"x": [[1, 2], [3, 4]], "y": [3, 4]})
+        assert feeds_from_frame(cells, (pair,))["x"].tolist() == [[1, 2], [3, 4]]
 
     @pytest.mark.parametrize("output", [np.zeros(()), np.zeros((3, 2))])
     def test_outputs_without_rows_do_not_fit(self, output):

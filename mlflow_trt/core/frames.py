@@ -1,7 +1,11 @@
-"""DataFrames as the inputs and outputs of a model: a column for each tensor, a row for each row."""
+"""DataFrames as the inputs and outputs of a model: a column for each tensor, a row for each row.
+
+Nothing is cast that would lose something: errors name the column and the row, counted from 0.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,18 +14,25 @@ import numpy.typing as npt
 import pandas as pd
 
 from mlflow_trt.core.arrays import Array, numpy_dtype
+from mlflow_trt.core.inputs import Place, convert, is_missing
 from mlflow_trt.core.types import TensorSpec
+from mlflow_trt.core.wire import SHAPES_KEY
 from mlflow_trt.errors import ExecutionError, InputDtypeError, InputError, InputShapeError
 
 
 def feeds_from_frame(frame: pd.DataFrame, specs: tuple[TensorSpec, ...]) -> dict[str, Array]:
     """The inputs that a DataFrame holds: a column for each, or all columns together as the rows of a single input.
 
-    A cell is a number, a list or an array; a flat one is reshaped to the input's fixed dimensions. Or it is `bytes`:
-    the numbers themselves, in the input's dtype, as an uncompressed image is.
+    A cell is a number, or a list or an array of the input's shape, nested or flat. Or it is `bytes`: the numbers
+    themselves, in the input's dtype, as an uncompressed image is. Columns of one model's inputs in a row that are only
+    numbered, from 0, are taken in the order of the inputs, which is how Spark passes columns without names.
+
+    Raises InputError, InputDtypeError and InputShapeError.
     """
-    if len(specs) == 1 and specs[0].name not in frame.columns:
-        return {specs[0].name: frame.to_numpy()}
+    if len(specs) == 1 and _is_one_row(frame, specs[0]):
+        return {specs[0].name: _rows(frame, specs[0])}
+    if [str(name) for name in frame.columns] == [str(number) for number in range(len(specs))]:
+        frame = frame.set_axis([spec.name for spec in specs], axis="columns")
     if not frame.columns.is_unique:
         raise InputError(f"the DataFrame has several columns of one name: {', '.join(map(str, frame.columns))}")
     missing = [spec.name for spec in specs if spec.name not in frame.columns]
@@ -30,48 +41,200 @@ def feeds_from_frame(frame: pd.DataFrame, specs: tuple[TensorSpec, ...]) -> dict
             f"the DataFrame has no column {missing[0]!r}; it has {', '.join(map(str, frame.columns))}",
             tensor=missing[0],
         )
-    return {spec.name: _column(frame[spec.name], spec) for spec in specs}
+    shapes = _told_shapes(frame)
+    return {spec.name: _column(frame[spec.name], spec, shapes.get(spec.name)) for spec in specs}
 
 
-def _column(column: pd.Series[Any], spec: TensorSpec) -> Array:
-    values = column.to_numpy()
-    if values.dtype == object:
-        if column.empty:
-            return np.zeros((0, *(size or 0 for size in spec.fixed[1:])), numpy_dtype(spec.dtype))
-        values = _stacked(values, spec)
-    row = spec.fixed[1:]
-    if values.ndim <= 2 and len(row) != values.ndim - 1 and None not in row:
-        try:
-            values = values.reshape(len(values), *(size for size in row if size is not None))
-        except ValueError:
-            raise InputShapeError(
-                f"the cells of column {spec.name!r} have the shape {values.shape[1:]}; expected {row}", tensor=spec.name
-            ) from None
-    return values
+def _is_one_row(frame: pd.DataFrame, spec: TensorSpec) -> bool:
+    """Whether the columns together are the rows of a model's only input, whatever they are called."""
+    if spec.name not in frame.columns:
+        return True
+    # A column may have the input's name by chance, as in a table with x and y for an input x of two numbers.
+    return (
+        len(frame.columns) > 1
+        and spec.fixed[1:] == (len(frame.columns),)
+        and all(pd.api.types.is_numeric_dtype(dtype) for dtype in frame.dtypes)
+    )
 
 
-def _stacked(values: npt.NDArray[Any], spec: TensorSpec) -> Array:
+def _rows(frame: pd.DataFrame, spec: TensorSpec) -> Array:
+    """All columns as the rows of one input."""
+    if len(frame.columns) == 1:
+        return _column(frame.iloc[:, 0], spec, None, of_one=True)
+    labels = list(frame.columns)
+
+    def place(position: tuple[int, ...]) -> str:
+        return f"column {labels[position[1]]!r}, row {position[0]}: the value"
+
+    dtypes = set(frame.dtypes)
+    if len(dtypes) == 1 and isinstance(dtype := dtypes.pop(), np.dtype) and dtype.kind != "O":
+        rows = convert(frame.to_numpy(), spec, place)
+    else:
+        columns = [
+            convert(_numbers(frame.iloc[:, number], spec), spec, lambda at, number=number: place((at[0], number)))  # type: ignore[misc]
+            for number in range(len(labels))
+        ]
+        rows = np.stack(columns, axis=1) if columns else np.empty((len(frame), 0), numpy_dtype(spec.dtype))
+    wanted = spec.fixed[1:]
+    if len(wanted) == 1 and wanted[0] in {None, len(labels)}:
+        return rows
+    if _is_flat_form(len(labels), wanted):
+        return _in_rows(rows, wanted)
+    raise InputShapeError(
+        f"the DataFrame has no column {spec.name!r}, and its {len(labels)} columns ({_listed(labels)}) together are no "
+        f"row of {spec}",
+        tensor=spec.name,
+    )
+
+
+def _column(column: pd.Series[Any], spec: TensorSpec, shape: list[int] | None, *, of_one: bool = False) -> Array:
+    """A column as an array, of the shape that its sender told, if it was told.
+
+    `of_one`: it is all there is, so a cell may be the only number of a row of any length.
+    """
+    wanted = spec.fixed[1:]
+    rows = _cells(column, spec)
+    if shape is not None and rows.ndim <= 2 and len(rows) == shape[0] and rows.size == math.prod(shape):
+        return rows.reshape(shape)
+    if rows.ndim == 1 and of_one and wanted == (None,):
+        return rows.reshape(-1, 1)
+    if _fits(rows.shape[1:], wanted):
+        return rows
+    if rows.ndim <= 2 and _is_flat_form(math.prod(rows.shape[1:]), wanted):
+        return _in_rows(rows, wanted)
+    raise _misfit(column.name, rows.shape[1:], spec)
+
+
+def _cells(column: pd.Series[Any], spec: TensorSpec) -> Array:
+    """The cells of a column in the input's dtype and in one shape, one above the other."""
+    values = _numbers(column, spec)
+    if values.dtype.kind != "O":
+        return convert(values, spec, _place_in(column.name))
+    if column.empty:
+        return np.zeros((0, *(size or 0 for size in spec.fixed[1:])), numpy_dtype(spec.dtype))
+    if isinstance(values[0], bytes):
+        return _stacked(_from_bytes(values, column.name, spec), column.name, spec)
+    return _stacked([_cell(cell, row, column.name, spec) for row, cell in enumerate(values)], column.name, spec)
+
+
+def _numbers(column: pd.Series[Any], spec: TensorSpec) -> npt.NDArray[Any]:
+    """What a column holds, in numpy's dtype where all of it has one. Raises InputDtypeError for what pandas calls NA.
+
+    A NaN in a column of floats is a float.
+    """
+    dtype = column.dtype
+    if isinstance(dtype, np.dtype):
+        return column.to_numpy()
+    if isinstance(dtype, pd.CategoricalDtype):
+        raise InputDtypeError(f"column {column.name!r} holds categories; expected {spec.dtype}", tensor=spec.name)
+    missing = column.isna().to_numpy()
+    if missing.any():
+        raise InputDtypeError(f"column {column.name!r}, row {int(missing.argmax())} is missing", tensor=spec.name)
+    native = getattr(dtype, "numpy_dtype", None)  # of nullable columns, and those of Arrow
+    return column.to_numpy(dtype=native if isinstance(native, np.dtype) else object)
+
+
+def _cell(cell: Any, row: int, column: Any, spec: TensorSpec) -> Array:
+    """What a cell holds, in the input's dtype."""
     try:
-        cells = _from_bytes(values, spec) if isinstance(values[0], bytes) else [np.asarray(cell) for cell in values]
-        return np.stack(cells)
-    except InputError:
-        raise
-    except TypeError:  # numpy's, for dtypes without a common one
-        raise InputDtypeError(
-            f"the cells of column {spec.name!r} differ in dtype; expected {spec.dtype} in each", tensor=spec.name
+        array = np.asarray(_plain(cell))
+    except ValueError:
+        raise InputShapeError(
+            f"column {column!r}, row {row}: the lists in the cell differ in length", tensor=spec.name
         ) from None
-    except ValueError as error:
-        raise InputShapeError(f"the cells of column {spec.name!r} differ in shape: {error}", tensor=spec.name) from None
+    if array.ndim == 0 and is_missing(cell):
+        raise InputDtypeError(f"column {column!r}, row {row} is missing", tensor=spec.name)
+    if array.dtype.kind in "USM":
+        kind = "binary" if array.dtype.kind == "S" else "text" if array.dtype.kind == "U" else "a time"
+        raise InputDtypeError(f"column {column!r}, row {row} holds {kind}; expected {spec.dtype}", tensor=spec.name)
+    return array
 
 
-def _from_bytes(cells: npt.NDArray[Any], spec: TensorSpec) -> list[Array]:
+def _stacked(cells: list[Array], column: Any, spec: TensorSpec) -> Array:
+    """Cells in the input's dtype, one above the other."""
+    shape = cells[0].shape
+    other = next((row for row, cell in enumerate(cells) if cell.shape != shape), None)
+    if other is not None:
+        raise InputShapeError(
+            f"the cells of column {column!r} differ in shape: row {other} has {cells[other].shape} and row 0 {shape}",
+            tensor=spec.name,
+        )
+    # Together only what is of one dtype: numpy would make floats of all where one is.
+    if len({cell.dtype for cell in cells}) == 1:
+        return convert(np.stack(cells), spec, _place_in(column))
+    return np.stack(
+        [
+            convert(cell, spec, lambda at, row=row: _place_in(column)((row, *at)))  # type: ignore[misc]
+            for row, cell in enumerate(cells)
+        ]
+    )
+
+
+def _place_in(column: Any) -> Place:
+    def place(position: tuple[int, ...]) -> str:
+        row, *cell = position
+        return f"column {column!r}, row {row}: the value" + (f" at {cell} of the cell" if cell else "")
+
+    return place
+
+
+def _plain(cell: Any) -> Any:
+    """Lists, which numpy can make an array of: from parquet, arrays in arrays come as arrays of objects."""
+    if isinstance(cell, np.ndarray) and cell.dtype == object and cell.ndim == 1:
+        return [_plain(part) for part in cell]
+    return cell
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(wanted) and all(dim in {None, size} for dim, size in zip(wanted, shape, strict=True))
+
+
+def _is_flat_form(count: int, wanted: tuple[int | None, ...]) -> bool:
+    """Whether so many numbers in a row are what is wanted, and there is but one way to shape them."""
+    return None not in wanted and count == math.prod(size for size in wanted if size is not None)
+
+
+def _in_rows(rows: Array, wanted: tuple[int | None, ...]) -> Array:
+    return rows.reshape(len(rows), *(size for size in wanted if size is not None))
+
+
+def _misfit(column: Any, shape: tuple[int, ...], spec: TensorSpec) -> InputShapeError:
+    what = f"have the shape {shape}" if shape else "are numbers"
+    wanted = "(" + ", ".join("?" if size is None else str(size) for size in spec.fixed[1:]) + ")"
+    return InputShapeError(
+        f"the cells of column {column!r} {what}, as in row 0; expected {wanted}: {spec}", tensor=spec.name
+    )
+
+
+def _listed(labels: list[Any]) -> str:
+    shown = [str(label) for label in labels[:10]]
+    return ", ".join(shown if len(labels) <= len(shown) else [*shown, "..."])
+
+
+def _told_shapes(frame: pd.DataFrame) -> Mapping[str, list[int]]:
+    """What `mlflow_trt.client` says about arrays whose rows it made flat. It comes from outside: believe nothing."""
+    told = frame.attrs.get(SHAPES_KEY)
+    if not isinstance(told, dict):
+        return {}
+    return {
+        name: shape
+        for name, shape in told.items()
+        if isinstance(shape, list) and shape and all(type(size) is int and size >= 0 for size in shape)
+    }
+
+
+def _from_bytes(cells: npt.NDArray[Any], column: Any, spec: TensorSpec) -> list[Array]:
     dtype = numpy_dtype(spec.dtype)
-    for cell in cells:
-        if not isinstance(cell, bytes) or len(cell) % dtype.itemsize:
+    for row, cell in enumerate(cells):
+        if not isinstance(cell, bytes):
             raise InputDtypeError(
-                f"a cell of column {spec.name!r} has {len(cell)} bytes, which are no whole number of {spec.dtype}"
-                if isinstance(cell, bytes)
-                else f"the cells of column {spec.name!r} are bytes and {type(cell).__name__}; expected one of both",
+                f"the cells of column {column!r} are bytes and, in row {row}, {type(cell).__name__}; expected one of "
+                "both",
+                tensor=spec.name,
+            )
+        if len(cell) % dtype.itemsize:
+            raise InputDtypeError(
+                f"column {column!r}, row {row} has {len(cell)} bytes, which are no whole number of {spec.dtype}",
                 tensor=spec.name,
             )
     return [np.frombuffer(cell, dtype) for cell in cells]
@@ -86,5 +249,8 @@ def frame_from_outputs(outputs: Mapping[str, Array], index: pd.Index[Any]) -> pd
                 f"output {name!r} has the shape {output.shape} for {len(index)} rows of input, so it does not fit into "
                 "a DataFrame; pass a dict of arrays instead"
             )
-        columns[name] = output if output.ndim == 1 else pd.Series(list(output), index=index, dtype=object)
+        if output.ndim == 1 or output.shape[1:] == (1,):
+            columns[name] = output.reshape(-1)
+        else:
+            columns[name] = pd.Series(list(output), index=index, dtype=object)
     return pd.DataFrame(columns, index=index)

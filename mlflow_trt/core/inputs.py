@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +74,9 @@ def _listing(specs: Sequence[TensorSpec]) -> str:
 
 def array_of(value: npt.ArrayLike, name: str) -> Array:
     """The value of an input as an array. Raises InputShapeError for rows of different lengths."""
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        position = np.unravel_index(int(np.argmax(np.ma.getmaskarray(value))), value.shape)
+        raise InputDtypeError(f"{_place_in_input(name)(tuple(map(int, position)))} is missing", tensor=name)
     try:
         return np.asarray(value)
     except ValueError as error:
@@ -94,53 +99,121 @@ def _prepare(value: npt.ArrayLike, spec: TensorSpec) -> Array:
     return converted if converted.flags.c_contiguous else np.ascontiguousarray(converted).reshape(shape)
 
 
-def convert(array: Array, spec: TensorSpec) -> Array:
+Place = Callable[[tuple[int, ...]], str]
+"""What errors call the value at a position. They name places, not values: a server must not quote what it was sent."""
+
+
+def _place_in_input(name: str) -> Place:
+    def place(position: tuple[int, ...]) -> str:
+        row = f", row {position[0]}" if position else ""
+        return f"input {name!r}{row}: the value at {list(position)}"
+
+    return place
+
+
+def convert(array: Array, spec: TensorSpec, place: Place | None = None) -> Array:
     """`array` in the dtype that `spec` wants, where that loses nothing but a float's last digits.
 
     A float may become a narrower float unless a finite value would turn into infinity; an integer may become another
-    integer type or a float that holds each of its values exactly; a bool may become a number. Nothing else may change.
+    integer type or a float that holds each of its values exactly; a float that is a whole number may become an integer;
+    a bool may become a number. Nothing else may change, and what is missing is no number.
+
+    `place` says where a value is, for errors; without it, in an input.
     """
     wanted = numpy_dtype(spec.dtype)
     if array.dtype == wanted:
         return array
+    place = place or _place_in_input(spec.name)
     source, target = _kind(array.dtype), _kind(wanted)
-    if source == "f" and target == "f":
-        with np.errstate(over="ignore"):
-            converted = array.astype(wanted)
-        lost = np.isfinite(array) & ~np.isfinite(converted.astype(np.float64))
-        if lost.any():
-            raise InputDtypeError(
-                f"input {spec.name!r}: the value at {_first(lost)} is too large for {spec.dtype}", tensor=spec.name
-            )
-        return converted
+    if source == "O":
+        return _convert_objects(array, spec, place)
     if source == "b" and target in "iuf":
         return array.astype(wanted)
-    if source in "iu" and target in "iuf":
-        with np.errstate(over="ignore", invalid="ignore"):
-            converted = array.astype(wanted)
-            changed = converted.astype(array.dtype) != array
-        if target == "f":
-            # Back from what no integer equals, the cast gives whatever the processor does: the lowest integer on x86,
-            # the nearest one on ARM. Either may be the very value that was lost.
-            reached = converted.astype(np.float64)
-            changed |= ~np.isfinite(reached) | (reached >= 2.0 ** (8 * array.itemsize - (source == "i")))
-        elif source != target:
-            changed |= np.less(array if source == "i" else converted, 0)
-        if changed.any():
+    if source == "f" and target in "iu":
+        _check(~np.isfinite(array), spec, place, "is missing or infinite, which no {} is")
+        _check(array != np.trunc(array), spec, place, "is no whole number, which every {} is")
+        # A float beyond may be any of several integers.
+        _check(np.abs(array) > 2.0 ** (_mantissa(array.dtype) + 1), spec, place, _UNFIT)
+    if source not in "iuf" or target not in "iuf":
+        raise InputDtypeError(
+            f"input {spec.name!r} is of dtype {array.dtype}; expected {spec.dtype}, or one that converts without loss",
+            tensor=spec.name,
+        )
+    with np.errstate(over="ignore", invalid="ignore"):
+        converted = array.astype(wanted)
+        changed = converted.astype(array.dtype) != array
+    if target == "f" and source == "f":
+        _check(np.isfinite(array) & ~np.isfinite(converted.astype(np.float64)), spec, place, "is too large for {}")
+        return converted
+    if target == "f":
+        # Back from what no integer equals, the cast gives whatever the processor does: the lowest integer on x86, the
+        # nearest one on ARM. Either may be the very value that was lost.
+        reached = converted.astype(np.float64)
+        changed |= ~np.isfinite(reached) | (reached >= 2.0 ** (8 * array.itemsize - (source == "i")))
+    elif {source, target} == {"i", "u"}:
+        changed |= np.less(converted if source == "u" else array, 0)
+    _check(changed, spec, place, _UNFIT)
+    return converted
+
+
+_UNFIT = "cannot be represented in {}"
+
+
+def _check(wrong: npt.NDArray[np.bool_], spec: TensorSpec, place: Place, what: str) -> None:
+    """Raise InputDtypeError for the first value that is wrong."""
+    if wrong.any():
+        position = tuple(int(index) for index in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
+        raise InputDtypeError(f"{place(position)} {what.format(spec.dtype)}", tensor=spec.name)
+
+
+def _convert_objects(array: Array, spec: TensorSpec, place: Place) -> Array:
+    """Python's own numbers, as lists with something else among them, and columns of any type, become arrays of."""
+    flat = array.reshape(-1).tolist()
+    for index, value in enumerate(flat):
+        if is_missing(value):
+            raise InputDtypeError(f"{place(_position(index, array))} is missing", tensor=spec.name)
+        if not isinstance(value, (bool, int, float, Decimal, np.bool_, np.number)):
             raise InputDtypeError(
-                f"input {spec.name!r}: the value at {_first(changed)} cannot be represented in {spec.dtype}",
+                f"{place(_position(index, array))} is of type {type(value).__name__}; expected {spec.dtype}",
                 tensor=spec.name,
             )
-        return converted
-    raise InputDtypeError(
-        f"input {spec.name!r} is of dtype {array.dtype}; expected {spec.dtype}, or one that converts without loss",
-        tensor=spec.name,
-    )
+    kinds = set(map(type, flat))
+    together = _numbers(flat) if len(kinds) == 1 else None
+    if together is not None:
+        return convert(together.reshape(array.shape), spec, place)
+    converted = np.empty(array.size, numpy_dtype(spec.dtype))
+    for index, value in enumerate(flat):
+        number = _numbers([value])
+        if number is None:  # an integer of more than 64 bits, or a number of many digits
+            raise InputDtypeError(f"{place(_position(index, array))} {_UNFIT.format(spec.dtype)}", tensor=spec.name)
+        where = _position(index, array)
+        converted[index] = convert(number, spec, lambda _, where=where: place(where))[0]  # type: ignore[misc]
+    return converted.reshape(array.shape)
 
 
-def _first(mask: npt.NDArray[np.bool_]) -> list[int]:
-    """Where the first one is. Errors name places, not values: a server must not quote what it was sent."""
-    return [int(index) for index in np.unravel_index(int(np.argmax(mask)), mask.shape)]
+def is_missing(value: Any) -> bool:
+    """Whether it is None, or what pandas, which is not imported here, calls NA or NaT."""
+    return value is None or type(value).__name__ in {"NAType", "NaTType"}
+
+
+def _numbers(values: list[Any]) -> Array | None:
+    """Numbers of one type as an array that holds each exactly, but for a float's last digits; None where none does."""
+    if isinstance(values[0], Decimal):
+        whole = all(value.is_finite() and value == value.to_integral_value() for value in values)
+        values = [int(value) if whole else float(value) for value in values]
+    try:
+        array: Array = np.array(values)
+    except OverflowError:
+        return None
+    return None if array.dtype == object else array
+
+
+def _position(index: int, array: Array) -> tuple[int, ...]:
+    return tuple(int(part) for part in np.unravel_index(index, array.shape))
+
+
+def _mantissa(dtype: np.dtype[np.generic]) -> int:
+    return 7 if dtype.name == "bfloat16" else int(np.finfo(dtype.name).nmant)
 
 
 def _kind(dtype: np.dtype[np.generic]) -> str:

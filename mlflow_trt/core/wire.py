@@ -25,6 +25,12 @@ Shape = tuple[int, ...]
 Inputs = Mapping[str, Any]
 """By name an array, a number, nested lists, or a sequence of `bytes`, one for each row."""
 
+SHAPES_KEY = "mlflow_trt_shapes"
+"""In `DataFrame.attrs`: the shapes of arrays whose rows were made flat to fit a table, by name of column.
+
+Who sends it wants arrays back, not rows.
+"""
+
 PARQUET = "application/vnd.apache.parquet"
 JSON = "application/json"
 
@@ -86,8 +92,9 @@ def check_table(inputs: Inputs) -> None:
 def parquet_request(inputs: Inputs, signature: Mapping[str, Tensor] | None = None) -> Request:
     """Inputs as a table: a column for each, a row for each index of axis 0, whose cells are flat arrays.
 
-    The server reshapes a cell by the model's signature. MLflow casts cells that are numbers to its dtype, whatever is
-    lost, and leaves arrays as they are; so, where `signature` has another dtype, a number goes as an array of one.
+    The shapes of the arrays go along, where pandas finds them. Where the model has a `signature`, MLflow comes first,
+    reshapes cells by it and casts those that are numbers to its dtype, whatever is lost, but leaves arrays as they are;
+    so, where it has another dtype, a number goes as an array of one.
 
     Raises InputError where inputs do not fit a table, and MissingDependencyError without pyarrow.
     """
@@ -105,9 +112,11 @@ def parquet_request(inputs: Inputs, signature: Mapping[str, Tensor] | None = Non
     wanted = {name: tensor.dtype for name, tensor in (signature or {}).items()}
     columns = {name: _column(name, value, wanted.get(name), pa) for name, value in inputs.items()}
     fields = [pa.field(name, column.type, nullable=False) for name, column in columns.items()]
+    shapes = {name: list(np.shape(value)) for name, value in inputs.items() if not _is_bytes(value)}
+    attributes = {"PANDAS_ATTRS": json.dumps({SHAPES_KEY: shapes})}  # as DataFrame.to_parquet writes them
     sink = pa.BufferOutputStream()
     pq.write_table(
-        pa.table(list(columns.values()), schema=pa.schema(fields)),
+        pa.table(list(columns.values()), schema=pa.schema(fields, metadata=attributes)),
         sink,
         compression="none",  # floats hardly compress, and it would cost more than a fast network
         use_dictionary=False,

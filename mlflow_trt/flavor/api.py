@@ -76,8 +76,8 @@ def save_model(
             stored with the model for the self-test at load. False measures and stores nothing.
         store_kernels: compile what TensorRT-RTX otherwise compiles when shapes are first run, on the GPU of this
             machine, and store it with the model, so that machines like this one answer fast from the first call on.
-        signature: None derives one of named tensors from the graph. With False the model gets none, and MLflow passes
-            inputs on unchecked: DataFrames then stay DataFrames, in and out.
+        signature: None derives one of the outputs; the model checks its inputs itself. True derives one of named
+            tensors, in and out, that MLflow enforces, which casts DataFrames and JSON. With False the model gets none.
         input_example: stored with the model. Its shapes fix the axes that nothing else says anything about.
         model_config: load settings (see LoadSettings) that the model gets as its defaults.
         lineage: where the source model came from; kept in the record.

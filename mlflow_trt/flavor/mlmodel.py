@@ -43,8 +43,9 @@ from mlflow_trt.convert.onnx.model import MODEL_FILE
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.output_folder import check_target, written_aside
 from mlflow_trt.core.selection import Selection
+from mlflow_trt.core.types import TensorSpec
 from mlflow_trt.errors import MissingDependencyError, OptionError
-from mlflow_trt.flavor.signatures import signature_of
+from mlflow_trt.flavor.signatures import output_signature, tensor_signature, without_params
 from mlflow_trt.flavor.tags import (
     BATCH_TAG,
     PRECISION_ASKED_TAG,
@@ -93,6 +94,7 @@ class PackagingOptions:
     metadata: dict[str, Any] | None = None
     extra_files: list[str] | None = None
     lineage: Mapping[str, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _validate_env_arguments(self.conda_env, self.pip_requirements, self.extra_pip_requirements)
@@ -102,6 +104,15 @@ class PackagingOptions:
                 "None to derive one, or False for none",
                 option="signature",
             )
+        if isinstance(self.signature, ModelSignature):
+            signature, params = without_params(self.signature)
+            if params:
+                object.__setattr__(self, "signature", False if signature is None else signature)
+                remark = f"the params of the signature ({', '.join(params)}) are left out: no engine can use them"
+                object.__setattr__(self, "remarks", (*self.remarks, remark))
+                _log.warning("%s", remark[0].upper() + remark[1:])
+        if isinstance(self.input_example, tuple) and len(self.input_example) == 2:  # MLflow's form for one with params
+            object.__setattr__(self, "input_example", self.input_example[0])
         if self.input_example is not None:
             _Example(self.input_example)  # refuses what MLflow cannot store
         for option in ("code_paths", "extra_files"):
@@ -124,7 +135,11 @@ def write_model(
     model = Model() if mlflow_model is None else mlflow_model
     with written_aside(path) as folder:
         record = write_folder(
-            made.conversion, folder, options.lineage, selection=made.selection, **_kept(made.verification)
+            made.conversion,
+            folder,
+            options.lineage,
+            selection=made.selection,
+            **_kept(made.verification, options.remarks),
         )
         if made.compiler is not None:
             record = store_kernels(folder, made.compiler)
@@ -132,8 +147,10 @@ def write_model(
         if made.selection is not None:
             _draw(made.selection, made.conversion, folder)
         code = _validate_and_copy_code_paths(options.code_paths, str(folder))
-        if options.signature is None or options.signature is True:
-            model.signature = signature_of(record.inputs, record.outputs, record.profiles, record.batch_axis)
+        if options.signature is None:
+            model.signature = output_signature(record.outputs)
+        elif options.signature is True:
+            model.signature = tensor_signature(record.inputs, record.outputs, record.profiles, record.batch_axis)
         elif options.signature is not False:
             model.signature = options.signature
         if options.input_example is not None:
@@ -183,14 +200,14 @@ def check_names(
         _validate_model_alias_name_reserved(alias)
 
 
-def _kept(verification: Verification | None) -> dict[str, Any]:
+def _kept(verification: Verification | None, remarks: tuple[str, ...]) -> dict[str, Any]:
     if verification is None:
-        return {}
+        return {"remarks": remarks}
     return {
         "comparisons": verification.comparisons,
         "golden": verification.golden,
         "tolerance": verification.tolerance,
-        "remarks": verification.remarks,
+        "remarks": (*verification.remarks, *remarks),
     }
 
 
@@ -240,7 +257,13 @@ def flavor_fields(record: Record) -> dict[str, Any]:
             for engine in record.engines
         ],
         "source_digest": record.source.digest,
+        "inputs": [_described(spec) for spec in record.inputs],
+        "outputs": [_described(spec) for spec in record.outputs],
     }
+
+
+def _described(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
 
 
 def _write_environment(folder: Path, record: Record, options: PackagingOptions) -> None:

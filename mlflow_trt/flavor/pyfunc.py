@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,17 @@ import pandas as pd
 
 from mlflow_trt.core.arrays import Array
 from mlflow_trt.core.frames import feeds_from_frame, frame_from_outputs
+from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.progress import shown_progress
 from mlflow_trt.core.scoring_server import end_server, explain_crashes, in_server
 from mlflow_trt.core.settings import LoadSettings
-from mlflow_trt.core.wire import packed
+from mlflow_trt.core.wire import SHAPES_KEY, packed
 from mlflow_trt.errors import ExecutionError, InputError, OutOfMemoryError
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.store.folder import read_folder
 from mlflow_trt.store.load import open_session
+
+_log = get_logger(__name__)
 
 
 def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyfuncModel:
@@ -31,6 +35,12 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
     settings = LoadSettings.of(model_config)
     with shown_progress("Loading the model") as progress:
         return PyfuncModel(open_session(folder, settings, progress), answers=settings.answers)
+
+
+def _in_spark_task() -> bool:
+    """Whether a task of Spark asks, which pyspark knows where it is loaded."""
+    pyspark = sys.modules.get("pyspark.taskcontext")
+    return pyspark is not None and pyspark.TaskContext.get() is not None
 
 
 class _WithSignature:
@@ -55,7 +65,9 @@ class _WithSignature:
 class PyfuncModel:
     """Takes a dict of arrays, an array, or a DataFrame; gives a dict of arrays, or for a DataFrame a DataFrame.
 
-    Under MLflow's scoring server, `answers="base64"` gives a dict of what `wire.packed` makes of each array.
+    In a task of Spark, an output of numbers in rows is a column for each number, too: `mlflow.pyfunc.spark_udf` looks
+    for such columns when it is asked for `array<float>`. Under MLflow's scoring server, `answers="base64"` gives a dict
+    of what `wire.packed` makes of each array.
     """
 
     def __init__(self, session: Session, *, answers: str = "lists") -> None:
@@ -65,7 +77,7 @@ class PyfuncModel:
 
     @_WithSignature
     def predict(self, data: Any, params: Mapping[str, Any] | None = None) -> Any:
-        """Run the model. There are no `params`.
+        """Run the model. `params` are not for such models, and ignored.
 
         Raises:
             InputError: the input does not fit the model.
@@ -73,7 +85,9 @@ class PyfuncModel:
                 it will fail for ever, MLflow's scoring server ends after answering.
         """
         if params:
-            raise InputError(f"this model takes no params, and got {', '.join(params)}")
+            _log.warning("This model takes no params, and ignores %s", ", ".join(map(str, params)))
+        if isinstance(data, pd.Series):
+            data = data.to_frame()
         try:
             outputs = self._run(self._feeds(data))
         except ExecutionError:
@@ -84,11 +98,22 @@ class PyfuncModel:
             raise OutOfMemoryError(f"the host lacks memory: {error}; pass fewer rows at once") from error
         if self._packs and in_server():
             return {name: packed(output) for name, output in outputs.items()}
-        return frame_from_outputs(outputs, data.index) if isinstance(data, pd.DataFrame) else outputs
+        if isinstance(data, pd.DataFrame) and SHAPES_KEY not in data.attrs:
+            return self._frame(outputs, data.index)
+        return outputs
 
     def get_raw_model(self) -> Session:
         """The session, for `pyfunc_model.get_raw_model()`: its `close()` frees the GPU."""
         return self._session
+
+    def _frame(self, outputs: Mapping[str, Array], index: pd.Index[Any]) -> pd.DataFrame:
+        frame = frame_from_outputs(outputs, index)
+        if len(outputs) == 1 and _in_spark_task():
+            ((name, output),) = outputs.items()
+            if output.ndim == 2 and output.shape[1] > 1:
+                numbers = [f"{name}[{number}]" for number in range(output.shape[1])]
+                return pd.concat([frame, pd.DataFrame(output, index=index, columns=numbers)], axis="columns")
+        return frame
 
     def _feeds(self, data: Any) -> Mapping[str, npt.ArrayLike]:
         if isinstance(data, pd.DataFrame):

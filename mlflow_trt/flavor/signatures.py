@@ -1,4 +1,10 @@
-"""MLflow signatures and input examples for ONNX inputs and outputs."""
+"""MLflow signatures for ONNX inputs and outputs.
+
+MLflow enforces what a signature says of inputs, and how it does so loses values without an error: it casts 1.5 to 1 for
+an integer, 300 to 44 for a uint8, makes a number of what is missing, reshapes images of another layout, and refuses
+DataFrames whose index has no 0. So the signature that is derived says nothing of inputs unless it is asked to: the
+model checks them itself, and the MLmodel file lists them with the flavor.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +12,60 @@ from collections.abc import Sequence
 
 import numpy as np
 from mlflow.models import ModelSignature
-from mlflow.types import Schema, TensorSpec
+from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+from mlflow.types.schema import Array
 
 from mlflow_trt.core import types as spec
 from mlflow_trt.core.types import BatchAxis, ShapeProfile
 
+_COLUMN_TYPES = {
+    "bool": DataType.boolean, "int8": DataType.integer, "uint8": DataType.integer, "int16": DataType.integer,
+    "uint16": DataType.integer, "int32": DataType.integer, "uint32": DataType.long, "int64": DataType.long,
+    "uint64": DataType.long, "float16": DataType.float, "bfloat16": DataType.float, "float32": DataType.float,
+    "float64": DataType.double,
+}  # fmt: skip
 
-def signature_of(
+
+def output_signature(outputs: Sequence[spec.TensorSpec]) -> ModelSignature:
+    """What comes back for a DataFrame: a column for each output, of numbers or of arrays.
+
+    Unity Catalog wants outputs in a signature, and Spark makes types of them.
+    """
+    return ModelSignature(outputs=Schema([ColSpec(_column_type(tensor), tensor.name) for tensor in outputs]))
+
+
+def _column_type(tensor: spec.TensorSpec) -> DataType | Array:
+    kind: DataType | Array = _COLUMN_TYPES[tensor.dtype]
+    if tensor.fixed[1:] == (1,):
+        return kind
+    for _ in tensor.shape[1:]:
+        kind = Array(kind)
+    return kind
+
+
+def without_params(signature: ModelSignature) -> tuple[ModelSignature | None, tuple[str, ...]]:
+    """A signature without the params that no model of this flavor can use, and their names.
+
+    None where nothing is left of it. With params in it, MLflow would pass their defaults to every call.
+    """
+    if signature.params is None:
+        return signature, ()
+    names = tuple(param.name for param in signature.params.params)
+    if signature.inputs is None and signature.outputs is None:
+        return None, names
+    return ModelSignature(inputs=signature.inputs, outputs=signature.outputs), names
+
+
+def tensor_signature(
     inputs: Sequence[spec.TensorSpec],
     outputs: Sequence[spec.TensorSpec],
     profiles: Sequence[ShapeProfile],
     batch_axis: BatchAxis | None,
 ) -> ModelSignature:
-    """A signature of named tensors. A dimension that varies is -1, unless every profile fixes it to one size.
+    """A signature of named tensors, which MLflow enforces.
 
-    The batch axis stays -1 even where it is fixed, since batches of other sizes are split and padded.
+    A dimension that varies is -1, unless every profile fixes it to one size. The batch axis stays -1 even where it is
+    fixed, since batches of other sizes are split and padded.
     """
 
     def narrowed(tensor: spec.TensorSpec) -> tuple[int, ...]:
