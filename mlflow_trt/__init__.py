@@ -47,7 +47,10 @@ if TYPE_CHECKING:
     )
     from mlflow_trt.flavor.api import load_model, log_model, save_model
     from mlflow_trt.flavor.mlmodel import get_default_pip_requirements
-    from mlflow_trt.flavor.pyfunc import load_pyfunc as _load_pyfunc
+    from mlflow_trt.measure.benchmark import benchmark
+    from mlflow_trt.measure.side_by_side import compare_models
+    from mlflow_trt.measure.verify_logged import verify_model
+    from mlflow_trt.registry.add_engine import add_engine
     from mlflow_trt.registry.convert_version import convert_model_version
     from mlflow_trt.runtime.session import Session
     from mlflow_trt.store.folder import FLAVOR_NAME
@@ -83,12 +86,15 @@ __all__ = [
     "Tolerance",
     "UnsupportedModelError",
     "__version__",
-    "_load_pyfunc",
+    "add_engine",
+    "benchmark",
+    "compare_models",
     "convert_model_version",
     "get_default_pip_requirements",
     "load_model",
     "log_model",
     "save_model",
+    "verify_model",
 ]
 
 # Where a name comes from, unless it is an error.
@@ -99,20 +105,25 @@ _MODULES = {
     "Recipe": "convert.recipe",
     "Session": "runtime.session",
     "Tolerance": "core.accuracy",
-    "_load_pyfunc": "flavor.pyfunc",
+    "add_engine": "registry.add_engine",
+    "benchmark": "measure.benchmark",
+    "compare_models": "measure.side_by_side",
     "convert_model_version": "registry.convert_version",
     "get_default_pip_requirements": "flavor.mlmodel",
     "load_model": "flavor.api",
     "log_model": "flavor.api",
     "save_model": "flavor.api",
+    "verify_model": "measure.verify_logged",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "_load_pyfunc":  # not for people: MLflow looks for it in the model's loader_module
+        return importlib.import_module(f"{__name__}.flavor.pyfunc").load_pyfunc
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'errors')}")
-    value = getattr(module, name.removeprefix("_") if name == "_load_pyfunc" else name)
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

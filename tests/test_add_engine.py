@@ -130,10 +130,12 @@ def test_engines_of_several_releases_and_gpu_models(tmp_path):
     assert read_folder(tmp_path / "model").record == record
     for file in ("requirements.txt", "conda.yaml"):
         assert f"tensorrt-rtx>={engine.version},<=1.9.0.1" in (tmp_path / "model" / file).read_text()
-    record = add_engine_file(tmp_path / "model", replace(engine, version="1.10.0.1"), plan, extends="models:/m/1")
-    _widen_requirements(tmp_path / "model", record)
-    for file in ("requirements.txt", "conda.yaml"):
-        assert f"tensorrt-rtx>={engine.version},<=1.10.0.1" in (tmp_path / "model" / file).read_text()
+    for newer in ("1.10.0.1", "1.10.0.1.post1", "1.11.0.1"):
+        record = add_engine_file(tmp_path / "model", replace(engine, version=newer), plan, extends="models:/m/1")
+        _widen_requirements(tmp_path / "model", record)
+        for file in ("requirements.txt", "conda.yaml"):
+            words = (tmp_path / "model" / file).read_text().split()
+            assert f"tensorrt-rtx>={engine.version},<={newer}" in words
 
 
 def test_the_command(registered):

@@ -50,6 +50,16 @@ def in_folder(store, tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_the_code_of_the_api_page_runs(in_folder):
+    (in_folder / "model.onnx").write_bytes(image_model().SerializeToString())
+    names: dict[str, Any] = {}
+    (code,) = blocks("docs/api.md", "python")
+    exec(code, names)
+    assert str(names["accuracy"].verdict) == "passed"
+    assert names["times"].measurements[0].latency.p50 > 0
+    assert names["version"].tags["mlflow_trt.target"] == "sm86, sm120"
+
+
 def test_the_code_in_the_readme_runs(in_folder):
     (in_folder / "model.onnx").write_bytes(image_model().SerializeToString())
     names: dict[str, Any] = {"images": np.random.default_rng(1).standard_normal((70, 3, 16, 16)).astype(np.float32)}

@@ -34,6 +34,7 @@ SAME = HardwareCompatibility.SAME_COMPUTE_CAPABILITY
         (replace(TRT, version_compatible=True), "10.14.0.1", "sm86", None),
         (replace(TRT, version_compatible=True), "10.12.0.1", "sm86", "it was built by"),
         (replace(TRT, version_compatible=True), "11.0.0.1", "sm86", "it was built by"),
+        (replace(TRT, version="8.6.1.post1", version_compatible=True), "8.6.2", "sm86", None),
         (replace(TRT, hardware_compatibility=HardwareCompatibility.AMPERE_PLUS), "10.13.2.6", "sm120", None),
         (replace(TRT, hardware_compatibility=HardwareCompatibility.AMPERE_PLUS), "10.13.2.6", "sm75", "sm80plus"),
     ],

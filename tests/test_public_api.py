@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,12 +43,15 @@ NAMES = {
     "Tolerance",
     "UnsupportedModelError",
     "__version__",
-    "_load_pyfunc",
+    "add_engine",
+    "benchmark",
+    "compare_models",
     "convert_model_version",
     "get_default_pip_requirements",
     "load_model",
     "log_model",
     "save_model",
+    "verify_model",
 }
 
 
@@ -56,6 +61,16 @@ def test_the_public_names():
     assert set(dir(mlflow_trt)) == NAMES
     with pytest.raises(AttributeError, match="has no attribute 'tensorrt'"):
         mlflow_trt.tensorrt  # noqa: B018  # the access is the test
+
+
+def test_every_public_name_is_on_one_page():
+    page = (Path(__file__).parent.parent / "docs" / "api.md").read_text()
+    assert [name for name in NAMES if not re.search(rf"`(mlflow_trt\.)?{name}\b", page)] == []
+
+
+def test_mlflow_finds_its_loader_which_is_no_public_name():
+    assert callable(mlflow_trt._load_pyfunc)
+    assert "_load_pyfunc" not in dir(mlflow_trt)
 
 
 def test_every_error_is_public():

@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+from packaging.version import Version
+
 from mlflow_trt.backends import tensorrt_api as trt_api
 from mlflow_trt.backends import tensorrt_callbacks as trt_callbacks
 from mlflow_trt.core.optional import is_installed
@@ -108,7 +110,7 @@ class TensorRT:
     @property
     def version_info(self) -> tuple[int, ...]:
         """The numbers of the version, major and minor."""
-        return tuple(map(int, self.version.split(".")[:2]))
+        return Version(self.version).release[:2]
 
     @property
     def is_rtx(self) -> bool:

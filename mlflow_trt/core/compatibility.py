@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from packaging.version import Version
+
 from mlflow_trt.core.types import (
     ComputeCapability,
     Distribution,
@@ -56,7 +58,7 @@ def _version_fits(engine: EngineRecord, version: str) -> bool:
         return True
     if not engine.version_compatible:
         return False
-    built, here = (tuple(map(int, text.split(".")[:2])) for text in (engine.version, version))
+    built, here = (Version(text).release[:2] for text in (engine.version, version))
     return built[0] == here[0] and built <= here
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from packaging.version import Version
+
 from mlflow_trt.backends.onnxruntime import CpuModel
 from mlflow_trt.core.output_folder import check_target, written_aside
 from mlflow_trt.core.types import ComputeCapability, Distribution, EngineRecord, Precision, Weights
@@ -159,11 +161,11 @@ def _loadable(engines: Sequence[EngineRecord]) -> tuple[list[EngineRecord], list
             left_out.append(f"{engine.file}: it was built without weights, which Triton does not put back")
         else:
             usable.append(engine)
-    newest = max((_numbers(engine) for engine in usable), default=())
+    newest = max((Version(engine.version) for engine in usable), default=None)
     chosen: list[EngineRecord] = []
     for engine in usable:
         taken = next((other for other in chosen if other.target == engine.target), None)
-        if _numbers(engine) != newest:
+        if Version(engine.version) != newest:
             left_out.append(f"{engine.file}: a Triton has one TensorRT, and another engine is newer")
         elif taken is not None:
             left_out.append(f"{engine.file}: {taken.file} is for {engine.target}, too")
@@ -172,12 +174,8 @@ def _loadable(engines: Sequence[EngineRecord]) -> tuple[list[EngineRecord], list
     return chosen, left_out
 
 
-def _numbers(engine: EngineRecord) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", engine.version))
-
-
 def _release(engine: EngineRecord) -> str:
-    return ".".join(engine.version.split(".")[:3])
+    return ".".join(map(str, Version(engine.version).release[:3]))
 
 
 def _write_onnx(folder: ModelFolder, target: Path) -> _Written:

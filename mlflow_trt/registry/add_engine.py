@@ -15,6 +15,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model
 from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.utils.file_utils import get_total_file_size
+from packaging.version import Version
 
 from mlflow_trt.backends import cuda_driver as hardware
 from mlflow_trt.backends import tensorrt as trt
@@ -227,10 +228,10 @@ def _widen_requirements(folder: Path, record: Record) -> None:
     """Engines of several releases want any of them: two pins of one package could not be installed."""
     for distribution in {engine.distribution for engine in record.engines}:
         releases = {engine.version for engine in record.engines if engine.distribution is distribution}
-        ordered = sorted(releases, key=lambda release: tuple(map(int, release.split("."))))
+        ordered = sorted(releases, key=Version)
         if len(ordered) < 2:
             continue
-        pin = re.compile(rf"(?<![\w-]){distribution.requirement}(==[\d.]+|>=[\d.]+,<=[\d.]+)")
+        pin = re.compile(rf"(?<![\w-]){distribution.requirement}(==[\w.+!]+|>=[\w.+!]+,<=[\w.+!]+)")
         for file in (folder / "requirements.txt", folder / "conda.yaml"):
             text = file.read_text()
             file.write_text(pin.sub(f"{distribution.requirement}>={ordered[0]},<={ordered[-1]}", text))

@@ -24,6 +24,9 @@ _LONGEST_NAME = 255
 """In bytes: what file systems allow for a part of a path."""
 _DTYPES = frozenset({"float32", "float16", "bfloat16", "int8", "uint8", "int32", "int64", "bool"})
 
+_RELEASE = re.compile(r"\d{1,9}(\.\d{1,9}){0,4}((a|b|rc)\d{1,9})?(\.post\d{1,9})?(\.dev\d{1,9})?")
+"""A version as packages have it, all of which `packaging.version` can read: 10.0.0b6, 8.6.1.post1."""
+
 
 def read_json(file: Path) -> Any:
     """The content of a file of JSON. Raises ArtifactError for what is none, OSError where it cannot be read."""
@@ -129,7 +132,7 @@ def _fits(limits: InputRange, spec: TensorSpec) -> bool:
 
 def _problems_of_engines(record: Record) -> Iterator[str]:
     for engine in record.engines:
-        if not re.fullmatch(r"\d{1,9}(\.\d{1,9}){0,4}", engine.version):
+        if not _RELEASE.fullmatch(engine.version):
             yield f"{engine.file} was built by {engine.version[:80]!r}, which is no release"
         for target in engine.compute_capabilities:
             try:
