@@ -18,6 +18,7 @@ from mlflow_trt.measure.inputs import sample
 from mlflow_trt.measure.plots import draw_benchmark, draw_layers
 from mlflow_trt.measure.publish import log_report
 from mlflow_trt.runtime.latency import Latency, measure
+from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
 from mlflow_trt.store.folder import read_folder
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
@@ -61,6 +62,18 @@ def test_without_a_gpu_onnx_runtime_is_measured(folder, no_gpu, messages):
     assert [step.phase for step in steps] == ["ONNX Runtime CPU, batch 1", "ONNX Runtime CPU, batch 4"]
     row = result.measurements[1]
     assert row.throughput == pytest.approx(4 / row.latency.mean * 1e3)
+
+
+def test_an_input_example_that_is_damaged_leaves_no_session_open(tmp_path, no_gpu, monkeypatch):
+    mlflow_trt.save_model(networks.product(), tmp_path / "m", batch=(1, 4, 8), input_example={"x": networks.rows(2)})
+    (example,) = (tmp_path / "m").glob("*input_example.json")
+    example.write_text("{")
+    closed = []
+    close = OnnxRuntimeSession.close
+    monkeypatch.setattr(OnnxRuntimeSession, "close", lambda self: (closed.append(self), close(self)))
+    with pytest.raises(ValueError, match="Expecting property name"):
+        benchmark(str(tmp_path / "m"), [1], seconds=0.01)
+    assert closed
 
 
 def test_a_model_without_a_batch_axis_has_one_size(tmp_path, no_gpu):

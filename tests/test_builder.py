@@ -241,6 +241,33 @@ class TestFailures:
         assert caught.value.nodes == ("where_set (NonZero)",)
         assert caught.value.get_http_status_code() == 400
 
+    def test_a_node_without_a_kernel_is_named(self, tmp_path):
+        model = networks.model(
+            [helper.make_node("NonMaxSuppression", ["boxes", "scores", "most"], ["y"], name="suppress")],
+            [
+                networks.value("boxes", networks.FLOAT, [1, 8, 4]),
+                networks.value("scores", networks.FLOAT, [1, 2, 8]),
+            ],
+            [networks.value("y", networks.INT64, ["found", 3])],
+            [networks.constant("most", np.array([3]))],
+        )
+        with pytest.raises(
+            UnsupportedModelError, match=r"no kernel for suppress \(NonMaxSuppression\); export"
+        ) as caught:
+            build(model, tmp_path)
+        assert caught.value.nodes == ("suppress (NonMaxSuppression)",)
+
+    def test_a_custom_operator_is_called_that(self, tmp_path):
+        model = networks.model(
+            [helper.make_node("Frobnicate", ["x"], ["y"], name="twist", domain="acme")],
+            [networks.value("x", networks.FLOAT, [2, 8])],
+            [networks.value("y", networks.FLOAT, [2, 8])],
+        )
+        model.opset_import.append(helper.make_opsetid("acme", 1))
+        with pytest.raises(UnsupportedModelError, match=r"twist \(Frobnicate\).* custom operators") as caught:
+            build(model, tmp_path)
+        assert caught.value.nodes == ("twist (Frobnicate)",)
+
     def test_a_node_that_the_parser_takes_and_ignores_is_named(self, tmp_path):
         shape = ["batch", 2, 8, 16]
         tensors = [networks.value(name, networks.FLOAT, shape) for name in ("q", "k", "v")]

@@ -246,6 +246,14 @@ print(",".join(sorted({{"mlflow", "onnx", "numpy", "tensorrt_rtx", "pycuda", "on
     def test_version(self):
         assert run("--version")[1].strip() == mlflow_trt.__version__
 
+    def test_a_traceback_is_printed_where_it_is_asked_for(self, tmp_path):
+        code, _, errors = run("--traceback", "inspect", tmp_path)
+        assert code == 1
+        assert "Traceback (most recent call last)" in errors
+        assert "in read_folder" in errors
+        assert "has no mlflow_trt.json" in errors.splitlines()[-1]
+        assert "Traceback" not in run("inspect", tmp_path)[2]
+
     def test_bugs_keep_their_traceback(self):
         program = "import mlflow_trt.cli as c; c.app = lambda: 1 / 0; c.main()"
         result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -259,6 +267,9 @@ class TestOptions:
 
     def test_shapes(self):
         assert parse_shapes("a:1x3x224x224,scope/b:0:2", "--min-shapes") == {"a": (1, 3, 224, 224), "scope/b:0": (2,)}
+        assert parse_shapes("'a,b':1x3,\"c,d:0\":2,it's:4", "--min-shapes") == {
+            "a,b": (1, 3), "c,d:0": (2,), "it's": (4,)
+        }  # fmt: skip
 
     @pytest.mark.parametrize("text", ["", "1:2", "a", "1:2:3:4"])
     def test_a_batch_that_is_none(self, text):

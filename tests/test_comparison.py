@@ -190,3 +190,10 @@ def test_the_limits_of_rows_change_with_that_of_all():
     changed = Tolerance.default(Precision.INT8).with_relative_error(0.2)
     assert (changed.relative_error, changed.median_row_error, changed.worst_row_error) == (0.2, 0.2, 1.0)
     assert Tolerance(max_abs_error=1).with_relative_error(0.2) == Tolerance(max_abs_error=1, relative_error=0.2)
+
+
+def test_outputs_with_names_alike_have_metrics_of_their_own():
+    names = ["a/b", "a:b", "a_b", "a_b-2", "c"]
+    pairs = [(dict.fromkeys(names, ROWS), dict.fromkeys(names, ROWS))]
+    parts = compare("subject", "inputs", pairs, Tolerance()).metric_parts
+    assert parts == {"a/b": "a_b-3", "a:b": "a_b-4", "a_b": "a_b", "a_b-2": "a_b-2", "c": "c"}

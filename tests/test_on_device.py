@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mlflow_trt.errors import InputShapeError, OutOfMemoryError
+from mlflow_trt.runtime.cuda import dlpack
 from mlflow_trt.runtime.cuda.device_array import view
 from mlflow_trt.runtime.engine.engine import Engine
 
@@ -77,3 +78,45 @@ class TestWhatNobodyMayDoDuringACapture:
                     Engine(b"", tensorrt, session._device).close()
 
             self.meanwhile(session, load)
+
+
+class Capsule:
+    """What numpy takes a DLPack capsule from."""
+
+    def __init__(self, capsule):
+        self.capsule = capsule
+
+    def __dlpack__(self, **_):
+        return self.capsule
+
+    def __dlpack_device__(self):
+        return dlpack.CPU, 0
+
+
+class TestDlpackOfAnOutput:
+    def test_on_the_host_where_that_is_asked_for(self):
+        with fake_gpu.session() as (session, driver, _):
+            output = session.run_on_device({"x": fake_gpu.Lent(driver, rows(3))})["y"]
+            assert np.array_equal(np.from_dlpack(Capsule(output.__dlpack__(dl_device=(1, 0)))), rows(3) * 2)
+            assert np.array_equal(np.from_dlpack(Capsule(output.__dlpack__(dl_device=(1, 0), copy=True))), rows(3) * 2)
+            del output
+
+    def test_a_copy_where_that_is_asked_for(self):
+        with fake_gpu.session() as (session, driver, _):
+            output = session.run_on_device({"x": fake_gpu.Lent(driver, rows(3))})["y"]
+            shared = dlpack.read(output.__dlpack__(copy=False, dl_device=output.__dlpack_device__()))
+            copied = dlpack.read(output.__dlpack__(copy=True))
+            assert shared.address == output.address
+            assert copied.address != output.address
+            assert driver.at(copied.address, output.nbytes).tobytes() == (rows(3) * 2).tobytes()
+            for tensor in (shared, copied):
+                tensor.release()
+            del output
+
+    @pytest.mark.parametrize("asked", [{"dl_device": (1, 0), "copy": False}, {"dl_device": (2, 7)}])
+    def test_what_cannot_be_is_refused(self, asked):
+        with fake_gpu.session() as (session, driver, _):
+            output = session.run_on_device({"x": fake_gpu.Lent(driver, rows(3))})["y"]
+            with pytest.raises(BufferError):
+                output.__dlpack__(**asked)
+            del output

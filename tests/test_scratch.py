@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,3 +129,21 @@ def test_what_another_user_left_stays(folder):
     os.chown(left, 12345, 12345)
     the_next(FOLDER, folder)
     assert left.exists()
+
+
+def test_an_empty_folder_on_another_device_is_filled(tmp_path):
+    elsewhere = Path("/dev/shm")  # a device of its own, where there is one
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second device")
+    target = Path(tempfile.mkdtemp(dir=elsewhere))
+    try:
+        (tmp_path / "model").symlink_to(target)
+        with written_aside(tmp_path / "model") as folder:
+            (folder / "engines").mkdir()
+            (folder / "engines" / "plan").write_bytes(b"plan")
+            (folder / "MLmodel").write_text("flavors")
+        assert (target / "engines" / "plan").read_bytes() == b"plan"
+        assert (target / "MLmodel").read_text() == "flavors"
+        assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+    finally:
+        shutil.rmtree(target)

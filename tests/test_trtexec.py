@@ -29,6 +29,10 @@ class TestOptions:
     def test_the_defaults_make_the_default_recipe(self):
         assert recipe_of() == Recipe()
 
+    def test_tf32_is_not_asked_for_and_forbidden(self):
+        with pytest.raises(typer.BadParameter, match="tf32 and --no-tf32 contradict each other"):
+            recipe_of("--precision", "tf32", "--no-tf32")
+
     @pytest.mark.parametrize(
         ("arguments", "keywords"),
         [

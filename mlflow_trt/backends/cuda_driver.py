@@ -93,14 +93,12 @@ def _ask(library: DriverLibrary) -> Hardware:
         call("cuDeviceGetAttribute", ctypes.byref(minor), _COMPUTE_CAPABILITY_MINOR, device)
         memory = ctypes.c_size_t()
         call("cuDeviceTotalMem_v2", ctypes.byref(memory), device)
-        identity = (ctypes.c_ubyte * 16)()
-        call("cuDeviceGetUuid", identity, device)
         return Gpu(
             ordinal=ordinal,
             name=name.value.decode(),
             compute_capability=ComputeCapability(major.value, minor.value),
             memory=memory.value,
-            uuid=f"GPU-{uuid.UUID(bytes=bytes(identity))}",
+            uuid=_uuid_of(library, device),
         )
 
     return Hardware(
@@ -109,6 +107,18 @@ def _ask(library: DriverLibrary) -> Hardware:
         gpus=tuple(gpu(ordinal) for ordinal in range(count.value)),
         problem=None if count.value else "the CUDA driver sees no GPU",
     )
+
+
+def _uuid_of(library: DriverLibrary, device: ctypes.c_int) -> str:
+    """As CUDA_VISIBLE_DEVICES takes it. Of a MIG instance, the first version of the function tells the whole GPU's."""
+    whole, own = (ctypes.c_ubyte * 16)(), (ctypes.c_ubyte * 16)()
+    library.call("cuDeviceGetUuid", whole, device)
+    try:
+        library.call("cuDeviceGetUuid_v2", own, device)
+    except AttributeError:  # drivers before CUDA 11.4 lack it
+        own = whole
+    kind = "GPU" if bytes(own) == bytes(whole) else "MIG"
+    return f"{kind}-{uuid.UUID(bytes=bytes(own))}"
 
 
 def _driver_release() -> str | None:

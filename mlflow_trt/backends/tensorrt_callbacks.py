@@ -66,41 +66,67 @@ def new_logger(module: Any) -> Any:
     return Logger()
 
 
-def new_progress_monitor(module: Any, report: Callable[[str, float], None]) -> trt_api.IProgressMonitor:
+class _Phases:
+    """The phases that run, one inside the other; several may have one name, of which the inner one goes on or ends."""
+
     class Phase:
         def __init__(self, name: str, steps: int) -> None:
             self.name = name
             self.steps = max(steps, 1)
             self.done = 0
 
+    def __init__(self) -> None:
+        self._phases: list[_Phases.Phase] = []
+
+    def start(self, name: str, steps: int) -> None:
+        self._phases.append(self.Phase(name, steps))
+
+    def advance(self, name: str, step: int) -> None:
+        phase = self._innermost(name)
+        if phase is not None:
+            phase.done = min(step + 1, phase.steps)
+
+    def finish(self, name: str) -> None:
+        ended = self._innermost(name)
+        self._phases = [phase for phase in self._phases if phase is not ended]
+
+    def current(self) -> tuple[str, float] | None:
+        """The innermost phase, and the fraction of the whole; None where none runs."""
+        fraction = 0.0
+        for phase in reversed(self._phases):
+            fraction = min((phase.done + fraction) / phase.steps, 1.0)
+        return (self._phases[-1].name, fraction) if self._phases else None
+
+    def _innermost(self, name: str) -> Phase | None:
+        return next((phase for phase in reversed(self._phases) if phase.name == name), None)
+
+
+def new_progress_monitor(module: Any, report: Callable[[str, float], None]) -> trt_api.IProgressMonitor:
     class Monitor(module.IProgressMonitor):  # type: ignore[misc]  # as above
         def __init__(self) -> None:
             module.IProgressMonitor.__init__(self)
-            self._phases: list[Phase] = []
+            self._phases = _Phases()
             self._lock = threading.Lock()
 
         def phase_start(self, phase_name: str, _parent_phase: str | None, num_steps: int) -> None:
             with self._lock:
-                self._phases.append(Phase(phase_name, num_steps))
+                self._phases.start(phase_name, num_steps)
                 self._report()
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             with self._lock:
-                for phase in self._phases:
-                    if phase.name == phase_name:
-                        phase.done = min(step + 1, phase.steps)
+                self._phases.advance(phase_name, step)
                 self._report()
             return True
 
         def phase_finish(self, phase_name: str) -> None:
             with self._lock:
-                self._phases = [phase for phase in self._phases if phase.name != phase_name]
+                self._phases.finish(phase_name)
 
         def _report(self) -> None:
-            fraction = 0.0
-            for phase in reversed(self._phases):
-                fraction = min((phase.done + fraction) / phase.steps, 1.0)
-            report(self._phases[-1].name, fraction)
+            current = self._phases.current()
+            if current is not None:
+                report(*current)
 
     return cast(trt_api.IProgressMonitor, Monitor())
 

@@ -36,8 +36,16 @@ app.command()(dockerfile)
 app.command()(doctor)
 
 
+_shows_traceback = False
+
+
 @app.callback(invoke_without_command=True)
-def _version(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+def _options(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+    traceback: bool = typer.Option(False, "--traceback", help="Print where an error was raised, too."),
+) -> None:
+    global _shows_traceback  # noqa: PLW0603  # main() catches what the command raises, after the context is gone
+    _shows_traceback = traceback
     if version:
         from mlflow_trt._version import __version__
 
@@ -51,12 +59,20 @@ def _terminated(number: int, _frame: object) -> NoReturn:
     sys.exit(128 + number)
 
 
+def _print_traceback() -> None:
+    if _shows_traceback:
+        import traceback
+
+        traceback.print_exc()
+
+
 def main() -> None:
     """Run the command line. Errors that users can act on are printed in a line or a few, without a traceback."""
     signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
     except (OSError, ImportError) as error:  # ImportError: a store that wants a package, such as boto3
+        _print_traceback()
         typer.echo(f"Error: {error}", err=True)
         sys.exit(1)
     except Exception as error:
@@ -64,5 +80,6 @@ def main() -> None:
         exceptions = sys.modules.get("mlflow.exceptions")
         if exceptions is None or not isinstance(error, exceptions.MlflowException):
             raise
+        _print_traceback()
         typer.echo(f"Error: {error.message}", err=True)
         sys.exit(1)

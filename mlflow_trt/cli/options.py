@@ -43,10 +43,12 @@ def parse_numbers(text: str, option: str) -> list[int]:
 
 
 def parse_shapes(text: str, option: str) -> dict[str, tuple[int, ...]]:
-    """`x:1x3x224x224,mask:1x128`, as trtexec writes it; a name may contain colons."""
+    """`x:1x3x224x224,mask:1x128`, as trtexec writes it; a name may contain colons, and commas where it is quoted."""
     shapes = {}
-    for item in filter(None, text.split(",")):
+    for item in filter(None, re.findall(r"""((?:"[^"]*"|'[^']*'|[^,])*),?""", text)):
         name, _, dims = item.rpartition(":")
+        if len(name) > 1 and name[0] == name[-1] and name[0] in "\"'":
+            name = name[1:-1]
         try:
             shapes[name] = tuple(int(dim) for dim in dims.split("x"))
         except ValueError:

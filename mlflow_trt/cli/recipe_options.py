@@ -121,9 +121,9 @@ def _precision(given: Mapping[str, Any]) -> str:
     named += [name for name in PRECISIONS if given[name] and name not in named]
     if len(named) > 1:
         raise typer.BadParameter(f"{' and '.join(named)}: a graph has one precision since TensorRT 11; choose one")
-    if not named or named == ["tf32"]:
-        return "fp32" if given["no_tf32"] else "".join(named) or "fp32"
-    return str(named[0])
+    if named == ["tf32"] and given["no_tf32"]:
+        raise typer.BadParameter("tf32 and --no-tf32 contradict each other; leave one of them out")
+    return str(named[0]) if named else "fp32"
 
 
 def _memory_pools(text: str) -> tuple[int | None, dict[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def convert_source(task: ConversionTask) -> Conversion:
     try:
         typed, built = build_with_retreat(maker, build, plan)
     except BuildError as error:
-        raise _naming_control_flow(error, source) from error
+        raise _naming_nodes(error, source) from error
     remarks = (
         *profiles.remarks,
         *typed.report.remarks,
@@ -161,10 +162,20 @@ def _about_noise(recipe: Recipe, samples: Samples) -> tuple[str, ...]:
     return (remark,)
 
 
-def _naming_control_flow(error: BuildError, source: OnnxModel) -> BuildError:
-    """TensorRT refuses nested control flow with an internal error: name the nodes that are the likely cause."""
+def _naming_nodes(error: BuildError, source: OnnxModel) -> BuildError:
+    """TensorRT refuses nested control flow, and what it has no kernel for, with an internal error: name the nodes."""
     if isinstance(error, UnsupportedModelError):
         return error
+    without_kernel = re.search(r"(\S+) has no runners that implement it", error.message)
+    if without_kernel is not None:
+        layer = without_kernel[1]
+        nodes = [label_of(node) for node in source.proto.graph.node if node.name and layer.startswith(node.name)]
+        return UnsupportedModelError(
+            f"TensorRT has no kernel for {', '.join(nodes) or layer}; export the model without it, or log it with "
+            f"mlflow.onnx, which runs it on ONNX Runtime. {error.message}",
+            nodes=nodes or [layer],
+            log=error.log,
+        )
     nodes = [
         label_of(node)
         for node in source.proto.graph.node

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -197,6 +198,18 @@ class Comparison:
             return Verdict.FAILED
         # One output that varies proves something about all that lie before it; one that does not is no failure.
         return Verdict.PASSED if any(output.varies for output in self.outputs) else Verdict.INCONCLUSIVE
+
+    @property
+    def metric_parts(self) -> dict[str, str]:
+        """The `metric_part` of each output, numbered where several would share it."""
+        parts = {output.name: output.metric_part for output in self.outputs}
+        taken = {name for name, part in parts.items() if name == part}
+        for name, part in parts.items():
+            if name != part:
+                numbered = (f"{part}-{number}" for number in itertools.count(2))
+                parts[name] = next(free for free in itertools.chain((part,), numbered) if free not in taken)
+                taken.add(parts[name])
+        return parts
 
     @property
     def hidden_rows(self) -> tuple[str, ...]:

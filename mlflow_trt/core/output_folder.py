@@ -39,11 +39,21 @@ def written_aside(path: Path) -> Iterator[Path]:
             yield aside
         if path.exists():
             # An empty folder may be somebody's current one, a link or a mount: it is filled, not replaced.
-            for entry in aside.iterdir():
-                entry.replace(path / entry.name)
-            aside.rmdir()
+            _fill(path, aside)
         else:
             aside.replace(path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _fill(folder: Path, aside: Path) -> None:
+    """Move everything into a folder that is empty, and may be on another device; or nothing, where that fails."""
+    try:
+        for entry in list(aside.iterdir()):
+            shutil.move(entry, folder / entry.name)
+        aside.rmdir()
+    except BaseException:
+        for entry in folder.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink(missing_ok=True)
         raise

@@ -157,8 +157,8 @@ def opened(model_uri: str, *, device: int = 0, progress: Progress | None = None)
             problem = f"{model_uri} does not run on TensorRT here: {error.message}"
             source = folder.checked_model(record.source)
             session = OnnxRuntimeSession(source, record.inputs, record.outputs, prefer_cuda=True)
-        example = _named(Model.load(str(folder.path)).load_input_example(str(folder.path)), session)
-        with session:
+        with session:  # from here on: an input example that is damaged raises, and the session is closed
+            example = _named(Model.load(str(folder.path)).load_input_example(str(folder.path)), session)
             yield Runnable(
                 name=model_uri,
                 session=session,

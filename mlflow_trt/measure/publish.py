@@ -39,8 +39,9 @@ def log_report(
             mlflow.set_tags({BENCHMARK_OF_TAG: title})
             for name, value, step in benchmark.metrics():
                 mlflow.log_metric(name, value, step=step)
+            parts = {} if comparison is None else comparison.metric_parts
             for output in comparison.outputs if comparison is not None else ():
-                prefix = f"accuracy/{output.metric_part}"
+                prefix = f"accuracy/{parts[output.name]}"
                 mlflow.log_metric(f"{prefix}/relative_error", output.relative_error)
                 mlflow.log_metric(f"{prefix}/max_abs_error", output.max_abs_error)
                 mlflow.log_metric(f"{prefix}/cosine_similarity", output.cosine_similarity)

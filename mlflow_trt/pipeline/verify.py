@@ -136,7 +136,7 @@ def metrics_of(comparisons: Iterable[Comparison]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for comparison in comparisons:
         for output in comparison.outputs:
-            prefix = f"mlflow_trt/{output.metric_part}"
+            prefix = f"mlflow_trt/{comparison.metric_parts[output.name]}"
             metrics |= {
                 f"{prefix}/relative_error": output.relative_error,
                 f"{prefix}/max_abs_error": output.max_abs_error,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn, cast
 
 from mlflow_trt.backends import tensorrt as trt
+from mlflow_trt.backends.cuda_driver import probe
 from mlflow_trt.convert.checks import check_recipe
 from mlflow_trt.convert.engine.worker import Job
 from mlflow_trt.convert.onnx.model import sha256_of
@@ -187,14 +188,25 @@ def _crash_text(tensorrt: trt.TensorRT, status: int, words: Sequence[str]) -> st
     return f"{tensorrt}'s build process {how} without building an engine.{said}"
 
 
+def _is_about_no_gpu(line: str) -> bool:
+    """Whether TensorRT-RTX only complains that there is no GPU here, which it builds without."""
+    return "CUDA driver version is insufficient" in line and probe().driver is None
+
+
 def _raise(tensorrt: trt.TensorRT, outcome: dict[str, Any], words: Sequence[str]) -> NoReturn:
     """Turn the worker's report into the error that the user gets."""
     kind, message, tensor = outcome["kind"], outcome["message"], outcome.get("tensor")
-    log = [*outcome.get("log", ()), *words]
+    words = [line for line in words if not _is_about_no_gpu(line)]
+    log = [*(line for line in outcome.get("log", ()) if not _is_about_no_gpu(line)), *words]
     if kind == "parse":
         nodes = outcome["nodes"]
         which = f" {len(nodes)} node(s), {', '.join(nodes[:10])}" if nodes else " the model"
         said = f" ({' | '.join(words)})" if words else ""
+        if "Plugin not found" in message:
+            said += (
+                ". Operators that are not of ONNX are custom operators, which TensorRT runs as plugins, and plugins "
+                "are not loaded here: export the model with operators of ONNX, or log it with mlflow.onnx"
+            )
         raise UnsupportedModelError(f"{tensorrt} cannot run{which}: {message}{said}", nodes=nodes, log=log)
     if kind == "shape_tensor":
         raise RecipeError(

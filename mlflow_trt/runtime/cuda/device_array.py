@@ -43,8 +43,40 @@ class DeviceArray:
     def __dlpack_device__(self) -> tuple[int, int]:
         return dlpack.CUDA, self._device.gpu.ordinal
 
-    def __dlpack__(self, *, stream: Any = None, **_: Any) -> Any:  # whatever the stream: it is ready
-        return dlpack.export(self, self.address, self.dtype, self.shape, self._device.gpu.ordinal)
+    def __dlpack__(
+        self,
+        *,
+        stream: Any = None,  # whatever the stream: it is ready
+        max_version: tuple[int, int] | None = None,  # ours is older than any that is asked for
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any:
+        """A capsule with this memory; with `copy=True` with a copy of it, or with `dl_device=(1, 0)` on the host.
+
+        Raises BufferError for any other device, and for the host where `copy=False` forbids what it takes.
+        """
+        if dl_device is not None and tuple(map(int, dl_device)) != self.__dlpack_device__():
+            if tuple(map(int, dl_device)) != (dlpack.CPU, 0):
+                raise BufferError(f"{self!r} can be had where it is or on the host, not on device {dl_device}")
+            if copy is False:
+                raise BufferError(f"{self!r} is on the GPU: it is a copy on the host, which copy=False forbids")
+            if self.dtype == "bfloat16":
+                raise BufferError("numpy has no bfloat16 to hand out on the host: take it on the GPU")
+            host: Any = self.numpy()
+            return host.__dlpack__()
+        owner = self._copied() if copy else self
+        return dlpack.export(owner, owner.address, self.dtype, self.shape, self._device.gpu.ordinal)
+
+    def _copied(self) -> DeviceArray:
+        copied = DeviceArray(self._device, self.dtype, self.shape)
+        with self._device.current():
+            stream = self._device.stream()
+            try:
+                stream.copy(self.address, copied.address, self.nbytes)
+                stream.synchronize()
+            finally:
+                stream.close()
+        return copied
 
     def numpy(self) -> npt.NDArray[np.generic]:
         """A copy on the host."""

@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+CPU = 1  # kDLCPU
 CUDA = 2  # kDLCUDA
 
 _NAME = b"dltensor"
