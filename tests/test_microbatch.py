@@ -150,6 +150,20 @@ def test_a_call_that_is_alone_does_not_wait(scheduler):
     assert time.monotonic() - started < 2.5  # the delay is 5 s
 
 
+def test_a_call_that_is_alone_goes_around_the_batcher_unless_others_usually_come(scheduler, gate, monkeypatch):
+    joined, join = [], scheduler._batcher.join
+    monkeypatch.setattr(scheduler._batcher, "join", lambda request: joined.append(request) or join(request))
+    for values in ([1], [2, 3, 4]):
+        assert np.array_equal(scheduler.run(rows(*values))["y"], rows(*values)["x"] * 2)
+    assert not joined
+    assert scheduler.runs == {1: 1, 4: 1}
+    scheduler._batcher._usual_callers = 8.0
+    scheduler._batcher._seconds = scheduler._batcher._batch_seconds = 0.001
+    for value in range(20):
+        assert scheduler.run(rows(value))["y"][0, 0] == 2 * value
+    assert 5 < len(joined) < 15
+
+
 def test_the_delay_ends(pool, gate):
     scheduler = Scheduler(lambda: DoublingSlot(gate), profiles=[PROFILE], axis=AXIS, max_batch_delay=0.01)
     gate.open.clear()

@@ -127,6 +127,11 @@ class MicroBatcher(Generic[AnySlot]):
         self._seconds = math.inf  # that a run takes; not known yet
         self._batch_seconds = math.inf  # the same with the copies before it
 
+    @property
+    def expects_nobody(self) -> bool:
+        """Whether callers have come one after the other of late."""
+        return self._usual_callers < 1.5
+
     def run(self, request: Request) -> Outputs:
         """The outputs for the request's rows. Raises what running it alone raises."""
         try:

@@ -24,6 +24,7 @@ from mlflow_trt.runtime.batching.sizes import (
     Rows,
     Sizes,
     batch_size,
+    check_rows,
     take,
 )
 from mlflow_trt.runtime.batching.slots import AnySlot, Slots
@@ -319,7 +320,33 @@ class Scheduler(Generic[AnySlot]):
     def _run_rows(self, feeds: Feeds, plan: _Plan, *, alone: bool) -> Outputs:
         if plan.sizes is None or self._runs_in_pieces(plan, alone=alone):
             return self._run_in_pieces(feeds, plan.rows, plan.profile)
+        if alone and self._batcher.expects_nobody:
+            outputs = self._run_at_once(feeds, plan, plan.sizes)
+            if outputs is not None:
+                return outputs
         return self._batcher.run(Request(feeds, plan.rows, plan.profile, plan.sizes, self._key(feeds, plan)))
+
+    def _run_at_once(self, feeds: Feeds, plan: _Plan, sizes: Sizes) -> Outputs | None:
+        """What the batcher would do for a caller that is alone, in half the time; None where it has to."""
+        slot = self.slots.acquire_now()
+        if slot is None:
+            return None
+        size = sizes.hold(plan.rows)
+        try:
+            slot.launch(Rows([feeds], self._axis, size), plan.profile)
+            outputs = slot.finish()
+            check_rows(outputs, size)
+            results = dict(zip(outputs, copies([output[: plan.rows] for output in outputs.values()]), strict=True))
+        except OutOfMemoryError:
+            slot.abandon()
+            return None  # there may be room for smaller pieces
+        except BaseException:
+            slot.abandon()
+            raise
+        finally:
+            self.slots.release(slot)
+        self._count(size)
+        return results
 
     def _runs_in_pieces(self, plan: _Plan, *, alone: bool) -> bool:
         # A large batch with nobody to share the GPU with is better copied and uploaded at the same time.
