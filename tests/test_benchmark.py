@@ -66,8 +66,7 @@ def test_without_a_gpu_onnx_runtime_is_measured(folder, no_gpu, messages):
 
 def test_an_input_example_that_is_damaged_leaves_no_session_open(tmp_path, no_gpu, monkeypatch):
     mlflow_trt.save_model(networks.product(), tmp_path / "m", batch=(1, 4, 8), input_example={"x": networks.rows(2)})
-    (example,) = (tmp_path / "m").glob("*input_example.json")
-    example.write_text("{")
+    (tmp_path / "m" / "input_example.json").write_text("{")
     closed = []
     close = OnnxRuntimeSession.close
     monkeypatch.setattr(OnnxRuntimeSession, "close", lambda self: (closed.append(self), close(self)))
