@@ -46,7 +46,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from mlflow_trt.flavor.api import load_model, log_model, save_model
-    from mlflow_trt.flavor.mlmodel import get_default_pip_requirements
+    from mlflow_trt.flavor.mlmodel import get_default_conda_env, get_default_pip_requirements
     from mlflow_trt.measure.benchmark import benchmark
     from mlflow_trt.measure.side_by_side import compare_models
     from mlflow_trt.measure.verify_logged import verify_model
@@ -90,6 +90,7 @@ __all__ = [
     "benchmark",
     "compare_models",
     "convert_model_version",
+    "get_default_conda_env",
     "get_default_pip_requirements",
     "load_model",
     "log_model",
@@ -109,6 +110,7 @@ _MODULES = {
     "benchmark": "measure.benchmark",
     "compare_models": "measure.side_by_side",
     "convert_model_version": "registry.convert_version",
+    "get_default_conda_env": "flavor.mlmodel",
     "get_default_pip_requirements": "flavor.mlmodel",
     "load_model": "flavor.api",
     "log_model": "flavor.api",

@@ -95,6 +95,12 @@ class TestLogging:
         assert f"mlflow=={version('mlflow')}" in requirements
         assert f"onnx=={version('onnx')}" in requirements
 
+    def test_what_a_model_needs_by_default_is_what_is_installed(self):
+        requirements = mlflow_trt.get_default_pip_requirements()
+        assert f"mlflow-trt[cuda,rtx]=={mlflow_trt.__version__}" in requirements
+        assert f"tensorrt-rtx=={importlib.metadata.version('tensorrt-rtx')}" in requirements
+        assert set(requirements) <= set(mlflow_trt.get_default_conda_env()["dependencies"][-1]["pip"])
+
     def test_the_keywords_of_every_flavor(self, store, tmp_path):
         (tmp_path / "helper_code.py").write_text("ANSWER = 42\n")
         (tmp_path / "labels.txt").write_text("cat\ndog\n")
@@ -141,6 +147,8 @@ class TestLogging:
         info = log()
         monkeypatch.setenv("MLFLOW_PYFUNC_INFERENCE_CONFIG", json.dumps(CPU))
         assert mlflow.pyfunc.load_model(info.model_uri).get_raw_model().runtime == "onnxruntime"
+        with mlflow_trt.load_model(info.model_uri) as session:
+            assert session.runtime == "onnxruntime"
 
     def test_the_same_proto_twice(self, store):
         proto = networks.product()

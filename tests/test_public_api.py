@@ -47,6 +47,7 @@ NAMES = {
     "benchmark",
     "compare_models",
     "convert_model_version",
+    "get_default_conda_env",
     "get_default_pip_requirements",
     "load_model",
     "log_model",

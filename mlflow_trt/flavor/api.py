@@ -11,9 +11,11 @@ from mlflow import pyfunc
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import ModelInfo
 from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
+from mlflow.utils.model_utils import _get_overridden_pyfunc_model_config
 
 from mlflow_trt.convert.recipe import BatchRequest, Recipe, ShapesRequest
 from mlflow_trt.core.accuracy import Tolerance
+from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.output_folder import check_target
 from mlflow_trt.core.progress import told_progress
 from mlflow_trt.core.progress_event import Progress
@@ -27,6 +29,8 @@ from mlflow_trt.pipeline.make import OnnxSource, open_onnx, prepare_conversion
 from mlflow_trt.pipeline.options import ConversionOptions
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.store.load import open_session
+
+_log = get_logger(__name__)
 
 
 def save_model(
@@ -227,8 +231,8 @@ def load_model(
         model_uri: any model URI of MLflow, such as `models:/resnet50-trt/1` or a local folder.
         dst_path: an existing folder to download to; a temporary one if left out.
         runtime, on_mismatch, device, kernel_specialization, cuda_graphs, max_batch_delay_ms, warm_up,
-            allow_engine_host_code, self_test: load settings, see LoadSettings; None takes the ones that the model was
-            logged with.
+            allow_engine_host_code, self_test: load settings, see LoadSettings; None takes what the environment variable
+            MLFLOW_PYFUNC_INFERENCE_CONFIG says, or else the ones that the model was logged with.
         progress: called while an engine is built for this machine; None shows it on standard error.
 
     Raises:
@@ -248,6 +252,9 @@ def load_model(
         "self_test": self_test,
     }
     logged = Model.load(str(folder.path)).flavors[pyfunc.FLAVOR_NAME].get(pyfunc.MODEL_CONFIG) or {}
-    settings = LoadSettings.of(logged | {name: value for name, value in given.items() if value is not None})
+    wanted = {name: value for name, value in given.items() if value is not None}
+    # MLflow's environment variable comes between, as it does for pyfunc.
+    defaults = _get_overridden_pyfunc_model_config(logged, {}, _log) or {}
+    settings = LoadSettings.of(defaults | wanted)
     with told_progress("Building a TensorRT engine for this machine", progress) as shown:
         return open_session(folder, settings, shown)

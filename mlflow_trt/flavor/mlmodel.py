@@ -23,6 +23,7 @@ from mlflow.utils.environment import (
     _CONSTRAINTS_FILE_NAME,
     _PYTHON_ENV_FILE_NAME,
     _REQUIREMENTS_FILE_NAME,
+    _mlflow_conda_env,
     _process_conda_env,
     _process_pip_requirements,
     _PythonEnv,
@@ -38,6 +39,7 @@ from mlflow.utils.validation import (
 )
 
 from mlflow_trt._version import __version__
+from mlflow_trt.backends.tensorrt import installed
 from mlflow_trt.convert.conversion import Conversion
 from mlflow_trt.convert.onnx.model import MODEL_FILE
 from mlflow_trt.core.log import get_logger
@@ -69,13 +71,24 @@ _log = get_logger(__name__)
 def get_default_pip_requirements(record: Record | None = None) -> list[str]:
     """What a model of this flavor needs: this package, and the very TensorRT that built its engines.
 
+    Without a record, what a model would need that is logged here, by the TensorRT that is installed.
+
     They are listed, not inferred: MLflow's inference would load and run the model, and never finds the flavor itself.
     """
     pinned = [f"{name}=={importlib.metadata.version(name)}" for name in ("mlflow", "numpy", "onnx")]
-    engines = record.engines if record is not None else ()
-    tensorrt = sorted({f"{engine.distribution.requirement}=={engine.version}" for engine in engines})
+    if record is not None:
+        built = {f"{engine.distribution.requirement}=={engine.version}" for engine in record.engines}
+    else:
+        built = {f"{name.requirement}=={importlib.metadata.version(name.requirement)}" for name in installed()[:1]}
+    tensorrt = sorted(built)
     extra = "rtx" if any("rtx" in requirement for requirement in tensorrt) else "tensorrt"
     return [*pinned, f"mlflow-trt[cuda,{extra}]=={__version__}", *tensorrt]
+
+
+def get_default_conda_env() -> dict[str, Any]:
+    """The conda environment of a model that is logged here, as every flavor of MLflow has this function."""
+    environment: dict[str, Any] = _mlflow_conda_env(additional_pip_deps=get_default_pip_requirements())
+    return environment
 
 
 @dataclass(frozen=True, kw_only=True)
