@@ -40,7 +40,7 @@ from mlflow_trt.convert.engine.builder import build_engine
 from mlflow_trt.convert.engine.timing_cache import TimingCacheFile
 from mlflow_trt.convert.engine.worker import Job, _configure
 from mlflow_trt.convert.onnx.model import read_onnx, sha256_of
-from mlflow_trt.core.types import Distribution, HardwareCompatibility, ProfilingVerbosity
+from mlflow_trt.core.types import Distribution, HardwareCompatibility, Interface, ProfilingVerbosity
 
 
 def build(model, folder, progress=None, **recipe):
@@ -88,6 +88,8 @@ JOB = Job(
     version_compatible=False,
     hardware_compatibility="none",
     targets=[],
+    inputs=[],
+    outputs=[],
 )
 
 
@@ -161,7 +163,7 @@ class TestOptions:
             targets=["sm86"], builder_cache=True, memory_pools={"tactic_dram": 8}, sparsity=True, weights="stripped",
             profiling_verbosity="none",
         )  # fmt: skip
-        job = builder._job(tmp_path / "m", tmp_path / "p", recipe, [], Distribution.TENSORRT)
+        job = builder._job(tmp_path / "m", tmp_path / "p", recipe, [], Interface((), ()), Distribution.TENSORRT)
         assert job == replace(
             JOB, model=str(tmp_path / "m"), plan=str(tmp_path / "p"), distribution="tensorrt", tf32=True,
             workspace_bytes=7, optimization_level=1, avg_timing_iterations=2, timing_cache="t",
@@ -169,7 +171,7 @@ class TestOptions:
             targets=["sm86"], memory_pools={"tactic_dram": 8}, sparsity=True, weights="stripped",
             profiling_verbosity="none",
         )  # fmt: skip
-        assert not builder._job(tmp_path, tmp_path, Recipe(), [], Distribution.TENSORRT).tf32
+        assert not builder._job(tmp_path, tmp_path, Recipe(), [], Interface((), ()), Distribution.TENSORRT).tf32
 
     @pytest.mark.parametrize(
         "options",
@@ -442,11 +444,29 @@ class TestFailures:
 
     def test_any_failure_in_the_process_is_told_with_its_kind(self, tmp_path):
         source = read(networks.product(batch=2), tmp_path)
-        job = replace(JOB, model=str(source.path), plan="/proc/no/engine.plan")
+        names = {"inputs": [["x", "float32"]], "outputs": [["y", "float32"]]}
+        job = replace(JOB, model=str(source.path), plan="/proc/no/engine.plan", **names)
         with builder._worker(job, None) as worker:
             outcome = builder._follow(worker, None)
         assert outcome["event"] == "failed"
         assert "FileNotFoundError" in outcome["message"]
+
+    @pytest.mark.parametrize(
+        ("inputs", "outputs", "said"),
+        [
+            ([["__x", "float32"]], [["y", "float32"]], "inputs x: float32, and the model __x: float32"),
+            ([["x", "float32"]], [["y", "float16"]], "outputs y: float32, and the model y: float16"),
+        ],
+    )
+    def test_a_network_of_other_inputs_or_outputs_is_refused(self, inputs, outputs, said, tmp_path):
+        source = read(networks.product(batch=2), tmp_path)
+        job = replace(JOB, model=str(source.path), plan=str(tmp_path / "p"), inputs=inputs, outputs=outputs)
+        with builder._worker(job, None) as worker:
+            outcome = builder._follow(worker, None)
+        assert outcome["kind"] == "interface"
+        with pytest.raises(UnsupportedModelError, match=said):
+            builder._raise(trt.load(), outcome, [])
+        assert not (tmp_path / "p").exists()
 
     def test_the_tensorrt_distribution_needs_a_gpu_to_build(self, monkeypatch):
         """TensorRT-RTX's module stands in: what is looked at ends before the two differ."""
@@ -545,7 +565,7 @@ class TestInterruption:
 def test_the_engine_is_the_file_that_its_record_describes(tmp_path):
     source = read(networks.product(batch=2), tmp_path)
     plan = tmp_path / "deep" / "engine.plan"
-    record = build_engine(source.path, plan, Recipe(), []).engine
+    record = build_engine(source.path, plan, Recipe(), [], interface=Interface(source.inputs, source.outputs)).engine
     assert record.file == "engine.plan"
     assert record.sha256 == sha256_of(plan)
     assert list(plan.parent.iterdir()) == [plan]

@@ -13,13 +13,16 @@ from helpers import convert_in, read
 from onnx import TensorProto, helper
 from real_models import CLS, DET_DYNAMIC, MAGIKA, REC, SILERO, TRANSFORMER, calibration_data
 
+import mlflow_trt
 from mlflow_trt import Precision, Recipe, RecipeError, Tolerance, UnsupportedModelError
 from mlflow_trt.backends.onnxruntime import CpuModel
 from mlflow_trt.convert.conversion import Conversion
 from mlflow_trt.convert.engine.builder import build_engine
-from mlflow_trt.convert.onnx import graph
-from mlflow_trt.convert.onnx.graph import flatten, save
+from mlflow_trt.convert.onnx import weights
+from mlflow_trt.convert.onnx.graph import flatten
 from mlflow_trt.convert.onnx.model import read_onnx
+from mlflow_trt.convert.onnx.rewrite import RewrittenModel
+from mlflow_trt.convert.onnx.weights import write_model
 from mlflow_trt.convert.precision.half import HalfPass
 from mlflow_trt.convert.precision.ranges import Evidence
 from mlflow_trt.convert.precision.sensitivity import FLOAT16
@@ -27,6 +30,7 @@ from mlflow_trt.convert.resolve_profiles import resolve_profiles
 from mlflow_trt.convert.samples import SampleData, SampleOrigin, cut_samples, generate_samples
 from mlflow_trt.convert.typed_model import maker_for
 from mlflow_trt.core.accuracy import Verdict, compare
+from mlflow_trt.core.types import Interface
 
 REAL = SampleOrigin.CALIBRATION_DATA
 
@@ -191,7 +195,7 @@ def test_functions_and_constants_of_a_model_are_retyped_too(tmp_path):
     assert typed.report.node_types == {"float16": 1}
 
 
-def test_a_model_that_onnx_converts_into_another_one_stays_as_it_is(tmp_path):
+def test_a_model_that_onnx_converts_into_another_one_is_refused(tmp_path):
     """To a newer opset, which bf16 needs, onnx takes the batch axis off the inputs of such a model."""
     model = onnx.parser.parse_model("""
         <ir_version: 8, opset_import: ["" : 8]>
@@ -200,10 +204,9 @@ def test_a_model_that_onnx_converts_into_another_one_stays_as_it_is(tmp_path):
                 => (float[2] sum_out, float[2] scan_out) { sum_out = Add (sum, next) scan_out = Identity (sum_out) }>
         }
     """)
-    typed = typed_model(model, tmp_path, "bf16")
-    assert [spec.shape for spec in typed.inputs] == [(1, 2), (1, 3, 2)]
-    assert "nothing of this model runs in bf16" in typed.report.remarks[-1]
-    assert typed.comparison.relative_error == 0
+    with pytest.raises(UnsupportedModelError, match=r"opset 8 cannot be raised to 22: .* shape of 'initial'"):
+        typed_model(model, tmp_path, "bf16")
+    assert typed_model(model, tmp_path, "fp16").comparison.relative_error == 0
 
 
 def test_what_onnxruntime_cannot_run_cannot_be_converted(tmp_path):
@@ -227,18 +230,18 @@ def test_external_weights_are_retyped(tmp_path):
 
 
 def test_large_models_are_written_again_and_again_to_the_same_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(graph, "_LARGEST_FILE", 1_000)
-    path, weights = tmp_path / "model.onnx", tmp_path / "model.onnx.data"
+    monkeypatch.setattr(weights, "_LARGEST_FILE", 1_000)
+    path, beside = tmp_path / "model.onnx", tmp_path / "model.onnx.data"
     for seed in range(3):
         model = networks.product(width=1024)
         model.graph.initializer[0].CopyFrom(networks.constant("w", networks.rows(1024, 8, seed)))
-        save(model, path)
-        assert weights.stat().st_size == 1024 * 8 * 4
+        write_model(model, tmp_path, path)
+        assert beside.stat().st_size == 1024 * 8 * 4
         feeds = {"x": networks.rows(4, 1024)}
         expected = {"y": feeds["x"] @ networks.rows(1024, 8, seed)}
         assert relative_error(CpuModel(path).run(["y"], feeds), expected) < 1e-5
-    save(networks.product(), path)
-    assert not weights.exists()
+    write_model(networks.product(), tmp_path, path)
+    assert not beside.exists()
 
 
 def test_int8_wants_real_inputs(tmp_path):
@@ -344,7 +347,8 @@ class TestWeightsOnly:
         for name in partly:
             assert producers[nodes[name].input[1]].op_type == "DequantizeLinear"
             assert getattr(producers.get(nodes[name].input[0]), "op_type", "") != "DequantizeLinear"
-        engine = build_engine(typed.path, tmp_path / "int8.plan", recipe, profiles.profiles).engine
+        interface = Interface(typed.inputs, typed.outputs)
+        engine = build_engine(typed.path, tmp_path / "int8.plan", recipe, profiles.profiles, interface=interface).engine
         assert engine.size > 100_000
         assert typed.report.size_after < 0.6 * typed.report.size_before
 
@@ -380,12 +384,136 @@ def test_magika_keeps_its_labels_in_fp16_and_a_naive_conversion_does_not(tmp_pat
     assert any("reached" in node.reason for node in conversion.typed.report.kept)
 
     # As converters do that look at operators, not at values.
-    flat = flatten(conversion.source.proto, tmp_path)
-    blind = Evidence(samples=conversion.samples, largest={}, positions={})
+    source = conversion.source
+    flat = flatten(RewrittenModel(proto=source.proto, folder=source.path.parent), tmp_path)
+    blind = Evidence(samples=conversion.samples, largest={}, not_finite={}, positions={}, share=len)
     naive = HalfPass(FLOAT16).on(flat, blind)({})
     assert not naive.report.kept
-    save(naive.emulation, tmp_path / "naive.onnx")
+    onnx.save_model(naive.emulation, tmp_path / "naive.onnx")
     wrong = CpuModel(tmp_path / "naive.onnx", optimize=False).run([name], feeds)
     comparison = compare("naive", "files", [(wrong, expected)], Tolerance.default(Precision.FP16))
     assert comparison.verdict is Verdict.FAILED
     assert not np.array_equal(wrong[name].argmax(axis=1)[files], expected[name].argmax(axis=1)[files])
+
+
+@pytest.mark.parametrize(
+    ("carrier", "stored"),
+    [
+        (helper.make_node("Identity", ["w0"], ["w"]), np.float32),
+        (helper.make_node("Transpose", ["w0"], ["w"], perm=[1, 0]), np.float32),
+        (helper.make_node("Cast", ["w0"], ["w"], to=networks.FLOAT), np.float16),
+    ],
+    ids=["Identity", "Transpose", "Cast"],
+)
+def test_weights_behind_other_nodes_are_quantized(carrier, stored, tmp_path):
+    weights = np.random.default_rng(1).standard_normal((16, 16)).astype(stored)
+    model = networks.model(
+        [carrier, helper.make_node("MatMul", ["x", "w"], ["y"])],
+        [networks.value("x", networks.FLOAT, ["batch", 16])],
+        [networks.value("y", networks.FLOAT, ["batch", 16])],
+        [networks.constant("w0", weights)],
+    )
+    typed = typed_model(model, tmp_path, "int8", {"x": networks.rows(32)})
+    assert typed.report.share == 1
+    assert 0 < typed.comparison.relative_error < 0.05
+
+
+@pytest.mark.parametrize(("precision", "share"), [("int8", 1), ("bf16", 1), ("fp16", 1)])
+def test_models_that_come_in_float16(precision, share, tmp_path):
+    kind = TensorProto.FLOAT16
+    model = networks.model(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        [networks.value("x", kind, ["batch", 16])],
+        [networks.value("y", kind, ["batch", 16])],
+        [networks.constant("w", networks.rows(16).astype(np.float16))],
+    )
+    typed = typed_model(model, tmp_path, precision, {"x": networks.rows(32).astype(np.float16)})
+    assert typed.report.share == share
+    assert typed.comparison.relative_error < 0.05
+    assert [spec.dtype for spec in (*typed.inputs, *typed.outputs)] == ["float16", "float16"]
+
+
+def gelu_between() -> onnx.ModelProto:
+    """Products around an operator of which onnx knows no types, and ONNX Runtime does."""
+    made = networks.model(
+        [
+            helper.make_node("MatMul", ["x", "w1"], ["h"], name="first"),
+            helper.make_node("Gelu", ["h"], ["g"], name="gelu", domain="com.microsoft"),
+            helper.make_node("MatMul", ["g", "w2"], ["y"], name="second"),
+        ],
+        [networks.value("x", networks.FLOAT, ["batch", 16])],
+        [networks.value("y", networks.FLOAT, ["batch", 16])],
+        [networks.constant(f"w{seed}", networks.rows(16, seed=seed) / 4) for seed in (1, 2)],
+    )
+    made.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return made
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_what_comes_after_an_operator_of_another_domain_runs_in_the_precision(precision, tmp_path):
+    typed = typed_model(gelu_between(), tmp_path, precision, {"x": networks.rows(32)})
+    assert {"first", "second"} <= typed.changed
+    assert 0.9 < typed.report.share < 1
+
+
+def test_a_nan_does_not_hide_what_overflows(tmp_path):
+    """The square root of the first row is NaN, and that of the second reaches 2e5 when it is scaled."""
+    model = networks.model(
+        [
+            helper.make_node("Sqrt", ["x"], ["root"], name="root"),
+            helper.make_node("Mul", ["root", "scale"], ["scaled"], name="scaled"),
+            helper.make_node("Clip", ["scaled", "zero", "one"], ["y"], name="clip"),
+        ],
+        [networks.value("x", networks.FLOAT, ["batch", 16])],
+        [networks.value("y", networks.FLOAT, ["batch", 16])],
+        [networks.constant(name, np.float32(v)) for name, v in (("scale", 2e5), ("zero", 0), ("one", 1))],
+    )
+    data = np.abs(networks.rows(16))
+    data[0, 0] = -1
+    typed = typed_model(model, tmp_path, "fp16", {"x": data})
+    assert np.isfinite(typed.report.largest["scaled"])
+    assert typed.report.largest["scaled"] > 2e5
+    assert typed.report.not_finite["scaled"] == 1
+    assert "scaled" in reasons(typed)
+
+
+def test_where_nothing_runs_in_the_precision_that_is_an_error(tmp_path):
+    model = networks.model(
+        [helper.make_node("Relu", ["x"], ["y"], name="relu")],
+        [networks.value("x", networks.FLOAT, ["batch", 16])],
+        [networks.value("y", networks.FLOAT, ["batch", 16])],
+    )
+    with pytest.raises(UnsupportedModelError, match="nothing of this model runs in int8"):
+        mlflow_trt.save_model(model, tmp_path / "m", precision="int8", calibration_data={"x": networks.rows(32)})
+    assert not (tmp_path / "m").exists()
+
+
+def test_where_hardly_anything_does_that_is_a_warning(tmp_path):
+    """A product that cannot be quantized, sixteen times as large as the one that can."""
+    model = networks.model(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["h"], name="small"),
+            helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0]),
+            helper.make_node("MatMul", ["wide", "t"], ["u"], name="large"),
+            helper.make_node("ReduceMean", ["u"], ["m"], keepdims=0),
+            helper.make_node("Add", ["h", "m"], ["y"]),
+        ],
+        [networks.value("x", networks.FLOAT, ["batch", 16])],
+        [networks.value("y", networks.FLOAT, ["batch", 8])],
+        [
+            networks.constant("w", networks.rows(16)[:, :8].copy()),
+            networks.constant("wide", networks.rows(2048, seed=3)),
+        ],
+    )
+    conversion = converted_small(model, tmp_path, "int8")
+    assert 0 < conversion.typed.report.share < 0.1
+    assert re.search(r"only \d\.\d% of this model's arithmetic runs in int8: .* not constant", conversion.remarks[-1])
+
+
+def converted_small(model, folder, precision) -> Conversion:
+    return convert_in(
+        folder,
+        read(model, folder),
+        Recipe(precision=precision),
+        data=SampleData(arrays={"x": networks.rows(32)}, origin=REAL),
+    )

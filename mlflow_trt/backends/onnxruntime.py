@@ -8,11 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlflow_trt.core.arrays import Array
 from mlflow_trt.core.optional import is_installed
 from mlflow_trt.errors import ExecutionError, InputError, MissingDependencyError, OutOfMemoryError
 
 _CUDA = "CUDAExecutionProvider"
+_NUMPY_NAMES = {"float": "float32", "double": "float64", "bool": "bool"} | {
+    name: name for name in ("float16", "int8", "uint8", "int16", "uint16", "int32", "int64")
+}
+_NUMPY_TYPES: dict[str, np.dtype[Any]] = {f"tensor({name})": np.dtype(numpy) for name, numpy in _NUMPY_NAMES.items()}
 _NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "bad allocation")  # it has no exception for this
 
 
@@ -58,6 +64,11 @@ class CpuModel:
             output.name: tuple(size if isinstance(size, int) else None for size in output.shape)
             for output in self._session.get_outputs()
         }
+
+    @property
+    def output_types(self) -> dict[str, np.dtype[Any] | None]:
+        """By name, as ONNX Runtime infers them; None for what numpy does not have, and for what is no tensor."""
+        return {output.name: _NUMPY_TYPES.get(output.type) for output in self._session.get_outputs()}
 
     def run(self, names: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs of these names. Raises InputError, ExecutionError or OutOfMemoryError."""

@@ -211,7 +211,12 @@ class TensorRT:
         return bool(engine.get_tensor_location(name) == self._module.TensorLocation.HOST)
 
     def dtype(self, engine: trt_api.ICudaEngine, name: str) -> str:
-        return _DTYPES[engine.get_tensor_dtype(name).name]
+        return self.dtype_name(engine.get_tensor_dtype(name))
+
+    @staticmethod
+    def dtype_name(dtype: trt_api.Enumerator) -> str:
+        """The name that we have for one of TensorRT's types; TensorRT's own for a type that no model's input has."""
+        return _DTYPES.get(dtype.name, dtype.name)
 
     # ---- what only TensorRT-RTX has
 

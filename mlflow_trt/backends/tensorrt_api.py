@@ -32,6 +32,7 @@ class IHostMemory(Protocol):
 class ITensor(Protocol):
     name: str
     shape: Sequence[int]
+    dtype: Enumerator
     is_shape_tensor: bool
 
 

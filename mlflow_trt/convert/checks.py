@@ -81,7 +81,8 @@ def check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
 
 
 def check_nodes(model: ModelProto) -> None:
-    """Raise UnsupportedModelError for nodes that TensorRT's parser takes, and whose engine is no good."""
+    """Raise UnsupportedModelError for what TensorRT's parser takes, and whose engine is no good."""
+    _check_names(model)
     bodies = [model.graph, *subgraphs_of(model.graph.node), *model.functions]
     for is_refused, reason in _REFUSED.items():
         nodes = [node for body in bodies for node in body.node if not node.domain and is_refused(node)]
@@ -95,6 +96,24 @@ def check_nodes(model: ModelProto) -> None:
             f"{', '.join(misread)}; export the model in float32 and choose precision='fp16' or 'bf16', which keep "
             "them in float32",
             nodes=misread,
+        )
+
+
+def _check_names(model: ModelProto) -> None:
+    """TensorRT renames an input that is an output too, and has no output twice."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    inputs = {value.name for value in model.graph.input} - stored
+    names = [value.name for value in model.graph.output]
+    both = [name for name in names if name in inputs]
+    if both:
+        raise UnsupportedModelError(
+            f"output {both[0]!r} is an input, too, and an engine has one tensor of a name; export the model with an "
+            "Identity between them, or without this output"
+        )
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UnsupportedModelError(
+            f"the model has {names.count(twice[0])} outputs of the name {twice[0]!r}; export it with each output once"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,10 +29,11 @@ from mlflow_trt.convert.typed_model import TypedModel, maker_for
 from mlflow_trt.core.accuracy import Tolerance
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.progress_event import Progress
-from mlflow_trt.core.types import Distribution, EngineRecord, Precision, Shape
+from mlflow_trt.core.types import Distribution, EngineRecord, Interface, Precision, PrecisionReport, Shape
 from mlflow_trt.errors import BuildError, InputError, UnsupportedModelError
 
 _log = get_logger(__name__)
+_SMALL_SHARE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +100,20 @@ def convert_source(task: ConversionTask) -> Conversion:
 
     def build(typed: TypedModel) -> Built:
         return build_engine(
-            typed.path, plan, recipe, profiles.profiles, distribution=tensorrt.distribution, progress=task.progress
+            typed.path,
+            plan,
+            recipe,
+            profiles.profiles,
+            interface=Interface(typed.inputs, typed.outputs),
+            distribution=tensorrt.distribution,
+            progress=task.progress,
         )
 
     try:
         typed, built = build_with_retreat(maker, build, plan)
     except BuildError as error:
         raise _naming_nodes(error, source) from error
+    warnings = _about_share(typed.report)
     remarks = (
         *profiles.remarks,
         *typed.report.remarks,
@@ -113,17 +122,46 @@ def convert_source(task: ConversionTask) -> Conversion:
     )
     for remark in remarks:
         _log.info("%s", remark)
+    for warning in warnings:
+        _log.warning("%s", warning)
     return Conversion(
         source=source,
         typed=typed,
         recipe=recipe,
         profiles=profiles,
         samples=samples,
-        remarks=remarks,
+        remarks=(*remarks, *warnings),
         engine=built.engine,
         shapes=built.shapes,
         plan=plan,
     )
+
+
+def check_share(report: PrecisionReport) -> None:
+    """Raise UnsupportedModelError where nothing runs in the precision asked for: the engine would be of another one."""
+    if not runs_in_precision(report):
+        raise UnsupportedModelError(
+            f"nothing of this model runs in {report.precision}{_reasons(report)}. Take another precision",
+            nodes=[f"{node.name} ({node.operator})" for node in report.kept],
+        )
+
+
+def runs_in_precision(report: PrecisionReport) -> bool:
+    """Whether anything does, be it weights alone; for fp32 and tf32 everything."""
+    return report.share is None or bool(report.changed_nodes or report.weight_only)
+
+
+def _about_share(report: PrecisionReport) -> tuple[str, ...]:
+    if report.share is None or report.share >= _SMALL_SHARE:
+        return ()
+    return (f"only {report.share:.1%} of this model's arithmetic runs in {report.precision}{_reasons(report)}",)
+
+
+def _reasons(report: PrecisionReport) -> str:
+    reasons = collections.Counter(node.reason for node in (*report.kept, *report.weight_only))
+    counted = [f"{why[:200]} ({count} nodes)" if count > 1 else why[:200] for why, count in reasons.most_common(3)]
+    told = "; ".join((*counted, *report.remarks))
+    return f": {told}" if told else ""
 
 
 def choose_samples(data: SampleData | None, source: OnnxModel, profiles: Profiles) -> Samples:

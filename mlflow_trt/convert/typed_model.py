@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import onnx
-from onnx import ModelProto
+import onnx.shape_inference
+from onnx import ModelProto, TensorProto
 
 from mlflow_trt.backends.onnxruntime import CpuModel, calibrated_magnitudes
 from mlflow_trt.convert.onnx.byte_inputs import cast_bytes_first
 from mlflow_trt.convert.onnx.dimension_names import tell_apart
-from mlflow_trt.convert.onnx.graph import FlatModel, flatten, save
-from mlflow_trt.convert.onnx.model import OnnxModel, copy_files, describe, sha256_of
+from mlflow_trt.convert.onnx.graph import FlatModel, flatten
+from mlflow_trt.convert.onnx.model import OnnxModel, describe, sha256_of, tensors_of
+from mlflow_trt.convert.onnx.opset import OpsetNotRaisedError, opset_of
+from mlflow_trt.convert.onnx.rewrite import RewrittenModel, rewrite
+from mlflow_trt.convert.onnx.weights import write_model
 from mlflow_trt.convert.precision import pass_for
 from mlflow_trt.convert.precision.masks import clamp_masks
 from mlflow_trt.convert.precision.quantized import QUANTIZABLE, is_quantized
 from mlflow_trt.convert.precision.ranges import Evidence, gather_evidence
 from mlflow_trt.convert.precision.refinement import refined
 from mlflow_trt.convert.precision.sensitivity import FLOAT16, headroom_of
+from mlflow_trt.convert.precision.share import quantized_nodes, share_of
 from mlflow_trt.convert.precision.typed_graph import PrecisionPass, TypedGraph
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.convert.resolve_profiles import Profiles
@@ -34,8 +40,10 @@ _QUANTIZED = (Precision.INT8, Precision.FP8)
 _FEWEST_ROWS = 8
 """What a range for quantization has to be seen on. A hundred and more are usual."""
 _QUICK_FEEDS = 2
-_SAME = 1e-6
-"""Relative error of what is the same but for rounding in float32."""
+_SAME_RESULTS = 1e-6
+"""Relative error of results that smaller masks do not change."""
+_SAME = Tolerance(relative_error=1e-3)
+"""What two ways to compute the same in float32 may be apart."""
 _REFERENCE_BYTES = 256 * 2**20
 """Outputs of the source model are kept for comparing as long as they take no more than this."""
 
@@ -90,21 +98,21 @@ def maker_for(
         UnsupportedModelError: the precision follows from the model's values, and ONNX Runtime cannot run it.
         MissingDependencyError: the precision needs ONNX Runtime, and it is not installed.
     """
-    told_apart = cast_bytes_first(tell_apart(source.proto, profiles.profiles))
+    rewritten = rewrite(source.proto, source.path.parent, workdir)
+    told_apart = tell_apart(rewritten.proto, profiles.profiles)
+    rewritten = replace(rewritten, proto=cast_bytes_first(told_apart))
     precision_pass = pass_for(recipe.precision, recipe.calibration_method, weight_only)
-    remarks: tuple[str, ...] = ()
-    if recipe.precision in _QUANTIZED and is_quantized(source.proto):
+    if recipe.precision in _QUANTIZED and is_quantized(rewritten.proto):
         precision_pass = None
-        remarks = ("the model brings its own QuantizeLinear nodes and is taken as it is",)
     if precision_pass is None:
-        return _Unchanged(source, told_apart, recipe, workdir, remarks)
-    check_calibration(source, recipe, samples)
-    return _Retyped(source, told_apart, recipe, workdir, precision_pass, samples, tolerance, profiles.batch_axis)
+        return _Unchanged(source, rewritten, recipe, workdir, samples)
+    check_calibration(rewritten.proto, recipe, samples)
+    return _Retyped(source, rewritten, recipe, workdir, precision_pass, samples, tolerance, profiles.batch_axis)
 
 
-def check_calibration(source: OnnxModel, recipe: Recipe, samples: Samples) -> None:
+def check_calibration(model: ModelProto, recipe: Recipe, samples: Samples) -> None:
     """Raise RecipeError where the precision is calibrated on the samples, and they are too few or noise."""
-    if recipe.precision not in _QUANTIZED or is_quantized(source.proto):
+    if recipe.precision not in _QUANTIZED or is_quantized(model):
         return
     if not samples.is_evidence or samples.rows < _FEWEST_ROWS:
         raise RecipeError(
@@ -128,24 +136,22 @@ def reference_outputs(path: Path, names: Iterable[str], feeds: Iterable[Feeds]) 
 
 
 class _Unchanged:
-    """The graph as it is, but for dimension names that were told apart, and bytes that are cast where they come in."""
+    """The graph in the types that it has: as it is, or as it was rewritten for TensorRT."""
 
     def __init__(
-        self, source: OnnxModel, told_apart: ModelProto, recipe: Recipe, workdir: Path, remarks: tuple[str, ...]
+        self, source: OnnxModel, rewritten: RewrittenModel, recipe: Recipe, workdir: Path, samples: Samples
     ) -> None:
         self._source = source
-        self._told_apart = told_apart
+        self._rewritten = rewritten
         self._recipe = recipe
         self._workdir = workdir
-        self._remarks = remarks
+        self._samples = samples
 
     def make(self, kept: Mapping[str, str]) -> TypedModel:
         del kept  # everything is in the types that it had
-        source = self._source
-        report = PrecisionReport(
-            precision=self._recipe.precision, nodes=len(source.proto.graph.node), remarks=self._remarks
-        )
-        if self._told_apart is source.proto:
+        source, rewritten = self._source, self._rewritten
+        report = self._report()
+        if rewritten.proto is source.proto:
             return TypedModel(
                 path=source.path,
                 files=source.files,
@@ -155,9 +161,25 @@ class _Unchanged:
                 report=report,
             )
         path = _typed_path(self._workdir, self._recipe.precision)
-        onnx.save_model(self._told_apart, path)
-        copy_files(source.external_files, source.path.parent, path.parent)
-        return _written(path, source.external_files, report)
+        write_model(rewritten.proto, rewritten.folder, path)
+        return _written(path, report)
+
+    def _report(self) -> PrecisionReport:
+        remarks = self._rewritten.remarks
+        report = PrecisionReport(
+            precision=self._recipe.precision, nodes=len(self._source.proto.graph.node), remarks=remarks
+        )
+        if self._recipe.precision not in _QUANTIZED:
+            return report
+        flat = flatten(self._rewritten, self._workdir)
+        quantized = quantized_nodes(flat)
+        remark = "the model brings its own QuantizeLinear nodes and is taken as it is"
+        return replace(
+            report,
+            changed_nodes=len(quantized),
+            share=share_of(flat, self._samples.feeds[0])(quantized),
+            remarks=(remark, *remarks),
+        )
 
 
 class _Retyped:
@@ -166,7 +188,7 @@ class _Retyped:
     def __init__(
         self,
         source: OnnxModel,
-        told_apart: ModelProto,
+        rewritten: RewrittenModel,
         recipe: Recipe,
         workdir: Path,
         precision_pass: PrecisionPass,
@@ -174,30 +196,36 @@ class _Retyped:
         tolerance: Tolerance | None,
         batch_axis: BatchAxis | None,
     ) -> None:
+        self._source = source
         self._recipe = recipe
         self._batch_axis = batch_axis
         self._workdir = workdir
         self._samples = samples
         self._tolerance = tolerance or Tolerance()
         self._refines = tolerance is not None
-        self._flat = flatten(told_apart, source.path.parent, precision_pass.minimum_opset)
-        self._excluded = _excluded_nodes(self._flat, recipe)
         self._names = [spec.name for spec in source.outputs]
-        try:
+        with self._explaining_ignorance():
             self._reference = reference_outputs(source.path, self._names, samples.feeds)
-            clamped = self._clamp_masks(headroom_of(samples))
-            evidence = gather_evidence(self._flat, samples, workdir)
+        self._flat, self._remarks = self._flattened(rewritten, precision_pass)
+        self._excluded = _excluded_nodes(self._flat, source.proto, recipe)
+        with self._explaining_ignorance():
+            self._remarks += self._clamp_masks(headroom_of(samples))
+            evidence = gather_evidence(self._flat, samples)
+        if recipe.precision in _QUANTIZED:
+            evidence = _calibrated(self._flat, evidence, recipe.calibration_method, workdir)
+        self._make = precision_pass.on(self._flat, evidence)
+
+    @contextmanager
+    def _explaining_ignorance(self) -> Iterator[None]:
+        try:
+            yield
         except OutOfMemoryError:
             raise
         except ExecutionError as error:
             raise UnsupportedModelError(
-                f"nothing is known of the values in this model, on which {recipe.precision} depends: {error.message}. "
-                "Take fp32 or tf32, or a release of ONNX Runtime that can run the model"
+                f"nothing is known of the values in this model, on which {self._recipe.precision} depends: "
+                f"{error.message}. Take fp32 or tf32, or a release of ONNX Runtime that can run the model"
             ) from error
-        if recipe.precision in _QUANTIZED:
-            evidence = _calibrated(self._flat, evidence, recipe.calibration_method, workdir)
-        self._make = precision_pass.on(self._flat, evidence)
-        self._remarks = clamped
 
     def _clamp_masks(self, headroom: int) -> tuple[str, ...]:
         """Bring masks into what float16 holds, where the results on all samples are the same; says which."""
@@ -208,7 +236,7 @@ class _Retyped:
         if not names:
             return ()
         path = self._workdir / "clamped.onnx"
-        save(clamped.proto, path)
+        onnx.save_model(clamped.proto, path)
         runner = CpuModel(path)
         same = compare(
             "the model with clamped masks",
@@ -217,12 +245,58 @@ class _Retyped:
                 (runner.run(self._names, feeds), reference)
                 for feeds, reference in zip(self._samples.feeds, self._reference, strict=False)
             ),
-            Tolerance(relative_error=_SAME),
+            Tolerance(relative_error=_SAME_RESULTS),
         )
         if same.problems:
             return (f"masks stay as large as they are ({', '.join(names)}), since smaller ones change the results",)
         self._flat = clamped
         return (f"the masks {', '.join(names)} are {largest:.4g} at most, and the results on {self._samples} the same",)
+
+    def _flattened(self, rewritten: RewrittenModel, precision_pass: PrecisionPass) -> tuple[FlatModel, tuple[str, ...]]:
+        """In the first of the pass's opsets that the model can be raised to, and computes the same in."""
+        precision, before = self._recipe.precision, opset_of(rewritten.proto)
+        comes_in_half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in tensors_of(rewritten.proto))
+        reasons: list[str] = []
+        for opset in precision_pass.opsets(has_float16=comes_in_half):
+            try:
+                flat = flatten(
+                    rewritten,
+                    self._workdir,
+                    opset,
+                    keep=self._recipe.keep_float32,
+                    widen=precision is Precision.BF16 and comes_in_half,
+                    folds_dequantized=precision in _QUANTIZED,
+                )
+                if before < opset:
+                    self._check_raised(flat)
+            except OpsetNotRaisedError as error:
+                reasons.append(f"opset {before} cannot be raised to {opset}: {error}")
+            else:
+                return flat, (*rewritten.remarks, *reasons)
+        raise UnsupportedModelError(
+            f"{precision} needs types that the operators of this model do not have: {'; '.join(reasons)}. Export the "
+            "model with that opset, or take another precision"
+        )
+
+    def _check_raised(self, flat: FlatModel) -> None:
+        """Raise OpsetNotRaisedError where onnx's converter made another model of it."""
+        path = self._workdir / "raised.onnx"
+        onnx.save_model(flat.proto, path)
+        try:
+            runner = CpuModel(path)
+            pairs = list(zip(self._samples.feeds, self._reference, strict=False))[:_QUICK_FEEDS]
+            comparison = compare(
+                "the raised model",
+                str(self._samples),
+                ((runner.run(self._names, feeds), reference) for feeds, reference in pairs),
+                _SAME,
+            )
+        except OutOfMemoryError:
+            raise
+        except ExecutionError as error:
+            raise OpsetNotRaisedError(error.message) from error
+        if comparison.problems:
+            raise OpsetNotRaisedError(f"the model would compute something else: {'; '.join(comparison.problems)}")
 
     def make(self, kept: Mapping[str, str]) -> TypedModel:
         stays = self._excluded | dict(kept)
@@ -231,20 +305,27 @@ class _Retyped:
         else:
             graph = self._make(stays)
             comparison = self._judge(graph)
-        report = replace(graph.report, remarks=(*graph.report.remarks, *self._remarks))
-        if not graph.changed:
-            remark = f"nothing of this model runs in {self._recipe.precision}: every node has a reason against it"
-            report = replace(report, remarks=(*report.remarks, remark))
+        report = replace(graph.report, remarks=(*self._remarks, *graph.report.remarks))
         path = _typed_path(self._workdir, self._recipe.precision)
-        save(graph.proto, path)
-        onnx.checker.check_model(str(path))
-        external = tuple(sorted(file.name for file in path.parent.iterdir() if file != path))
+        write_model(graph.proto, self._flat.folder, path)
+        self._check_types(path)
         return replace(
-            _written(path, external, report),
+            _written(path, report),
             comparison=comparison,
             reference=self._reference,
             changed=graph.changed,
         )
+
+    def _check_types(self, path: Path) -> None:
+        """Raise UnsupportedModelError where types do not fit together, of which a pass is the cause."""
+        problem = _type_problem(path)
+        before = self._workdir / "flat.onnx"
+        onnx.save_model(self._flat.proto, before)
+        if problem is not None and _type_problem(before) is None:
+            raise UnsupportedModelError(
+                f"the {self._recipe.precision} model would be no valid ONNX model: {problem}. Keep the operator in "
+                "float32 with keep_float32, or take another precision"
+            )
 
     def _judge(self, graph: TypedGraph) -> Comparison:
         return self._judge_on(graph, len(self._reference))
@@ -254,7 +335,7 @@ class _Retyped:
 
     def _judge_on(self, graph: TypedGraph, count: int) -> Comparison:
         path = self._workdir / "emulation.onnx"
-        save(graph.emulation, path)
+        onnx.save_model(graph.emulation, path)
         runner = CpuModel(path, optimize=False)  # or values would be rounded less often than in the typed model
         pairs = list(zip(self._samples.feeds, self._reference, strict=False))[:count]
         return compare(
@@ -266,10 +347,18 @@ class _Retyped:
         )
 
 
-def _excluded_nodes(model: FlatModel, recipe: Recipe) -> dict[str, str]:
+def _type_problem(path: Path) -> str | None:
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
+        return str(error).strip()
+    return None
+
+
+def _excluded_nodes(model: FlatModel, source: ModelProto, recipe: Recipe) -> dict[str, str]:
     """The nodes that the user keeps in float32."""
     kept = {}
-    present: set[str] = set()
+    present = {name for node in source.graph.node for name in (node.name, node.op_type) if name}
     for node in model.proto.graph.node:
         present.update((node.name, node.op_type))
         for name in (node.name, node.op_type):
@@ -289,7 +378,7 @@ def _calibrated(model: FlatModel, evidence: Evidence, method: CalibrationMethod,
     if method is CalibrationMethod.MINMAX:
         return evidence
     path = workdir / "flat.onnx"
-    save(model.proto, path)
+    onnx.save_model(model.proto, path)
     cutoffs = calibrated_magnitudes(path, evidence.samples.feeds, str(method), sorted(QUANTIZABLE), workdir)
     return replace(evidence, cutoffs={name: cutoff for name, cutoff in cutoffs.items() if cutoff > 0})
 
@@ -300,8 +389,8 @@ def _typed_path(workdir: Path, precision: Precision) -> Path:
     return folder / f"{precision}.onnx"
 
 
-def _written(path: Path, external_files: tuple[str, ...], report: PrecisionReport) -> TypedModel:
+def _written(path: Path, report: PrecisionReport) -> TypedModel:
     proto = onnx.load(path, load_external_data=False)
     inputs, outputs = describe(proto, path)
-    files = {path.name: sha256_of(path)} | {name: sha256_of(path.parent / name) for name in external_files}
+    files = {file.name: sha256_of(file) for file in (path, path.with_name(f"{path.name}.data")) if file.exists()}
     return TypedModel(path=path, files=files, is_source=False, inputs=inputs, outputs=outputs, report=report)

@@ -141,6 +141,13 @@ class TensorSpec:
         return f"{self.name}: {self.dtype}[{dims}]"
 
 
+class Interface(NamedTuple):
+    """The inputs and outputs of a model, in their order."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class InputRange:
     """What one optimization profile allows for one input: its smallest, usual and largest shape.
@@ -304,21 +311,25 @@ class Calibration:
 class PrecisionReport:
     """What a precision pass did to the graph, and why.
 
-    `nodes` counts all nodes, `changed_nodes` those that compute in the precision that was asked for. `node_types` and
+    `nodes` counts all nodes, `changed_nodes` those that compute in the precision that was asked for, and `share` is how
+    much of the arithmetic with floats these do, 0 to 1; None for fp32 and tf32. `node_types` and
     `weight_types` tell how many nodes that compute with floats, and how many values of weights, are of which type.
     `kept` lists the nodes that stayed in float32, `weight_only` those that compute in float32 with quantized weights.
-    `largest` has the tensors with the largest magnitudes seen. Sizes are in bytes, of the model before and after the
+    `largest` has the tensors with the largest magnitudes seen, and `not_finite` counts what was NaN or infinite there
+    and elsewhere. Sizes are in bytes, of the model before and after the
     pass.
     """
 
     precision: Precision
     nodes: int
     changed_nodes: int = 0
+    share: float | None = None
     node_types: Mapping[str, int] = field(default_factory=dict)
     weight_types: Mapping[str, int] = field(default_factory=dict)
     kept: tuple[KeptNode, ...] = ()
     weight_only: tuple[KeptNode, ...] = ()
     largest: Mapping[str, float] = field(default_factory=dict)
+    not_finite: Mapping[str, int] = field(default_factory=dict)
     calibration: Calibration | None = None
     size_before: int | None = None
     size_after: int | None = None

@@ -51,6 +51,7 @@ from mlflow_trt.flavor.signatures import output_signature, tensor_signature, wit
 from mlflow_trt.flavor.tags import (
     BATCH_TAG,
     PRECISION_ASKED_TAG,
+    PRECISION_SHARE_TAG,
     PRECISION_TAG,
     RELATIVE_ERROR_TAG,
     SOURCE_DIGEST_TAG,
@@ -234,6 +235,9 @@ def searchable_facts(made: ConvertedModel) -> dict[str, str]:
         TARGET_TAG: engine.target,
         SOURCE_DIGEST_TAG: conversion.source.digest,
     }
+    share = conversion.typed.report.share
+    if share is not None:
+        facts[PRECISION_SHARE_TAG] = f"{share:.4g}"
     if made.selection is not None:
         facts[PRECISION_ASKED_TAG] = str(made.selection.asked)
     if verification is not None and verification.verdict is not None:

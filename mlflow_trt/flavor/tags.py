@@ -9,6 +9,9 @@ TENSORRT_TAG = f"{PREFIX}tensorrt"
 
 PRECISION_TAG = f"{PREFIX}precision"
 PRECISION_ASKED_TAG = f"{PREFIX}precision_asked"
+PRECISION_SHARE_TAG = f"{PREFIX}precision_share"
+"""How much of the model's arithmetic runs in that precision, 0 to 1; not for fp32 and tf32."""
+
 BATCH_TAG = f"{PREFIX}batch"
 TARGET_TAG = f"{PREFIX}target"
 VERIFICATION_TAG = f"{PREFIX}verification"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from mlflow_trt.backends import tensorrt as trt
 from mlflow_trt.backends.onnxruntime import import_onnxruntime
 from mlflow_trt.convert.checks import FIRST_WITH_FP8
-from mlflow_trt.convert.conversion import Conversion, ConversionTask, convert_source
+from mlflow_trt.convert.conversion import Conversion, ConversionTask, convert_source, runs_in_precision
 from mlflow_trt.convert.onnx.model import OnnxModel
 from mlflow_trt.convert.precision.quantized import is_quantized
 from mlflow_trt.convert.recipe import Recipe
@@ -174,7 +174,7 @@ def _try_precision(attempt: ConversionTask, settings: LoadSettings, *, demanded:
         return conversion
     if precision is Precision.FP32:
         _check_reference(conversion)
-    elif precision is not Precision.TF32 and not conversion.typed.changed:
+    elif precision is not Precision.TF32 and not runs_in_precision(conversion.typed.report):
         return Trial.ended(precision, Fate.LEFT_OUT, f"nothing of this model runs in {precision}")
     try:
         verification = measure_conversion(conversion, attempt.tolerance, settings, demanded=demanded)

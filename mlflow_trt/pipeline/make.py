@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx
 
-from mlflow_trt.convert.conversion import Conversion, ConversionTask, convert_source
+from mlflow_trt.convert.conversion import Conversion, ConversionTask, check_share, convert_source
 from mlflow_trt.convert.onnx.model import OnnxModel, read_onnx
 from mlflow_trt.core.accuracy import Tolerance
 from mlflow_trt.core.log import get_logger
@@ -103,6 +103,7 @@ def convert_and_verify(
         tolerance = task.tolerance or Tolerance.default(options.recipe.precision)
         with told_progress(f"Building a TensorRT engine of {_name_of(source)}", options.progress) as shown:
             conversion = convert_source(replace(task, tolerance=tolerance if options.verify else None, progress=shown))
+        check_share(conversion.typed.report)
         engine = conversion.engine
         _log.info("Built %s, %.1f MB, in %.1f s", engine, engine.size / 1e6, engine.build_seconds)
         verification = None

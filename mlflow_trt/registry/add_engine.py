@@ -27,7 +27,7 @@ from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.progress import told_progress
 from mlflow_trt.core.progress_event import Progress
 from mlflow_trt.core.settings import LoadSettings
-from mlflow_trt.core.types import EngineRecord, Gpu, HardwareCompatibility
+from mlflow_trt.core.types import EngineRecord, Gpu, HardwareCompatibility, Interface
 from mlflow_trt.errors import EngineMismatchError, OptionError, RecipeError, RuntimeUnavailableError
 from mlflow_trt.flavor.fetch import fetch_folder
 from mlflow_trt.flavor.mlmodel import check_names, flavor_fields, move_model
@@ -178,6 +178,7 @@ def _built(
             workdir / "engine.plan",
             recipe,
             record.profiles,
+            interface=Interface(record.inputs, record.outputs),
             distribution=tensorrt.distribution,
             progress=shown,
         )

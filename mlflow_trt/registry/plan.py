@@ -72,7 +72,7 @@ def plan_conversion(
             )
         if twin is None:
             data = sample_data_of(options.calibration_data, source.input_example, model.inputs)
-            check_calibration(model, recipe, choose_samples(data, model, profiles))
+            check_calibration(model.proto, recipe, choose_samples(data, model, profiles))
         return Plan(
             source=source.lineage["source"],
             source_digest=model.digest,

@@ -23,7 +23,16 @@ from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.progress_event import Progress
 from mlflow_trt.core.scoring_server import in_server
 from mlflow_trt.core.settings import ALL, OWN, LoadSettings
-from mlflow_trt.core.types import BatchAxis, Distribution, EngineRecord, Gpu, HardwareCompatibility, TensorSpec, Weights
+from mlflow_trt.core.types import (
+    BatchAxis,
+    Distribution,
+    EngineRecord,
+    Gpu,
+    HardwareCompatibility,
+    Interface,
+    TensorSpec,
+    Weights,
+)
 from mlflow_trt.errors import (
     BuildError,
     EngineMismatchError,
@@ -297,6 +306,7 @@ def _rebuilt(
             plan,
             recipe,
             record.profiles,
+            interface=Interface(record.inputs, record.outputs),
             distribution=tensorrt.distribution,
             gpu=device.gpu.uuid,
             progress=progress,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from mlflow_trt.core.accuracy import Comparison
 from mlflow_trt.core.selection import Selection
-from mlflow_trt.core.types import KeptNode
+from mlflow_trt.core.types import KeptNode, PrecisionReport
 from mlflow_trt.store.folder import Record
 
 REPORT_FILE = "precision_report.md"
@@ -22,6 +22,8 @@ def _lines(record: Record) -> Iterator[str]:
     yield f"# Precision: {report.precision}"
     yield ""
     yield f"- nodes: {report.nodes}, of which {report.changed_nodes} run in {report.precision}"
+    if report.share is not None:
+        yield f"- share of the arithmetic with floats that runs in {report.precision}: {report.share:.1%}"
     for title, counts in (("nodes that compute with floats", report.node_types), ("weights", report.weight_types)):
         if counts:
             yield f"- {title}: {', '.join(f'{count:,} in {name}' for name, count in counts.items())}"
@@ -41,6 +43,16 @@ def _lines(record: Record) -> Iterator[str]:
         ("Nodes that stayed in float32", report.kept),
     ):
         yield from _nodes(title, nodes)
+    yield from _values(report)
+
+
+def _values(report: PrecisionReport) -> Iterator[str]:
+    if report.not_finite:
+        yield from _table(
+            "Tensors with NaN or infinity on the samples",
+            ("tensor", "values that are not finite"),
+            [(name, f"{count:,}") for name, count in report.not_finite.items()],
+        )
     if report.largest:
         yield from _table(
             "Largest values seen",

@@ -22,7 +22,7 @@ from mlflow_trt.convert.engine.worker import Job
 from mlflow_trt.convert.onnx.model import sha256_of
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.core.progress_event import BuildProgress, Progress
-from mlflow_trt.core.types import Distribution, EngineRecord, Precision, Shape, ShapeProfile
+from mlflow_trt.core.types import Distribution, EngineRecord, Interface, Precision, Shape, ShapeProfile
 from mlflow_trt.errors import BuildError, RecipeError, RuntimeUnavailableError, UnsupportedModelError
 
 _WORKER = """
@@ -47,6 +47,7 @@ def build_engine(
     recipe: Recipe,
     profiles: Sequence[ShapeProfile],
     *,
+    interface: Interface,
     distribution: Distribution | None = None,
     gpu: str | None = None,
     progress: Progress | None = None,
@@ -54,19 +55,21 @@ def build_engine(
     """Build an engine from the typed model at `model` and write it to `plan`.
 
     Args:
+        interface: the inputs and outputs that the engine has to have; their shapes do not matter here.
         distribution: which TensorRT builds; None for the preferred one of those installed.
         gpu: UUID of the only GPU that the build may see; None leaves the environment as it is.
         progress: called a few times a second. What it raises, KeyboardInterrupt included, ends the build at once.
 
     Raises:
-        UnsupportedModelError: TensorRT's parser refuses nodes of the model; each is named with its operator.
+        UnsupportedModelError: TensorRT's parser refuses nodes of the model, each of which is named with its operator,
+            or makes other inputs or outputs of it.
         BuildError: TensorRT built nothing; its last words are in the text.
         RecipeError: an option or profile is refused, or a target cannot be built for.
         MissingDependencyError: no TensorRT is installed. RuntimeUnavailableError: the one that is needs a GPU to build.
     """
     tensorrt = trt.load(distribution)
     check_recipe(tensorrt, recipe)
-    job = _job(model, plan, recipe, profiles, tensorrt.distribution)
+    job = _job(model, plan, recipe, profiles, interface, tensorrt.distribution)
     with _worker(job, gpu) as worker:
         outcome = _follow(worker, progress)
         words = worker.last_words()
@@ -92,7 +95,14 @@ def build_engine(
     return Built(engine, {name: tuple(shape) for name, shape in outcome["shapes"].items()})
 
 
-def _job(model: Path, plan: Path, recipe: Recipe, profiles: Sequence[ShapeProfile], distribution: Distribution) -> Job:
+def _job(
+    model: Path,
+    plan: Path,
+    recipe: Recipe,
+    profiles: Sequence[ShapeProfile],
+    interface: Interface,
+    distribution: Distribution,
+) -> Job:
     return Job(
         # Not resolved: external weights are beside the path that was given, not beside what a link points to.
         model=str(model.absolute()),
@@ -114,6 +124,8 @@ def _job(model: Path, plan: Path, recipe: Recipe, profiles: Sequence[ShapeProfil
         version_compatible=recipe.version_compatible,
         hardware_compatibility=recipe.hardware_compatibility.value,
         targets=list(recipe.targets),
+        inputs=[[spec.name, spec.dtype] for spec in interface.inputs],
+        outputs=[[spec.name, spec.dtype] for spec in interface.outputs],
     )
 
 
@@ -208,6 +220,12 @@ def _raise(tensorrt: trt.TensorRT, outcome: dict[str, Any], words: Sequence[str]
                 "are not loaded here: export the model with operators of ONNX, or log it with mlflow.onnx"
             )
         raise UnsupportedModelError(f"{tensorrt} cannot run{which}: {message}{said}", nodes=nodes, log=log)
+    if kind == "interface":
+        raise UnsupportedModelError(
+            f"{tensorrt} reads this model in another way than ONNX means it: {message}. Its engine would be no good; "
+            "export the model with other operators there, or log it with mlflow.onnx, which runs it on ONNX Runtime",
+            log=log,
+        )
     if kind == "shape_tensor":
         raise RecipeError(
             f"input {tensor!r} is a shape tensor: {message}. Give its smallest, usual and largest values: "

@@ -29,7 +29,10 @@ _REPORT_SECONDS = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to build, in plain values that survive JSON."""
+    """What to build, in plain values that survive JSON.
+
+    `inputs` and `outputs` are names and dtypes, as the network has to have them.
+    """
 
     model: str
     plan: str
@@ -50,6 +53,8 @@ class Job:
     version_compatible: bool
     hardware_compatibility: str
     targets: list[str]
+    inputs: list[list[str]]
+    outputs: list[list[str]]
 
 
 class BuildFailure(Exception):  # noqa: N818  # not an error of this process but the report of one
@@ -100,6 +105,7 @@ def build(tensorrt: TensorRT, job: Job, report: Any) -> dict[str, Any]:
     if not parser.parse_from_file(job.model):
         raise _parser_failure(tensorrt, parser)
     tensorrt.allow_decomposed_attention(network)
+    _check_interface(tensorrt, network, job)
     config = builder.create_builder_config()
     _configure(tensorrt, config, job)
     _add_profiles(tensorrt, builder, network, config, job.profiles)
@@ -134,6 +140,28 @@ def _inputs(network: trt_api.INetworkDefinition) -> list[trt_api.ITensor]:
 
 def _outputs(network: trt_api.INetworkDefinition) -> list[trt_api.ITensor]:
     return [network.get_output(index) for index in range(network.num_outputs)]
+
+
+def _check_interface(tensorrt: TensorRT, network: trt_api.INetworkDefinition, job: Job) -> None:
+    """Raise BuildFailure where inputs or outputs have other names, types or another order than they are recorded with.
+
+    TensorRT's parser renames what it cannot tell apart, and gives an output the type that its own reading leads to.
+    """
+    for role, tensors, wanted in (
+        ("inputs", _inputs(network), job.inputs),
+        ("outputs", _outputs(network), job.outputs),
+    ):
+        found = [[tensor.name, tensorrt.dtype_name(tensor.dtype)] for tensor in tensors]
+        if found != wanted:
+            raise BuildFailure(
+                "interface",
+                f"its network has the {role} {_text(found)}, and the model {_text(wanted)}",
+                log=tensorrt.log.errors(),
+            )
+
+
+def _text(tensors: list[list[str]]) -> str:
+    return ", ".join(f"{name}: {dtype}" for name, dtype in tensors) or "none"
 
 
 def _parser_failure(tensorrt: TensorRT, parser: trt_api.OnnxParser) -> BuildFailure:

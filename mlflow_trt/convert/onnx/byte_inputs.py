@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from mlflow_trt.convert.onnx.graph import copy_of
-from mlflow_trt.convert.onnx.model import attribute_of
+from mlflow_trt.convert.onnx.model import attribute_of, copy_of
 
 _MOVES = frozenset(
     {

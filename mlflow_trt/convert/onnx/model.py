@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from mlflow_trt.core.types import LARGEST_DIMENSION, Dim, TensorSpec
 from mlflow_trt.errors import OnnxModelError
@@ -113,7 +113,7 @@ def read_onnx(model: str | os.PathLike[str] | ModelProto, workdir: Path) -> Onnx
     if any(_is_linked(path.parent, name) for name in external_files):
         path = _without_links(path, external_files, workdir)
     inputs, outputs = describe(proto, path)
-    _check(path)
+    _check(path, proto, workdir)
     return OnnxModel(
         path=path,
         proto=proto,
@@ -164,9 +164,27 @@ def subgraphs_of(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
             yield from attribute.graphs
 
 
+def graphs_below(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
+    """The graphs inside of nodes, and those inside of their nodes."""
+    for graph in subgraphs_of(nodes):
+        yield graph
+        yield from graphs_below(graph.node)
+
+
+def bodies_of(proto: ModelProto) -> Iterator[GraphProto | FunctionProto]:
+    """Everything in a model that has nodes."""
+    yield from (proto.graph, *graphs_below(proto.graph.node), *proto.functions)
+
+
 def attribute_of(node: NodeProto, name: str) -> AttributeProto:
     """The attribute of that name; an empty one where the node has none."""
     return next((attribute for attribute in node.attribute if attribute.name == name), AttributeProto())
+
+
+def copy_of(node: NodeProto) -> NodeProto:
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    return copy
 
 
 def _write_proto(proto: ModelProto, workdir: Path) -> Path:
@@ -305,10 +323,45 @@ def _number(entries: Mapping[str, str], key: str, tensor: TensorProto, path: Pat
     return int(text)
 
 
-def _check(path: Path) -> None:
+_DEPRECATED = "GroupNormalization"
+"""Of opset 18 to 20: ONNX Runtime runs it, and `rewrite` says it in other words to TensorRT."""
+
+
+def _check(path: Path, proto: ModelProto, workdir: Path) -> None:
     try:
         onnx.checker.check_model(str(path))
     except (onnx.checker.ValidationError, UnicodeDecodeError) as error:
+        if _DEPRECATED in str(error) and "deprecated" in str(error):
+            _check_without_deprecated(path, proto, workdir)
+            return
+        raise OnnxModelError(f"{path} is no valid ONNX model: {str(error).strip()}", path=path) from error
+
+
+def _check_without_deprecated(path: Path, proto: ModelProto, workdir: Path) -> None:
+    """Check all but the deprecated nodes: with an operator of the same inputs in their place.
+
+    Initializers are inputs here: the checker would look for the files of external ones.
+    """
+    copy = ModelProto()
+    copy.CopyFrom(proto)
+    for body in bodies_of(copy):
+        for node in body.node:
+            if node.op_type == _DEPRECATED and not node.domain:
+                kept = [attribute for attribute in node.attribute if attribute.name == "epsilon"]
+                attributes = [AttributeProto.FromString(attribute.SerializeToString()) for attribute in kept]
+                del node.attribute[:]
+                node.attribute.extend(attributes)
+                node.op_type = "InstanceNormalization"
+    inputs = {value.name for value in copy.graph.input}
+    for tensor in copy.graph.initializer:
+        if tensor.name not in inputs:
+            copy.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    copy.graph.ClearField("initializer")
+    checked = workdir / "checked.onnx"
+    onnx.save_model(copy, checked)
+    try:
+        onnx.checker.check_model(str(checked))
+    except onnx.checker.ValidationError as error:
         raise OnnxModelError(f"{path} is no valid ONNX model: {str(error).strip()}", path=path) from error
 
 

@@ -6,9 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+import onnx
+import onnx.shape_inference
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from mlflow_trt.convert.onnx.graph import FlatModel, allows, consumers_of, copy_of, outer_names, producers_of, schema_of
+from mlflow_trt.convert.onnx.graph import FlatModel, allows, consumers_of, outer_names, producers_of, schema_of
+from mlflow_trt.convert.onnx.model import copy_of
+from mlflow_trt.convert.onnx.weights import WeightFile
 from mlflow_trt.convert.precision.ranges import Evidence
 from mlflow_trt.convert.precision.report import report_of
 from mlflow_trt.convert.precision.sensitivity import HalfFormat, Sensitivity
@@ -37,30 +41,32 @@ class HalfPass:
 
     target: HalfFormat
 
-    @property
-    def minimum_opset(self) -> int:
-        return self.target.minimum_opset
+    def opsets(self, *, has_float16: bool) -> tuple[int, ...]:
+        del has_float16  # it is widened first
+        return self.target.opsets
 
     def on(self, model: FlatModel, evidence: Evidence) -> Callable[[Mapping[str, str]], TypedGraph]:
         sensitivity = Sensitivity(model, evidence, self.target)
         floats = _float_nodes(model)
         inherent = {node.name: reason for node in floats if (reason := sensitivity.reason(node)) is not None}
+        constants = _HalfConstants(model, self.target)
+        native = _native_nodes(model, self.target)
 
         def typed(kept: Mapping[str, str]) -> TypedGraph:
             reasons = inherent | {node.name: kept[node.name] for node in floats if node.name in kept}
             _join_islands(model, reasons)
             changed = frozenset(node.name for node in floats) - reasons.keys()
-            proto = _Retyping(model, self.target, reasons).run()
+            proto = _Retyping(model, self.target, reasons, constants).run()
             report = report_of(
                 model,
                 proto,
                 precision=self.target.precision,
                 evidence=evidence,
-                changed=changed,
+                changed=changed | native,
                 type_name=self.target.name,
                 kept=reasons,
             )
-            emulation = _Retyping(model, self.target, reasons, emulated=True).run()
+            emulation = _Retyping(model, self.target, reasons, constants, emulated=True).run()
             return TypedGraph(proto=proto, emulation=emulation, report=report, changed=changed)
 
         return typed
@@ -71,6 +77,16 @@ def _float_nodes(model: FlatModel) -> list[NodeProto]:
     return [
         node for node in model.proto.graph.node if any(model.is_float32(name) for name in (*node.input, *node.output))
     ]
+
+
+def _native_nodes(model: FlatModel, target: HalfFormat) -> frozenset[str]:
+    """The nodes that come in the target's type, and so run in it without a change."""
+    return frozenset(
+        node.name
+        for node in model.proto.graph.node
+        if any(model.types.get(name) == target.onnx_type for name in (*node.input, *node.output))
+        and not any(model.is_float32(name) for name in (*node.input, *node.output))
+    )
 
 
 def _join_islands(model: FlatModel, reasons: dict[str, str]) -> None:
@@ -97,17 +113,23 @@ class _Retyping:
     """
 
     def __init__(
-        self, model: FlatModel, target: HalfFormat, reasons: Mapping[str, str], *, emulated: bool = False
+        self,
+        model: FlatModel,
+        target: HalfFormat,
+        reasons: Mapping[str, str],
+        constants: _HalfConstants,
+        *,
+        emulated: bool = False,
     ) -> None:
         self._model = model
         self._emulated = emulated
         self._target = target
         self._reasons = reasons
-        self._constants = model.constants
+        self._constants = constants
         self._nodes: list[NodeProto] = []
         self._initializers: list[TensorProto] = []
         self._halves: dict[str, str] = {}
-        self._wide: set[str] = {value.name for value in model.proto.graph.input} | set(self._constants)
+        self._wide: set[str] = {value.name for value in model.proto.graph.input} | constants.names
         self._taken = set(model.types) | {name for node in model.proto.graph.node for name in node.output}
 
     def run(self) -> ModelProto:
@@ -144,14 +166,32 @@ class _Retyping:
                 added.input[position] = self._as_half(name)
             else:
                 self._as_wide(name)
+        _let_scale_decide(added)
+        narrow = self._narrow_outputs(added, schema)
         for position, name in enumerate(node.output):
-            if _type_is_inferred(node) and allows(schema, position, output=True, type_name=self._target.type_name):
+            if name in narrow:
                 added.output[position] = self._new_half(name)
             else:
                 self._wide.add(name)
         self._nodes.append(added)
         if self._emulated:
             self._round_outputs(added, node)
+
+    def _narrow_outputs(self, node: NodeProto, schema: onnx.defs.OpSchema) -> set[str]:
+        """The outputs that have 16 bits now that the inputs are what they are: onnx knows for each operator."""
+        halves = set(self._halves.values())
+        types = {
+            name: self._target.onnx_type if name in halves else self._model.types.get(name, TensorProto.UNDEFINED)
+            for name in node.input
+            if name
+        }
+        known = {name: helper.make_tensor_type_proto(kind, None) for name, kind in types.items() if kind}
+        opsets = list(self._model.proto.opset_import)
+        try:
+            inferred = onnx.shape_inference.infer_node_outputs(schema, node, known, opset_imports=opsets)
+        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+            return set()
+        return {name for name, kind in inferred.items() if kind.tensor_type.elem_type == self._target.onnx_type}
 
     def _round_outputs(self, added: NodeProto, node: NodeProto) -> None:
         for position, half in enumerate(added.output):
@@ -172,8 +212,8 @@ class _Retyping:
             return name
         if name not in self._halves:
             half = self._new_half(name)
-            if name in self._constants:
-                self._initializers.append(self._converted(name, half))
+            if name in self._constants.names:
+                self._add_constant(name, half)
             else:
                 self._to_half(name, half)
         return self._halves[name]
@@ -202,19 +242,40 @@ class _Retyping:
     def _cast(self, source: str, target: str, to: int) -> None:
         self._nodes.append(helper.make_node("Cast", [source], [target], name=f"{target}_cast", to=to))
 
-    def _converted(self, name: str, half: str) -> TensorProto:
-        with np.errstate(over="ignore"):
-            array = self._constants[name].astype(self._target.dtype)
+    def _add_constant(self, name: str, half: str) -> None:
         if self._emulated:
-            return numpy_helper.from_array(array.astype(np.float32), half)
-        if self._target.onnx_type == TensorProto.FLOAT16:
-            return numpy_helper.from_array(array, half)
-        return helper.make_tensor(half, self._target.onnx_type, array.shape, array.tobytes(), raw=True)
+            self._initializers.append(self._constants.tensor(name, f"{half}_narrow"))
+            self._cast(f"{half}_narrow", half, TensorProto.FLOAT)
+        else:
+            self._initializers.append(self._constants.tensor(name, half))
 
 
-def _type_is_inferred(node: NodeProto) -> bool:
-    """Whether the type of a node's outputs follows from its inputs, and is not an attribute of the node."""
-    return not any(attribute.name in {"to", "dtype"} for attribute in node.attribute) and node.op_type not in {
-        "ConstantOfShape",
-        "DequantizeLinear",
-    }
+def _let_scale_decide(node: NodeProto) -> None:
+    """Take off a DequantizeLinear what would keep its output float32 whatever its scale is."""
+    if node.op_type == "DequantizeLinear":
+        kept = [copy for copy in node.attribute if copy.name != "output_dtype"]
+        if len(kept) != len(node.attribute):
+            attributes = [onnx.AttributeProto.FromString(one.SerializeToString()) for one in kept]
+            del node.attribute[:]
+            node.attribute.extend(attributes)
+
+
+class _HalfConstants:
+    """The float32 constants of a model in 16 bits. Each is converted once, however many graphs are made."""
+
+    def __init__(self, model: FlatModel, target: HalfFormat) -> None:
+        self.names = {name for name in model.constants if model.is_float32(name)}
+        self._constants = model.constants
+        self._target = target
+        self._file = WeightFile(model.folder / f"{target.name}.weights")
+        self._tensors: dict[str, TensorProto] = {}
+
+    def tensor(self, constant: str, name: str) -> TensorProto:
+        if constant not in self._tensors:
+            with np.errstate(over="ignore"):
+                array = self._constants[constant].astype(self._target.dtype)
+            self._tensors[constant] = self._file.add(name, array, self._target.onnx_type)
+        named = TensorProto()
+        named.CopyFrom(self._tensors[constant])
+        named.name = name
+        return named

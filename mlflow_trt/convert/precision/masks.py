@@ -28,7 +28,10 @@ def clamp_masks(model: FlatModel, largest: float) -> tuple[FlatModel, tuple[str,
     names = tuple(
         name
         for name, array in model.constants.items()
-        if array.size and (np.isfinite(array) & (np.abs(array) > largest)).any() and _ends_in_softmax(model, name)
+        if model.is_float32(name)
+        and array.size
+        and (np.isfinite(array) & (np.abs(array) > largest)).any()
+        and _ends_in_softmax(model, name)
     )
     if not names:
         return model, ()

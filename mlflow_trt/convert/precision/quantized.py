@@ -19,14 +19,18 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from mlflow_trt.convert.onnx.graph import FlatModel, copy_of, outer_names
-from mlflow_trt.convert.onnx.model import attribute_of
+from mlflow_trt.convert.onnx.graph import FlatModel, outer_names
+from mlflow_trt.convert.onnx.model import attribute_of, bodies_of, copy_of
+from mlflow_trt.convert.onnx.weights import WeightFile
 from mlflow_trt.convert.precision.ranges import Evidence
 from mlflow_trt.convert.precision.report import report_of
 from mlflow_trt.convert.precision.typed_graph import TypedGraph
 from mlflow_trt.core.types import CalibrationMethod, Precision
 
 QUANTIZABLE = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_FLOAT16_SCALES = 19
+"""Since this opset, what is quantized may be float16."""
+_SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +67,8 @@ FP8_FORMAT = QuantizedFormat(
 class QuantizingPass:
     """Quantizes the nodes of QUANTIZABLE operators whose weight is a constant.
 
-    1. A node stays in float32 where `kept` gives a reason, its weight is computed (as in attention), what it reads is
-       not float32, or its weight is not finite or all 0.
+    1. A node stays as it is where `kept` gives a reason, its weight is computed (as in attention), what it reads is
+       neither float32 nor float16, or its weight is not finite or all 0.
     2. No more than its weight is quantized where its operator is in `weight_only`, which has reasons by operator; and
        in int8, where its activation cannot be calibrated, since it was not finite or always 0 on the samples. In fp8
        such a node stays in float32.
@@ -76,19 +80,18 @@ class QuantizingPass:
     method: CalibrationMethod
     weight_only: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def minimum_opset(self) -> int:
-        return self.target.minimum_opset
+    def opsets(self, *, has_float16: bool) -> tuple[int, ...]:
+        return (max(self.target.minimum_opset, _FLOAT16_SCALES) if has_float16 else self.target.minimum_opset,)
 
     def on(self, model: FlatModel, evidence: Evidence) -> Callable[[Mapping[str, str]], TypedGraph]:
-        constants = model.constants
+        weights = _QuantizedWeights(model, self.target)
         candidates = [node for node in model.proto.graph.node if node.op_type in QUANTIZABLE and not node.domain]
         cutoffs = {**evidence.largest, **evidence.cutoffs}
         inherent: dict[str, str] = {}
         weights_alone: dict[str, str] = {}
         for node in candidates:
-            reason = _reason(node, model, constants, evidence.largest)
-            partial = self.weight_only.get(node.op_type) or _uncalibrated(node.input[0], evidence.largest)
+            reason = _reason(node, model, evidence)
+            partial = self.weight_only.get(node.op_type) or _uncalibrated(node.input[0], model, evidence, self.target)
             if reason is None and partial is not None and self.target.precision is not Precision.INT8:
                 reason = partial
             if reason is not None:
@@ -100,7 +103,7 @@ class QuantizingPass:
             reasons = inherent | {node.name: kept[node.name] for node in candidates if node.name in kept}
             changed = frozenset(node.name for node in candidates) - reasons.keys()
             partly = {name: reason for name, reason in weights_alone.items() if name in changed}
-            proto = _Quantization(model, self.target, constants, cutoffs, changed, frozenset(partly)).run()
+            proto = _Quantization(model, self.target, weights, cutoffs, changed, frozenset(partly)).run()
             report = report_of(
                 model,
                 proto,
@@ -119,31 +122,32 @@ class QuantizingPass:
 
 
 def is_quantized(model: ModelProto) -> bool:
-    """Whether a model brings its own Q/DQ."""
-    return any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    """Whether a model brings its own Q/DQ, also in its functions and in graphs inside of its nodes."""
+    return any(node.op_type == "QuantizeLinear" for body in bodies_of(model) for node in body.node)
 
 
-def _reason(
-    node: NodeProto, model: FlatModel, constants: Mapping[str, npt.NDArray[np.generic]], largest: Mapping[str, float]
-) -> str | None:
+def _reason(node: NodeProto, model: FlatModel, evidence: Evidence) -> str | None:
     activation, weight = node.input[0], node.input[1]
-    if not model.is_float32(activation) or not model.is_float32(weight):
-        return "it does not compute in float32"
-    if activation in constants or weight not in constants:
+    kinds = {model.types.get(activation), model.types.get(weight)}
+    if kinds not in ({TensorProto.FLOAT}, {TensorProto.FLOAT16}):
+        return "it does not compute in float32 or float16"
+    if activation in model.constants or weight not in model.constants:
         return f"its weight {weight} is computed, not constant"
-    if not _has_range(weight, largest):
-        return f"{weight} has no range: its largest value is {largest.get(weight, 0.0):g}"
+    if evidence.not_finite.get(weight) or not evidence.largest.get(weight):
+        seen = "values that are not finite" if evidence.not_finite.get(weight) else "no value but 0"
+        return f"{weight} has no range: it has {seen}"
     return None
 
 
-def _uncalibrated(activation: str, largest: Mapping[str, float]) -> str | None:
-    if _has_range(activation, largest):
-        return None
-    return f"{activation} cannot be calibrated: the largest value seen is {largest.get(activation, 0.0):g}"
-
-
-def _has_range(tensor: str, largest: Mapping[str, float]) -> bool:
-    return 0 < largest.get(tensor, 0.0) < float("inf")
+def _uncalibrated(activation: str, model: FlatModel, evidence: Evidence, target: QuantizedFormat) -> str | None:
+    count, largest = evidence.not_finite.get(activation, 0), evidence.largest.get(activation, 0.0)
+    if count:
+        return f"{activation} cannot be calibrated: {count} of the values seen are not finite"
+    if not largest:
+        return f"{activation} cannot be calibrated: the largest value seen is 0"
+    if model.types.get(activation) == TensorProto.FLOAT16 and largest / target.largest < _SMALLEST_NORMAL:
+        return f"{activation} cannot be calibrated: values of up to {largest:.4g} want a scale that float16 lacks"
+    return None
 
 
 def _about_weights(weight_only: Mapping[str, str], target: QuantizedFormat) -> tuple[str, ...]:
@@ -161,14 +165,14 @@ class _Quantization:
         self,
         model: FlatModel,
         target: QuantizedFormat,
-        constants: Mapping[str, npt.NDArray[np.generic]],
+        weights: _QuantizedWeights,
         cutoffs: Mapping[str, float],
         changed: frozenset[str],
         weight_only: frozenset[str],
     ) -> None:
         self._model = model
         self._target = target
-        self._constants = constants
+        self._weights = weights
         self._cutoffs = cutoffs
         self._changed = changed
         self._weight_only = weight_only
@@ -197,7 +201,7 @@ class _Quantization:
             operands = ((0, self._activation), (1, self._weight))
             for position, make in operands[1:] if node.name in self._weight_only else operands:
                 tensor = node.input[position]
-                axis = _channel_axis(node, self._constants[tensor].ndim) if position else None
+                axis = _channel_axis(node, self._model.constants[tensor].ndim) if position else None
                 key = (tensor, axis)
                 if key not in self._dequantized:
                     self._dequantized[key] = self._name(f"{tensor}_dequantized")
@@ -207,41 +211,31 @@ class _Quantization:
 
     def _activation(self, tensor: str, axis: int | None, result: str) -> Iterator[NodeProto]:
         del axis  # an activation has one scale
-        scale = self._scale(tensor, np.array(self._cutoffs[tensor] / self._target.largest, np.float32))
+        scale = self._name(f"{tensor}_scale")
+        scales = np.array(self._cutoffs[tensor] / self._target.largest, np.float32)
+        self._initializers.append(self._weights.scales(scale, scales, self._model.types[tensor]))
         zero = self._zero(tensor, ())
         between = self._name(f"{tensor}_{self._target.name}")
         yield helper.make_node("QuantizeLinear", [tensor, scale, zero], [between], name=f"{between}_node")
         yield helper.make_node("DequantizeLinear", [between, scale, zero], [result], name=f"{result}_node")
 
     def _weight(self, tensor: str, axis: int | None, result: str) -> Iterator[NodeProto]:
-        weight = self._constants[tensor].astype(np.float32)
-        others = None if axis is None else tuple(index for index in range(weight.ndim) if index != axis)
-        largest = np.abs(weight).max(axis=others)
-        largest = np.where(largest == 0, np.float32(self._target.largest), largest)  # a channel of zeros
-        scales = (largest / self._target.largest).astype(np.float32)
-        shape = [1] * weight.ndim
-        if axis is not None:
-            shape[axis] = -1
-        values = self._target.quantize(weight / scales.reshape(shape if axis is not None else ()))
-        stored = self._store(self._name(f"{tensor}_{self._target.name}"), values)
-        inputs = [stored, self._scale(tensor, scales), self._zero(tensor, scales.shape)]
+        stored, scale = self._name(f"{tensor}_{self._target.name}"), self._name(f"{tensor}_scale")
+        values, scales = self._weights.quantized(tensor, axis)
+        for name, made in ((stored, values), (scale, scales)):
+            named = TensorProto()
+            named.CopyFrom(made)
+            named.name = name
+            self._initializers.append(named)
+        inputs = [stored, scale, self._zero(tensor, tuple(scales.dims))]
         node = helper.make_node("DequantizeLinear", inputs, [result], name=f"{result}_node")
         if axis is not None:
             node.attribute.append(helper.make_attribute("axis", axis))
         yield node
 
-    def _scale(self, tensor: str, scales: npt.NDArray[np.float32]) -> str:
-        name = self._name(f"{tensor}_scale")
-        self._initializers.append(numpy_helper.from_array(scales, name))
-        return name
-
     def _zero(self, tensor: str, shape: tuple[int, ...]) -> str:
-        return self._store(self._name(f"{tensor}_zero"), np.zeros(shape, self._target.dtype))
-
-    def _store(self, name: str, values: npt.NDArray[np.generic]) -> str:
-        self._initializers.append(
-            helper.make_tensor(name, self._target.onnx_type, values.shape, values.tobytes(), raw=True)
-        )
+        name, zeros = self._name(f"{tensor}_zero"), np.zeros(shape, self._target.dtype)
+        self._initializers.append(helper.make_tensor(name, self._target.onnx_type, shape, zeros.tobytes(), raw=True))
         return name
 
     def _name(self, name: str) -> str:
@@ -249,6 +243,42 @@ class _Quantization:
             name += "_"
         self._taken.add(name)
         return name
+
+
+class _QuantizedWeights:
+    """The weights of a model in 8 bits, and their scales. Each is quantized once, however many graphs are made."""
+
+    def __init__(self, model: FlatModel, target: QuantizedFormat) -> None:
+        self._model = model
+        self._target = target
+        self._file = WeightFile(model.folder / f"{target.name}.weights")
+        self._made: dict[tuple[str, int | None], tuple[TensorProto, TensorProto]] = {}
+
+    def quantized(self, tensor: str, axis: int | None) -> tuple[TensorProto, TensorProto]:
+        """Values and scales, with one scale for each index of `axis`, or one in all."""
+        if (tensor, axis) not in self._made:
+            self._made[tensor, axis] = self._quantize(tensor, axis)
+        return self._made[tensor, axis]
+
+    def scales(self, name: str, scales: npt.NDArray[np.float32], onnx_type: int) -> TensorProto:
+        """Of the type of what is quantized: the output of DequantizeLinear has the type of its scale."""
+        typed = scales.astype(helper.tensor_dtype_to_np_dtype(onnx_type))
+        return helper.make_tensor(name, onnx_type, typed.shape, typed.tobytes(), raw=True)
+
+    def _quantize(self, tensor: str, axis: int | None) -> tuple[TensorProto, TensorProto]:
+        weight = self._model.constants[tensor].astype(np.float32)
+        others = None if axis is None else tuple(index for index in range(weight.ndim) if index != axis)
+        largest = np.abs(weight).max(axis=others)
+        largest = np.where(largest == 0, np.float32(self._target.largest), largest)  # a channel of zeros
+        wanted = (largest / self._target.largest).astype(np.float32)
+        scales = self.scales(f"{tensor}_scale", wanted, self._model.types[tensor])
+        shape = [1] * weight.ndim
+        if axis is not None:
+            shape[axis] = -1
+        exact = numpy_helper.to_array(scales).astype(np.float32)
+        exact = np.where(exact == 0, np.float32(1), exact)  # of a channel that float16 has no scale for
+        values = self._target.quantize(weight / exact.reshape(shape if axis is not None else ()))
+        return self._file.add(f"{tensor}_{self._target.name}", values, self._target.onnx_type), scales
 
 
 def _channel_axis(node: NodeProto, dimensions: int) -> int | None:

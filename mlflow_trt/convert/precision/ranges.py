@@ -2,55 +2,89 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from onnx import ModelProto, TensorProto, helper
+import onnx
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from mlflow_trt.backends.onnxruntime import CpuModel
-from mlflow_trt.convert.onnx.graph import FlatModel, positions_of, save
+from mlflow_trt.convert.onnx.graph import FlatModel, positions_of
+from mlflow_trt.convert.precision.share import Share, share_of
 from mlflow_trt.convert.samples import Samples
 from mlflow_trt.core.arrays import Array, Feeds
 from mlflow_trt.errors import ExecutionError
 
 _PREFIX = "mlflow_trt_"
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
+_STEPS = ("wide", "magnitude", "is_finite", "finite", "largest", "is_not", "counted", "not_finite")
+_WHERE_SINCE = 9
 _AT_ONCE = 32
 """How many tensors are fetched from one run: they are all in memory together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What was seen. `largest` maps every float32 tensor to its largest magnitude on `samples`.
+    """What was seen. `largest` maps every float32 and float16 tensor to its largest finite magnitude on `samples`.
 
-    `positions` has the different values that floats computed from integers alone had. `cutoffs` has
-    the magnitudes that a calibration method chose for some tensors, below which their values tell most.
+    `not_finite` counts the values that were NaN or infinite, of the tensors that had any. `positions` has the different
+    values that floats computed from integers alone had. `cutoffs` has the magnitudes that a calibration method chose
+    for some tensors, below which their values tell most. `share` tells how much of the arithmetic nodes do.
     """
 
     samples: Samples
     largest: Mapping[str, float]
+    not_finite: Mapping[str, int]
     positions: Mapping[str, Array]
+    share: Share
     cutoffs: Mapping[str, float] = field(default_factory=dict)
 
 
-def gather_evidence(model: FlatModel, samples: Samples, workdir: Path) -> Evidence:
-    """Run the model on all samples and note the largest magnitude of every float32 tensor, constants included.
+@dataclass(frozen=True)
+class _Range:
+    """The largest finite magnitude of a tensor, and how many of its values are not finite."""
+
+    largest: float = 0.0
+    not_finite: int = 0
+
+    @classmethod
+    def of(cls, array: Array) -> _Range:
+        magnitudes = np.abs(array)
+        finite = magnitudes[np.isfinite(magnitudes)]
+        return cls(float(finite.max()) if finite.size else 0.0, int(array.size - finite.size))
+
+    def joined(self, other: _Range) -> _Range:
+        return _Range(max(self.largest, other.largest), self.not_finite + other.not_finite)
+
+
+def gather_evidence(model: FlatModel, samples: Samples) -> Evidence:
+    """Run the model on all samples and note the range of every float tensor, constants included.
 
     Raises MissingDependencyError without ONNX Runtime, ExecutionError where it cannot run the model.
     """
-    largest = {name: _magnitude(array) for name, array in model.constants.items()}
-    floats = {spec for feeds in samples.feeds for spec in feeds if feeds[spec].dtype == np.float32}
-    for name in floats:
-        largest[name] = max(_magnitude(feeds[name]) for feeds in samples.feeds)
-    computed = [name for name in computed_tensors(model.proto) if model.is_float32(name)]
-    for name, seen in _measured(model.proto, computed, samples, workdir):
-        largest[name] = max(largest.get(name, 0.0), seen)
+    ranges = {name: _Range.of(array) for name, array in model.constants.items()}
+    computed = [name for name in computed_tensors(model.proto) if model.types.get(name) in _FLOATS]
+    given = ((name, _Range.of(array)) for feeds in samples.feeds for name, array in feeds.items() if _is_float(array))
+    for name, seen in itertools.chain(given, _measured(model, computed, samples)):
+        ranges[name] = ranges.get(name, _Range()).joined(seen)
     positions: dict[str, Array] = {}
     for feeds in samples.feeds:
-        for name, values in fetch(model.proto, positions_of(model), feeds, workdir / "positions.onnx"):
+        for name, values in fetch(model.proto, positions_of(model), feeds, model.folder / "positions.onnx"):
             positions[name] = np.union1d(positions.get(name, values), values)
-    return Evidence(samples=samples, largest=largest, positions=positions)
+    return Evidence(
+        samples=samples,
+        largest={name: seen.largest for name, seen in ranges.items()},
+        not_finite={name: seen.not_finite for name, seen in ranges.items() if seen.not_finite},
+        positions=positions,
+        share=share_of(model, samples.feeds[0]),
+    )
+
+
+def _is_float(array: Array) -> bool:
+    return array.dtype in (np.float32, np.float16)
 
 
 def computed_tensors(model: ModelProto) -> list[str]:
@@ -59,39 +93,69 @@ def computed_tensors(model: ModelProto) -> list[str]:
 
 
 def fetch(model: ModelProto, names: Sequence[str], feeds: Feeds, path: Path) -> Iterator[tuple[str, Array]]:
-    """Tensors inside a model, for one feed, computed node by node; `path` is a file to use for it."""
+    """Tensors inside a model, for one feed, computed node by node; `path` is a file to use, beside its weights."""
     if not names:
         return
     exposed = _with_outputs(model, names)
-    save(exposed, path)
+    onnx.save_model(exposed, path)
     runner = CpuModel(path, optimize=False)
     for start in range(0, len(names), _AT_ONCE):
         yield from runner.run(names[start : start + _AT_ONCE], feeds).items()
 
 
-def _measured(model: ModelProto, names: Sequence[str], samples: Samples, workdir: Path) -> Iterator[tuple[str, float]]:
-    path = workdir / "ranges.onnx"
-    save(_measuring(model, names), path)
-    outputs = [f"{_PREFIX}largest_{number}" for number in range(len(names))]
-    runner = CpuModel(path)
+def _measured(model: FlatModel, names: Sequence[str], samples: Samples) -> Iterator[tuple[str, _Range]]:
+    path = model.folder / "ranges.onnx"
+    outputs = [f"{_PREFIX}{what}_{number}" for number in range(len(names)) for what in ("largest", "not_finite")]
+    runner = None
+    if model.opset >= _WHERE_SINCE:
+        onnx.save_model(_measuring(model, names), path)
+        runner = CpuModel(path)
     for feeds in samples.feeds:
-        try:
-            seen = runner.run(outputs, feeds)
-            yield from ((name, float(seen[output])) for name, output in zip(names, outputs, strict=True))
-        except ExecutionError:
-            # An empty tensor has no largest value: look at each tensor itself.
-            tensors = fetch(model, names, feeds, workdir / "tensors.onnx")
-            yield from ((name, _magnitude(array)) for name, array in tensors)
+        seen = None if runner is None else _run_or_none(runner, outputs, feeds)
+        if seen is not None:
+            for name, largest, count in zip(names, seen[::2], seen[1::2], strict=True):
+                yield name, _Range(largest, int(count))
+            continue
+        # An empty tensor has no largest value: look at each tensor itself.
+        tensors = fetch(model.proto, names, feeds, model.folder / "tensors.onnx")
+        yield from ((name, _Range.of(array)) for name, array in tensors)
 
 
-def _measuring(model: ModelProto, names: Sequence[str]) -> ModelProto:
-    """The model with the largest magnitude of each of these tensors as a further output."""
-    measuring = _with_outputs(model, [])
+def _run_or_none(runner: CpuModel, outputs: Sequence[str], feeds: Feeds) -> list[float] | None:
+    try:
+        return [float(number) for number in runner.run(outputs, feeds).values()]
+    except ExecutionError:
+        return None
+
+
+def _measuring(model: FlatModel, names: Sequence[str]) -> ModelProto:
+    """The model with the largest finite magnitude of each of these tensors as a further output, and what is not finite.
+
+    Comparing with infinity is false for NaN; the maximum of an array that has one is whatever it happens to be.
+    """
+    measuring = _with_outputs(model.proto, [])
+    graph = measuring.graph
+    constants = {"infinity": np.array(np.inf, np.float32), "zero": np.zeros((), np.float32)}
+    graph.initializer.extend(numpy_helper.from_array(array, f"{_PREFIX}{name}") for name, array in constants.items())
     for number, name in enumerate(names):
-        magnitude, largest = f"{_PREFIX}magnitude_{number}", f"{_PREFIX}largest_{number}"
-        measuring.graph.node.append(helper.make_node("Abs", [name], [magnitude]))
-        measuring.graph.node.append(helper.make_node("ReduceMax", [magnitude], [largest], keepdims=0))
-        measuring.graph.output.append(helper.make_tensor_value_info(largest, TensorProto.FLOAT, []))
+        made = {what: f"{_PREFIX}{what}_{number}" for what in _STEPS}
+        source = name
+        if model.types[name] != TensorProto.FLOAT:
+            source = made["wide"]
+            graph.node.append(helper.make_node("Cast", [name], [source], to=TensorProto.FLOAT))
+        graph.node.extend(
+            [
+                helper.make_node("Abs", [source], [made["magnitude"]]),
+                helper.make_node("Less", [made["magnitude"], f"{_PREFIX}infinity"], [made["is_finite"]]),
+                helper.make_node("Where", [made["is_finite"], made["magnitude"], f"{_PREFIX}zero"], [made["finite"]]),
+                helper.make_node("ReduceMax", [made["finite"]], [made["largest"]], keepdims=0),
+                helper.make_node("Not", [made["is_finite"]], [made["is_not"]]),
+                helper.make_node("Cast", [made["is_not"]], [made["counted"]], to=TensorProto.FLOAT),
+                helper.make_node("ReduceSum", [made["counted"]], [made["not_finite"]], keepdims=0),
+            ]
+        )
+        for output in ("largest", "not_finite"):
+            graph.output.append(helper.make_tensor_value_info(made[output], TensorProto.FLOAT, []))
     return measuring
 
 
@@ -103,11 +167,3 @@ def _with_outputs(model: ModelProto, more: Sequence[str]) -> ModelProto:
         if name not in present:
             changed.graph.output.append(helper.make_empty_tensor_value_info(name))
     return changed
-
-
-def _magnitude(array: Array) -> float:
-    """The largest magnitude; infinity where there is anything that is no number."""
-    if not array.size:
-        return 0.0
-    largest = float(np.abs(array).max())
-    return float("inf") if np.isnan(largest) else largest

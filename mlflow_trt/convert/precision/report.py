@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from onnx import ModelProto, TensorProto
 
 from mlflow_trt.convert.onnx.graph import SETTING, FlatModel
+from mlflow_trt.convert.onnx.weights import weight_bytes
 from mlflow_trt.convert.precision.ranges import Evidence
 from mlflow_trt.core.types import Calibration, CalibrationMethod, KeptNode, Precision, PrecisionReport
 
@@ -45,11 +46,12 @@ def report_of(
         weight_types=_weight_types(typed),
         kept=_listed(kept, operators),
         weight_only=_listed(weight_only, operators),
-        # JSON knows no infinity.
-        largest={name: value if math.isfinite(value) else float(2**1023) for name, value in largest},
+        share=evidence.share(changed),
+        largest=dict(largest),
+        not_finite=dict(sorted(evidence.not_finite.items(), key=lambda item: -item[1])[:_RANGES_LISTED]),
         calibration=Calibration(samples=str(evidence.samples), sha256=evidence.samples.sha256, method=method),
-        size_before=_weight_bytes(model.proto),
-        size_after=_weight_bytes(typed),
+        size_before=weight_bytes(model.proto),
+        size_after=weight_bytes(typed),
         remarks=tuple(remarks),
     )
 
@@ -65,7 +67,3 @@ def _weight_types(model: ModelProto) -> dict[str, int]:
         if values > SETTING:
             counts[str(TensorProto.DataType.Name(tensor.data_type)).lower()] += values
     return dict(counts)
-
-
-def _weight_bytes(model: ModelProto) -> int:
-    return sum(tensor.ByteSize() for tensor in model.graph.initializer)

@@ -46,13 +46,13 @@ Measured with 1.6.1 and 1.7.1 of TensorRT-RTX: the mean of any number of tensors
 
 @dataclass(frozen=True, kw_only=True)
 class HalfFormat:
-    """A 16-bit floating point format."""
+    """A 16-bit floating point format. `opsets` are those whose operators have it, the best first."""
 
     precision: Precision
     name: str
     onnx_type: int
     dtype: npt.DTypeLike
-    minimum_opset: int
+    opsets: tuple[int, ...]
 
     @property
     def type_name(self) -> str:
@@ -75,7 +75,7 @@ class HalfFormat:
 
 
 FLOAT16 = HalfFormat(
-    precision=Precision.FP16, name="float16", onnx_type=TensorProto.FLOAT16, dtype=np.float16, minimum_opset=0
+    precision=Precision.FP16, name="float16", onnx_type=TensorProto.FLOAT16, dtype=np.float16, opsets=(0,)
 )
 # Schemas allow bfloat16 from opset 13 on, for convolutions and pooling from 22 on.
 BFLOAT16 = HalfFormat(
@@ -83,7 +83,7 @@ BFLOAT16 = HalfFormat(
     name="bfloat16",
     onnx_type=TensorProto.BFLOAT16,
     dtype=ml_dtypes.bfloat16,
-    minimum_opset=22,
+    opsets=(22, 13),
 )
 
 
@@ -147,6 +147,8 @@ class Sensitivity:
         elif self._seen(tensor) > self._limit:
             room = f"{self._headroom} times what was seen must fit"
             yield f"{tensor} reached {self._seen(tensor):.4g}, and {name} ends at {ends:.4g}; {room}"
+        elif count := self._evidence.not_finite.get(tensor):
+            yield f"{tensor} had {count} values on the samples that are not finite, so its range is not known"
         if tensor in self._blurred:
             yield f"{tensor} is computed from positions or sizes, of which {name} makes different ones equal"
 
@@ -165,8 +167,8 @@ class Sensitivity:
 
     def _constant_reasons(self, tensor: str) -> Iterator[str]:
         array = self._constants[tensor]
-        largest = float(np.abs(array).max()) if array.size else 0.0
-        if np.isfinite(largest) and largest > self._format.largest:
+        largest = self._seen(tensor)
+        if largest > self._format.largest:
             yield f"the constant {tensor} has {largest:.4g}, and {self._format.name} ends at {self._format.largest:.4g}"
         with np.errstate(over="ignore"):
             rounded = array.astype(self._format.dtype).astype(np.float32)

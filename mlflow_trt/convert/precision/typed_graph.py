@@ -36,8 +36,10 @@ class PrecisionPass(Protocol):
     that inputs and outputs keep their names, types and shapes, and that the model that was passed in is unchanged.
     """
 
-    @property
-    def minimum_opset(self) -> int:
-        """The oldest opset whose operators allow the types of this precision."""
+    def opsets(self, *, has_float16: bool) -> tuple[int, ...]:
+        """The oldest opsets whose operators allow the types of this precision, the best first.
+
+        `has_float16` tells that some of the model's own tensors are float16.
+        """
 
     def on(self, model: FlatModel, evidence: Evidence) -> Callable[[Mapping[str, str]], TypedGraph]: ...

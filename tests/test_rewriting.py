@@ -1,0 +1,281 @@
+"""What is rewritten for TensorRT: the same numbers in other words, or a refusal by name."""
+
+from __future__ import annotations
+
+import networks
+import numpy as np
+import onnx
+import pytest
+from compare import relative_error
+from networks import FLOAT, INT64, constant, value
+from onnx import TensorProto, helper
+from test_precision import typed_model
+
+import mlflow_trt
+from mlflow_trt import UnsupportedModelError
+from mlflow_trt.backends.onnxruntime import CpuModel
+from mlflow_trt.convert.checks import check_nodes
+from mlflow_trt.convert.onnx.model import read_onnx
+from mlflow_trt.convert.onnx.rewrite import rewrite
+
+node = helper.make_node
+WEIGHTS = (np.random.default_rng(5).standard_normal((16, 16)) / 4).astype(np.float32)
+
+
+def positive(rows: int) -> dict[str, np.ndarray]:
+    return {"x": np.abs(networks.rows(rows)) * 2}
+
+
+def quantized(zero, *, opset=17, scale=0.02, outputs=(), **attributes) -> onnx.ModelProto:
+    """x → Q → DQ → MatMul, with this zero point, or none."""
+    names = ["scale"] if zero is None else ["scale", "zero"]
+    made = networks.model(
+        [
+            node("QuantizeLinear", ["x", *names], ["q"], name="quantize", **attributes),
+            node("DequantizeLinear", ["q", *names], ["d"], name="dequantize"),
+            node("MatMul", ["d", "w"], ["y"], name="product"),
+        ],
+        [value("x", FLOAT, ["batch", 16])],
+        [value("y", FLOAT, ["batch", 16]), *outputs],
+        [constant("scale", np.float32(scale)), constant("w", WEIGHTS)]
+        + ([] if zero is None else [constant("zero", zero)]),
+    )
+    made.opset_import[0].version = opset
+    return made
+
+
+def dequantized(stored, scale, zero) -> onnx.ModelProto:
+    return networks.model(
+        [node("DequantizeLinear", ["stored", "scale", "zero"], ["w"], axis=1), node("MatMul", ["x", "w"], ["y"])],
+        [value("x", FLOAT, ["batch", 16])],
+        [value("y", FLOAT, ["batch", 16])],
+        [constant("stored", stored), constant("scale", scale), constant("zero", zero)],
+    )
+
+
+def check_same(model, feeds, folder) -> onnx.ModelProto:
+    """The rewritten model, which onnx accepts in all its types, and which computes the same."""
+    names = [output.name for output in model.graph.output]
+    onnx.save_model(model, folder / "source.onnx")
+    rewritten = rewrite(model, folder, folder)
+    assert rewritten.remarks
+    path = folder / "changed.onnx"
+    onnx.save_model(rewritten.proto, path)
+    onnx.checker.check_model(str(path), full_check=True)
+    expected = CpuModel(folder / "source.onnx", optimize=False).run(names, feeds)
+    assert relative_error(CpuModel(path, optimize=False).run(names, feeds), expected) < 1e-5
+    return rewritten.proto
+
+
+def types_of(model: onnx.ModelProto) -> set[int]:
+    return {tensor.data_type for tensor in model.graph.initializer}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        quantized(np.uint8(0)),
+        quantized(None),
+        quantized(None, opset=21, output_dtype=TensorProto.UINT8),
+        quantized(np.uint8(37), opset=13),
+        quantized(np.int8(-128)),
+        quantized(np.full(16, 5, np.uint8), scale=np.linspace(0.01, 0.03, 16), axis=1),
+        quantized(np.uint8(7), outputs=[value("q", TensorProto.UINT8, ["batch", 16])]),
+    ],
+    ids=["zero", "none", "output_dtype", "37", "int8", "channels", "output"],
+)
+def test_quantization_that_tensorrt_lacks_is_float_arithmetic(model, tmp_path):
+    """TensorRT would read uint8 as int8 and cut off at 127: a relative error of 0.15 here."""
+    changed = check_same(model, positive(64), tmp_path)
+    assert not {"QuantizeLinear", "DequantizeLinear"} & {one.op_type for one in changed.graph.node}
+
+
+def test_uint8_around_128_is_int8(tmp_path):
+    changed = check_same(quantized(np.uint8(128)), {"x": networks.rows(64)}, tmp_path)
+    assert [one.op_type for one in changed.graph.node] == ["QuantizeLinear", "DequantizeLinear", "MatMul"]
+    assert types_of(changed) == {TensorProto.FLOAT, TensorProto.INT8}
+
+
+@pytest.mark.parametrize(("zero", "stored_as"), [(128, TensorProto.INT8), (0, TensorProto.FLOAT)])
+def test_weights_of_uint8_are_int8_where_they_fit(zero, stored_as, tmp_path):
+    stored = np.random.default_rng(1).integers(0, 256, (16, 16)).astype(np.uint8)
+    model = dequantized(stored, np.linspace(0.01, 0.03, 16).astype(np.float32), np.full(16, zero, np.uint8))
+    assert stored_as in types_of(check_same(model, positive(8), tmp_path))
+    assert TensorProto.UINT8 not in types_of(check_same(model, positive(8), tmp_path))
+
+
+def test_what_nothing_can_be_made_of_is_refused_by_name(tmp_path):
+    model = quantized(np.uint8(0))
+    model.graph.node.insert(1, node("Reshape", ["q", "shape"], ["moved"], name="between"))
+    model.graph.node[2].input[0] = "moved"
+    model.graph.initializer.append(constant("shape", np.array([0, 16])))
+    with pytest.raises(UnsupportedModelError, match=r"uint8 .* quantize \(QuantizeLinear\).*between \(Reshape\) reads"):
+        rewrite(model, tmp_path, tmp_path)
+
+
+def test_biases_of_int32_are_stored_as_numbers(tmp_path):
+    model = networks.model(
+        [node("DequantizeLinear", ["stored", "scale"], ["bias"]), node("Add", ["x", "bias"], ["y"])],
+        [value("x", FLOAT, ["batch", 16])],
+        [value("y", FLOAT, ["batch", 16])],
+        [constant("stored", np.arange(16, dtype=np.int32) * 100), constant("scale", np.float32(0.001))],
+    )
+    assert [one.op_type for one in check_same(model, positive(8), tmp_path).graph.node] == ["Add"]
+
+
+def test_sparse_weights_are_dense(tmp_path):
+    dense = np.eye(16, dtype=np.float32)[np.random.default_rng(0).permutation(16)]
+    places = np.flatnonzero(dense)
+    sparse = onnx.SparseTensorProto(dims=[16, 16])
+    sparse.values.CopyFrom(constant("w", dense.ravel()[places]))
+    sparse.indices.CopyFrom(constant("places", places))
+    model = networks.product(width=16)
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 16
+    del model.graph.initializer[:]
+    model.graph.sparse_initializer.append(sparse)
+    check_same(model, positive(8), tmp_path)
+
+
+def test_group_normalization_before_opset_21(tmp_path):
+    model = networks.model(
+        [node("GroupNormalization", ["x", "scale", "bias"], ["y"], num_groups=2, epsilon=1e-3)],
+        [value("x", FLOAT, ["batch", 4, 6, 6])],
+        [value("y", FLOAT, ["batch", 4, 6, 6])],
+        [constant("scale", np.float32([1.5, 0.5])), constant("bias", np.float32([0.1, 0.3]))],
+    )
+    model.opset_import[0].version = 18
+    images = np.random.default_rng(0).standard_normal((3, 4, 6, 6)).astype(np.float32)
+    check_same(model, {"x": images}, tmp_path)
+    assert read_onnx(model, tmp_path).inputs[0].name == "x"  # onnx.checker calls the operator deprecated
+
+
+def test_a_loop_without_a_condition(tmp_path):
+    body = helper.make_graph(
+        [node("Identity", ["c"], ["goes_on"]), node("Add", ["v", "one"], ["next"])],
+        "body",
+        [value("i", INT64, []), value("c", TensorProto.BOOL, []), value("v", FLOAT, [4])],
+        [value("goes_on", TensorProto.BOOL, []), value("next", FLOAT, [4])],
+    )
+    model = networks.model(
+        [node("Loop", ["count", "", "x"], ["y"], body=body)],
+        [value("x", FLOAT, [4])],
+        [value("y", FLOAT, [4])],
+        [constant("count", np.int64(3)), constant("one", np.ones(4, np.float32))],
+    )
+    check_same(model, {"x": np.arange(4, dtype=np.float32)}, tmp_path)
+
+
+def test_functions_that_quantize_are_written_out(tmp_path):
+    function = helper.make_function(
+        "mine",
+        "Rounded",
+        ["a"],
+        ["r"],
+        [
+            node("Constant", [], ["s"], value=constant("", np.float32(0.05))),
+            node("Constant", [], ["z"], value=constant("", np.int8(0))),
+            node("QuantizeLinear", ["a", "s", "z"], ["q"]),
+            node("DequantizeLinear", ["q", "s", "z"], ["r"]),
+        ],
+        [helper.make_opsetid("", 17)],
+    )
+    model = networks.model(
+        [
+            node("Rounded", ["x"], ["h"], domain="mine"),
+            node("MatMul", ["h", "w"], ["g"]),
+            node("Rounded", ["g"], ["y"], domain="mine"),
+        ],
+        [value("x", FLOAT, ["batch", 16])],
+        [value("y", FLOAT, ["batch", 16])],
+        [constant("w", WEIGHTS)],
+    )
+    model.opset_import.append(helper.make_opsetid("mine", 1))
+    model.functions.append(function)
+    assert not check_same(model, positive(8), tmp_path).functions
+
+
+def test_an_output_that_is_an_input_is_refused():
+    model = networks.product()
+    model.graph.output.append(model.graph.input[0])
+    with pytest.raises(UnsupportedModelError, match="output 'x' is an input, too"):
+        check_nodes(model)
+    model = networks.product()
+    model.graph.output.append(model.graph.output[0])
+    with pytest.raises(UnsupportedModelError, match="2 outputs of the name 'y'"):
+        check_nodes(model)
+
+
+def test_engines_are_built_of_what_was_rewritten(tmp_path):
+    """Through TensorRT, whose network has the inputs and outputs that the record has."""
+    model = quantized(np.uint8(0), outputs=[value("w", FLOAT, [16, 16])])
+    mlflow_trt.save_model(model, tmp_path / "model", precision="fp32", shapes={"x": ((1, 16), (8, 16), (8, 16))})
+    typed = CpuModel(tmp_path / "model" / "typed" / "fp32.onnx").run(["y", "w"], positive(8))
+    onnx.save_model(model, tmp_path / "source.onnx")
+    assert relative_error(typed, CpuModel(tmp_path / "source.onnx").run(["y", "w"], positive(8))) < 1e-6
+
+
+@pytest.mark.parametrize("opset", [17, 19, 23])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_models_that_bring_int8_stay_valid_in_16_bits(precision, opset, tmp_path):
+    typed = typed_model(quantized(np.int8(0), opset=opset), tmp_path, precision, {"x": networks.rows(32)})
+    onnx.checker.check_model(str(typed.path), full_check=True)
+    assert typed.report.share == 1
+    assert typed.comparison.relative_error < 0.02
+
+
+def resized(operator: str, opset: int, mode: str) -> onnx.ModelProto:
+    made = networks.model(
+        [
+            node("Conv", ["x", "k"], ["c"], pads=[1, 1, 1, 1]),
+            node(operator, ["c", "scales"], ["y"], mode=mode),
+        ],
+        [value("x", FLOAT, ["batch", 4, 6, 6])],
+        [value("y", FLOAT, ["batch", 4, 12, "wide"])],
+        [
+            constant("k", (np.random.default_rng(2).standard_normal((4, 4, 3, 3)) / 6).astype(np.float32)),
+            constant("scales", np.float32([1, 1, 2, 2])),
+        ],
+    )
+    made.opset_import[0].version = opset
+    return made
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("mode", ["linear", "nearest"])
+@pytest.mark.parametrize(("operator", "opset"), [("Resize", 10), ("Upsample", 9)])
+def test_raising_the_opset_does_not_move_pixels(operator, opset, mode, precision, tmp_path):
+    """onnx's converter takes the coordinates of the later opset: half a pixel off, a relative error of 0.5."""
+    data = {"x": np.random.default_rng(0).standard_normal((16, 4, 6, 6)).astype(np.float32)}
+    typed = typed_model(resized(operator, opset, mode), tmp_path, precision, data)
+    assert typed.comparison.relative_error < 0.03
+    assert typed.report.share > 0.5
+
+
+def test_raising_the_opset_keeps_what_hardmax_looks_at(tmp_path):
+    model = networks.model(
+        [
+            node("Conv", ["x", "k"], ["c"], pads=[1, 1, 1, 1]),
+            node("Hardmax", ["c"], ["h"], axis=1),
+            node("Add", ["h", "c"], ["y"]),
+        ],
+        [value("x", FLOAT, ["batch", 4, 6, 6])],
+        [value("y", FLOAT, ["batch", 4, 6, 6])],
+        [constant("k", (np.random.default_rng(2).standard_normal((4, 4, 3, 3)) / 6).astype(np.float32))],
+    )
+    model.opset_import[0].version = 11
+    data = {"x": np.random.default_rng(0).standard_normal((16, 4, 6, 6)).astype(np.float32)}
+    assert typed_model(model, tmp_path, "int8", data).comparison.relative_error < 0.3
+
+
+def test_the_opset_is_raised_with_weights_in_files_and_sizes_that_become_known(tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    model = networks.product(width=64)
+    model.opset_import[0].version = 11
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "unknown"
+    onnx.save_model(model, tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    mlflow_trt.save_model(
+        tmp_path / "m.onnx", tmp_path / "model", precision="int8", calibration_data={"x": networks.rows(32, 64)}
+    )
+    stored = onnx.load(tmp_path / "model" / "typed" / "int8.onnx")
+    assert stored.opset_import[0].version == 13
+    assert TensorProto.INT8 in types_of(stored)
