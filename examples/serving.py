@@ -129,6 +129,30 @@ class Server(ServerProcess):
         super().__init__(command, variables, ready=f"{self.address}/ping")
 
 
+class TensorServer(ServerProcess):
+    """`mlflow-trt serve` on a free port of 127.0.0.1.
+
+    Args:
+        models: URIs of MLflow, or folders, each perhaps after `NAME=`.
+        options: of the command, each followed by its value.
+        model_config: load settings.
+        environment: further environment variables of the server.
+    """
+
+    def __init__(
+        self,
+        *models: str,
+        options: Sequence[str] = (),
+        model_config: Mapping[str, Any],
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.port = free_port()
+        self.address = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, "-m", "mlflow_trt", "serve", *models, "--port", str(self.port)]
+        command += ["--model-config", json.dumps(model_config), *options]
+        super().__init__(command, {**os.environ, **(environment or {})}, ready=f"{self.address}/v2/health/ready")
+
+
 @contextlib.contextmanager
 def served(model_uri: str, tracking_uri: str, model_config: Mapping[str, Any], **options: Any) -> Iterator[str]:
     """Serve a model and give the server's address. The server has ended when the block has. Options as for Server."""

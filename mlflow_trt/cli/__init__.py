@@ -16,6 +16,7 @@ from mlflow_trt.cli.dockerfile import dockerfile
 from mlflow_trt.cli.doctor import doctor
 from mlflow_trt.cli.export_triton import export_triton
 from mlflow_trt.cli.inspect import inspect
+from mlflow_trt.cli.serve import serve
 from mlflow_trt.cli.verify import verify
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app.command()(inspect)
 app.command()(verify)
 app.command()(benchmark)
 app.command()(compare)
+app.command()(serve)
 app.command()(export_triton)
 app.command()(dockerfile)
 app.command()(doctor)

@@ -1,0 +1,85 @@
+"""mlflow-trt serve"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mlflow_trt.cli.options import parse_settings
+
+_MIB = 1 << 20
+
+
+def serve(
+    models: Annotated[
+        list[str], typer.Argument(help="MLflow model URIs such as models:/name/3 or models:/name@alias, or NAME=URI.")
+    ],
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port; 0 takes a free one.")] = 8080,
+    reuse_port: Annotated[
+        bool, typer.Option("--reuse-port", help="Let several servers share the port, such as one for each GPU.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="A CUDA device ordinal, several like 0,1, all, or own.")] = "",
+    model_config: Annotated[str, typer.Option(help='Load settings as JSON, like \'{"runtime": "auto"}\'.')] = "",
+    follow_aliases: Annotated[float, typer.Option(help="Seconds between two looks where aliases lead; 0: never.")] = 0,
+    max_requests: Annotated[int, typer.Option(help="Requests at once before the server answers 429.")] = 1024,
+    max_body_mib: Annotated[int, typer.Option(help="The largest body; a larger one is answered with 413.")] = 256,
+    max_pending_mib: Annotated[int, typer.Option(help="All bodies at once, before the server answers 429.")] = 2048,
+    timeout: Annotated[float, typer.Option(help="Seconds for a request before the server answers 504.")] = 60,
+    drain_seconds: Annotated[
+        float, typer.Option(help="When asked to end: seconds to go on while saying that it is not ready.")
+    ] = 0,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="A file with API keys, one a line: requests have to bring one.")
+    ] = None,
+    access_log: Annotated[bool, typer.Option("--access-log", help="Print a line of JSON for each request.")] = False,
+    tracing: Annotated[bool, typer.Option("--tracing", help="By OpenTelemetry's ASGI instrumentation.")] = False,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="The key for HTTPS.")] = None,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="The certificate for HTTPS.")] = None,
+    ssl_keyfile_password: Annotated[
+        str | None, typer.Option(help="The password of the key.", envvar="MLFLOW_TRT_SSL_KEYFILE_PASSWORD")
+    ] = None,
+    ssl_ca_certs: Annotated[Path | None, typer.Option(help="Certificates that clients' are checked with.")] = None,
+) -> None:
+    """Serve models over HTTP: the Open Inference Protocol (V2), and MLflow's /invocations beside it."""
+    from mlflow_trt.deploy.serve.limits import Limits
+    from mlflow_trt.deploy.serve.server import ServeOptions
+    from mlflow_trt.deploy.serve.server import serve as run
+
+    settings = parse_settings(model_config, "--model-config") or {}
+    options = ServeOptions(
+        host=host,
+        port=port,
+        reuse_port=reuse_port,
+        settings={**settings, **({"device": _parse_device(device)} if device else {})},
+        follow_aliases=follow_aliases,
+        limits=Limits(
+            requests=max_requests,
+            body_bytes=max_body_mib * _MIB,
+            pending_bytes=max_pending_mib * _MIB,
+            seconds=timeout,
+        ),
+        drain_seconds=drain_seconds,
+        api_key_file=api_key_file,
+        access_log=access_log,
+        tracing=tracing,
+        ssl_keyfile=ssl_keyfile,
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile_password=ssl_keyfile_password,
+        ssl_ca_certs=ssl_ca_certs,
+    )
+    if not run(models, options, lambda text: typer.echo(text, err=True)):
+        raise typer.Exit(1)
+
+
+def _parse_device(text: str) -> Any:
+    """`own`, `all`, `1` or `0,1`."""
+    if text in {"own", "all"}:
+        return text
+    try:
+        return json.loads(f"[{text}]" if "," in text else text)
+    except ValueError:
+        raise typer.BadParameter(f"--device: {text!r}: expected a number, several like 0,1, all, or own") from None

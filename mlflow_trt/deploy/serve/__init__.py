@@ -1,0 +1,1 @@
+"""A server of our own: the Open Inference Protocol over HTTP, and MLflow's `/invocations` beside it."""
