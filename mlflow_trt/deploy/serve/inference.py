@@ -13,7 +13,6 @@ from mlflow_trt.deploy.serve.http import Exchange
 from mlflow_trt.deploy.serve.limits import Deadline
 from mlflow_trt.deploy.serve.problems import DisconnectedError
 from mlflow_trt.deploy.serve.protocol import Answer, InferRequest, Regions, make_answer, parse_request
-from mlflow_trt.deploy.serve.runs import Submission
 from mlflow_trt.deploy.serve.served_model import ServedModel
 from mlflow_trt.deploy.serve.statistics import Times
 
@@ -82,13 +81,13 @@ class Inference:
         if request.timeout is not None:
             deadline.cut(request.timeout)
         parsed = time.monotonic()
-        written, submission = await self._run(model, exchange, request)
+        written = await self._run(model, exchange, request)
         answered = time.monotonic()
         await exchange.answer_tensors(*written.answer)
-        times = Times(arrived, parsed, submission.begun, written.ended, answered)
+        times = Times(arrived, parsed, written.ended, answered)
         model.statistics.succeeded(times, written.rows)
 
-    async def _run(self, model: ServedModel, exchange: Exchange, request: InferRequest) -> tuple[_Written, Submission]:
+    async def _run(self, model: ServedModel, exchange: Exchange, request: InferRequest) -> _Written:
         future: asyncio.Future[_Written] = self._loop.create_future()
         mailbox = self._mailbox
 
@@ -106,10 +105,10 @@ class Inference:
                 result = error
             mailbox.put(future, result)
 
-        submission = model.runs.submit(request.feeds, done)
+        submission = model.session.submit(request.feeds, done)
         watch = _Watch(self._loop, exchange, future)
         try:
-            return await future, submission
+            return await future
         except asyncio.CancelledError:
             submission.cancel()
             if watch.is_gone:

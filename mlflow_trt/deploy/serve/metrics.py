@@ -19,9 +19,8 @@ _MODEL = ("model", "version")
 _SECONDS: dict[str, tuple[str, Callable[[Statistics], Histogram]]] = {
     "request": ("From the whole request to the beginning of its answer.", lambda of: of.total),
     "read": ("Reading the tensors of a request.", lambda of: of.reading),
-    "queue": ("Waiting for a turn.", lambda of: of.queue),
     "inference": (
-        "Running, with copies to the GPU and back, and with those that run together.",
+        "Waiting for a turn and running, with the copies to the GPU and back.",
         lambda of: of.inference,
     ),
     "write": ("Writing the tensors of an answer.", lambda of: of.writing),

@@ -13,7 +13,6 @@ from mlflow.types import DataType
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.deploy.serve.model_source import ModelSource
 from mlflow_trt.deploy.serve.protocol import Signature
-from mlflow_trt.deploy.serve.runs import Runs
 from mlflow_trt.deploy.serve.statistics import Statistics
 from mlflow_trt.flavor.fetch import opened_folder
 from mlflow_trt.flavor.pyfunc import PyfuncModel
@@ -37,7 +36,6 @@ class ServedModel:
         self.signature = Signature(
             inputs=session.inputs, outputs=session.outputs, binary=frozenset(_binary_columns(metadata))
         )
-        self.runs = Runs(session)
         self.statistics = Statistics()
         self.users = 0
         self.retired = False
@@ -62,7 +60,6 @@ class ServedModel:
 
     def close(self) -> None:
         """Free the GPU, after the calls that run."""
-        self.runs.close()
         self.session.close()
 
     def _close_if_unused(self) -> None:

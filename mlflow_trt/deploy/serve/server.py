@@ -95,13 +95,19 @@ class ServeOptions:
                 raise RecipeError(f"{option}: {path} is no file", option=option)
 
 
-def serve(models: Sequence[str], options: ServeOptions, told: Callable[[str], None]) -> bool:
+Load = Callable[[ModelSource, Mapping[str, Any]], ServedModel]
+
+
+def serve(
+    models: Sequence[str], options: ServeOptions, told: Callable[[str], None], load: Load = load_served_model
+) -> bool:
     """Serve until a signal asks to end; True where it did, False where the GPU was lost.
 
     Args:
         models: URIs of MLflow, or folders, each perhaps after `NAME=`.
         options: how.
         told: what is said to whoever started it.
+        load: how a model is loaded; for tests.
 
     Raises:
         RecipeError: what is asked for makes no sense; and what loading a model raises.
@@ -116,7 +122,7 @@ def serve(models: Sequence[str], options: ServeOptions, told: Callable[[str], No
         raise RecipeError("follow_aliases follows models like models:/NAME@ALIAS, and none is", option="follow_aliases")
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(_bound_socket(options))
-        repository = _load(sources, options.settings, stack, told)
+        repository = _load(sources, load, options.settings, stack, told)
         gpus = probe().gpus if any(model.session.runtime == "tensorrt" for model in repository) else ()
         app = App(
             repository,
@@ -130,9 +136,7 @@ def serve(models: Sequence[str], options: ServeOptions, told: Callable[[str], No
         stack.callback(app.close)
         follower = None
         if options.follow_aliases:
-            follower = AliasFollower(
-                repository, lambda source: load_served_model(source, options.settings), options.follow_aliases
-            )
+            follower = AliasFollower(repository, lambda source: load(source, options.settings), options.follow_aliases)
         address = f"{'https' if options.ssl_certfile else 'http'}://{options.host}:{listening.getsockname()[1]}"
         server = _Server(_config(app if traced is None else traced(app), options), app, follower, options.drain_seconds)
         server.ready = lambda: told(f"Serving at {address}")
@@ -142,6 +146,7 @@ def serve(models: Sequence[str], options: ServeOptions, told: Callable[[str], No
 
 def _load(
     sources: Sequence[ModelSource],
+    load: Load,
     settings: Mapping[str, Any],
     stack: contextlib.ExitStack,
     told: Callable[[str], None],
@@ -149,7 +154,7 @@ def _load(
     """The models, one after the other. Where one cannot be loaded, those before it are closed."""
     loaded: list[ServedModel] = []
     for source in sources:
-        model = load_served_model(source, settings)
+        model = load(source, settings)
         stack.callback(model.close)
         loaded.append(model)
         told(str(model))

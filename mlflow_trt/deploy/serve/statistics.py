@@ -17,11 +17,10 @@ BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1
 
 
 class Times(NamedTuple):
-    """When a request was read, run, and answered, in seconds of one clock."""
+    """When a request was read, and its tensors were; when it had run, and was answered: in seconds of one clock."""
 
     arrived: float
     parsed: float
-    begun: float
     ended: float
     answered: float
 
@@ -61,7 +60,6 @@ class Statistics:
     def __init__(self) -> None:
         self.total = Histogram()
         self.reading = Histogram()
-        self.queue = Histogram()
         self.inference = Histogram()
         self.writing = Histogram()
         self.failed = Histogram()
@@ -72,8 +70,7 @@ class Statistics:
     def succeeded(self, times: Times, rows: int) -> None:
         self.total.observe(times.answered - times.arrived)
         self.reading.observe(times.parsed - times.arrived)
-        self.queue.observe(times.begun - times.parsed)
-        self.inference.observe(times.ended - times.begun)
+        self.inference.observe(times.ended - times.parsed)
         self.writing.observe(times.answered - times.ended)
         self.rows += rows
         self.last = time.time()
@@ -88,7 +85,11 @@ class Statistics:
         self.failures[cause] += 1
 
     def told(self, name: str, version: str, runs: dict[int, int]) -> dict[str, Any]:
-        """As Triton's extension `statistics` tells it. Of a batch, only how often its size was run is known."""
+        """As Triton's extension `statistics` tells it.
+
+        How long a request waited for its turn is part of `compute_infer`. Of a batch, only how often its size was run
+        is known.
+        """
         nothing = {"count": 0, "ns": 0}
         return {
             "name": name,
@@ -99,7 +100,7 @@ class Statistics:
             "inference_stats": {
                 "success": self.total.told(),
                 "fail": self.failed.told(),
-                "queue": self.queue.told(),
+                "queue": nothing,
                 "compute_input": self.reading.told(),
                 "compute_infer": self.inference.told(),
                 "compute_output": self.writing.told(),
