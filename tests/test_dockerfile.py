@@ -20,7 +20,7 @@ import mlflow_trt
 from examples.serving import ServerProcess, free_port, running
 from mlflow_trt import OptionError
 from mlflow_trt.client import Client
-from mlflow_trt.deploy.dockerfile import ImageOptions, dockerfile_text, write_image_context
+from mlflow_trt.deploy.dockerfile import SERVERS, ImageOptions, dockerfile_text, write_image_context
 
 SETTINGS = {"runtime": "onnxruntime", "answers": "base64"}
 HADOLINT = Path(sys.executable).with_name("hadolint")
@@ -63,7 +63,7 @@ def test_the_context_has_all_that_is_copied(folder, wheel, tmp_path):
     text = (tmp_path / "image" / "Dockerfile").read_text()
     copied = [argument.split()[:-1] for name, argument in instructions(text) if name == "COPY"]
     sources = [source for sources in copied for source in sources if not source.startswith("--from")]
-    assert sources == ["model/requirements.txt", "wheels/", "/opt/venv", "model/"]
+    assert sources == ["server-requirements.txt", "model/requirements.txt", "wheels/", "/opt/venv", "model/"]
     assert all((tmp_path / "image" / source).exists() for source in sources if source != "/opt/venv")
     assert "mlflow-trt[cuda,rtx]" in (tmp_path / "image" / "model" / "requirements.txt").read_text()
     assert ("EXPOSE", "9000") in instructions(text)
@@ -84,21 +84,22 @@ def test_the_user_of_the_image_may_read_the_model(folder, tmp_path):
     assert (folder / "model.onnx").stat().st_mode & 0o777 == 0o600
 
 
-def test_what_the_image_runs_serves_the_model(folder, tmp_path, request):
+@pytest.mark.parametrize("kind", SERVERS)
+def test_what_the_image_runs_serves_the_model(kind, folder, tmp_path, request):
     port = free_port()
-    write_image_context(str(folder), tmp_path / "image", ImageOptions(model_config=SETTINGS, port=port))
+    options = ImageOptions(model_config=SETTINGS, port=port, server=kind, name="product")
+    write_image_context(str(folder), tmp_path / "image", options)
     found = dict(instructions((tmp_path / "image" / "Dockerfile").read_text()))
     variables = dict(item.split("=", 1) for item in shlex.split(found["ENV"]))
-    assert json.loads(variables["MLFLOW_PYFUNC_INFERENCE_CONFIG"]) == SETTINGS
     healthy = json.loads(found["HEALTHCHECK"].partition("CMD ")[2])
     healthy[0] = sys.executable
     command = json.loads(found["ENTRYPOINT"])
-    assert command[0] == "mlflow"
-    assert command[command.index("--workers") + 1] == "1"
-    local = {"/opt/model": str(tmp_path / "image" / "model"), "0.0.0.0": "127.0.0.1"}
+    assert command[0] == kind
+    path = str(tmp_path / "image" / "model")
+    local = {"/opt/model": path, "product=/opt/model": f"product={path}", "0.0.0.0": "127.0.0.1"}
     environment = {
         **os.environ,
-        "MLFLOW_PYFUNC_INFERENCE_CONFIG": variables["MLFLOW_PYFUNC_INFERENCE_CONFIG"],
+        **{name: value for name, value in variables.items() if name == "MLFLOW_PYFUNC_INFERENCE_CONFIG"},
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}",
     }
     assert subprocess.run(healthy, capture_output=True, check=False).returncode == 1
@@ -112,7 +113,7 @@ def test_what_the_image_runs_serves_the_model(folder, tmp_path, request):
     with running(server), Client(address) as client:
         # Linux keeps signals from the first process of a container for which it has no handler.
         caught = int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{server.pid}/status").read_text())[1], 16)
-        assert caught & 1 << signal.Signals[found["STOPSIGNAL"]] - 1
+        assert caught & 1 << signal.Signals[found.get("STOPSIGNAL", "SIGTERM")] - 1
         assert subprocess.run(healthy, capture_output=True, check=False).returncode == 0
         served = client.predict({"x": x})["y"]
     with mlflow_trt.load_model(str(folder), runtime="onnxruntime") as session:
@@ -123,6 +124,8 @@ def test_what_the_image_runs_serves_the_model(folder, tmp_path, request):
     ("options", "message"),
     [
         ({"port": 0}, "port is 0; expected 1 to 65535"),
+        ({"server": "triton"}, "server is 'triton'; choose one of mlflow-trt, mlflow"),
+        ({"name": "a b"}, "name is 'a b'; expected letters"),
         ({"base": "image\nRUN evil"}, "base is .*; expected an image like nvidia/cuda"),
         ({"model_config": {"runtim": "auto"}}, "unknown load setting 'runtim'"),
         ({"wheels": ["nowhere.whl"]}, "wheels: nowhere.whl is no wheel"),

@@ -18,6 +18,8 @@ from serving import TensorServer, running
 import mlflow_trt
 from mlflow_trt.client import Client
 
+pytestmark = pytest.mark.server
+
 CPU = {"runtime": "onnxruntime"}
 ROWS = (0, 1, 3, 65)
 MODELS = {

@@ -31,6 +31,8 @@ from mlflow_trt.deploy.serve.limits import Limits
 from mlflow_trt.deploy.serve.server import ServeOptions, serve
 from mlflow_trt.errors import ArtifactError, MissingDependencyError, RecipeError, RuntimeUnavailableError
 
+pytestmark = pytest.mark.server
+
 CPU = {"runtime": "onnxruntime"}
 KEY = "0123456789abcdef-key"
 CLIENTS = 64
@@ -465,7 +467,9 @@ class TestStarting:
 
     def fails(self, error, message, *models, **options):
         with pytest.raises(error, match=message):
-            serve([str(model) for model in models], ServeOptions(port=0, **{"settings": CPU, **options}), lambda _: None)
+            serve(
+                [str(model) for model in models], ServeOptions(port=0, **{"settings": CPU, **options}), lambda _: None
+            )
 
     def test_a_port_that_is_taken(self, folder):
         with socket.socket() as taken:

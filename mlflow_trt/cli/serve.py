@@ -45,16 +45,19 @@ def serve(
     ssl_ca_certs: Annotated[Path | None, typer.Option(help="Certificates that clients' are checked with.")] = None,
 ) -> None:
     """Serve models over HTTP: the Open Inference Protocol (V2), and MLflow's /invocations beside it."""
+    settings = parse_settings(model_config, "--model-config") or {}
+    if device:
+        settings["device"] = _parse_device(device)
+
     from mlflow_trt.deploy.serve.limits import Limits
     from mlflow_trt.deploy.serve.server import ServeOptions
     from mlflow_trt.deploy.serve.server import serve as run
 
-    settings = parse_settings(model_config, "--model-config") or {}
     options = ServeOptions(
         host=host,
         port=port,
         reuse_port=reuse_port,
-        settings={**settings, **({"device": _parse_device(device)} if device else {})},
+        settings=settings,
         follow_aliases=follow_aliases,
         limits=Limits(
             requests=max_requests,

@@ -26,6 +26,10 @@ CACHE = "/var/cache/mlflow-trt"
 """Where the image keeps what is made on its host."""
 
 _HEALTH = "import urllib.request; urllib.request.urlopen('http://127.0.0.1:{port}/ping', timeout=5)"
+SERVERS = ("mlflow-trt", "mlflow")
+# For either server: without uvloop, several workers of MLflow's answer each call 45 ms too late.
+_SERVER_REQUIREMENTS = "mlflow-trt[serve]\n"
+_SERVER_REQUIREMENTS_FILE = "server-requirements.txt"
 
 # Two stages: the toolkit, which is gigabytes, is only needed to compile pycuda.
 _TEMPLATE = """\
@@ -38,7 +42,7 @@ RUN python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:/usr/local/cuda/bin:$PATH
 {copies}
 WORKDIR /tmp/requirements
-RUN pip install --no-cache-dir {find_links}--requirement requirements.txt
+RUN pip install --no-cache-dir {find_links}--requirement requirements.txt --requirement {server_requirements}
 
 FROM {image}
 # hadolint ignore=DL3008
@@ -56,11 +60,15 @@ VOLUME {cache}
 # By number, so that Kubernetes can tell that it is not root.
 USER 10001
 EXPOSE {port}
-# As the first process, MLflow's command ignores SIGTERM, and Docker would wait for it until it kills it.
-STOPSIGNAL SIGINT
-HEALTHCHECK --start-period=10m --interval=30s --timeout=10s CMD {health}
+{stop_signal}HEALTHCHECK --start-period=10m --interval=30s --timeout=10s CMD {health}
 # One worker: each more would load the engine once more.
 ENTRYPOINT {command}
+"""
+
+
+_MLFLOW_STOPS = """\
+# As the first process, MLflow's command ignores SIGTERM, and Docker would wait for it until it kills it.
+STOPSIGNAL SIGINT
 """
 
 
@@ -70,6 +78,8 @@ class ImageOptions:
 
     Args:
         port: what the server listens on.
+        server: `mlflow-trt` for the Open Inference Protocol beside MLflow's wire, `mlflow` for MLflow's server.
+        name: what `mlflow-trt serve` calls the model.
         base: the image to start from, with `{kind}` where `devel` and `runtime` differ.
         model_config: load settings.
         wheels: wheels to install from before any index, such as one of mlflow-trt that is on none.
@@ -79,6 +89,8 @@ class ImageOptions:
     """
 
     port: int = 8080
+    server: str = "mlflow-trt"
+    name: str = "model"
     base: str = CUDA_IMAGE
     model_config: Mapping[str, Any] | None = None
     wheels: Sequence[str | Path] = ()
@@ -86,6 +98,10 @@ class ImageOptions:
     def __post_init__(self) -> None:
         if not 1 <= self.port < 2**16:
             raise OptionError(f"port is {self.port}; expected 1 to 65535", option="port")
+        if self.server not in SERVERS:
+            raise OptionError(f"server is {self.server!r}; choose one of {', '.join(SERVERS)}", option="server")
+        if not re.fullmatch(r"[\w.-]*\w[\w.-]*", self.name):
+            raise OptionError(f"name is {self.name!r}; expected letters, digits, and any of _ . -", option="name")
         if not re.fullmatch(r"[\w./:@-]+", self.base.replace("{kind}", "")):
             raise OptionError(f"base is {self.base!r}; expected an image like {CUDA_IMAGE}", option="base")
         LoadSettings.of(self.model_config)
@@ -114,6 +130,7 @@ def write_image_context(model_uri: str, path: str | Path, options: ImageOptions 
         for wheel in map(Path, options.wheels):
             (aside / "wheels").mkdir(exist_ok=True)
             shutil.copyfile(wheel, aside / "wheels" / wheel.name)
+        (aside / _SERVER_REQUIREMENTS_FILE).write_text(_SERVER_REQUIREMENTS)
         has_constraints = (aside / "model" / "constraints.txt").is_file()
         (aside / "Dockerfile").write_text(dockerfile_text(options, has_constraints=has_constraints))
         engines = folder.record.engines
@@ -126,9 +143,19 @@ def write_image_context(model_uri: str, path: str | Path, options: ImageOptions 
 def dockerfile_text(options: ImageOptions, *, has_constraints: bool = False) -> str:
     """The Dockerfile. The model is at /opt/model, its environment at /opt/venv."""
     settings = json.dumps(dict(options.model_config)) if options.model_config else ""
-    command = ["mlflow", "models", "serve", "--model-uri", "/opt/model", "--env-manager", "local"]
-    command += ["--host", "0.0.0.0", "--port", str(options.port), "--workers", "1"]  # noqa: S104  # in a container
-    requirements = ["model/requirements.txt", *(["model/constraints.txt"] if has_constraints else [])]
+    is_ours = options.server == "mlflow-trt"
+    listen = ["--host", "0.0.0.0", "--port", str(options.port)]  # noqa: S104  # in a container
+    if is_ours:
+        command = ["mlflow-trt", "serve", f"{options.name}=/opt/model", *listen]
+        command += ["--model-config", settings] if settings else []
+    else:
+        command = ["mlflow", "models", "serve", "--model-uri", "/opt/model", "--env-manager", "local"]
+        command += [*listen, "--workers", "1"]
+    requirements = [
+        _SERVER_REQUIREMENTS_FILE,
+        "model/requirements.txt",
+        *(["model/constraints.txt"] if has_constraints else []),
+    ]
     copies = [f"COPY {' '.join(requirements)} /tmp/requirements/"]
     if options.wheels:
         copies.append("COPY wheels/ /tmp/wheels/")
@@ -138,7 +165,9 @@ def dockerfile_text(options: ImageOptions, *, has_constraints: bool = False) -> 
         copies="\n".join(copies),
         cache=CACHE,
         find_links="--find-links /tmp/wheels " if options.wheels else "",
-        settings=f" \\\n    MLFLOW_PYFUNC_INFERENCE_CONFIG={shlex.quote(settings)}" if settings else "",
+        settings=f" \\\n    MLFLOW_PYFUNC_INFERENCE_CONFIG={shlex.quote(settings)}" if settings and not is_ours else "",
+        server_requirements=_SERVER_REQUIREMENTS_FILE,
+        stop_signal="" if is_ours else _MLFLOW_STOPS,
         port=options.port,
         health=json.dumps(["python3", "-c", _HEALTH.format(port=options.port)]),
         command=json.dumps(command),
