@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 
@@ -30,6 +31,7 @@ class ServerProcess:
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], ready: str) -> None:
+        self.address = "{0.scheme}://{0.netloc}".format(urlsplit(ready))
         self._ready = ready
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed by stop()
         # mlflow starts uvicorn by its name.

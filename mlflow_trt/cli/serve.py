@@ -35,6 +35,9 @@ def serve(
     api_key_file: Annotated[
         Path | None, typer.Option(help="A file with API keys, one a line: requests have to bring one.")
     ] = None,
+    shared_memory_prefix: Annotated[
+        str | None, typer.Option(help="Let clients register shared memory whose name begins so. Default: none.")
+    ] = None,
     access_log: Annotated[bool, typer.Option("--access-log", help="Print a line of JSON for each request.")] = False,
     tracing: Annotated[bool, typer.Option("--tracing", help="By OpenTelemetry's ASGI instrumentation.")] = False,
     ssl_keyfile: Annotated[Path | None, typer.Option(help="The key for HTTPS.")] = None,
@@ -67,6 +70,7 @@ def serve(
         ),
         drain_seconds=drain_seconds,
         api_key_file=api_key_file,
+        shared_memory_prefix=shared_memory_prefix,
         access_log=access_log,
         tracing=tracing,
         ssl_keyfile=ssl_keyfile,

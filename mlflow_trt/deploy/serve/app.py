@@ -16,10 +16,11 @@ from mlflow_trt.deploy.serve.calls import Calls
 from mlflow_trt.deploy.serve.http import Exchange, Receive, Scope, Send
 from mlflow_trt.deploy.serve.limits import Deadline, Limits
 from mlflow_trt.deploy.serve.metrics import Metrics
-from mlflow_trt.deploy.serve.pages import Pages
+from mlflow_trt.deploy.serve.pages import EXTENSIONS, Pages
 from mlflow_trt.deploy.serve.problems import Cause, DisconnectedError, HttpError, http_error_of
-from mlflow_trt.deploy.serve.protocol import Regions
 from mlflow_trt.deploy.serve.repository import ModelRepository
+from mlflow_trt.deploy.serve.shared_memory import ADDRESS as SHARED_MEMORY
+from mlflow_trt.deploy.serve.shared_memory import SharedMemory
 
 _OPEN = frozenset({"/ping", "/health", "/v2/health/live", "/v2/health/ready"})
 """What probes ask, who have no key."""
@@ -51,7 +52,7 @@ class App:
         *,
         limits: Limits,
         api_keys: Sequence[bytes] = (),
-        regions: Regions | None = None,
+        regions: SharedMemory | None = None,
         access_log: AccessLog | None = None,
         gpu_memory: Callable[[], dict[str, tuple[int, int]]] = dict,
     ) -> None:
@@ -63,7 +64,9 @@ class App:
         self._access_log = access_log
         self._refused: collections.Counter[Cause] = collections.Counter()
         metrics = Metrics(repository, self._calls.admission, self._refused, gpu_memory)
-        self._pages = Pages(repository, metrics, self._unready)
+        self._regions = regions
+        extensions = (*EXTENSIONS, *(["system_shared_memory"] if regions is not None else []))
+        self._pages = Pages(repository, metrics, self._unready, extensions)
         self._addresses = {path for _, path in self._pages.by_address} | {"/invocations"}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,6 +99,8 @@ class App:
         page = self._pages.by_address.get((method, path))
         if page is not None:
             await page(exchange)
+        elif self._regions is not None and path.startswith(f"{SHARED_MEMORY}/"):
+            await self._regions.handle(exchange, self._calls.admission, method, path)
         elif path.startswith(_MODELS):
             await self._dispatch_model(exchange, method, path)
         else:

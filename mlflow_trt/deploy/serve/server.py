@@ -33,6 +33,7 @@ try:
     from mlflow_trt.deploy.serve.keys import read_keys
     from mlflow_trt.deploy.serve.repository import ModelRepository
     from mlflow_trt.deploy.serve.served_model import ServedModel, load_served_model
+    from mlflow_trt.deploy.serve.shared_memory import SharedMemory
 except ImportError as error:
     raise MissingDependencyError(
         f"{error.name} is not installed: `pip install 'mlflow-trt[serve]'`", packages=(str(error.name),)
@@ -57,6 +58,7 @@ class ServeOptions:
         limits: what is refused.
         drain_seconds: how long the server goes on when it is asked to end, while it says that it is not ready.
         api_key_file: a file with keys, one a line, of which each request has to bring one.
+        shared_memory_prefix: what the names of shared memory begin with that clients may register; None for none.
         access_log: print a line of JSON for each request.
         tracing: by OpenTelemetry's ASGI instrumentation, which has to be installed.
         ssl_keyfile, ssl_certfile, ssl_keyfile_password, ssl_ca_certs: as uvicorn has them.
@@ -73,6 +75,7 @@ class ServeOptions:
     limits: Limits = field(default_factory=Limits)
     drain_seconds: float = 0.0
     api_key_file: Path | None = None
+    shared_memory_prefix: str | None = None
     access_log: bool = False
     tracing: bool = False
     ssl_keyfile: Path | None = None
@@ -116,6 +119,7 @@ def serve(
     os.environ[_IN_SERVER] = "true"  # what is different in a server is so here: warming up, ending with the GPU
     explain_crashes()
     keys = read_keys(options.api_key_file) if options.api_key_file is not None else ()
+    regions = SharedMemory(options.shared_memory_prefix) if options.shared_memory_prefix is not None else None
     traced = _tracing() if options.tracing else None
     sources = [resolve_source(model) for model in models]
     if options.follow_aliases and not any(source.alias for source in sources):
@@ -128,6 +132,7 @@ def serve(
             repository,
             limits=options.limits,
             api_keys=keys,
+            regions=regions,
             access_log=AccessLog(sys.stdout) if options.access_log else None,
             gpu_memory=lambda: gpu_memory(gpus),
         )
