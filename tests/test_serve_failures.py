@@ -29,7 +29,7 @@ import mlflow_trt
 from mlflow_trt.deploy.serve.keys import read_keys
 from mlflow_trt.deploy.serve.limits import Limits
 from mlflow_trt.deploy.serve.server import ServeOptions, serve
-from mlflow_trt.errors import ArtifactError, MissingDependencyError, RecipeError, RuntimeUnavailableError
+from mlflow_trt.errors import ArtifactError, MissingDependencyError, OptionError, RuntimeUnavailableError
 
 pytestmark = pytest.mark.server
 
@@ -432,7 +432,7 @@ def test_api_keys(folder, tmp_path):
 )
 def test_files_of_keys_that_make_no_sense(content, message, tmp_path):
     (tmp_path / "keys").write_text(content)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(OptionError, match=message):
         read_keys(tmp_path / "keys")
 
 
@@ -447,7 +447,7 @@ def test_files_of_keys_that_make_no_sense(content, message, tmp_path):
     ],
 )
 def test_options_that_make_no_sense(options, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(OptionError, match=message):
         ServeOptions(**options)
 
 
@@ -456,7 +456,7 @@ def test_options_that_make_no_sense(options, message):
     [({"seconds": 0}, "seconds is 0; expected more than 0"), ({"pending_bytes": 1}, "one body may have 268435456")],
 )
 def test_limits_that_make_no_sense(limits, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(OptionError, match=message):
         Limits(**limits)
 
 
@@ -483,11 +483,11 @@ class TestStarting:
         mlflow.pyfunc.save_model(tmp_path / "other", loader_module="failing", pip_requirements=[])
         self.fails(ArtifactError, "other", tmp_path / "other")
         self.fails(mlflow.MlflowException, "none", "models:/none/1")
-        self.fails(RecipeError, "another version tomorrow", "models:/none/latest")
-        self.fails(RecipeError, "product, version 1 is there twice", folder, folder)
+        self.fails(OptionError, "another version tomorrow", "models:/none/latest")
+        self.fails(OptionError, "product, version 1 is there twice", folder, folder)
 
     def test_what_is_missing(self, folder):
-        self.fails(RecipeError, "follows models like models:/NAME@ALIAS", folder, follow_aliases=5)
+        self.fails(OptionError, "follows models like models:/NAME@ALIAS", folder, follow_aliases=5)
         self.fails(MissingDependencyError, "opentelemetry-instrumentation-asgi is not installed", folder, tracing=True)
 
     def test_without_a_gpu_nothing_starts_silently_on_the_cpu(self, folder, monkeypatch):

@@ -15,7 +15,7 @@ from serving import TensorServer, running
 
 import mlflow_trt
 from mlflow_trt.deploy.serve.shared_memory import SharedMemory
-from mlflow_trt.errors import RecipeError
+from mlflow_trt.errors import OptionError
 
 pytestmark = pytest.mark.server
 
@@ -124,5 +124,5 @@ def test_what_is_refused(client):
 
 @pytest.mark.parametrize("prefix", ["", "/", "a/b"])
 def test_prefixes_that_make_no_sense(prefix):
-    with pytest.raises(RecipeError, match="shared_memory_prefix"):
+    with pytest.raises(OptionError, match="shared_memory_prefix"):
         SharedMemory(prefix)

@@ -6,24 +6,24 @@ import hmac
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mlflow_trt.errors import RecipeError
+from mlflow_trt.errors import OptionError
 
 _SHORTEST = 16
 
 
 def read_keys(path: Path) -> tuple[bytes, ...]:
-    """The keys of a file, one a line; lines that begin with # are left out. Raises RecipeError, which quotes none."""
+    """The keys of a file, one a line; lines that begin with # are left out. Raises OptionError, which quotes none."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        raise RecipeError(
+        raise OptionError(
             f"the file of API keys {path} cannot be read: {error.strerror}", option="api_key_file"
         ) from error
     keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith(b"#"))
     if not keys:
-        raise RecipeError(f"the file of API keys {path} has none; write one a line", option="api_key_file")
+        raise OptionError(f"the file of API keys {path} has none; write one a line", option="api_key_file")
     if any(len(key) < _SHORTEST or not key.isascii() or b" " in key for key in keys):
-        raise RecipeError(
+        raise OptionError(
             f"a key in {path} is no key: expected {_SHORTEST} or more characters of ASCII, without spaces",
             option="api_key_file",
         )

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing_extensions import Self
 
 from mlflow_trt.deploy.serve.problems import Cause, HttpError
-from mlflow_trt.errors import RecipeError
+from mlflow_trt.errors import OptionError
 
 _RETRY = ((b"retry-after", b"1"),)
 
@@ -26,7 +26,7 @@ class Limits:
             A request may ask for less.
 
     Raises:
-        RecipeError: a limit makes no sense.
+        OptionError: a limit makes no sense.
     """
 
     requests: int = 1024
@@ -37,9 +37,9 @@ class Limits:
     def __post_init__(self) -> None:
         for option in ("requests", "body_bytes", "pending_bytes", "seconds"):
             if not getattr(self, option) > 0:
-                raise RecipeError(f"{option} is {getattr(self, option)}; expected more than 0", option=option)
+                raise OptionError(f"{option} is {getattr(self, option)}; expected more than 0", option=option)
         if self.pending_bytes < self.body_bytes:
-            raise RecipeError(
+            raise OptionError(
                 f"pending_bytes is {self.pending_bytes}, and one body may have {self.body_bytes}; expected at least "
                 "as much",
                 option="pending_bytes",

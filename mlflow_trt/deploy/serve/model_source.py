@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from mlflow_trt.errors import RecipeError
+from mlflow_trt.errors import OptionError
 from mlflow_trt.flavor.fetch import local_path
 
 _NAME = re.compile(r"[^/\s%?#]+")
@@ -30,7 +30,7 @@ def resolve_source(text: str) -> ModelSource:
 
     An alias is followed once: the URI names the version that it leads to now.
 
-    Raises RecipeError where no name follows from it, and what the registry raises.
+    Raises OptionError where no name follows from it, and what the registry raises.
     """
     given, _, uri = text.rpartition("=") if re.match(r"[\w.-]+=", text) else ("", "", text)
     registered = re.fullmatch(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))", uri)
@@ -46,7 +46,7 @@ def resolve_source(text: str) -> ModelSource:
             alias=alias,
         )
     if re.fullmatch(r"models:/[^/@]+/latest", uri, re.IGNORECASE):
-        raise RecipeError(f"{uri} is another version tomorrow; name the version, or an alias", option="models")
+        raise OptionError(f"{uri} is another version tomorrow; name the version, or an alias", option="models")
     local = local_path(uri)
     name = given or (local.resolve().name if local.is_dir() else uri.rstrip("/").rpartition("/")[2])
     return ModelSource(uri=uri, name=_checked(name, text), version="1")
@@ -64,7 +64,7 @@ def at_version(source: ModelSource, version: str) -> ModelSource:
 
 def _checked(name: str, text: str) -> str:
     if not _NAME.fullmatch(name) or name in {".", ".."} or not Path(name).name:
-        raise RecipeError(
+        raise OptionError(
             f"{text} tells no name that can stand in an address; write NAME={text.rpartition('=')[2]}", option="models"
         )
     return name

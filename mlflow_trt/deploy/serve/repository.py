@@ -7,7 +7,7 @@ from typing import Any
 
 from mlflow_trt.deploy.serve.problems import Cause, HttpError
 from mlflow_trt.deploy.serve.served_model import ServedModel
-from mlflow_trt.errors import RecipeError
+from mlflow_trt.errors import OptionError
 
 
 class ModelRepository:
@@ -21,7 +21,7 @@ class ModelRepository:
         for model in models:
             versions = self._models.setdefault(model.name, {})
             if model.version in versions:
-                raise RecipeError(
+                raise OptionError(
                     f"{model.name}, version {model.version} is there twice; write OTHER_NAME=URI for one of them",
                     option="models",
                 )

@@ -20,7 +20,7 @@ from mlflow_trt.core.scoring_server import explain_crashes
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.deploy.serve.limits import Limits
 from mlflow_trt.deploy.serve.model_source import ModelSource, resolve_source
-from mlflow_trt.errors import MissingDependencyError, RecipeError
+from mlflow_trt.errors import MissingDependencyError, OptionError
 
 try:
     import httptools as _httptools
@@ -64,7 +64,7 @@ class ServeOptions:
         ssl_keyfile, ssl_certfile, ssl_keyfile_password, ssl_ca_certs: as uvicorn has them.
 
     Raises:
-        RecipeError: an option makes no sense.
+        OptionError: an option makes no sense.
     """
 
     host: str = "127.0.0.1"
@@ -86,16 +86,16 @@ class ServeOptions:
     def __post_init__(self) -> None:
         LoadSettings.of(self.settings)
         if not 0 <= self.port < 1 << 16:
-            raise RecipeError(f"port is {self.port}; expected 0 to 65535", option="port")
+            raise OptionError(f"port is {self.port}; expected 0 to 65535", option="port")
         for option in ("follow_aliases", "drain_seconds"):
             if not 0 <= getattr(self, option) < float("inf"):
-                raise RecipeError(f"{option} is {getattr(self, option)}; expected seconds, 0 or more", option=option)
+                raise OptionError(f"{option} is {getattr(self, option)}; expected seconds, 0 or more", option=option)
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
-            raise RecipeError("give both of ssl_keyfile and ssl_certfile, or none", option="ssl_keyfile")
+            raise OptionError("give both of ssl_keyfile and ssl_certfile, or none", option="ssl_keyfile")
         for option in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
             path = getattr(self, option)
             if path is not None and not path.is_file():
-                raise RecipeError(f"{option}: {path} is no file", option=option)
+                raise OptionError(f"{option}: {path} is no file", option=option)
 
 
 Load = Callable[[ModelSource, Mapping[str, Any]], ServedModel]
@@ -113,7 +113,7 @@ def serve(
         load: how a model is loaded; for tests.
 
     Raises:
-        RecipeError: what is asked for makes no sense; and what loading a model raises.
+        OptionError: what is asked for makes no sense; and what loading a model raises.
         OSError: nothing can listen there.
     """
     os.environ[_IN_SERVER] = "true"  # what is different in a server is so here: warming up, ending with the GPU
@@ -123,7 +123,7 @@ def serve(
     traced = _tracing() if options.tracing else None
     sources = [resolve_source(model) for model in models]
     if options.follow_aliases and not any(source.alias for source in sources):
-        raise RecipeError("follow_aliases follows models like models:/NAME@ALIAS, and none is", option="follow_aliases")
+        raise OptionError("follow_aliases follows models like models:/NAME@ALIAS, and none is", option="follow_aliases")
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(_bound_socket(options))
         repository = _load(sources, load, options.settings, stack, told)

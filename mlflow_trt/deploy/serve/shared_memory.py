@@ -20,7 +20,7 @@ from mlflow_trt.deploy.serve.http import Exchange
 from mlflow_trt.deploy.serve.limits import Admission
 from mlflow_trt.deploy.serve.problems import Cause, HttpError
 from mlflow_trt.deploy.serve.protocol import quoted
-from mlflow_trt.errors import InputError, RecipeError
+from mlflow_trt.errors import InputError, OptionError
 
 ADDRESS = "/v2/systemsharedmemory"
 _FOLDER = Path("/dev/shm")  # noqa: S108  # where Linux keeps what shm_open opens
@@ -73,7 +73,7 @@ class SharedMemory:
 
     def __init__(self, prefix: str) -> None:
         if not prefix.strip("/") or "/" in prefix.lstrip("/"):
-            raise RecipeError(
+            raise OptionError(
                 f"shared_memory_prefix is {prefix!r}; expected what names begin with, without slashes",
                 option="shared_memory_prefix",
             )
