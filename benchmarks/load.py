@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TextIO, cast
@@ -22,15 +22,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from mlflow_trt.core.wire import Request
+
 _TIMEOUT = 600.0
-
-
-class Call(NamedTuple):
-    """What is sent by POST, and where to."""
-
-    path: str
-    headers: Mapping[str, str]
-    content: bytes
 
 
 class Answer(NamedTuple):
@@ -54,20 +48,19 @@ class Load:
     p99_ms: float
 
 
-def drive(address: str, call: Call, clients: int, seconds: float) -> list[Answer]:
+def drive(address: str, request: Request, clients: int, seconds: float) -> list[Answer]:
     """Ask with so many clients for so long, each again as soon as it has an answer.
 
     Each asks once before it counts. A request that was sent in time is waited for, so that slow servers have some.
     """
     processes = min(clients, max(1, (os.cpu_count() or 1) // 2))
     shares = [clients // processes + (index < clients % processes) for index in range(processes)]
-    told = json.dumps([call.path, dict(call.headers)])
     with tempfile.NamedTemporaryFile() as body:
-        body.write(call.content)
+        body.write(request.content)
         body.flush()
         asking = [
             subprocess.Popen(
-                [sys.executable, "-m", __name__, address, body.name, told, str(share), str(seconds)],
+                [sys.executable, "-m", __name__, address, body.name, request.content_type, str(share), str(seconds)],
                 cwd=Path(__file__).parent.parent,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -104,7 +97,7 @@ def summarized(clients: int, rounds: Sequence[Sequence[Answer]]) -> Load:
     )
 
 
-def ask(address: str, call: Call, clients: int, seconds: float) -> list[Answer]:
+def ask(address: str, request: Request, clients: int, seconds: float) -> list[Answer]:
     """What the clients of one process see. They begin when a line comes in."""
     answers: list[Answer] = []
     warm = threading.Barrier(clients + 1)
@@ -112,13 +105,13 @@ def ask(address: str, call: Call, clients: int, seconds: float) -> list[Answer]:
 
     def client() -> None:
         connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=_TIMEOUT)
-        _ask(connection, call)
+        _ask(connection, request)
         connection.close()  # servers close what idles, and others may take a while to get warm
         warm.wait()
         go.wait()
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            answers.append(_ask(connection, call))
+            answers.append(_ask(connection, request))
         connection.close()
 
     threads = [threading.Thread(target=client) for _ in range(clients)]
@@ -134,10 +127,10 @@ def ask(address: str, call: Call, clients: int, seconds: float) -> list[Answer]:
     return answers
 
 
-def _ask(connection: http.client.HTTPConnection, call: Call) -> Answer:
+def _ask(connection: http.client.HTTPConnection, request: Request) -> Answer:
     sent = time.monotonic()
     try:
-        connection.request("POST", call.path, call.content, call.headers)
+        connection.request("POST", "/invocations", request.content, {"Content-Type": request.content_type})
         response = connection.getresponse()
         body = response.read()
         problem = "" if response.status == http.client.OK else f"{response.status}: {body[-300:].decode()}"
@@ -151,9 +144,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Clients of `python -m benchmarks.serving`, which starts them.")
     parser.add_argument("address")
     parser.add_argument("body", type=Path)
-    parser.add_argument("call")
+    parser.add_argument("content_type")
     parser.add_argument("clients", type=int)
     parser.add_argument("seconds", type=float)
     options = parser.parse_args()
-    content = Call(*json.loads(options.call), options.body.read_bytes())
+    content = Request(content=options.body.read_bytes(), content_type=options.content_type)
     json.dump(ask(options.address, content, options.clients, options.seconds), sys.stdout)

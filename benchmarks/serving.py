@@ -1,5 +1,4 @@
-"""How fast `mlflow-trt serve` and `mlflow models serve` answer: beside a model that does nothing and
-mlflow.onnx.
+"""How fast `mlflow models serve` answers: mlflow-trt beside a model that does nothing and beside mlflow.onnx.
 
 All of them are served at the same time, and asked in turns.
 
@@ -34,17 +33,17 @@ from rich.console import Console
 from rich.table import Table
 
 import mlflow_trt
-from benchmarks.load import Answer, Call, Load, drive, summarized
+from benchmarks.load import Answer, Load, drive, summarized
 from benchmarks.options import parse_names
 from benchmarks.resnet50 import resnet50
-from examples.serving import Server, ServerProcess, TensorServer, running
+from examples.serving import Server, running
 from mlflow_trt.cli.options import parse_batch, parse_numbers, parse_settings
-from mlflow_trt.core import open_inference, wire
-from mlflow_trt.errors import OnnxModelError, OptionError
+from mlflow_trt.core import wire
+from mlflow_trt.errors import OnnxModelError, RecipeError
 from mlflow_trt.measure.inputs import sample
 from mlflow_trt.store.folder import Record, read_folder
 
-TARGETS = ("floor", "serve", "mlflow-trt", "mlflow.onnx")
+TARGETS = ("floor", "mlflow-trt", "mlflow.onnx")
 ENCODERS = {"json": wire.json_request, "parquet": wire.parquet_request}
 _TOLERANCE = 0.02  # of the largest value: fp16 passes, another model's numbers do not
 _QUOTED = 5000  # characters of a log
@@ -79,7 +78,7 @@ class Plan:
 
 
 class Models:
-    """The models as folders of MLflow, with one signature."""
+    """The three models as folders of MLflow, with one signature."""
 
     def __init__(self, folder: Path, model: Path | onnx.ModelProto, plan: Plan, options: Mapping[str, Any]) -> None:
         self._folder = folder
@@ -112,7 +111,7 @@ class Models:
 
     def path(self, target: str) -> Path:
         """The folder of a model."""
-        return self._folder / ("mlflow-trt" if target == "serve" else target)
+        return self._folder / target
 
     def feeds(self, rows: int) -> Feeds:
         """Noise, the same for every target."""
@@ -123,78 +122,59 @@ class Models:
         with mlflow_trt.load_model(str(self.path("mlflow-trt")), runtime="onnxruntime") as session:
             return session.run(self.feeds(rows))
 
-    def server(self, target: str, workers: int) -> ServerProcess:
+    def server(self, target: str, workers: int) -> Server:
         """Start a server."""
-        if target == "serve":
-            return TensorServer(f"serve={self.path(target)}", model_config={})
         environment = {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
         store = f"sqlite:///{self._folder / 'mlflow.db'}"
-        return Server(str(self.path(target)), store, {}, workers=workers, environment=environment)
+        return Server(str(self._folder / target), store, {}, workers=workers, environment=environment)
 
 
 def measure(models: Models, targets: Sequence[str], plan: Plan, workers: int, console: Console) -> Iterator[Measured]:
     """Serve the models and measure them, each after its answer was found to be right."""
-    servers: dict[str, ServerProcess] = {}
+    servers: dict[str, Server] = {}
     with ExitStack() as stack:
         for target in targets:
             servers[target] = models.server(target, workers)
             stack.enter_context(running(servers[target]))
         for kind, images in itertools.product(plan.wires, plan.images):
-            calls = {target: call_of(target, kind, models.feeds(images)) for target in servers}
+            request = ENCODERS[kind](models.feeds(images))
             expected = models.expected(images)
             for target, server in servers.items():
-                check(target, server, calls[target], expected)
-            megabytes = max(len(call.content) for call in calls.values()) / 1e6
+                check(target, server, request, expected)
+            megabytes = len(request.content) / 1e6
             for clients in plan.clients:
                 case = f"{clients} clients, {images} images as {kind}"
                 if clients > 1 and clients * megabytes > plan.megabytes_at_once:
                     console.print(f"Left out: {case}, {megabytes:.0f} MB each")
                     continue
                 console.print(f"{case} ...")
-                for target, load in in_turns(servers, calls, clients, plan).items():
+                for target, load in in_turns(servers, request, clients, plan).items():
                     if load.failures:
                         said = f"{target}: {load.failures} requests failed, the first with {load.problem}"
                         console.print(said, markup=False)
-                    yield Measured(
-                        target=target, wire=kind, images=images, megabytes=len(calls[target].content) / 1e6, load=load
-                    )
+                    yield Measured(target=target, wire=kind, images=images, megabytes=megabytes, load=load)
 
 
-def call_of(target: str, kind: str, feeds: Feeds) -> Call:
-    """MLflow's wire, or for `serve` the Open Inference Protocol: tensors as bytes where the others get parquet."""
-    if target == "serve":
-        content, length = open_inference.write_request(feeds, binary=kind == "parquet")
-        headers = {} if length is None else {open_inference.HEADER_LENGTH: str(length)}
-        return Call("/v2/models/serve/infer", headers, content)
-    request = ENCODERS[kind](feeds)
-    return Call("/invocations", {"Content-Type": request.content_type}, request.content)
-
-
-def in_turns(
-    servers: Mapping[str, ServerProcess], calls: Mapping[str, Call], clients: int, plan: Plan
-) -> dict[str, Load]:
+def in_turns(servers: Mapping[str, Server], request: wire.Request, clients: int, plan: Plan) -> dict[str, Load]:
     """What the clients of each server see, in rounds: a machine that gets slower or faster does so for all."""
     seen: dict[str, list[list[Answer]]] = {target: [] for target in servers}
     for _ in range(plan.rounds):
         for target, server in servers.items():
-            seen[target].append(drive(server.address, calls[target], clients, plan.seconds))
+            seen[target].append(drive(server.address, request, clients, plan.seconds))
     return {target: summarized(clients, rounds) for target, rounds in seen.items()}
 
 
-def check(target: str, server: ServerProcess, call: Call, expected: Feeds) -> None:
+def check(target: str, server: Server, request: wire.Request, expected: Feeds) -> None:
     """Compare an answer with ONNX Runtime's. The floor's need only have its form."""
+    headers = {"Content-Type": request.content_type}
     try:
-        response = requests.post(f"{server.address}{call.path}", call.content, headers=dict(call.headers), timeout=600)
+        response = requests.post(f"{server.address}/invocations", request.content, headers=headers, timeout=600)
     except requests.ConnectionError as error:
         said = server.log()[-_QUOTED:]
         raise RuntimeError(f"the server of {target} answers no more. It printed:\n{said}") from error
     if not response.ok:
         raise wire.error_of(response.status_code, response.content)
-    if target == "serve":
-        length = response.headers.get(open_inference.HEADER_LENGTH)
-        answer = open_inference.read_answer(response.content, None if length is None else int(length))
-    else:
-        answer = wire.decode_answer(response.content)
+    answer = wire.decode_answer(response.content)
     for name, array in expected.items():
         off = float(np.abs(np.subtract(answer[name], array)).max() / np.abs(array).max())
         if answer[name].shape != array.shape or (target != "floor" and not off < _TOLERANCE):
@@ -202,7 +182,7 @@ def check(target: str, server: ServerProcess, call: Call, expected: Feeds) -> No
 
 
 def table(rows: list[Measured]) -> Table:
-    shown = Table(title="mlflow-trt serve, and mlflow models serve", title_justify="left")
+    shown = Table(title="mlflow models serve", title_justify="left")
     for heading in ("wire", "images", "MB", "clients", "model"):
         shown.add_column(heading)
     for heading in ("requests/s", "images/s", "p50 ms", "p99 ms", "p50 / floor", "throughput / floor", "failed"):
@@ -244,9 +224,7 @@ def main(
         str, typer.Option(help="Load setting: lists or base64, for mlflow-trt and the floor.")
     ] = "lists",
     settings: Annotated[str, typer.Option(help="Further load settings, as JSON.")] = "{}",
-    targets: Annotated[str, typer.Option(help="Which of floor, serve, mlflow-trt and mlflow.onnx.")] = ",".join(
-        TARGETS
-    ),
+    targets: Annotated[str, typer.Option(help="Which of floor, mlflow-trt and mlflow.onnx.")] = ",".join(TARGETS),
     wires: Annotated[str, typer.Option(help="Which of json and parquet.")] = "json,parquet",
     images: Annotated[str, typer.Option(help="Images in a request.")] = "1,32",
     clients: Annotated[str, typer.Option(help="Clients at the same time.")] = "1,8,32,64",
@@ -279,7 +257,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as folder:
         try:
             models = Models(Path(folder), model or resnet50(), plan, options)
-        except (OnnxModelError, OptionError) as error:
+        except (OnnxModelError, RecipeError) as error:
             raise typer.BadParameter(error.message) from None
         rows: list[Measured] = []
         try:

@@ -14,7 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import serving
-from benchmarks.load import Answer, Call, drive, summarized
+from benchmarks.load import Answer, drive, summarized
 from examples.serving import free_port
 from mlflow_trt.core import wire
 
@@ -32,8 +32,8 @@ def test_what_clients_see():
 
 
 def test_clients_that_nobody_answers():
-    call = Call("/invocations", {"Content-Type": wire.JSON}, b"")
-    load = summarized(3, [drive(f"http://127.0.0.1:{free_port()}", call, 3, 0.05)])
+    request = wire.Request(content=b"", content_type=wire.JSON)
+    load = summarized(3, [drive(f"http://127.0.0.1:{free_port()}", request, 3, 0.05)])
     assert load.requests == 0
     assert load.failures >= 3
     assert "ConnectionRefusedError" in load.problem
@@ -43,7 +43,7 @@ def test_a_short_run(tmp_path):
     onnx.save(networks.product(), tmp_path / "product.onnx")
     options = {
         "model": tmp_path / "product.onnx", "runtime": "onnxruntime", "answers": "base64", "images": "1,3",
-        "clients": "1,3", "rounds": "2", "seconds": "0.2", "targets": "floor,serve,mlflow-trt",
+        "clients": "1,3", "rounds": "2", "seconds": "0.2", "targets": "floor,mlflow-trt",
         "output": tmp_path / "result.json",
     }  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.serving"]
@@ -55,7 +55,7 @@ def test_a_short_run(tmp_path):
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert {(row["target"], row["wire"], row["images"], row["load"]["clients"]) for row in rows} == {
         (target, kind, images, clients)
-        for target in ("floor", "serve", "mlflow-trt")
+        for target in ("floor", "mlflow-trt")
         for kind in ("json", "parquet")
         for images in (1, 3)
         for clients in (1, 3)
@@ -69,7 +69,7 @@ def test_a_short_run(tmp_path):
         (["--model", "missing.onnx"], "missing.onnx does not exist; expected an ONNX file"),
         (["--model", __file__], "test_serving_benchmark.py is no ONNX model"),
         (["--wires", "json,xml"], "there is no 'xml'; choose from json, parquet"),
-        (["--targets", "triton"], "there is no 'triton'; choose from floor, serve, mlflow-trt, mlflow.onnx"),
+        (["--targets", "triton"], "there is no 'triton'; choose from floor, mlflow-trt, mlflow.onnx"),
         (["--precision", "fp64"], "unknown precision 'fp64'; choose one of fp32"),
         (["--runtime", "numpy"], "runtime is 'numpy'; choose one of tensorrt"),
     ],

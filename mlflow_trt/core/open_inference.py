@@ -8,10 +8,9 @@ Source: https://github.com/kserve/open-inference-protocol and Triton's extension
 
 from __future__ import annotations
 
-import json
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,33 +93,3 @@ def listed(array: Array) -> list[Any]:
         array = array.astype(np.float32)
     numbers: list[Any] = array.reshape(-1).tolist()
     return numbers
-
-
-def write_request(inputs: Mapping[str, Array], *, binary: bool = True) -> tuple[bytes, int | None]:
-    """A request that runs a model on arrays and wants them back in the same form; and how much of it is JSON."""
-    tensors, parts = [], []
-    for name, array in inputs.items():
-        tensor: dict[str, Any] = {"name": name, "datatype": DATATYPES[array.dtype.name], "shape": list(array.shape)}
-        if binary:
-            tensor["parameters"] = {"binary_data_size": array.nbytes}
-            parts.append(raw(array))
-        else:
-            tensor["data"] = listed(array)
-        tensors.append(tensor)
-    header = json.dumps({"inputs": tensors, "parameters": {"binary_data_output": binary}}).encode()
-    return b"".join([header, *parts]), len(header) if binary else None
-
-
-def read_answer(body: bytes, header_length: int | None) -> dict[str, Array]:
-    """The outputs of an answer, by name. Raises ValueError, KeyError or TypeError where it is none."""
-    at = len(body) if header_length is None else header_length
-    outputs = {}
-    for tensor in json.loads(body[:at])["outputs"]:
-        dtype, shape = dtype_of(tensor["datatype"]), tensor["shape"]
-        size = (tensor.get("parameters") or {}).get("binary_data_size")
-        if size is None:
-            outputs[tensor["name"]] = np.asarray(tensor["data"], dtype).reshape(shape)
-        else:
-            outputs[tensor["name"]] = array_of(body[at : at + size], dtype, shape)
-            at += size
-    return outputs
