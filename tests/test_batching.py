@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from typing import Any
 
 import networks
 import numpy as np
@@ -60,7 +61,7 @@ def test_every_row_is_run_once_and_at_the_least_cost_that_a_search_finds(limits)
 
 
 def test_sizes_get_smaller_until_there_are_none():
-    sizes: FewSizes | None = FewSizes(2, 8, 64)
+    sizes: Any = FewSizes(2, 8, 64)
     met = []
     while sizes is not None:
         met.append(sizes.largest)

@@ -16,6 +16,7 @@ from mlflow_trt.convert.onnx.model import sha256_of
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.convert.resolve_profiles import resolve_profiles
 from mlflow_trt.convert.typed_model import maker_for
+from mlflow_trt.core.types import Interface
 from mlflow_trt.errors import BuildError
 
 RANDOM = np.random.default_rng(4)
@@ -53,7 +54,8 @@ class Retreat:
             bad = sorted(typed.changed & set(resists))
             if bad:
                 raise BuildError(f"no kernel for {bad[0]}" if names else "no kernel", log=[])
-            return build_engine(typed.path, self.plan, recipe, profiles.profiles)
+            interface = Interface(typed.inputs, typed.outputs)
+            return build_engine(typed.path, self.plan, recipe, profiles.profiles, interface=interface)
 
         maker = maker_for(
             source,

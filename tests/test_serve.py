@@ -13,9 +13,9 @@ import pytest
 import requests
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
-from serving import TensorServer, running
 
 import mlflow_trt
+from examples.serving import TensorServer, running
 from mlflow_trt.client import Client
 
 pytestmark = pytest.mark.server

@@ -22,10 +22,10 @@ import pytest
 import requests
 import tritonclient.http as triton
 from helpers import wait_for
-from serving import ServerProcess, TensorServer, free_port, running
 from test_cli import run
 
 import mlflow_trt
+from examples.serving import ServerProcess, TensorServer, free_port, running
 from mlflow_trt.deploy.serve.keys import read_keys
 from mlflow_trt.deploy.serve.limits import Limits
 from mlflow_trt.deploy.serve.server import ServeOptions, serve

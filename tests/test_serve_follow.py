@@ -11,9 +11,9 @@ import pytest
 import tritonclient.http as triton
 from helpers import wait_for
 from onnx import numpy_helper
-from serving import TensorServer, running
 
 import mlflow_trt
+from examples.serving import TensorServer, running
 
 pytestmark = pytest.mark.server
 

@@ -225,7 +225,8 @@ def test_malformed_bodies_in_bulk():
 
 def test_numbers_that_are_none_in_json():
     """orjson would write null."""
-    answer = make_answer(parse(*request(("x", np.zeros((1, 2), np.int32)), binary=False), X), "m", "1", {})
+    body, length = request(("x", np.zeros((1, 2), np.int32)), binary=False)
+    answer = make_answer(parse(body, length, X), "m", "1", {})
     assert json.loads(answer.parts[0])["outputs"] == []
     asked = parse(json.dumps({**changed(), "id": "\ud800"}).encode(), None, X)
     answer = make_answer(asked, "m", "1", {"y_out": np.array([np.nan, np.inf, 1], ml_dtypes.bfloat16)})

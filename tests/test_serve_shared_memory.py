@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 import tritonclient.utils.shared_memory as shm
-from serving import TensorServer, running
 
 import mlflow_trt
+from examples.serving import TensorServer, running
 from mlflow_trt.deploy.serve.shared_memory import SharedMemory
 from mlflow_trt.errors import OptionError
 
