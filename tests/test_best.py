@@ -31,6 +31,7 @@ from mlflow_trt import (
     Tolerance,
 )
 from mlflow_trt.backends.cuda_driver import probe
+from mlflow_trt.backends.onnxruntime import CpuModel
 from mlflow_trt.cli import app
 from mlflow_trt.convert.onnx.model import read_onnx
 from mlflow_trt.convert.samples import SampleData, SampleOrigin
@@ -42,7 +43,6 @@ from mlflow_trt.registry.add_engine import add_engine
 from mlflow_trt.registry.convert_all import convert_all
 from mlflow_trt.registry.convert_version import convert_to_version
 from mlflow_trt.registry.plan import plan_conversion
-from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
 from mlflow_trt.store.folder import read_folder
 
 DATA = {"x": networks.rows(32)}
@@ -138,11 +138,11 @@ def test_real_models(model, bench, tmp_path):
     assert 0 < errors["int8"] < 0.1
     assert record.recipe.precision is Precision.INT8
     feeds = model.feeds(8)
-    with (
-        mlflow_trt.load_model(str(tmp_path / "m"), runtime="onnxruntime") as source,
-        OnnxRuntimeSession(tmp_path / "m" / record.typed.file, record.inputs, record.outputs) as typed,
-    ):
-        assert 0 < relative_error(typed.run(feeds), source.run(feeds)) < 0.1
+    # Node by node: where a CPU lacks VNNI, the integer kernels of ONNX Runtime's optimizer saturate.
+    typed = CpuModel(tmp_path / "m" / record.typed.file, optimize=False)
+    with mlflow_trt.load_model(str(tmp_path / "m"), runtime="onnxruntime") as source:
+        expected = source.run(feeds)
+    assert 0 < relative_error(typed.run([*expected], feeds), expected) < 0.1
 
 
 def test_rounds_are_interleaved_at_the_usual_shapes_with_all_engines_loaded(bench, tmp_path):
