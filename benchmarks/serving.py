@@ -39,7 +39,7 @@ from benchmarks.resnet50 import resnet50
 from examples.serving import Server, running
 from mlflow_trt.cli.options import parse_batch, parse_numbers, parse_settings
 from mlflow_trt.core import wire
-from mlflow_trt.errors import OnnxModelError, RecipeError
+from mlflow_trt.errors import OnnxModelError, OptionError
 from mlflow_trt.measure.inputs import sample
 from mlflow_trt.store.folder import Record, read_folder
 
@@ -257,7 +257,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as folder:
         try:
             models = Models(Path(folder), model or resnet50(), plan, options)
-        except (OnnxModelError, RecipeError) as error:
+        except (OnnxModelError, OptionError) as error:
             raise typer.BadParameter(error.message) from None
         rows: list[Measured] = []
         try:

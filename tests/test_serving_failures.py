@@ -257,7 +257,7 @@ def test_two_workers_and_a_limit(folder, module_store):
             assert set(pool.map(predict, [100] * 200)) == {True}
         with Client(address) as client, pytest.raises(InputError) as caught:
             client.predict({"x": np.full((3, 2), 77.125, np.float32)})
-        assert "Please check your input data" in caught.value.message
+        assert "input 'x' has 2 dimensions, (3, 2); expected 1" in caught.value.message
 
 
 def seconds_of_calls(address, count):

@@ -92,7 +92,7 @@ class TestRows:
             ("image", np.array([1, None] * 3, object), "row 57: .*: it has nulls"),
             ("image", np.array([Decimal(1)] * 6, object), "row 57: .*: it has Decimal: cast the column to numbers"),
             ("image", b"12345", "row 57: .*: buffer size must be a multiple"),
-            ("image", np.full(6, 1e300), "row 57: input 'image': the value at .* is too large for float32"),
+            ("image", np.full(6, 1e300), "row 57: input 'image', row 0: the value at .* is too large for float32"),
         ],
     )
     def test_a_bad_row_is_named(self, column, cell, message, rows, feeds):
