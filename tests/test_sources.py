@@ -124,7 +124,7 @@ class TestSklearn:
         model = mlflow.pyfunc.load_model("models:/m-trt/1", model_config=CPU)
         predicted = model.predict(frame)
         assert list(predicted.columns) == ["variable"]
-        values = predicted["variable"].to_numpy(np.float32)
+        values = predicted["variable"].to_numpy()
         assert relative_error({"y": values}, {"y": estimator.predict(X).astype(np.float32)}) < 1e-4
 
     @pytest.mark.filterwarnings("ignore")
