@@ -29,7 +29,7 @@ FILES = (
     "Makefile",
     "pyproject.toml",
     "LICENSE",
-    "mlflow_trt/flavor.py",
+    "mlflow_trt/errors.py",
     "examples/quickstart.py",
     ".ci/run",
     ".gitignore",
