@@ -39,7 +39,7 @@ from benchmarks.models import MODELS, BenchmarkModel, Feeds
 from benchmarks.options import parse_names
 from mlflow_trt.backends.cuda_driver import probe
 from mlflow_trt.runtime.batching.host_copy import copies, copy_rows
-from mlflow_trt.runtime.batching.sizes import Rows, pieces
+from mlflow_trt.runtime.batching.sizes import BatchRows, pieces
 from mlflow_trt.runtime.engine.timing import replay
 from mlflow_trt.runtime.tensorrt_session import TensorRTSession
 
@@ -268,7 +268,7 @@ class Bench:
         return float(np.median([phase.engine for phase in self.session.time_phases(feeds, 30)]))
 
     def replay_seconds(self, feeds: Feeds) -> float:
-        with self.session._loaded(feeds) as slot:
+        with self.session._load_slot(feeds) as slot:
             replay(slot)
             return self.median_of(lambda: replay(slot))
 
@@ -321,7 +321,7 @@ def host_copy(feeds: Feeds, size: int) -> None:
     from mlflow_trt.core.types import BatchAxis
     from mlflow_trt.runtime.cuda.device import open_device
 
-    rows = Rows([feeds], BatchAxis(inputs=tuple(feeds), splits=True, declared=True), size)
+    rows = BatchRows([feeds], BatchAxis(inputs=tuple(feeds), splits=True, declared=True), size)
     for name, shape in rows.shapes.items():
         nbytes = int(np.prod(shape)) * feeds[name].itemsize
         if len(_pinned.get(name, ())) < nbytes:

@@ -129,12 +129,12 @@ class IntegrityError(ArtifactError):
 class RuntimeUnavailableError(MlflowTrtError, RuntimeError):
     """The runtime that was asked for cannot run on this machine."""
 
-    def retold(self, *, advice: str, wanted: str | None = None) -> RuntimeUnavailableError:
+    def with_advice(self, *, advice: str, wanted: str | None = None) -> RuntimeUnavailableError:
         """The same error for whoever wanted the runtime: what for, and what to do instead."""
         before = "" if wanted is None else f"{wanted}, and this machine cannot: "
-        return self._saying(f"{before}{self.message.rstrip('.')}. {advice}")
+        return self._with_message(f"{before}{self.message.rstrip('.')}. {advice}")
 
-    def _saying(self, message: str) -> RuntimeUnavailableError:
+    def _with_message(self, message: str) -> RuntimeUnavailableError:
         return RuntimeUnavailableError(message)
 
 
@@ -145,7 +145,7 @@ class MissingDependencyError(RuntimeUnavailableError, ImportError):
         super().__init__(message)
         self.packages = tuple(packages)
 
-    def _saying(self, message: str) -> MissingDependencyError:
+    def _with_message(self, message: str) -> MissingDependencyError:
         return MissingDependencyError(message, packages=self.packages)
 
 

@@ -21,7 +21,7 @@ from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.core.types import ComputeCapability, Gpu
 from mlflow_trt.flavor.conversions import LoggingOptions, log_conversion, save_conversion
 from mlflow_trt.flavor.mlmodel import PackagingOptions
-from mlflow_trt.flavor.undo import undone_on_failure
+from mlflow_trt.flavor.undo import undo_on_failure
 from mlflow_trt.pipeline.make import PreparedConversion, open_onnx, prepare_conversion
 from mlflow_trt.pipeline.options import ConversionOptions
 from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
@@ -92,5 +92,5 @@ def save_prepared(model, path: Path, prepared: PreparedConversion, **packaging) 
 
 def log_prepared(model, prepared: PreparedConversion, **logging):
     """`mlflow_trt.log_model` with such options."""
-    with undone_on_failure() as undo, open_onnx(model) as source:
+    with undo_on_failure() as undo, open_onnx(model) as source:
         return log_conversion(source, prepared, PackagingOptions(), LoggingOptions(**logging), undo)

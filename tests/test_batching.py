@@ -16,7 +16,7 @@ from mlflow_trt.core.arrays import numpy_dtype
 from mlflow_trt.core.types import BatchAxis, InputRange, ShapeProfile
 from mlflow_trt.runtime.batching.host_copy import LEAST_BYTES, THREADS, copies, copy_rows
 from mlflow_trt.runtime.batching.scheduler import Scheduler
-from mlflow_trt.runtime.batching.sizes import START_COST, AnySize, FewSizes, Piece, Rows, pieces
+from mlflow_trt.runtime.batching.sizes import START_COST, AnySize, BatchRows, FewSizes, Piece, pieces
 from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
 
 AXIS = BatchAxis(inputs=("x",), splits=True, declared=True)
@@ -86,7 +86,7 @@ def cut(source, largest, delay=0.0, axis=AXIS):
                               max_batch_delay_ms=delay)  # fmt: skip
 
 
-def filled(rows: Rows, name="x"):
+def filled(rows: BatchRows, name="x"):
     target = np.empty(rows.shapes[name], rows.parts[0][name].dtype)
     list(copy_rows(rows.copies(name), target))
     return target
@@ -94,13 +94,13 @@ def filled(rows: Rows, name="x"):
 
 def test_padding_repeats_valid_rows():
     """magika looks its input up in a table; a padding of zeros would be valid too, but not for every model."""
-    assert filled(Rows([{"x": np.array([[3], [7]])}], AXIS, 4)).tolist() == [[3], [7], [7], [7]]
-    assert filled(Rows([{"x": np.empty((0, 1), np.int32)}], AXIS, 2)).tolist() == [[0], [0]]
+    assert filled(BatchRows([{"x": np.array([[3], [7]])}], AXIS, 4)).tolist() == [[3], [7], [7], [7]]
+    assert filled(BatchRows([{"x": np.empty((0, 1), np.int32)}], AXIS, 2)).tolist() == [[0], [0]]
 
 
 def test_parts_of_several_batches_come_one_after_another():
     parts = [{"x": np.array([[1], [2]])}, {"x": np.empty((0, 1), np.int64)}, {"x": np.array([[3]])}]
-    assert filled(Rows(parts, AXIS, 5)).tolist() == [[1], [2], [3], [3], [3]]
+    assert filled(BatchRows(parts, AXIS, 5)).tolist() == [[1], [2], [3], [3], [3]]
 
 
 @pytest.mark.parametrize("row_bytes", [8, LEAST_BYTES // 3, 2 * LEAST_BYTES])
@@ -108,7 +108,7 @@ def test_parts_of_several_batches_come_one_after_another():
 def test_copies_by_several_threads_are_copies(row_bytes, counts):
     random = np.random.default_rng(0)
     parts = [{"x": random.integers(0, 255, (count, row_bytes), dtype=np.uint8)} for count in counts]
-    rows = Rows(parts, AXIS, sum(counts) + 2)
+    rows = BatchRows(parts, AXIS, sum(counts) + 2)
     target = np.empty(rows.shapes["x"], np.uint8)
     arrived = list(copy_rows(rows.copies("x"), target))
     assert arrived == sorted(arrived)
@@ -146,7 +146,7 @@ EQUAL = [
 def test_arrays_of_equal_dtypes_are_copied_whatever_python_calls_them(array):
     x = array.reshape(3, 2)
     target = np.empty((4, 2), np.dtype(array.dtype.name) if array.dtype.kind != "V" else array.dtype)
-    list(copy_rows(Rows([{"x": x[:1]}, {"x": x[1:]}], AXIS, 4).copies("x"), target))
+    list(copy_rows(BatchRows([{"x": x[:1]}, {"x": x[1:]}], AXIS, 4).copies("x"), target))
     assert np.array_equal(target, np.concatenate([x, x[-1:]]))
     assert np.array_equal(copies([x])[0], x)
 

@@ -401,7 +401,7 @@ class TestFailures:
             build(networks.product(), tmp_path, **recipe)
 
     def test_a_timing_cache_is_left_alone_by_tensorrt_rtx(self, tmp_path, messages):
-        limits._say_once.cache_clear()
+        limits._log_once.cache_clear()
         for folder in ("a", "b"):
             (tmp_path / folder).mkdir()
             build(networks.product(), tmp_path / folder, timing_cache=str(tmp_path / "timing.cache"))

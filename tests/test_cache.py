@@ -79,7 +79,7 @@ def test_the_users_cache_is_the_default(monkeypatch):
 
 def test_where_nothing_can_be_kept_the_user_is_told(plan, messages, monkeypatch):
     monkeypatch.setenv(cache.DIRECTORY_VARIABLE, "/proc/no/cache")
-    with cache.only_one("key"):
+    with cache.lock_key("key"):
         assert cache.find_engine("key") is None
         cache.store_engine("key", RECORD, plan)
     assert "The engine cannot be kept in /proc/no/cache/engines" in messages.text
@@ -90,7 +90,7 @@ def test_where_files_cannot_be_locked_it_goes_on(monkeypatch, plan):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with cache.only_one("key"):
+    with cache.lock_key("key"):
         cache.store_engine("key", RECORD, plan)
         assert cache.find_engine("key") == (RECORD, PLAN)
 
@@ -99,7 +99,7 @@ def test_one_builds_while_the_others_wait(plan):
     built = []
 
     def load(_):
-        with cache.only_one("key"):
+        with cache.lock_key("key"):
             if cache.find_engine("key") is None:
                 built.append(1)
                 time.sleep(0.05)
@@ -113,7 +113,7 @@ def test_one_builds_while_the_others_wait(plan):
 
 def test_a_process_forked_meanwhile_does_not_keep_the_lock():
     pid = 0
-    with cache.only_one("key"), warnings.catch_warnings():
+    with cache.lock_key("key"), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of threads where a process forks
         pid = os.fork()
         if pid == 0:
@@ -145,7 +145,7 @@ class TestWhoseItIs:
         try:
             cache.store_engine("key", RECORD, plan)
             cache.remember_pass("key")
-            with cache.only_one("key"):
+            with cache.lock_key("key"):
                 pass
         finally:
             os.umask(umask)
@@ -184,7 +184,7 @@ class TestWhoseItIs:
         os.chown(cache.directory(), 12345, 12345)
         cache.store_engine("key", RECORD, plan)
         cache.remember_pass("key")
-        with cache.only_one("key"):
+        with cache.lock_key("key"):
             assert not cache.has_passed("key")
         assert list(cache.directory().iterdir()) == []
         assert "belongs to another user" in messages.text
@@ -207,7 +207,7 @@ class TestWhoseItIs:
         locks = cache.folder_of("locks")
         for name in ("key", f"{gpu('sm86').uuid}-0"):
             (locks / name).symlink_to(tmp_path / "diary")
-        with cache.only_one("key"):
+        with cache.lock_key("key"):
             pass
         with pytest.raises(RuntimeUnavailableError, match="Too many levels of symbolic links"):
             own_gpu([gpu("sm86")])
@@ -215,7 +215,7 @@ class TestWhoseItIs:
 
     def test_a_lock_does_not_empty_a_file(self):
         (cache.folder_of("locks") / "key").write_text("dear diary")
-        with cache.only_one("key"):
+        with cache.lock_key("key"):
             pass
         assert (cache.directory() / "locks" / "key").read_text() == "dear diary"
 
@@ -234,7 +234,7 @@ class TestWhoseItIs:
         os.mkfifo(cache.folder_of("self_tests") / "key")
         os.mkfifo(cache.folder_of("locks") / "key")
         assert not cache.has_passed("key")
-        with cache.only_one("key"):
+        with cache.lock_key("key"):
             pass
 
     def test_kernels_are_not_read_through_a_link(self, tmp_path, messages):
@@ -270,11 +270,11 @@ def test_a_process_that_waits_says_so(messages):
     order = []
 
     def second():
-        with cache.only_one("key"):
+        with cache.lock_key("key"):
             order.append("second")
 
     thread = threading.Thread(target=second)
-    with cache.only_one("key"):
+    with cache.lock_key("key"):
         thread.start()
         assert waits.wait(60)
         order.append("first")

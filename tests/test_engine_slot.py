@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mlflow_trt.errors import OutOfMemoryError
-from mlflow_trt.runtime.batching.sizes import Rows
+from mlflow_trt.runtime.batching.sizes import BatchRows
 from mlflow_trt.runtime.cuda.device import Device
 from mlflow_trt.runtime.engine import slot as slot_module
 from mlflow_trt.runtime.engine.contexts import MOST_CONTEXTS
@@ -55,14 +55,14 @@ def test_freed_memory_that_comes_back_smaller_at_the_same_address_is_bound_again
 
 def test_a_graph_never_uses_scratch_memory_that_grew_in_another_slot():
     def double(slot, x):
-        slot.launch(Rows([{"x": x}], None, 0), 0)
+        slot.launch(BatchRows([{"x": x}], None, 0), 0)
         return slot.finish()["y"]
 
-    with fake_gpu.session() as (session, driver, tensorrt), session._scheduler.slots.lent() as slot:
+    with fake_gpu.session() as (session, driver, tensorrt), session._scheduler.slots.borrow() as slot:
         driver.gives_addresses_again = False
         for seed in range(3):
             assert np.array_equal(double(slot, rows(2, seed=seed)), 2 * rows(2, seed=seed))
-        with session._scheduler.slots.lent() as other:
+        with session._scheduler.slots.borrow() as other:
             double(other, rows(16, 64))
         captures = driver.captures
         for seed in range(3):
@@ -183,7 +183,7 @@ def test_no_graph_is_captured_of_allocations(monkeypatch):
     """Not even where another slot finds out first that there are some."""
 
     def check_in(slot, x):
-        slot.launch(Rows([{"x": x}], None, 0), 0)
+        slot.launch(BatchRows([{"x": x}], None, 0), 0)
         outputs = slot.finish()
         assert np.array_equal(outputs["z"], x[:, 0])
 
@@ -199,7 +199,7 @@ def test_no_graph_is_captured_of_allocations(monkeypatch):
     with fake_gpu.session(late=True) as (session, driver, _):
         driver.gives_addresses_again = False
         slots = session._scheduler.slots
-        with slots.lent() as slot, slots.lent() as other:
+        with slots.borrow() as slot, slots.borrow() as other:
             others.append(other)
             for count in (8, 8, 8, 2, 8):
                 check_in(slot, rows(count, seed=count))
@@ -216,15 +216,15 @@ def test_a_graph_is_known_of_after_a_run_that_was_interrupted(monkeypatch):
     with fake_gpu.session() as (session, driver, _):
         driver.gives_addresses_again = False
         slots = session._scheduler.slots
-        with monkeypatch.context() as patch, slots.lent() as slot:
+        with monkeypatch.context() as patch, slots.borrow() as slot:
             patch.setattr(fake_gpu.FakeContext, "execute_async_v3", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                slot.launch(Rows([{"x": rows(2)}], None, 0), 0)
+                slot.launch(BatchRows([{"x": rows(2)}], None, 0), 0)
             slot.abandon()
-        with slots.lent() as slot, slots.lent() as other:
-            other.launch(Rows([{"x": rows(16, 64)}], None, 0), 0)
+        with slots.borrow() as slot, slots.borrow() as other:
+            other.launch(BatchRows([{"x": rows(16, 64)}], None, 0), 0)
             other.finish()
-            slot.launch(Rows([{"x": rows(2)}], None, 0), 0)
+            slot.launch(BatchRows([{"x": rows(2)}], None, 0), 0)
             assert np.array_equal(slot.finish()["y"], rows(2) * 2)
 
 
@@ -293,8 +293,8 @@ def test_ctrl_c_while_closing_takes_nothing_from_calls_that_run(monkeypatch):
 
     with fake_gpu.session() as (session, _, _):
         slots, (_, engine) = session._scheduler.slots, session._finalizer.peek()[2]
-        with slots.lent() as slot:
-            slot.launch(Rows([{"x": rows(4)}], None, 0), 0)
+        with slots.borrow() as slot:
+            slot.launch(BatchRows([{"x": rows(4)}], None, 0), 0)
             with monkeypatch.context() as patch:
                 patch.setattr(slots._returned, "wait", wait)
                 with pytest.raises(KeyboardInterrupt):

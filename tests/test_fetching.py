@@ -9,7 +9,7 @@ import networks
 import onnx
 import pytest
 
-from mlflow_trt.flavor.fetch import fetch_folder, is_of_this_flavor, opened_folder, read_record
+from mlflow_trt.flavor.fetch import fetch_folder, is_of_this_flavor, open_folder, read_record
 from mlflow_trt.registry.sources.open import open_source
 from mlflow_trt.store.folder import read_folder
 
@@ -22,7 +22,7 @@ def test_a_local_folder_is_read_where_it_is(magika_folder, tmp_path, name, as_ur
     record = read_folder(folder).record
     assert read_record(uri) == record
     assert is_of_this_flavor(uri)
-    with opened_folder(uri) as opened:
+    with open_folder(uri) as opened:
         assert (opened.path, opened.record) == (folder, record)
     assert fetch_folder(uri).path.samefile(folder)
     (tmp_path / "copies").mkdir()

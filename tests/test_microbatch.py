@@ -476,7 +476,7 @@ def test_slots_are_lent_in_the_order_in_which_they_were_asked_for(pool, gate):
     held, order, futures = slots.acquire(), [], []
 
     def use(number):
-        with slots.lent():
+        with slots.borrow():
             order.append(number)
 
     for number in range(10):

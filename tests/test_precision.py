@@ -387,7 +387,7 @@ def test_magika_keeps_its_labels_in_fp16_and_a_naive_conversion_does_not(tmp_pat
     source = conversion.source
     flat = flatten(RewrittenModel(proto=source.proto, folder=source.path.parent), tmp_path)
     blind = Evidence(samples=conversion.samples, largest={}, not_finite={}, positions={}, share=len)
-    naive = HalfPass(FLOAT16).on(flat, blind)({})
+    naive = HalfPass(FLOAT16).prepare(flat, blind)({})
     assert not naive.report.kept
     onnx.save_model(naive.emulation, tmp_path / "naive.onnx")
     wrong = CpuModel(tmp_path / "naive.onnx", optimize=False).run([name], feeds)

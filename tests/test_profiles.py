@@ -6,7 +6,7 @@ from onnx import helper
 from real_models import CLS, DET, MAGIKA, SILERO
 
 from mlflow_trt import Recipe, RecipeError
-from mlflow_trt.convert.onnx.dimension_names import tell_apart
+from mlflow_trt.convert.onnx.dimension_names import name_dimensions_apart
 from mlflow_trt.convert.onnx.model import read_onnx
 from mlflow_trt.convert.resolve_profiles import resolve_profiles
 from mlflow_trt.core.types import BatchAxis
@@ -183,7 +183,7 @@ class TestDimensionNames:
 
     def told_apart(self, model, folder, **recipe):
         source = read_onnx(model, folder)
-        return source, tell_apart(source.proto, resolve_profiles(source, Recipe(**recipe)).profiles)
+        return source, name_dimensions_apart(source.proto, resolve_profiles(source, Recipe(**recipe)).profiles)
 
     def test_nothing_collides_nothing_changes(self, tmp_path):
         shapes = {"input_ids": ((-1, 4), (-1, 16), (-1, 32))}

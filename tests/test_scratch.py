@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mlflow_trt.core.files import write_whole
-from mlflow_trt.core.output_folder import written_aside
+from mlflow_trt.core.output_folder import write_aside
 from mlflow_trt.core.scratch import scratch_folder
 
 STOP = "(Path(sys.argv[1]) / 'made').touch(); print('made', flush=True); sys.stdin.read()"
@@ -23,7 +23,7 @@ with scratch_folder() as folder:
     {STOP}
 """
 OUTPUT = f"""
-with written_aside(Path(sys.argv[1]) / "model") as folder:
+with write_aside(Path(sys.argv[1]) / "model") as folder:
     (folder / "weights").write_bytes(b"0" * 1000)
     {STOP}
 """
@@ -44,7 +44,7 @@ PREAMBLE = """
 import contextlib, sys
 from pathlib import Path
 from mlflow_trt.core.files import write_whole
-from mlflow_trt.core.output_folder import written_aside
+from mlflow_trt.core.output_folder import write_aside
 from mlflow_trt.core.scratch import scratch_folder
 """
 
@@ -76,7 +76,7 @@ def the_next(what: str, folder: Path) -> None:
         with scratch_folder():
             pass
     elif what == OUTPUT:
-        with written_aside(folder / "model") as aside:
+        with write_aside(folder / "model") as aside:
             (aside / "weights").touch()
     else:
         write_whole(folder / "plan", b"plan")
@@ -138,7 +138,7 @@ def test_an_empty_folder_on_another_device_is_filled(tmp_path):
     target = Path(tempfile.mkdtemp(dir=elsewhere))
     try:
         (tmp_path / "model").symlink_to(target)
-        with written_aside(tmp_path / "model") as folder:
+        with write_aside(tmp_path / "model") as folder:
             (folder / "engines").mkdir()
             (folder / "engines" / "plan").write_bytes(b"plan")
             (folder / "MLmodel").write_text("flavors")

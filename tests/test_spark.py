@@ -18,7 +18,7 @@ import mlflow_trt
 from mlflow_trt import InputError, InputShapeError, OptionError, UnsupportedModelError
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.types import TensorSpec
-from mlflow_trt.deploy.spark_rows import Rows, columns_of_outputs
+from mlflow_trt.deploy.spark_rows import SparkRows, columns_of_outputs
 from mlflow_trt.store.folder import read_folder
 from mlflow_trt.store.load import open_session
 
@@ -66,7 +66,7 @@ class TestRows:
     @pytest.fixture
     def rows(self, folder):
         with open_session(read_folder(folder), LoadSettings.of(CPU)) as session:
-            yield Rows(session, partition=3)
+            yield SparkRows(session, partition=3)
 
     def test_in_pieces(self, rows, feeds, expected):
         for start, stop in ((0, 100), (100, 100), (100, COUNT)):

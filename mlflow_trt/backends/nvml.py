@@ -14,7 +14,7 @@ from mlflow_trt.core.types import Gpu
 _LIBRARY = "libnvidia-ml.so.1"
 
 
-class _Memory(ctypes.Structure):
+class _NvmlMemory(ctypes.Structure):
     _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
 
 
@@ -29,7 +29,7 @@ def gpu_memory(gpus: Iterable[Gpu]) -> dict[str, tuple[int, int]]:
     found = {}
     try:
         for gpu in gpus:
-            handle, memory = ctypes.c_void_p(), _Memory()
+            handle, memory = ctypes.c_void_p(), _NvmlMemory()
             if (
                 library.nvmlDeviceGetHandleByUUID(gpu.uuid.encode(), ctypes.byref(handle)) == 0
                 and library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0

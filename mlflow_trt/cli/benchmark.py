@@ -28,13 +28,13 @@ def benchmark(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Measure latency and throughput: the engine alone, the copies, the whole predict, and ONNX Runtime."""
-    from mlflow_trt.core.progress import shown_progress
+    from mlflow_trt.core.progress import show_progress
     from mlflow_trt.measure import benchmark as benchmarks
     from mlflow_trt.measure.layers import read_layers
     from mlflow_trt.measure.publish import log_report, write_report
     from mlflow_trt.pipeline.user_samples import read_arrays
 
-    with results_on_stdout(as_json), shown_progress(f"Measuring {uri}") as progress:
+    with results_on_stdout(as_json), show_progress(f"Measuring {uri}") as progress:
         feeds = None if data is None else read_arrays(data)
         result = benchmarks.benchmark(
             uri,

@@ -26,13 +26,13 @@ def compare(
 ) -> None:
     """Compare two models, accuracy and speed, side by side. Exits with 1 where their outputs are too far apart."""
     from mlflow_trt.core.accuracy import Verdict
-    from mlflow_trt.core.progress import shown_progress
+    from mlflow_trt.core.progress import show_progress
     from mlflow_trt.measure.publish import log_report, write_report
     from mlflow_trt.measure.side_by_side import compare_models
     from mlflow_trt.pipeline.user_samples import read_arrays
 
     title = f"{subject} and {reference}"
-    with results_on_stdout(as_json), shown_progress(f"Comparing {title}") as progress:
+    with results_on_stdout(as_json), show_progress(f"Comparing {title}") as progress:
         feeds = None if data is None else read_arrays(data)
         sizes = parse_numbers(batch, "--batch")
         result = compare_models(

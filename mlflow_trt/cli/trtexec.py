@@ -132,7 +132,7 @@ def translate(line: str) -> Translation:
     translation = Translation()
     shapes: list[dict[str, str]] = [{}]
     shapes_to_run = None
-    for word in _words_of(line):
+    for word in _split_words(line):
         given, _, value = word.partition("=")
         option = _BY_NAME.get(given.lower())
         if option is None or option.becomes == "refused":
@@ -156,7 +156,7 @@ def translate(line: str) -> Translation:
     return translation
 
 
-def _words_of(line: str) -> list[str]:
+def _split_words(line: str) -> list[str]:
     """What stands behind the name of the program, which may be left out."""
     try:
         words = shlex.split(line)

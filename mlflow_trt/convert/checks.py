@@ -89,7 +89,7 @@ def check_nodes(model: ModelProto) -> None:
         if nodes:
             refused = [label_of(node) for node in nodes]
             raise UnsupportedModelError(reason.format(nodes=", ".join(refused)), nodes=refused)
-    misread = _means_in_16_bits(model)
+    misread = _find_means_in_16_bits(model)
     if misread:
         raise UnsupportedModelError(
             f"TensorRT's parser misreads a constant of means in 16 bits, and the engine would answer wrongly, at "
@@ -117,7 +117,7 @@ def _check_names(model: ModelProto) -> None:
         )
 
 
-def _means_in_16_bits(model: ModelProto) -> list[str]:
+def _find_means_in_16_bits(model: ModelProto) -> list[str]:
     """The means that a model brings in 16 bits: those that a precision pass would keep in float32."""
     means = [node for node in model.graph.node if node.op_type == "Mean" and not node.domain]
     if not means:
@@ -163,11 +163,11 @@ def _check_rtx(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
             option="weights",
         )
     if recipe.timing_cache is not None:
-        _say_once("TensorRT-RTX has no timing cache: the file is left alone")
+        _log_once("TensorRT-RTX has no timing cache: the file is left alone")
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def _log_once(message: str) -> None:
     """What holds for every build of this process is said with the first."""
     _log.info("%s", message)
 

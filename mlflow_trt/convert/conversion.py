@@ -113,12 +113,12 @@ def convert_source(task: ConversionTask) -> Conversion:
         typed, built = build_with_retreat(maker, build, plan)
     except BuildError as error:
         raise _naming_nodes(error, source) from error
-    warnings = _about_share(typed.report)
+    warnings = _remark_on_share(typed.report)
     remarks = (
         *profiles.remarks,
         *typed.report.remarks,
-        *_about_float32(tensorrt, recipe),
-        *_about_noise(recipe, samples),
+        *_remark_on_float32(tensorrt, recipe),
+        *_remark_on_noise(recipe, samples),
     )
     for remark in remarks:
         _log.info("%s", remark)
@@ -151,7 +151,7 @@ def runs_in_precision(report: PrecisionReport) -> bool:
     return report.share is None or bool(report.changed_nodes or report.weight_only)
 
 
-def _about_share(report: PrecisionReport) -> tuple[str, ...]:
+def _remark_on_share(report: PrecisionReport) -> tuple[str, ...]:
     if report.share is None or report.share >= _SMALL_SHARE:
         return ()
     return (f"only {report.share:.1%} of this model's arithmetic runs in {report.precision}{_reasons(report)}",)
@@ -180,7 +180,7 @@ def choose_samples(data: SampleData | None, source: OnnxModel, profiles: Profile
         return generate_samples(source, profiles)
 
 
-def _about_float32(tensorrt: trt.TensorRT, recipe: Recipe) -> tuple[str, ...]:
+def _remark_on_float32(tensorrt: trt.TensorRT, recipe: Recipe) -> tuple[str, ...]:
     if recipe.precision is not Precision.FP32 or not tensorrt.is_rtx:
         return ()
     remark = (
@@ -190,7 +190,7 @@ def _about_float32(tensorrt: trt.TensorRT, recipe: Recipe) -> tuple[str, ...]:
     return (remark,)
 
 
-def _about_noise(recipe: Recipe, samples: Samples) -> tuple[str, ...]:
+def _remark_on_noise(recipe: Recipe, samples: Samples) -> tuple[str, ...]:
     if samples.is_evidence or recipe.precision not in (Precision.FP16, Precision.BF16):
         return ()
     remark = (

@@ -144,7 +144,7 @@ class _Resolution:
         self._by_name: dict[str, _Limits] = {}
 
     def profile(self, batch: BatchRange | None) -> ShapeProfile:
-        limits = self._asked()
+        limits = self._requested_limits()
         if batch is not None:
             self._apply_batch(limits, batch)
         for key in self._unknown(limits):
@@ -154,7 +154,7 @@ class _Resolution:
             raise RecipeError(self._missing_text(missing), option="shapes")
         return ShapeProfile(ranges=self._ranges(limits))
 
-    def _asked(self) -> dict[tuple[str, int], _Limits]:
+    def _requested_limits(self) -> dict[tuple[str, int], _Limits]:
         limits: dict[tuple[str, int], _Limits] = {}
         for spec in self._inputs:
             triple = self._request.get(spec.name)

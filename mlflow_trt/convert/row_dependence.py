@@ -49,7 +49,7 @@ def check_rows(source: OnnxModel, profiles: Profiles, samples: Samples) -> Profi
     if axis is None or not axis.splits:
         return profiles
     try:
-        rows = _Rows.that_run(source, axis, samples)
+        rows = _Rows.measured_on(source, axis, samples)
         dependence = _dependence(rows)
     except (RuntimeUnavailableError, ExecutionError, InputError) as error:
         return _with_remark(profiles, f"whether rows depend on each other was not measured: {error.message}")
@@ -91,7 +91,7 @@ class _Rows:
         self.together = self.run(range(count))
 
     @classmethod
-    def that_run(cls, source: OnnxModel, axis: BatchAxis, samples: Samples) -> _Rows:
+    def measured_on(cls, source: OnnxModel, axis: BatchAxis, samples: Samples) -> _Rows:
         """As few rows as the model takes: the k largest of all are to be had of k and more."""
         model = CpuModel(source.path)
         usual = len(samples.feeds[0][axis.inputs[0]])
@@ -109,7 +109,7 @@ class _Rows:
             {name: array[taken] if name in self._batched else array for name, array in self._feeds.items()}
         )
 
-    def run_slightly_changed(self) -> Outputs:
+    def run_perturbed(self) -> Outputs:
         """All together, from inputs that are off by about as much as rounding is."""
         random = np.random.default_rng(0)
         changed = dict(self._feeds)
@@ -189,7 +189,7 @@ def _beyond(limit: float, rows: _Rows, by_row: Mapping[int, Outputs], arrangemen
     if _difference(rows.run(range(rows.count))[name], rows.together[name]) > limit:
         raise _AnswersVaryError
     if limit == _OTHER_ORDER:
-        rounding = _difference(rows.run_slightly_changed()[name], rows.together[name])
+        rounding = _difference(rows.run_perturbed()[name], rows.together[name])
         if errors[name] <= _AMPLIFIED * rounding:
             return None
     return RowDependence(output=name, arrangement=arrangement, relative_error=errors[name])

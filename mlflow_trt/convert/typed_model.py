@@ -14,7 +14,7 @@ from onnx import ModelProto, TensorProto
 
 from mlflow_trt.backends.onnxruntime import CpuModel, calibrated_magnitudes
 from mlflow_trt.convert.onnx.byte_inputs import cast_bytes_first
-from mlflow_trt.convert.onnx.dimension_names import tell_apart
+from mlflow_trt.convert.onnx.dimension_names import name_dimensions_apart
 from mlflow_trt.convert.onnx.graph import FlatModel, flatten
 from mlflow_trt.convert.onnx.model import OnnxModel, describe, sha256_of, tensors_of
 from mlflow_trt.convert.onnx.opset import OpsetNotRaisedError, opset_of
@@ -24,7 +24,7 @@ from mlflow_trt.convert.precision import pass_for
 from mlflow_trt.convert.precision.masks import clamp_masks
 from mlflow_trt.convert.precision.quantized import QUANTIZABLE, is_quantized
 from mlflow_trt.convert.precision.ranges import Evidence, gather_evidence
-from mlflow_trt.convert.precision.refinement import refined
+from mlflow_trt.convert.precision.refinement import refine
 from mlflow_trt.convert.precision.sensitivity import FLOAT16, headroom_of
 from mlflow_trt.convert.precision.share import quantized_nodes, share_of
 from mlflow_trt.convert.precision.typed_graph import PrecisionPass, TypedGraph
@@ -99,7 +99,7 @@ def maker_for(
         MissingDependencyError: the precision needs ONNX Runtime, and it is not installed.
     """
     rewritten = rewrite(source.proto, source.path.parent, workdir)
-    told_apart = tell_apart(rewritten.proto, profiles.profiles)
+    told_apart = name_dimensions_apart(rewritten.proto, profiles.profiles)
     rewritten = replace(rewritten, proto=cast_bytes_first(told_apart))
     precision_pass = pass_for(recipe.precision, recipe.calibration_method, weight_only)
     if recipe.precision in _QUANTIZED and is_quantized(rewritten.proto):
@@ -213,7 +213,7 @@ class _Retyped:
             evidence = gather_evidence(self._flat, samples)
         if recipe.precision in _QUANTIZED:
             evidence = _calibrated(self._flat, evidence, recipe.calibration_method, workdir)
-        self._make = precision_pass.on(self._flat, evidence)
+        self._make = precision_pass.prepare(self._flat, evidence)
 
     @contextmanager
     def _explaining_ignorance(self) -> Iterator[None]:
@@ -301,7 +301,7 @@ class _Retyped:
     def make(self, kept: Mapping[str, str]) -> TypedModel:
         stays = self._excluded | dict(kept)
         if self._refines:
-            graph, comparison = refined(self._flat, self._make, self._judge, self._judge_quickly, stays)
+            graph, comparison = refine(self._flat, self._make, self._judge, self._judge_quickly, stays)
         else:
             graph = self._make(stays)
             comparison = self._judge(graph)

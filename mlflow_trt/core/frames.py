@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from mlflow_trt.core.arrays import Array, numpy_dtype
-from mlflow_trt.core.inputs import Place, convert, is_missing
+from mlflow_trt.core.inputs import Place, convert_array, is_missing
 from mlflow_trt.core.types import TensorSpec
 from mlflow_trt.core.wire import SHAPES_KEY
 from mlflow_trt.errors import ExecutionError, InputDtypeError, InputError, InputShapeError
@@ -41,7 +41,7 @@ def feeds_from_frame(frame: pd.DataFrame, specs: tuple[TensorSpec, ...]) -> dict
             f"the DataFrame has no column {missing[0]!r}; it has {', '.join(map(str, frame.columns))}",
             tensor=missing[0],
         )
-    shapes = _told_shapes(frame)
+    shapes = _recorded_shapes(frame)
     return {spec.name: _column(frame[spec.name], spec, shapes.get(spec.name)) for spec in specs}
 
 
@@ -68,10 +68,10 @@ def _rows(frame: pd.DataFrame, spec: TensorSpec) -> Array:
 
     dtypes = set(frame.dtypes)
     if len(dtypes) == 1 and isinstance(dtype := dtypes.pop(), np.dtype) and dtype.kind != "O":
-        rows = convert(frame.to_numpy(), spec, place)
+        rows = convert_array(frame.to_numpy(), spec, place)
     else:
         columns = [
-            convert(_numbers(frame.iloc[:, number], spec), spec, lambda at, number=number: place((at[0], number)))  # type: ignore[misc]
+            convert_array(_numbers(frame.iloc[:, number], spec), spec, lambda at, number=number: place((at[0], number)))  # type: ignore[misc]
             for number in range(len(labels))
         ]
         rows = np.stack(columns, axis=1) if columns else np.empty((len(frame), 0), numpy_dtype(spec.dtype))
@@ -109,7 +109,7 @@ def _cells(column: pd.Series[Any], spec: TensorSpec) -> Array:
     """The cells of a column in the input's dtype and in one shape, one above the other."""
     values = _numbers(column, spec)
     if values.dtype.kind != "O":
-        return convert(values, spec, _place_in(column.name))
+        return convert_array(values, spec, _place_in(column.name))
     if column.empty:
         return np.zeros((0, *(size or 0 for size in spec.fixed[1:])), numpy_dtype(spec.dtype))
     if isinstance(values[0], bytes):
@@ -161,10 +161,10 @@ def _stacked(cells: list[Array], column: Any, spec: TensorSpec) -> Array:
         )
     # Together only what is of one dtype: numpy would make floats of all where one is.
     if len({cell.dtype for cell in cells}) == 1:
-        return convert(np.stack(cells), spec, _place_in(column))
+        return convert_array(np.stack(cells), spec, _place_in(column))
     return np.stack(
         [
-            convert(cell, spec, lambda at, row=row: _place_in(column)((row, *at)))  # type: ignore[misc]
+            convert_array(cell, spec, lambda at, row=row: _place_in(column)((row, *at)))  # type: ignore[misc]
             for row, cell in enumerate(cells)
         ]
     )
@@ -211,7 +211,7 @@ def _listed(labels: list[Any]) -> str:
     return ", ".join(shown if len(labels) <= len(shown) else [*shown, "..."])
 
 
-def _told_shapes(frame: pd.DataFrame) -> Mapping[str, list[int]]:
+def _recorded_shapes(frame: pd.DataFrame) -> Mapping[str, list[int]]:
     """What `mlflow_trt.client` says about arrays whose rows it made flat. It comes from outside: believe nothing."""
     told = frame.attrs.get(SHAPES_KEY)
     if not isinstance(told, dict):

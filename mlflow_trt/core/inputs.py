@@ -95,7 +95,7 @@ def _prepare(value: npt.ArrayLike, spec: TensorSpec) -> Array:
             raise InputShapeError(
                 f"input {spec.name!r} has the shape {shape}; expected {wanted} at axis {axis}: {spec}", tensor=spec.name
             )
-    converted = convert(array, spec)
+    converted = convert_array(array, spec)
     return converted if converted.flags.c_contiguous else np.ascontiguousarray(converted).reshape(shape)
 
 
@@ -111,7 +111,7 @@ def _place_in_input(name: str) -> Place:
     return place
 
 
-def convert(array: Array, spec: TensorSpec, place: Place | None = None) -> Array:
+def convert_array(array: Array, spec: TensorSpec, place: Place | None = None) -> Array:
     """`array` in the dtype that `spec` wants, where that loses nothing but a float's last digits.
 
     A float may become a narrower float unless a finite value would turn into infinity; an integer may become another
@@ -180,14 +180,14 @@ def _convert_objects(array: Array, spec: TensorSpec, place: Place) -> Array:
     kinds = set(map(type, flat))
     together = _numbers(flat) if len(kinds) == 1 else None
     if together is not None:
-        return convert(together.reshape(array.shape), spec, place)
+        return convert_array(together.reshape(array.shape), spec, place)
     converted = np.empty(array.size, numpy_dtype(spec.dtype))
     for index, value in enumerate(flat):
         number = _numbers([value])
         if number is None:  # an integer of more than 64 bits, or a number of many digits
             raise InputDtypeError(f"{place(_position(index, array))} {_UNFIT.format(spec.dtype)}", tensor=spec.name)
         where = _position(index, array)
-        converted[index] = convert(number, spec, lambda _, where=where: place(where))[0]  # type: ignore[misc]
+        converted[index] = convert_array(number, spec, lambda _, where=where: place(where))[0]  # type: ignore[misc]
     return converted.reshape(array.shape)
 
 

@@ -27,7 +27,7 @@ def check_parent(path: Path, *, option: str) -> None:
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def write_aside(path: Path) -> Iterator[Path]:
     """A folder beside `path` that takes its place when the block ends well, and vanishes when it does not."""
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextmanager
-def shown_progress(what: str) -> Iterator[ProgressCallback]:
+def show_progress(what: str) -> Iterator[ProgressCallback]:
     """Give a callback that shows the builder's progress on standard error; nothing appears before it is called."""
     console = Console(stderr=True)
     display = _Bar(what, console) if console.is_terminal else _Lines(what)
@@ -29,12 +29,12 @@ def shown_progress(what: str) -> Iterator[ProgressCallback]:
 
 
 @contextmanager
-def told_progress(what: str, given: ProgressCallback | None) -> Iterator[ProgressCallback]:
+def choose_progress(what: str, given: ProgressCallback | None) -> Iterator[ProgressCallback]:
     """The callback that was given, or one that shows progress on standard error."""
     if given is not None:
         yield given
     else:
-        with shown_progress(what) as shown:
+        with show_progress(what) as shown:
             yield shown
 
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlflow_trt.core.output_folder import check_target, written_aside
+from mlflow_trt.core.output_folder import check_target, write_aside
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.types import Distribution
 from mlflow_trt.errors import OptionError
-from mlflow_trt.flavor.fetch import opened_folder
+from mlflow_trt.flavor.fetch import open_folder
 
 CUDA_IMAGE = "nvidia/cuda:13.0.1-{kind}-ubuntu24.04"
 """Where the image starts from: `kind` is `devel`, to compile pycuda, and `runtime`, to run."""
@@ -122,7 +122,7 @@ def write_image_context(model_uri: str, path: str | Path, options: ImageOptions 
     options = options or ImageOptions()
     target = Path(path)
     check_target(target)
-    with opened_folder(model_uri) as folder, written_aside(target) as aside:
+    with open_folder(model_uri) as folder, write_aside(target) as aside:
         shutil.copytree(folder.path, aside / "model")
         for entry in (aside / "model", *(aside / "model").rglob("*")):
             # Docker keeps the modes and gives all to root, while the image runs as a user of its own.

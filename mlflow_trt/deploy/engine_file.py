@@ -8,7 +8,7 @@ from mlflow_trt.core.files import write_whole
 from mlflow_trt.core.output_folder import check_parent
 from mlflow_trt.core.types import EngineRecord
 from mlflow_trt.errors import OptionError
-from mlflow_trt.flavor.fetch import opened_folder
+from mlflow_trt.flavor.fetch import open_folder
 
 
 def check_engine_path(path: Path) -> None:
@@ -23,7 +23,7 @@ def save_engine(model_uri: str, path: Path) -> EngineRecord:
 
     Raises IntegrityError where the plan is not the one that was logged.
     """
-    with opened_folder(model_uri) as folder:
+    with open_folder(model_uri) as folder:
         engine = folder.record.engines[0]
         plan = folder.read_plan(engine)
     write_whole(path, plan)

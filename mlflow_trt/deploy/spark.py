@@ -19,7 +19,7 @@ from mlflow.models import Model
 
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.types import BatchAxis, TensorSpec
-from mlflow_trt.deploy.spark_rows import Rows, columns_of_outputs
+from mlflow_trt.deploy.spark_rows import SparkRows, columns_of_outputs
 from mlflow_trt.errors import MissingDependencyError, OptionError, UnsupportedModelError
 from mlflow_trt.flavor.fetch import read_record
 from mlflow_trt.registry.sources.open import registered_version
@@ -107,7 +107,7 @@ def predict_udf(
     def predict(batches: Iterator[Any]) -> Iterator[pd.DataFrame]:
         context = TaskContext.get()
         session = _session(model, _devices(context))
-        rows = Rows(session, partition=context.partitionId() if context is not None else 0)
+        rows = SparkRows(session, partition=context.partitionId() if context is not None else 0)
         for batch in batches:
             # A single column comes by itself, whatever the annotations say.
             columns = dict(zip(names, batch if isinstance(batch, tuple) else (batch,), strict=True))

@@ -19,7 +19,7 @@ Columns = Mapping[str, "pd.Series[Any]"]
 _WIDER = {"float16": "float32", "bfloat16": "float32", "uint8": "int16", "uint16": "int32", "uint32": "int64"}
 
 
-class Rows:
+class SparkRows:
     """Runs the rows of one partition, and knows which row is to blame."""
 
     def __init__(self, session: Session, *, partition: int) -> None:

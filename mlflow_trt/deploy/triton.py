@@ -12,11 +12,11 @@ from typing import NamedTuple
 from packaging.version import Version
 
 from mlflow_trt.backends.onnxruntime import CpuModel
-from mlflow_trt.core.output_folder import check_target, written_aside
+from mlflow_trt.core.output_folder import check_target, write_aside
 from mlflow_trt.core.types import ComputeCapability, Distribution, EngineRecord, Precision, Weights
 from mlflow_trt.deploy.triton_config import Layout, config_text, largest_batch, max_batch_size, warmup_files
 from mlflow_trt.errors import EngineMismatchError, ExecutionError, MissingDependencyError, OptionError
-from mlflow_trt.flavor.fetch import opened_folder
+from mlflow_trt.flavor.fetch import open_folder
 from mlflow_trt.store.folder import ModelFolder, Record, StoredModel
 
 BACKENDS = ("tensorrt", "onnxruntime")
@@ -25,7 +25,7 @@ _VERSION_FOLDER = "1"
 _SOURCE_FOR_ONNXRUNTIME = {Precision.BF16, Precision.FP8}
 
 
-class _Written(NamedTuple):
+class _ModelRepository(NamedTuple):
     """The files of a model's version, as `Layout` names them, what the backend sees in them, and what to say of it."""
 
     record: Record
@@ -81,7 +81,7 @@ def export_triton(
     if target.exists():
         raise OptionError(f"{target} exists already; name another repository, or another name=", option="repository")
     check_target(target)
-    with opened_folder(model_uri) as folder, written_aside(target) as aside:
+    with open_folder(model_uri) as folder, write_aside(target) as aside:
         (aside / _VERSION_FOLDER).mkdir()
         write = _write_engines if backend == "tensorrt" else _write_onnx
         record, default_file, files_by_capability, remarks = write(folder, aside / _VERSION_FOLDER)
@@ -116,7 +116,7 @@ def _name_of(model_uri: str) -> str:
     raise OptionError(f"{model_uri} tells no name for the model; give one with name=", option="name")
 
 
-def _write_engines(folder: ModelFolder, target: Path) -> _Written:
+def _write_engines(folder: ModelFolder, target: Path) -> _ModelRepository:
     """The engines that one Triton can load, each under the compute capabilities that it was built for."""
     chosen, left_out = _loadable(folder.record.engines)
     if not chosen:
@@ -144,7 +144,7 @@ def _write_engines(folder: ModelFolder, target: Path) -> _Written:
     if all(engine.version_compatible for engine in chosen):
         needs += " or a later minor release, started with --backend-config=tensorrt,version-compatible=true"
     remarks = (needs, *(f"left out {reason}" for reason in left_out))
-    return _Written(folder.record, default or next(iter(names.values())), names, remarks)
+    return _ModelRepository(folder.record, default or next(iter(names.values())), names, remarks)
 
 
 def _loadable(engines: Sequence[EngineRecord]) -> tuple[list[EngineRecord], list[str]]:
@@ -178,7 +178,7 @@ def _release(engine: EngineRecord) -> str:
     return ".".join(map(str, Version(engine.version).release[:3]))
 
 
-def _write_onnx(folder: ModelFolder, target: Path) -> _Written:
+def _write_onnx(folder: ModelFolder, target: Path) -> _ModelRepository:
     record = folder.record
     use_source = record.recipe.precision in _SOURCE_FOR_ONNXRUNTIME
     stored: StoredModel = record.source if use_source else record.typed
@@ -198,4 +198,4 @@ def _write_onnx(folder: ModelFolder, target: Path) -> _Written:
         shapes = {}
     # Triton compares them exactly, and a graph may give a name to what can be inferred.
     outputs = tuple(replace(spec, shape=shapes.get(spec.name, spec.shape)) for spec in record.outputs)
-    return _Written(replace(record, outputs=outputs), "model.onnx", {}, tuple(remarks))
+    return _ModelRepository(replace(record, outputs=outputs), "model.onnx", {}, tuple(remarks))

@@ -17,14 +17,14 @@ from mlflow_trt.convert.recipe import BatchRequest, Recipe, ShapesRequest
 from mlflow_trt.core.accuracy import Tolerance
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.output_folder import check_target
-from mlflow_trt.core.progress import told_progress
+from mlflow_trt.core.progress import choose_progress
 from mlflow_trt.core.progress_event import Progress
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.types import Precision
 from mlflow_trt.flavor.conversions import LoggingOptions, log_conversion, save_conversion
 from mlflow_trt.flavor.fetch import fetch_folder
 from mlflow_trt.flavor.mlmodel import PackagingOptions
-from mlflow_trt.flavor.undo import undone_on_failure
+from mlflow_trt.flavor.undo import undo_on_failure
 from mlflow_trt.pipeline.make import OnnxSource, open_onnx, prepare_conversion
 from mlflow_trt.pipeline.options import ConversionOptions
 from mlflow_trt.runtime.session import Session
@@ -206,7 +206,7 @@ def log_model(
     )
     prepared = prepare_conversion(options)
     # First, and so last to end: removing the temporary folders may be interrupted too.
-    with undone_on_failure() as undo, open_onnx(onnx_model) as source:
+    with undo_on_failure() as undo, open_onnx(onnx_model) as source:
         return log_conversion(source, prepared, packaging, logging, undo)
 
 
@@ -256,5 +256,5 @@ def load_model(
     # MLflow's environment variable comes between, as it does for pyfunc.
     defaults = _get_overridden_pyfunc_model_config(logged, {}, _log) or {}
     settings = LoadSettings.of(defaults | wanted)
-    with told_progress("Building a TensorRT engine for this machine", progress) as shown:
+    with choose_progress("Building a TensorRT engine for this machine", progress) as shown:
         return open_session(folder, settings, shown)

@@ -39,7 +39,7 @@ def download(model_uri: str, dst_path: str | None) -> Path:
 
 
 @contextmanager
-def opened_folder(model_uri: str) -> Iterator[ModelFolder]:
+def open_folder(model_uri: str) -> Iterator[ModelFolder]:
     """The folder of a model, which is downloaded for the length of the block unless it is a local one.
 
     Raises ArtifactError where it is no model of this flavor.

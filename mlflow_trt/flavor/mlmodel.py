@@ -43,7 +43,7 @@ from mlflow_trt.backends.tensorrt import installed
 from mlflow_trt.convert.conversion import Conversion
 from mlflow_trt.convert.onnx.model import MODEL_FILE
 from mlflow_trt.core.log import get_logger
-from mlflow_trt.core.output_folder import check_target, written_aside
+from mlflow_trt.core.output_folder import check_target, write_aside
 from mlflow_trt.core.selection import Selection
 from mlflow_trt.core.types import TensorSpec
 from mlflow_trt.errors import MissingDependencyError, OptionError
@@ -147,7 +147,7 @@ def write_model(
     """
     check_target(path)
     model = Model() if mlflow_model is None else mlflow_model
-    with written_aside(path) as folder:
+    with write_aside(path) as folder:
         record = write_folder(
             made.conversion,
             folder,

@@ -16,7 +16,7 @@ import pandas as pd
 from mlflow_trt.core.arrays import Array
 from mlflow_trt.core.frames import feeds_from_frame, frame_from_outputs
 from mlflow_trt.core.log import get_logger
-from mlflow_trt.core.progress import shown_progress
+from mlflow_trt.core.progress import show_progress
 from mlflow_trt.core.scoring_server import end_server, explain_crashes, in_server
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.wire import SHAPES_KEY, packed
@@ -33,7 +33,7 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
     explain_crashes()
     folder = read_folder(Path(path))
     settings = LoadSettings.of(model_config)
-    with shown_progress("Loading the model") as progress:
+    with show_progress("Loading the model") as progress:
         return PyfuncModel(open_session(folder, settings, progress), answers=settings.answers)
 
 

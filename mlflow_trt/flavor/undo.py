@@ -40,7 +40,7 @@ class Undo:
 
 
 @contextmanager
-def undone_on_failure() -> Iterator[Undo]:
+def undo_on_failure() -> Iterator[Undo]:
     """Run the steps that were added to the `Undo` where the block ends in an exception, KeyboardInterrupt included."""
     undo = Undo()
     try:

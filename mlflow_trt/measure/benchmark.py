@@ -31,7 +31,7 @@ from mlflow_trt.errors import (
     OptionError,
     RuntimeUnavailableError,
 )
-from mlflow_trt.flavor.fetch import is_of_this_flavor, opened_folder
+from mlflow_trt.flavor.fetch import is_of_this_flavor, open_folder
 from mlflow_trt.measure.inputs import Feeds, sample
 from mlflow_trt.registry.sources.open import open_source
 from mlflow_trt.runtime.latency import Latency, measure
@@ -138,18 +138,18 @@ def open_source_of(model_uri: str) -> Iterator[Runnable]:
                 record=None,
                 profiles=(),
                 batch_axis=BatchAxis(inputs=axes, splits=False, declared=False) if axes else None,
-                example=_named(source.input_example, session),
+                example=_name_example(source.input_example, session),
             )
 
 
 @contextmanager
-def opened(model_uri: str, *, device: int = 0, progress: Progress | None = None) -> Iterator[Runnable]:
+def open_runnable(model_uri: str, *, device: int = 0, progress: Progress | None = None) -> Iterator[Runnable]:
     """A model as it runs here: its engine on a GPU; without one its source on ONNX Runtime, and a word that says so."""
     if not is_of_this_flavor(model_uri):
         with open_source_of(model_uri) as runnable:
             yield runnable
         return
-    with opened_folder(model_uri) as folder:
+    with open_folder(model_uri) as folder:
         record = folder.record
         try:
             session, problem = open_tensorrt(folder, LoadSettings(device=device, warm_up="off"), progress), None
@@ -158,7 +158,7 @@ def opened(model_uri: str, *, device: int = 0, progress: Progress | None = None)
             source = folder.checked_model(record.source)
             session = OnnxRuntimeSession(source, record.inputs, record.outputs, prefer_cuda=True)
         with session:  # from here on: an input example that is damaged raises, and the session is closed
-            example = _named(Model.load(str(folder.path)).load_input_example(str(folder.path)), session)
+            example = _name_example(Model.load(str(folder.path)).load_input_example(str(folder.path)), session)
             yield Runnable(
                 name=model_uri,
                 session=session,
@@ -196,16 +196,16 @@ def benchmark(
     rows: list[Measurement] = []
     problems: list[str] = []
     steps = _Steps(progress, len(batches) * (2 if against_source else 1))
-    with opened(model_uri, device=device) as runnable:
+    with open_runnable(model_uri, device=device) as runnable:
         if runnable.problem is not None:
             problems.append(runnable.problem)
             _log.warning("%s", runnable.problem)
-        rows += measured(runnable, batches, data, seconds, steps, problems)
+        rows += measure_runnable(runnable, batches, data, seconds, steps, problems)
         runtimes = [runnable.session.description]
         if against_source and isinstance(runnable.session, TensorRTSession):
             with _source(model_uri, runnable, problems) as source:
                 if source is not None:
-                    rows += measured(source, batches, data, seconds, steps, problems)
+                    rows += measure_runnable(source, batches, data, seconds, steps, problems)
                     runtimes.append(source.session.description)
     return Benchmark(measurements=tuple(rows), runtimes=tuple(runtimes), problems=tuple(problems))
 
@@ -222,7 +222,7 @@ class _Steps:
         self._done += 1
 
 
-def measured(
+def measure_runnable(
     runnable: Runnable,
     batches: Sequence[int],
     data: Any,
@@ -270,7 +270,7 @@ def _source(model_uri: str, runnable: Runnable, problems: list[str]) -> Iterator
         yield None
 
 
-def _named(example: Any, session: Session) -> Mapping[str, Any] | None:
+def _name_example(example: Any, session: Session) -> Mapping[str, Any] | None:
     """An input example as arrays by name, where it is of a form that says so."""
     if isinstance(example, Mapping):
         return example

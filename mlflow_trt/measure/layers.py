@@ -14,7 +14,7 @@ from typing import Any
 
 from mlflow_trt.core.progress_event import Progress
 from mlflow_trt.errors import ExecutionError, RuntimeUnavailableError
-from mlflow_trt.measure.benchmark import opened
+from mlflow_trt.measure.benchmark import open_runnable
 from mlflow_trt.runtime.tensorrt_session import TensorRTSession
 
 _TENSOR_FORMAT = ("Format/Datatype", "Format", "Datatype")
@@ -74,7 +74,7 @@ def read_layers(
 
     Raises RuntimeUnavailableError where there is no GPU: the layers are not to be seen in a plan.
     """
-    with opened(model_uri, device=device, progress=progress) as runnable:
+    with open_runnable(model_uri, device=device, progress=progress) as runnable:
         session = runnable.session
         if not isinstance(session, TensorRTSession):
             reason = runnable.problem or f"{model_uri} is no model of this flavor"

@@ -14,7 +14,7 @@ from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.progress_event import BuildProgress
 from mlflow_trt.core.types import Precision
 from mlflow_trt.errors import InputShapeError
-from mlflow_trt.measure.benchmark import Benchmark, Runnable, measured, opened
+from mlflow_trt.measure.benchmark import Benchmark, Runnable, measure_runnable, open_runnable
 
 _log = get_logger(__name__)
 _ROWS = 8
@@ -66,24 +66,24 @@ def compare_models(
     Raises InputShapeError where the models do not have the same outputs.
     """
     problems: list[str] = []
-    with opened(reference_uri, device=device) as reference, opened(subject_uri, device=device) as subject:
+    with open_runnable(reference_uri, device=device) as reference, open_runnable(subject_uri, device=device) as subject:
         models = (reference, subject)
         for model in models:
             if model.problem is not None:
                 problems.append(model.problem)
                 _log.warning("%s", model.problem)
         _report(progress, "comparing outputs", 0.0)
-        comparison = _compared(reference, subject, data, tolerance)
+        comparison = _compare_rows(reference, subject, data, tolerance)
         rows = []
         for number, model in enumerate(models):
             _report(progress, f"measuring {model.name}", (number + 1) / 3)
-            rows += measured(model, batches, data, seconds, problems=problems)
+            rows += measure_runnable(model, batches, data, seconds, problems=problems)
         descriptions = tuple(dict.fromkeys(model.session.description for model in models))
     benchmark = Benchmark(measurements=tuple(rows), runtimes=descriptions, problems=tuple(problems))
     return SideBySide(reference=reference.name, subject=subject.name, comparison=comparison, benchmark=benchmark)
 
 
-def _compared(reference: Runnable, subject: Runnable, data: Any, tolerance: Tolerance | None) -> Comparison:
+def _compare_rows(reference: Runnable, subject: Runnable, data: Any, tolerance: Tolerance | None) -> Comparison:
     rows = _ROWS
     if data is not None:
         shape = np.shape(next(iter(data.values())) if isinstance(data, Mapping) else data)

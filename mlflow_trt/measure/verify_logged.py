@@ -13,7 +13,7 @@ from mlflow_trt.core.accuracy import Comparison, Tolerance
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.errors import InputError, RuntimeUnavailableError
-from mlflow_trt.flavor.fetch import opened_folder
+from mlflow_trt.flavor.fetch import open_folder
 from mlflow_trt.pipeline.user_samples import arrays_of
 from mlflow_trt.pipeline.verify import compare_sessions
 from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
@@ -40,7 +40,7 @@ def verify_model(
         InputError: the data does not fit the model, or there is neither data nor a golden sample.
         What loading the model raises, for example where its typed model cannot run on ONNX Runtime.
     """
-    with opened_folder(model_uri) as folder, tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+    with open_folder(model_uri) as folder, tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
         record = folder.record
         tolerance = record.golden.tolerance if record.golden else Tolerance.default(record.recipe.precision)
         if relative_error is not None:

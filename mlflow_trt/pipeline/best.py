@@ -64,7 +64,7 @@ def check_best(recipe: Recipe, settings: LoadSettings, verify: Tolerance | bool,
         import_onnxruntime()
         bench = bench or GpuBench(settings)
     except RuntimeUnavailableError as error:
-        raise error.retold(
+        raise error.with_advice(
             wanted="precision 'best' measures engines on a GPU",
             advice="Convert on a GPU machine, or name a precision: fp32, fp16, bf16, int8 or fp8.",
         ) from error

@@ -120,7 +120,7 @@ def check_kernels(
             )
         compiler = compiler or GpuCompiler(settings)
     except RuntimeUnavailableError as error:
-        raise error.retold(
+        raise error.with_advice(
             wanted="store_kernels compiles on a GPU",
             advice="Log the model on a machine like those that will run it, or leave store_kernels out: they then "
             "compile at first use.",

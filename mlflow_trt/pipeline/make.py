@@ -16,7 +16,7 @@ from mlflow_trt.convert.conversion import Conversion, ConversionTask, check_shar
 from mlflow_trt.convert.onnx.model import OnnxModel, read_onnx
 from mlflow_trt.core.accuracy import Tolerance
 from mlflow_trt.core.log import get_logger
-from mlflow_trt.core.progress import told_progress
+from mlflow_trt.core.progress import choose_progress
 from mlflow_trt.core.selection import Selection
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.types import Precision
@@ -86,11 +86,11 @@ def convert_and_verify(
             recipe=options.recipe,
             workdir=Path(workdir),
             data=sample_data_of(options.calibration_data, input_example, source.inputs),
-            tolerance=options.demanded_tolerance,
+            tolerance=options.required_tolerance,
             example_shapes=example_shapes(input_example, source.inputs),
         )
         if prepared.bench is not None:
-            with told_progress(f"Trying the precisions of {_name_of(source)}", options.progress) as shown:
+            with choose_progress(f"Trying the precisions of {_name_of(source)}", options.progress) as shown:
                 best = convert_best(replace(task, progress=shown), prepared.bench, options.settings)
             yield ConvertedModel(
                 conversion=best.conversion,
@@ -101,14 +101,14 @@ def convert_and_verify(
             )
             return
         tolerance = task.tolerance or Tolerance.default(options.recipe.precision)
-        with told_progress(f"Building a TensorRT engine of {_name_of(source)}", options.progress) as shown:
+        with choose_progress(f"Building a TensorRT engine of {_name_of(source)}", options.progress) as shown:
             conversion = convert_source(replace(task, tolerance=tolerance if options.verify else None, progress=shown))
         check_share(conversion.typed.report)
         engine = conversion.engine
         _log.info("Built %s, %.1f MB, in %.1f s", engine, engine.size / 1e6, engine.build_seconds)
         verification = None
         if options.verify:
-            demanded = options.demanded_tolerance is not None
+            demanded = options.required_tolerance is not None
             verification = verify_conversion(conversion, tolerance, options.settings, demanded=demanded)
         yield ConvertedModel(
             conversion=conversion,

@@ -45,6 +45,6 @@ class ConversionOptions:
         return LoadSettings.of(self.model_config)
 
     @property
-    def demanded_tolerance(self) -> Tolerance | None:
+    def required_tolerance(self) -> Tolerance | None:
         """The tolerance that the user set; None where what is usual for the precision will do."""
         return self.verify if isinstance(self.verify, Tolerance) else None

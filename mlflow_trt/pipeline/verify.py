@@ -92,7 +92,7 @@ def measure_conversion(
     engine = _compare_engine(conversion, reference, tolerance, settings)
     if engine is not None:
         comparisons.append(engine)
-        remarks += _about_tf32(conversion, engine)
+        remarks += _remark_on_tf32(conversion, engine)
     return Verification(tolerance=tolerance, comparisons=tuple(comparisons), golden=golden, remarks=tuple(remarks))
 
 
@@ -199,7 +199,7 @@ def _run(session: Session, feeds: Sequence[Feeds], reference: Sequence[Outputs])
         yield session.run(one), expected
 
 
-def _about_tf32(conversion: Conversion, engine: Comparison) -> list[str]:
+def _remark_on_tf32(conversion: Conversion, engine: Comparison) -> list[str]:
     if conversion.recipe.precision is not Precision.FP32 or engine.relative_error < _STRICT_FLOAT32:
         return []
     remark = (

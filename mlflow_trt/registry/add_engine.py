@@ -24,7 +24,7 @@ from mlflow_trt.convert.engine.output_shapes import check_output_shapes
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.core.compatibility import why_not
 from mlflow_trt.core.log import get_logger
-from mlflow_trt.core.progress import told_progress
+from mlflow_trt.core.progress import choose_progress
 from mlflow_trt.core.progress_event import Progress
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.types import EngineRecord, Gpu, HardwareCompatibility, Interface
@@ -32,9 +32,9 @@ from mlflow_trt.errors import EngineMismatchError, OptionError, RecipeError, Run
 from mlflow_trt.flavor.fetch import fetch_folder
 from mlflow_trt.flavor.mlmodel import check_names, flavor_fields, move_model
 from mlflow_trt.flavor.tags import CONVERTED_TAG, EXTENDS_TAG, PREFIX, TARGET_TAG
-from mlflow_trt.flavor.undo import set_alias, undo_logging, undone_on_failure
+from mlflow_trt.flavor.undo import set_alias, undo_logging, undo_on_failure
 from mlflow_trt.pipeline import compile_kernels as kernels
-from mlflow_trt.registry.convert_version import logged_name
+from mlflow_trt.registry.convert_version import logged_model_name
 from mlflow_trt.registry.lineage import point_to
 from mlflow_trt.registry.sources.open import registered_version
 from mlflow_trt.store.folder import FLAVOR_NAME, ModelFolder, Record, add_engine_file, mark_extended, read_folder
@@ -103,7 +103,7 @@ def extend_version(
         compiler = kernels.check_kernels(Recipe(targets=targets) if targets else None, LoadSettings(), compiler)
     else:
         compiler = None
-    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir, undone_on_failure() as undo:
+    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir, undo_on_failure() as undo:
         uri = f"models:/{version.name}/{version.version}"
         folder = fetch_folder(uri, workdir)
         tensorrt = trt.load()
@@ -172,7 +172,7 @@ def _built(
     folder: ModelFolder, tensorrt: trt.TensorRT, recipe: Recipe, workdir: Path, progress: Progress | None
 ) -> EngineRecord:
     record = folder.record
-    with told_progress("Building another TensorRT engine", progress) as shown:
+    with choose_progress("Building another TensorRT engine", progress) as shown:
         built = build_engine(
             folder.checked_model(record.typed),
             workdir / "engine.plan",
@@ -211,7 +211,7 @@ def _logged(folder: Path, record: Record, name: str, tags: Mapping[str, str], lo
 
     info = Model.log(
         artifact_path=None,
-        name=logged_name(name),
+        name=logged_model_name(name),
         flavor=SimpleNamespace(__name__=FLAVOR_NAME, save_model=save),
         registered_model_name=name,
         tags=dict(tags),

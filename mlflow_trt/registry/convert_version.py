@@ -19,10 +19,10 @@ from mlflow_trt.core.progress_event import Progress
 from mlflow_trt.core.types import Precision
 from mlflow_trt.flavor.conversions import LoggingOptions, log_conversion, save_conversion
 from mlflow_trt.flavor.mlmodel import PackagingOptions, check_names
-from mlflow_trt.flavor.undo import set_alias, undone_on_failure
+from mlflow_trt.flavor.undo import set_alias, undo_on_failure
 from mlflow_trt.pipeline.make import PreparedConversion, open_onnx, prepare_conversion
 from mlflow_trt.pipeline.options import ConversionOptions
-from mlflow_trt.registry.lineage import carried_tags, find_twin, point_to, recipe_digest, tags_of
+from mlflow_trt.registry.lineage import copied_tags, find_twin, point_to, recipe_digest, tags_of
 from mlflow_trt.registry.sources.open import SourceModel, open_source
 
 _log = get_logger(__name__)
@@ -95,7 +95,7 @@ def convert_to_version(
     check_names(registered_model_name, tags, alias)
     client = MlflowClient()
     # First, and so last to end: removing the temporary folders may be interrupted too.
-    with undone_on_failure() as undo, open_source(model_uri) as source, open_onnx(source.path) as model:
+    with undo_on_failure() as undo, open_source(model_uri) as source, open_onnx(source.path) as model:
         digest = recipe_digest(prepared)
         version = None
         if not force:
@@ -108,9 +108,9 @@ def convert_to_version(
             )
         else:
             logging = LoggingOptions(
-                name=logged_name(registered_model_name),
+                name=logged_model_name(registered_model_name),
                 registered_model_name=registered_model_name,
-                tags={**carried_tags(source.tags), **tags_of(source.lineage, digest), **(tags or {})},
+                tags={**copied_tags(source.tags), **tags_of(source.lineage, digest), **(tags or {})},
             )
             info = log_conversion(model, prepared, _packaging_of(source), logging, undo)
             version = client.get_model_version(registered_model_name, str(info.registered_model_version))
@@ -140,6 +140,6 @@ def _packaging_of(source: SourceModel) -> PackagingOptions:
     )
 
 
-def logged_name(registered_model_name: str) -> str:
+def logged_model_name(registered_model_name: str) -> str:
     """What a registered model may be called, a logged one may not."""
     return re.sub(r"[/:.%\"']", "-", registered_model_name)

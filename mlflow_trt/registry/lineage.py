@@ -111,7 +111,7 @@ def tags_of(lineage: Mapping[str, str], digest: str) -> dict[str, str]:
     return {**found, RECIPE_DIGEST_TAG: digest}
 
 
-def carried_tags(tags: Mapping[str, str]) -> dict[str, str]:
+def copied_tags(tags: Mapping[str, str]) -> dict[str, str]:
     """The tags that a user gave to a source version, without those of MLflow and of this package."""
     return {key: value for key, value in tags.items() if not key.startswith(("mlflow.", PREFIX))}
 

@@ -14,7 +14,7 @@ from mlflow_trt.core.types import BatchAxis, TensorSpec
 from mlflow_trt.errors import RuntimeUnavailableError
 from mlflow_trt.runtime.batching.host_copy import copy_rows
 from mlflow_trt.runtime.batching.scheduler import Scheduler
-from mlflow_trt.runtime.batching.sizes import Rows
+from mlflow_trt.runtime.batching.sizes import BatchRows
 from mlflow_trt.runtime.session import Session
 
 
@@ -74,7 +74,7 @@ class OnnxRuntimeSlot:
         self._outputs = outputs
         self._feeds: Feeds = {}
 
-    def launch(self, rows: Rows, _profile: int) -> None:
+    def launch(self, rows: BatchRows, _profile: int) -> None:
         shapes = rows.shapes
         if all(array.shape == shapes[name] for name, array in rows.parts[0].items()):
             self._feeds = rows.parts[0]  # one batch as it is

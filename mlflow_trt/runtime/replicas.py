@@ -17,7 +17,7 @@ from mlflow_trt.core.log import get_logger
 from mlflow_trt.errors import ExecutionError
 from mlflow_trt.runtime.batching.scheduler import MOST_SLOTS
 from mlflow_trt.runtime.batching.shared_work import Work
-from mlflow_trt.runtime.batching.submissions import Answer, Done, Submission, Threads
+from mlflow_trt.runtime.batching.submissions import Done, PendingAnswer, Submission, Threads
 from mlflow_trt.runtime.cuda.device_array import DeviceArray, ordinal_of
 from mlflow_trt.runtime.session import Runner, Session
 
@@ -101,14 +101,14 @@ class Replicas:
     def submit(self, feeds: Feeds, done: Done) -> Submission:
         """Raises what the runners raise; their ExecutionError is told only where the call fails on every GPU."""
         work = self.work(feeds)
-        answer = Answer(done)
+        answer = PendingAnswer(done)
         if work is not None:
             self._threads.do(lambda: self._answer(answer, feeds))
         else:
             self._submit_to_one(feeds, answer, {})
         return answer
 
-    def _answer(self, answer: Answer, feeds: Feeds) -> None:
+    def _answer(self, answer: PendingAnswer, feeds: Feeds) -> None:
         if not answer.is_wanted:
             return
         try:
@@ -118,9 +118,9 @@ class Replicas:
         else:
             answer.give(outputs)
 
-    def _submit_to_one(self, feeds: Feeds, answer: Answer, failures: dict[int, Exception]) -> None:
+    def _submit_to_one(self, feeds: Feeds, answer: PendingAnswer, failures: dict[int, Exception]) -> None:
         size = sum(array.nbytes for array in feeds.values())
-        ordinal = self._take_least_busy(self._able(failures), size)
+        ordinal = self._take_least_busy(self._usable_devices(failures), size)
 
         def done(outputs: Outputs | None, error: Exception | None) -> None:
             self._give_back(ordinal, size)
@@ -141,13 +141,13 @@ class Replicas:
             raise
 
     def work(self, feeds: Feeds) -> Work | None:
-        return self._runners[self._able({})[0]].work(feeds)
+        return self._runners[self._usable_devices({})[0]].work(feeds)
 
     def take_part(self, work: Work) -> None:
         failures: dict[int, Exception] = {}
         while not work.is_done:
             # A second time round where one gave back what it had taken, after the others had found nothing left.
-            able = self._able(failures)
+            able = self._usable_devices(failures)
             self._share_out(work, able, failures)
             for ordinal in able:
                 error = failures.get(ordinal)
@@ -167,7 +167,7 @@ class Replicas:
         failures: dict[int, Exception] = {}
         size = sum(array.nbytes for array in feeds.values())
         while True:
-            with self._least_busy(self._able(failures), size) as ordinal:
+            with self._least_busy(self._usable_devices(failures), size) as ordinal:
                 try:
                     return self._runners[ordinal].run(feeds)
                 except ExecutionError as error:
@@ -201,7 +201,7 @@ class Replicas:
             for helper in started:
                 helper.join()
 
-    def _able(self, failures: Mapping[int, Exception]) -> list[int]:
+    def _usable_devices(self, failures: Mapping[int, Exception]) -> list[int]:
         """Those to try next. Raises the first failure where all have failed."""
         in_service = [ordinal for ordinal in self._runners if ordinal not in self.out_of_service]
         # Where none is left, for their errors.

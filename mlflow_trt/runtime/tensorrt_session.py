@@ -22,7 +22,7 @@ from mlflow_trt.core.types import BatchAxis, ShapeProfile, TensorSpec
 from mlflow_trt.errors import ExecutionError, InputShapeError
 from mlflow_trt.runtime.batching.choose_profile import choose_profile
 from mlflow_trt.runtime.batching.scheduler import MOST_SLOTS, Scheduler
-from mlflow_trt.runtime.batching.sizes import Rows
+from mlflow_trt.runtime.batching.sizes import BatchRows
 from mlflow_trt.runtime.cuda.device import Device
 from mlflow_trt.runtime.cuda.device_array import DeviceArray
 from mlflow_trt.runtime.engine import on_device
@@ -123,7 +123,7 @@ class TensorRTSession(Session):
 
     def run_on_device(self, inputs: Mapping[str, Any]) -> dict[str, DeviceArray]:
         self._check_open()
-        with self._scheduler.slots.lent() as slot, self._device.current():
+        with self._scheduler.slots.borrow() as slot, self._device.current():
             given = on_device.views(slot, inputs, self.inputs)
             try:
                 stand_ins = {
@@ -147,7 +147,7 @@ class TensorRTSession(Session):
         """
         self._check_open()
         with self._warming, contextlib.ExitStack() as stack:
-            slots = [stack.enter_context(self._scheduler.slots.lent()) for _ in range(MOST_SLOTS)]
+            slots = [stack.enter_context(self._scheduler.slots.borrow()) for _ in range(MOST_SLOTS)]
             # The second run captures a graph, which is no good any more once a later shape made scratch memory grow.
             for _ in range(3):
                 self._run_every_size(slots)
@@ -159,7 +159,7 @@ class TensorRTSession(Session):
             for size in reversed(sizes.all) if sizes else (None,):
                 feeds = {spec.name: self._usual(spec, profile, size) for spec in self.inputs}
                 for slot in slots:
-                    slot.launch(Rows([feeds], None, 0), number)
+                    slot.launch(BatchRows([feeds], None, 0), number)
                     slot.finish()
                 self._scheduler.mark_ready(feeds, number, size)
 
@@ -179,31 +179,31 @@ class TensorRTSession(Session):
 
         Raises InputShapeError where the engine takes this batch only in pieces, and what `run` raises.
         """
-        with self._loaded(inputs) as slot:
+        with self._load_slot(inputs) as slot:
             return slot_timing.time_phases(slot, runs)
 
     def time_layers(self, inputs: Mapping[str, npt.ArrayLike], runs: int) -> dict[str, float]:
         """Mean milliseconds of each layer over so many runs, which TensorRT slows down to measure them."""
-        with self._loaded(inputs) as slot:
+        with self._load_slot(inputs) as slot:
             return slot_timing.time_layers(slot, runs)
 
     def layer_information(self) -> str:
         """What TensorRT's engine inspector tells about the layers, as JSON."""
         self._check_open()
-        with self._scheduler.slots.lent() as slot:
+        with self._scheduler.slots.borrow() as slot:
             return slot_timing.layer_information(slot)
 
     @contextmanager
-    def _loaded(self, inputs: Mapping[str, npt.ArrayLike]) -> Iterator[EngineSlot]:
+    def _load_slot(self, inputs: Mapping[str, npt.ArrayLike]) -> Iterator[EngineSlot]:
         """A slot with these inputs, as they are."""
         self._check_open()
         feeds = prepare_feeds(inputs, self.inputs)
         choice = choose_profile(self.profiles, feeds, self._batch_axis)
         if choice.rows is not None:
             raise InputShapeError(f"the engine runs this batch in pieces of {choice.rows[0]} to {choice.rows[1]} rows")
-        with self._scheduler.slots.lent() as slot:
+        with self._scheduler.slots.borrow() as slot:
             with self._device.current():
-                slot.load(Rows([feeds], None, 0), choice.profile)
+                slot.load(BatchRows([feeds], None, 0), choice.profile)
             yield slot
 
     def _release(self) -> None:
@@ -214,7 +214,7 @@ def _prepare(engine: Engine, profile: int, feeds: Feeds) -> None:
     """Run feeds in a slot of their own, so that nobody waits for them."""
     slot = EngineSlot(engine)
     try:
-        slot.launch(Rows([feeds], None, 0), profile)
+        slot.launch(BatchRows([feeds], None, 0), profile)
         slot.finish()
     finally:
         slot.close()

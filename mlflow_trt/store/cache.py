@@ -93,7 +93,7 @@ def remember_pass(key: str) -> None:
         touch_private(folder_of("self_tests") / key)
 
 
-def read_kept(path: Path) -> bytes:
+def read_entry(path: Path) -> bytes:
     """The content of a file in one of the folders. Raises OSError where it cannot be read or is somebody else's."""
     try:
         return read_private(path)
@@ -103,7 +103,7 @@ def read_kept(path: Path) -> bytes:
 
 
 @contextmanager
-def only_one(key: str) -> Iterator[None]:
+def lock_key(key: str) -> Iterator[None]:
     """Let one process at a time make what belongs to `key`: the others wait, and then find it."""
     with contextlib.ExitStack() as stack:
         # Nowhere to lock is nowhere to keep: see store_engine. And some file systems have no locks.

@@ -43,7 +43,7 @@ class KernelFile:
 
     def update(self, merge: Callable[[list[bytes]], bytes | None]) -> None:
         """Keep `merge(what other processes kept)`, whole or not at all; where that is impossible, say so and go on."""
-        with cache.only_one(self._key):
+        with cache.lock_key(self._key):
             kernels = merge(self._kept())
             if kernels is None:
                 return
@@ -54,7 +54,7 @@ class KernelFile:
 
     def _kept(self) -> list[bytes]:
         try:
-            content = cache.read_kept(self.path)
+            content = cache.read_entry(self.path)
         except OSError:
             return []
         expected, kernels = content[:_HASH_BYTES], content[_HASH_BYTES:]

@@ -71,7 +71,9 @@ def open_session(folder: ModelFolder, settings: LoadSettings, progress: Progress
     except (RuntimeUnavailableError, EngineMismatchError, BuildError, ExecutionError) as error:
         if settings.runtime != "auto":
             if isinstance(error, RuntimeUnavailableError):
-                raise error.retold(advice="Use runtime='onnxruntime' to run the source model on the CPU.") from error
+                raise error.with_advice(
+                    advice="Use runtime='onnxruntime' to run the source model on the CPU."
+                ) from error
             raise
         _log.warning("Running on ONNX Runtime, on the CPU, since TensorRT cannot run here: %s", error.message)
         session = _open_onnxruntime(folder, settings)
@@ -282,7 +284,7 @@ def _rebuilt(
     folder: ModelFolder, tensorrt: trt.TensorRT, device: Device, problem: str, progress: Progress | None
 ) -> tuple[EngineRecord, bytes]:
     record = folder.record
-    recipe = _for_this_machine(record.recipe, tensorrt, device)
+    recipe = _adapt_recipe(record.recipe, tensorrt, device)
     key = cache.key_of(
         {
             "mlflow_trt": __version__,
@@ -294,7 +296,7 @@ def _rebuilt(
             "driver": device.hardware.driver,
         }
     )
-    with cache.only_one(key), tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+    with cache.lock_key(key), tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
         cached = cache.find_engine(key)
         if cached is not None:
             _log.info("%s; using the engine that was built before on this machine", problem)
@@ -316,7 +318,7 @@ def _rebuilt(
         return engine, plan.read_bytes()
 
 
-def _for_this_machine(recipe: Recipe, tensorrt: trt.TensorRT, device: Device) -> Recipe:
+def _adapt_recipe(recipe: Recipe, tensorrt: trt.TensorRT, device: Device) -> Recipe:
     """The recipe without what concerns other machines: a rebuilt engine has one target, this GPU."""
     here = str(device.gpu.compute_capability)
     return replace(

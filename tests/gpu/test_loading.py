@@ -135,7 +135,7 @@ def with_kernels(tmp_path, monkeypatch):
 
 
 def kernels_of(session) -> bytes:
-    with session._scheduler.slots.lent() as slot, slot.engine.device.current():
+    with session._scheduler.slots.borrow() as slot, slot.engine.device.current():
         return slot.engine._contexts.kernels()
 
 

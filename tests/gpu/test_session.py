@@ -355,7 +355,7 @@ class TestSpeedChangesNothing:
             # Such a small network is done before the next caller comes: hold the GPU up until all of them have.
             with contextlib.ExitStack() as held:
                 for _ in range(MOST_SLOTS):
-                    held.enter_context(scheduler.slots.lent())
+                    held.enter_context(scheduler.slots.borrow())
                 calls = [pool.submit(session.run, one) for one in feeds]
                 end = time.monotonic() + 30
                 while scheduler._batcher._callers < len(feeds):

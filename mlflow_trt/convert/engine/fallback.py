@@ -97,7 +97,7 @@ class _Best:
 
     def try_instead(self, maker: TypedModelMaker, build: Build, kept: Mapping[str, str]) -> bool:
         """Whether an engine was built with these nodes in float32, which then is the best."""
-        self._put_aside()
+        self._save_best()
         typed = maker.make(kept)
         try:
             built = build(typed)
@@ -110,24 +110,24 @@ class _Best:
     def restored(self) -> tuple[TypedModel, Built]:
         """It, with its files where they were."""
         if self._is_aside:
-            self._plan_aside.replace(self._plan)
+            self._saved_plan.replace(self._plan)
             if not self._typed.is_source:
                 shutil.rmtree(self._folder, ignore_errors=True)
-                self._folder_aside.rename(self._folder)
+                self._saved_folder.rename(self._folder)
             self._is_aside = False
         return self._typed, self._built
 
-    def _put_aside(self) -> None:
+    def _save_best(self) -> None:
         if self._is_aside:
             return
-        self._plan.replace(self._plan_aside)
+        self._plan.replace(self._saved_plan)
         if not self._typed.is_source:
-            shutil.rmtree(self._folder_aside, ignore_errors=True)
-            self._folder.rename(self._folder_aside)
+            shutil.rmtree(self._saved_folder, ignore_errors=True)
+            self._folder.rename(self._saved_folder)
         self._is_aside = True
 
     @property
-    def _plan_aside(self) -> Path:
+    def _saved_plan(self) -> Path:
         return self._plan.with_name(f"{self._plan.name}.best")
 
     @property
@@ -135,7 +135,7 @@ class _Best:
         return self._typed.path.parent
 
     @property
-    def _folder_aside(self) -> Path:
+    def _saved_folder(self) -> Path:
         return self._folder.with_name(f"{self._folder.name}.best")
 
 

@@ -25,7 +25,7 @@ def cast_bytes_first(model: ModelProto) -> ModelProto:
     3. Casts of what is wider now stay: they make the same of it.
     """
     inputs = [value.name for value in model.graph.input if value.type.tensor_type.elem_type == TensorProto.UINT8]
-    found = {name: kinds for name in inputs if (kinds := _casts_behind(model, name))}
+    found = {name: kinds for name in inputs if (kinds := _find_casts(model, name))}
     if not found:
         return model
     changed = ModelProto()
@@ -44,7 +44,7 @@ def cast_bytes_first(model: ModelProto) -> ModelProto:
             for position, read in enumerate(node.input):
                 if read == name:
                     node.input[position] = wide
-    moved = _moved(model, found)
+    moved = _move_casts(model, found)
     kept = [value for value in graph.value_info if value.name not in moved]
     del graph.value_info[:]
     graph.value_info.extend(kept)
@@ -54,7 +54,7 @@ def cast_bytes_first(model: ModelProto) -> ModelProto:
     return changed
 
 
-def _casts_behind(model: ModelProto, name: str) -> set[int]:
+def _find_casts(model: ModelProto, name: str) -> set[int]:
     """What the casts behind an input make of it; empty where there is something else, or nothing to be moved."""
     graph = model.graph
     outputs = {value.name for value in graph.output}
@@ -84,7 +84,7 @@ def _is_data_only(node: NodeProto, tensor: str) -> bool:
     return node.input[0] == tensor and tensor not in list(node.input)[1:]
 
 
-def _moved(model: ModelProto, names: dict[str, set[int]]) -> set[str]:
+def _move_casts(model: ModelProto, names: dict[str, set[int]]) -> set[str]:
     """Tensors of which the type changes."""
     moved = set(names)
     for node in model.graph.node:

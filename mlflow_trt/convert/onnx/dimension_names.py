@@ -17,7 +17,7 @@ from mlflow_trt.core.types import ShapeProfile, is_placeholder
 _Axis = tuple[str, int]
 
 
-def tell_apart(model: ModelProto, profiles: Sequence[ShapeProfile]) -> ModelProto:
+def name_dimensions_apart(model: ModelProto, profiles: Sequence[ShapeProfile]) -> ModelProto:
     """Return `model`, or a copy in which the input axes with colliding names have names of their own.
 
     1. A name without a letter or digit means nothing: each of several axes that carry it gets its own name.

@@ -24,7 +24,7 @@ def infer_types(model: ModelProto, folder: Path) -> tuple[Types, Shapes]:
     types, shapes = _infer_by_onnx(model)
     unknown = [name for node in model.graph.node for name in node.output if name and name not in types]
     if any(node.domain not in ("", "ai.onnx") for node in model.graph.node) and unknown:
-        _ask_onnxruntime(model, unknown, folder, types, shapes)
+        _infer_by_onnxruntime(model, unknown, folder, types, shapes)
     return types, shapes
 
 
@@ -48,7 +48,7 @@ def _infer_by_onnx(model: ModelProto) -> tuple[Types, Shapes]:
     return types, shapes
 
 
-def _ask_onnxruntime(model: ModelProto, names: list[str], folder: Path, types: Types, shapes: Shapes) -> None:
+def _infer_by_onnxruntime(model: ModelProto, names: list[str], folder: Path, types: Types, shapes: Shapes) -> None:
     exposed = ModelProto()
     exposed.CopyFrom(model)
     for name in names:

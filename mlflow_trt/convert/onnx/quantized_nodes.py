@@ -79,7 +79,7 @@ def _is_foreign(node: ir.Node, kind: ir.DataType | None) -> bool:
 
 def _store_quantized(node: ir.Node, values: npt.NDArray[np.generic]) -> None:
     """Store what a QuantizeLinear makes of a constant."""
-    form = _Quantization.of(node)
+    form = _ScaleAndZeroPoint.of(node)
     scaled = np.rint(values.astype(np.float32) / form.spread(form.scale, values.shape))
     quantized = np.clip(scaled + form.spread(form.zero, values.shape), *form.limits)
     replace(node, insert_constant(node, quantized.astype(form.zero.dtype)))
@@ -91,7 +91,7 @@ def _rewrite_pair(node: ir.Node, opset: int) -> tuple[str, set[ir.Node]]:
     for reader in readers:
         if not (is_quantizing(reader) and reader.op_type == "DequantizeLinear"):
             _refuse(node, f"{label(reader)} reads what it quantizes, and TensorRT computes nothing in uint8")
-    forms = [_Quantization.of(one) for one in (node, *readers)]
+    forms = [_ScaleAndZeroPoint.of(one) for one in (node, *readers)]
     if not result.is_graph_output() and all(form.is_centered for form in forms):
         for one, form in zip((node, *readers), forms, strict=True):
             _write_as_int8(one, form)
@@ -116,7 +116,7 @@ def _rewrite_pair(node: ir.Node, opset: int) -> tuple[str, set[ir.Node]]:
 
 
 def _rewrite_reader(node: ir.Node) -> str:
-    form, stored = _Quantization.of(node), constant_of(node.inputs[0])
+    form, stored = _ScaleAndZeroPoint.of(node), constant_of(node.inputs[0])
     if stored is None:
         value = insert_node(node, "Cast", [node.inputs[0]], to=1)
         replace(node, _emulate_dequantizing(node, form, value))
@@ -135,7 +135,7 @@ def _rewrite_reader(node: ir.Node) -> str:
 
 def _rewrite_int32_reader(node: ir.Node) -> str:
     """ONNX Runtime's quantizer stores the biases of convolutions and matrix products like that."""
-    form, stored = _Quantization.of(node, default=np.int32), constant_of(node.inputs[0])
+    form, stored = _ScaleAndZeroPoint.of(node, default=np.int32), constant_of(node.inputs[0])
     if stored is None:
         value = insert_node(node, "Cast", [node.inputs[0]], to=1)
         replace(node, _emulate_dequantizing(node, form, value))
@@ -144,7 +144,7 @@ def _rewrite_int32_reader(node: ir.Node) -> str:
     return f"{label(node)} dequantizes a constant of int32: it is stored as the numbers that it stands for"
 
 
-def _emulate_quantizing(node: ir.Node, form: _Quantization) -> ir.Value:
+def _emulate_quantizing(node: ir.Node, form: _ScaleAndZeroPoint) -> ir.Value:
     """Round(x / scale) + zero, cut off at the ends of the type, in float32."""
     value = node.inputs[0]
     if form.scale.dtype != np.float32:
@@ -157,7 +157,7 @@ def _emulate_quantizing(node: ir.Node, form: _Quantization) -> ir.Value:
     return insert_node(node, "Min", [value, insert_constant(node, np.float32(high))])
 
 
-def _emulate_dequantizing(node: ir.Node, form: _Quantization, value: ir.Value) -> ir.Value:
+def _emulate_dequantizing(node: ir.Node, form: _ScaleAndZeroPoint, value: ir.Value) -> ir.Value:
     """(value - zero) * scale, of integers that are held in float32."""
     import onnx_ir as ir
 
@@ -168,12 +168,12 @@ def _emulate_dequantizing(node: ir.Node, form: _Quantization, value: ir.Value) -
     return value if kind == ir.DataType.FLOAT else insert_node(node, "Cast", [value], to=kind.value)
 
 
-def _store_numbers(node: ir.Node, form: _Quantization, integers: npt.NDArray[np.generic]) -> None:
+def _store_numbers(node: ir.Node, form: _ScaleAndZeroPoint, integers: npt.NDArray[np.generic]) -> None:
     numbers = integers.astype(np.float64) * form.spread(form.scale, integers.shape).astype(np.float64)
     replace(node, insert_constant(node, numbers.astype(_dequantized_type(node).numpy())))
 
 
-def _write_as_int8(node: ir.Node, form: _Quantization) -> None:
+def _write_as_int8(node: ir.Node, form: _ScaleAndZeroPoint) -> None:
     import onnx_ir as ir
 
     node.domain = ""
@@ -205,7 +205,7 @@ def _dequantized_type(node: ir.Node) -> ir.DataType:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Quantization:
+class _ScaleAndZeroPoint:
     """Scale and zero point of a node: scalars, one value for each index of `axis`, or one for each block along it."""
 
     node: ir.Node
@@ -215,7 +215,7 @@ class _Quantization:
     block: int
 
     @classmethod
-    def of(cls, node: ir.Node, default: npt.DTypeLike = np.uint8) -> _Quantization:
+    def of(cls, node: ir.Node, default: npt.DTypeLike = np.uint8) -> _ScaleAndZeroPoint:
         """Raises UnsupportedModelError where one of them is computed."""
         given = node.inputs[2] if len(node.inputs) > 2 else None
         scale = constant_of(node.inputs[1])

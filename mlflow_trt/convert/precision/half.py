@@ -45,7 +45,7 @@ class HalfPass:
         del has_float16  # it is widened first
         return self.target.opsets
 
-    def on(self, model: FlatModel, evidence: Evidence) -> Callable[[Mapping[str, str]], TypedGraph]:
+    def prepare(self, model: FlatModel, evidence: Evidence) -> Callable[[Mapping[str, str]], TypedGraph]:
         sensitivity = Sensitivity(model, evidence, self.target)
         floats = _float_nodes(model)
         inherent = {node.name: reason for node in floats if (reason := sensitivity.reason(node)) is not None}
@@ -166,7 +166,7 @@ class _Retyping:
                 added.input[position] = self._as_half(name)
             else:
                 self._as_wide(name)
-        _let_scale_decide(added)
+        _take_type_from_scale(added)
         narrow = self._narrow_outputs(added, schema)
         for position, name in enumerate(node.output):
             if name in narrow:
@@ -250,7 +250,7 @@ class _Retyping:
             self._initializers.append(self._constants.tensor(name, half))
 
 
-def _let_scale_decide(node: NodeProto) -> None:
+def _take_type_from_scale(node: NodeProto) -> None:
     """Take off a DequantizeLinear what would keep its output float32 whatever its scale is."""
     if node.op_type == "DequantizeLinear":
         kept = [copy for copy in node.attribute if copy.name != "output_dtype"]

@@ -83,7 +83,7 @@ class QuantizingPass:
     def opsets(self, *, has_float16: bool) -> tuple[int, ...]:
         return (max(self.target.minimum_opset, _FLOAT16_SCALES) if has_float16 else self.target.minimum_opset,)
 
-    def on(self, model: FlatModel, evidence: Evidence) -> Callable[[Mapping[str, str]], TypedGraph]:
+    def prepare(self, model: FlatModel, evidence: Evidence) -> Callable[[Mapping[str, str]], TypedGraph]:
         weights = _QuantizedWeights(model, self.target)
         candidates = [node for node in model.proto.graph.node if node.op_type in QUANTIZABLE and not node.domain]
         cutoffs = {**evidence.largest, **evidence.cutoffs}
@@ -114,7 +114,7 @@ class QuantizingPass:
                 kept=reasons,
                 weight_only=partly,
                 method=self.method,
-                remarks=_about_weights(partly, self.target),
+                remarks=_remark_on_weights(partly, self.target),
             )
             return TypedGraph(proto=proto, emulation=proto, report=report, changed=changed)
 
@@ -150,7 +150,7 @@ def _uncalibrated(activation: str, model: FlatModel, evidence: Evidence, target:
     return None
 
 
-def _about_weights(weight_only: Mapping[str, str], target: QuantizedFormat) -> tuple[str, ...]:
+def _remark_on_weights(weight_only: Mapping[str, str], target: QuantizedFormat) -> tuple[str, ...]:
     if not weight_only:
         return ()
     nodes = "1 node has" if len(weight_only) == 1 else f"{len(weight_only)} nodes have"

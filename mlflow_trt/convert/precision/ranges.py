@@ -111,7 +111,7 @@ def _measured(model: FlatModel, names: Sequence[str], samples: Samples) -> Itera
         onnx.save_model(_measuring(model, names), path)
         runner = CpuModel(path)
     for feeds in samples.feeds:
-        seen = None if runner is None else _run_or_none(runner, outputs, feeds)
+        seen = None if runner is None else _try_run(runner, outputs, feeds)
         if seen is not None:
             for name, largest, count in zip(names, seen[::2], seen[1::2], strict=True):
                 yield name, _Range(largest, int(count))
@@ -121,7 +121,7 @@ def _measured(model: FlatModel, names: Sequence[str], samples: Samples) -> Itera
         yield from ((name, _Range.of(array)) for name, array in tensors)
 
 
-def _run_or_none(runner: CpuModel, outputs: Sequence[str], feeds: Feeds) -> list[float] | None:
+def _try_run(runner: CpuModel, outputs: Sequence[str], feeds: Feeds) -> list[float] | None:
     try:
         return [float(number) for number in runner.run(outputs, feeds).values()]
     except ExecutionError:

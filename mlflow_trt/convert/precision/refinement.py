@@ -20,7 +20,7 @@ Judge = Callable[[TypedGraph], Comparison]
 """Compares what a typed graph computes with what the source model does."""
 
 
-def refined(
+def refine(
     model: FlatModel, make: Make, judge: Judge, judge_quickly: Judge, kept: Mapping[str, str]
 ) -> tuple[TypedGraph, Comparison]:
     """The typed graph, with as many nodes kept in float32 as it takes for `judge` to pass it.

@@ -21,7 +21,7 @@ _PATIENCE = 0.05
 """Seconds before a request that waits looks whether its client is still there: most are answered before."""
 
 
-class _Written(NamedTuple):
+class _WrittenOutputs(NamedTuple):
     answer: Answer
     ended: float
     rows: int
@@ -32,10 +32,10 @@ class Mailbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._results: list[tuple[asyncio.Future[_Written], _Written | Exception]] = []
+        self._results: list[tuple[asyncio.Future[_WrittenOutputs], _WrittenOutputs | Exception]] = []
         self._lock = threading.Lock()
 
-    def put(self, future: asyncio.Future[_Written], result: _Written | Exception) -> None:
+    def put(self, future: asyncio.Future[_WrittenOutputs], result: _WrittenOutputs | Exception) -> None:
         """From any thread."""
         with self._lock:
             self._results.append((future, result))
@@ -87,20 +87,20 @@ class Inference:
         times = Times(arrived, parsed, written.ended, answered)
         model.statistics.succeeded(times, written.rows)
 
-    async def _run(self, model: ServedModel, exchange: Exchange, request: InferRequest) -> _Written:
-        future: asyncio.Future[_Written] = self._loop.create_future()
+    async def _run(self, model: ServedModel, exchange: Exchange, request: InferRequest) -> _WrittenOutputs:
+        future: asyncio.Future[_WrittenOutputs] = self._loop.create_future()
         mailbox = self._mailbox
 
         def done(outputs: Outputs | None, failure: Exception | None) -> None:
             """In a thread of the session, while the event loop has other things to do."""
             ended = time.monotonic()
-            result: _Written | Exception
+            result: _WrittenOutputs | Exception
             try:
                 if outputs is None:
                     result = failure or RuntimeError("a run without outputs and without an error")
                 else:
                     answer = make_answer(request, model.name, model.version, outputs)
-                    result = _Written(answer, ended, _rows(outputs))
+                    result = _WrittenOutputs(answer, ended, _rows(outputs))
             except Exception as error:  # noqa: BLE001  # it goes to whoever waits
                 result = error
             mailbox.put(future, result)
@@ -123,7 +123,9 @@ class _Watch:
 
     __slots__ = ("_exchange", "_future", "_handle", "_task", "is_gone")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, exchange: Exchange, future: asyncio.Future[_Written]) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, exchange: Exchange, future: asyncio.Future[_WrittenOutputs]
+    ) -> None:
         self.is_gone = False
         self._exchange = exchange
         self._future = future

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlflow_trt.core import open_inference as oip
 from mlflow_trt.core.arrays import Array, Feeds, Outputs, numpy_dtype
-from mlflow_trt.core.inputs import array_of, convert
+from mlflow_trt.core.inputs import array_of, convert_array
 from mlflow_trt.core.types import TensorSpec
 from mlflow_trt.deploy.serve import json_text
 from mlflow_trt.errors import InputDtypeError, InputError, InputShapeError, UnsupportedModelError
@@ -317,7 +317,7 @@ def _from_numbers(data: object, spec: TensorSpec, shape: Sequence[int]) -> Array
     if array.dtype.kind not in kinds:
         what = {"b": "true or false", "fiu": "a number", "iu": "an integer of 64 bits"}[kinds]
         raise InputDtypeError(f"input {spec.name!r}: an element is not {what}", tensor=spec.name)
-    return convert(array.astype(np.float64) if is_float else array, spec).reshape(shape)
+    return convert_array(array.astype(np.float64) if is_float else array, spec).reshape(shape)
 
 
 def _large_integers(data: list[Any], array: Array) -> Array:

@@ -14,7 +14,7 @@ from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.deploy.serve.model_source import ModelSource
 from mlflow_trt.deploy.serve.protocol import Signature
 from mlflow_trt.deploy.serve.statistics import Statistics
-from mlflow_trt.flavor.fetch import opened_folder
+from mlflow_trt.flavor.fetch import open_folder
 from mlflow_trt.flavor.pyfunc import PyfuncModel
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.store.load import open_session
@@ -72,7 +72,7 @@ def load_served_model(source: ModelSource, settings: Mapping[str, Any]) -> Serve
 
     Raises what `mlflow_trt.load_model` raises.
     """
-    with opened_folder(source.uri) as folder:
+    with open_folder(source.uri) as folder:
         metadata = Model.load(str(folder.path))
         logged = metadata.flavors[pyfunc.FLAVOR_NAME].get(pyfunc.MODEL_CONFIG) or {}
         chosen = LoadSettings.of({**logged, **settings})

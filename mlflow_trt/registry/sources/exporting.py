@@ -34,7 +34,7 @@ class TracedInput:
     axis_names: Mapping[int, str] = field(default_factory=lambda: {0: ROWS})
     unknown: tuple[int, ...] = ()
 
-    def grown(self, *, but: int | None = None) -> npt.NDArray[Any]:
+    def with_larger_axes(self, *, but: int | None = None) -> npt.NDArray[Any]:
         """The array with more than one element along every axis that varies: exporters take a size of 1 for fixed."""
         array = self.array
         for axis in self.varying:
@@ -42,7 +42,7 @@ class TracedInput:
                 array = np.repeat(array, 2, axis)
         return np.asarray(array, order="C")
 
-    def sized(self, size: int) -> TracedInput:
+    def with_size(self, size: int) -> TracedInput:
         """With this size along every axis of unknown size."""
         array = self.array
         for axis in self.unknown:

@@ -50,11 +50,11 @@ def export(model: Model, folder: Path, target: Path) -> Export:
 
         try:
             function = tf.function(call, input_signature=specs)
-            captured = _captured(tf, function.get_concrete_function(*specs))
+            captured = _find_captured(tf, function.get_concrete_function(*specs))
             proto, _ = tf2onnx.convert.from_function(function, input_signature=specs, opset=_OPSET)
         except Exception as error:  # TensorFlow raises many
             raise OnnxModelError(f"tf2onnx cannot export the model: {str(error).strip() or repr(error)}") from error
-    _put_back(proto, captured)
+    _restore_captured(proto, captured)
     check_exported_inputs(proto, names)
     _name_rows(proto, [name for name, traced in zip(names, inputs, strict=True) if 0 in traced.varying])
     onnx.save(proto, target / MODEL_FILE)
@@ -76,7 +76,7 @@ def _spec(tf: Any, name: str, traced: TracedInput) -> Any:
     return tf.TensorSpec(shape, traced.array.dtype, name=name)
 
 
-def _captured(tf: Any, concrete: Any) -> dict[str, npt.NDArray[Any]]:
+def _find_captured(tf: Any, concrete: Any) -> dict[str, npt.NDArray[Any]]:
     """Tensors from outside of the function, such as the mean that a layer normalizes by, by their names in its graph.
 
     Variables are no such tensors: tf2onnx makes constants of them by itself.
@@ -88,7 +88,7 @@ def _captured(tf: Any, concrete: Any) -> dict[str, npt.NDArray[Any]]:
     }
 
 
-def _put_back(proto: onnx.ModelProto, captured: Mapping[str, npt.NDArray[Any]]) -> None:
+def _restore_captured(proto: onnx.ModelProto, captured: Mapping[str, npt.NDArray[Any]]) -> None:
     """Make constants of captured tensors, of which tf2onnx makes inputs."""
     inputs = [value for value in proto.graph.input if value.name not in captured]
     found = [value.name for value in proto.graph.input if value.name in captured]

@@ -94,7 +94,7 @@ def _with_sizes(torch: Any, module: Any, call: _Call, inputs: Sequence[TracedInp
         return inputs
     failure: Exception | None = None
     for size in _SIZES:
-        sized = [traced.sized(size) for traced in inputs]
+        sized = [traced.with_size(size) for traced in inputs]
         args, kwargs = call.pass_on([torch.from_numpy(traced.array) for traced in sized])
         try:
             with torch.no_grad():
@@ -140,11 +140,11 @@ def _exported(
                 {axis: named[traced.axis_names[axis]] if axis in traced.axis_names else auto for axis in traced.varying}
                 for traced in inputs
             ]
-            return export([traced.grown() for traced in inputs], shapes)
+            return export([traced.with_larger_axes() for traced in inputs], shapes)
         except Exception as error:  # noqa: BLE001  # torch raises many, and what is wrong is found, and said, below
             _log.debug("Exporting with shared axes failed: %s", error)
     # With the rows of the example: where the module fixes them, it is to these.
-    arrays = [traced.array if is_traced else traced.grown(but=0) for traced in inputs]
+    arrays = [traced.array if is_traced else traced.with_larger_axes(but=0) for traced in inputs]
     return export(arrays, [dict.fromkeys(traced.varying, auto) for traced in inputs])
 
 

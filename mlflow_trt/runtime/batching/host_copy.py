@@ -32,7 +32,7 @@ def copy_rows(parts: Iterable[tuple[Array, int, int]], target: Array) -> Iterato
     """
     parts = list(parts)
     if target.nbytes > HELD_BYTES or any(source.nbytes > LEAST_BYTES for source, _, _ in parts):
-        yield from _by_threads(_shared_out(parts, target))
+        yield from _by_threads(_share_out_copies(parts, target))
         return
     for source, start, stop in parts:
         if len(source) == stop - start:
@@ -92,7 +92,7 @@ def _by_threads(groups: Iterable[tuple[int, list[Copy]]]) -> Iterator[int]:
                 job.exception()
 
 
-def _shared_out(parts: Iterable[tuple[Array, int, int]], target: Array) -> Iterator[tuple[int, list[Copy]]]:
+def _share_out_copies(parts: Iterable[tuple[Array, int, int]], target: Array) -> Iterator[tuple[int, list[Copy]]]:
     """Copies of about equal size, one group for each thread, and the row at which each group ends."""
     row_bytes = max(1, target.nbytes // max(1, len(target)))
     share = max(1, round(max(LEAST_BYTES, target.nbytes / THREADS) / row_bytes))

@@ -19,11 +19,11 @@ from mlflow_trt.core.arrays import Feeds, Outputs
 from mlflow_trt.core.types import BatchAxis
 from mlflow_trt.errors import OutOfMemoryError
 from mlflow_trt.runtime.batching.host_copy import copies
-from mlflow_trt.runtime.batching.sizes import Rows, Sizes, check_rows
+from mlflow_trt.runtime.batching.sizes import BatchRows, Sizes, check_rows
 from mlflow_trt.runtime.batching.slots import AnySlot, Slots
 
 
-class Request:
+class QueuedCall:
     """One caller's batch. Requests with the same `key` may run together; they have one profile and its sizes."""
 
     __slots__ = ("batch", "error", "feeds", "key", "no_room", "outputs", "profile", "rows", "sizes", "wake")
@@ -47,7 +47,7 @@ class Request:
         """Whether somebody still waits for what comes of it."""
         return True
 
-    def let_go(self) -> None:
+    def withdraw(self) -> None:
         """The batch has ended, whether there are outputs or not."""
         self.batch = None  # or its arrays would stay until Python looks for cycles
         self.wake.release()
@@ -60,18 +60,18 @@ class Batch:
 
     def __init__(self, lock: threading.Lock) -> None:
         self.rows = 0
-        self.requests: list[Request] = []
+        self.requests: list[QueuedCall] = []
         self._lock = lock
         self._changed: threading.Condition | None = None  # most leaders wait for nobody
 
     @property
-    def leader(self) -> Request:
+    def leader(self) -> QueuedCall:
         return self.requests[0]
 
     def has_room(self, rows: int) -> bool:
         return self.rows + rows <= self.leader.sizes.largest
 
-    def add(self, request: Request) -> None:
+    def add(self, request: QueuedCall) -> None:
         request.batch = self
         self.rows += request.rows
         self.requests.append(request)
@@ -82,7 +82,7 @@ class Batch:
             self._changed = threading.Condition(self._lock)
         self._changed.wait(seconds)
 
-    def tell(self) -> None:
+    def notify_leader(self) -> None:
         """The leader, if it waits, that something changed."""
         if self._changed is not None:
             self._changed.notify()
@@ -96,7 +96,7 @@ class MicroBatcher(Generic[AnySlot]):
         axis: along which requests are put one after another; of inputs without it all requests of a key have the same.
         run_alone: runs one request by itself: what happens to each of a batch that failed, so that every caller gets
             its own result or its own error.
-        had_no_room: told the first request of a batch for which memory was lacking, but not for the request alone.
+        shrink_batches: told the first request of a batch for which memory was lacking, but not for the request alone.
         ran: told the size of each batch.
         max_delay: seconds for which a batch stays open at most while another one runs.
     """
@@ -105,15 +105,15 @@ class MicroBatcher(Generic[AnySlot]):
         self,
         slots: Slots[AnySlot],
         axis: BatchAxis | None,
-        run_alone: Callable[[Request], Outputs],
-        had_no_room: Callable[[Request, str], None],
+        run_alone: Callable[[QueuedCall], Outputs],
+        shrink_batches: Callable[[QueuedCall, str], None],
         ran: Callable[[int], None],
         max_delay: float,
     ) -> None:
         self._slots = slots
         self._axis = axis
         self._run_alone = run_alone
-        self._had_no_room = had_no_room
+        self._shrink_batches = shrink_batches
         self._ran = ran
         self._max_delay = max_delay
         self._lock = threading.Lock()
@@ -132,7 +132,7 @@ class MicroBatcher(Generic[AnySlot]):
         """Whether callers have come one after the other of late."""
         return self._usual_callers < 1.5
 
-    def run(self, request: Request) -> Outputs:
+    def run(self, request: QueuedCall) -> Outputs:
         """The outputs for the request's rows. Raises what running it alone raises."""
         try:
             batch = self.join(request)
@@ -154,7 +154,7 @@ class MicroBatcher(Generic[AnySlot]):
         finally:
             self._dissolve(batch)
 
-    def result(self, request: Request) -> Outputs:
+    def result(self, request: QueuedCall) -> Outputs:
         """The outputs of a request whose batch has ended; where that failed, of running it alone.
 
         Raises what running it alone raises.
@@ -169,10 +169,10 @@ class MicroBatcher(Generic[AnySlot]):
                 del error  # which refers to this frame
         outputs = self._run_alone(request)
         if request.no_room:  # while there was some for one request: it was the size
-            self._had_no_room(request, request.no_room)
+            self._shrink_batches(request, request.no_room)
         return outputs
 
-    def join(self, request: Request) -> Batch:
+    def join(self, request: QueuedCall) -> Batch:
         """The batch that the request is in from now on. Who becomes its leader has it run."""
         now = time.monotonic()
         with self._lock:
@@ -183,14 +183,14 @@ class MicroBatcher(Generic[AnySlot]):
             if batch is not None and batch.has_room(request.rows):
                 batch.add(request)
                 if not self._is_expecting(batch):
-                    batch.tell()
+                    batch.notify_leader()
                 return batch
             # Who comes from now on joins this one. One that is full runs as it is.
             full, batch = batch, Batch(self._lock)
             batch.add(request)
             self._open[request.key] = batch
             if full is not None:
-                full.tell()
+                full.notify_leader()
         return batch
 
     def _lead(self, batch: Batch) -> None:
@@ -215,7 +215,7 @@ class MicroBatcher(Generic[AnySlot]):
                 if not requests:
                     return
                 size = first.sizes.hold(sum(request.rows for request in requests))
-                slot.launch(Rows([request.feeds for request in requests], self._axis, size), first.profile)
+                slot.launch(BatchRows([request.feeds for request in requests], self._axis, size), first.profile)
                 launched = self._launched = time.monotonic()
                 outputs = slot.finish()
                 # The shortest of late: what goes beyond it was spent waiting for the interpreter lock.
@@ -268,10 +268,10 @@ class MicroBatcher(Generic[AnySlot]):
             self._shut(batch)
             self._callers -= len(batch.requests)
         for request in batch.requests:
-            request.let_go()
+            request.withdraw()
 
 
-def _hand_out(outputs: Outputs, requests: Sequence[Request]) -> None:
+def _hand_out(outputs: Outputs, requests: Sequence[QueuedCall]) -> None:
     """Give every request a copy of its rows."""
     parts = []
     start = 0

@@ -13,22 +13,22 @@ from mlflow_trt.core.types import BatchAxis, ShapeProfile
 from mlflow_trt.errors import OutOfMemoryError, SessionClosedError
 from mlflow_trt.runtime.batching.choose_profile import choose_profile
 from mlflow_trt.runtime.batching.host_copy import copies
-from mlflow_trt.runtime.batching.microbatch import MicroBatcher, Request
+from mlflow_trt.runtime.batching.microbatch import MicroBatcher, QueuedCall
 from mlflow_trt.runtime.batching.readiness import Prepare, Readiness
 from mlflow_trt.runtime.batching.shared_work import Work
 from mlflow_trt.runtime.batching.sizes import (
     AnySize,
+    BatchRows,
     FewSizes,
     OutputWithoutRowsError,
     Piece,
-    Rows,
     Sizes,
     batch_size,
     check_rows,
     take,
 )
 from mlflow_trt.runtime.batching.slots import AnySlot, Slots
-from mlflow_trt.runtime.batching.submissions import Answer, Done, Submission, SubmittedRequest, Threads
+from mlflow_trt.runtime.batching.submissions import Done, PendingAnswer, Submission, SubmittedRequest, Threads
 
 MOST_SLOTS = 2
 """One that the GPU works on and one that is filled meanwhile; a third gained nothing in measurements."""
@@ -70,7 +70,7 @@ class Scheduler(Generic[AnySlot]):
         if not self._profiles:
             self._sizes = [AnySize(largest) if largest and self._axis else None]
         self._batcher = MicroBatcher(
-            self.slots, self._axis, self._run_alone, self._had_no_room, self._count, max_batch_delay
+            self.slots, self._axis, self._run_alone, self._shrink_batches, self._count, max_batch_delay
         )
         self._batches = max_batch_delay > 0
         self._threads = Threads(MOST_SLOTS)
@@ -109,7 +109,7 @@ class Scheduler(Generic[AnySlot]):
 
         Raises InputShapeError where no profile accepts the feeds, SessionClosedError after `close`.
         """
-        plan, answer = self._plan(feeds), Answer(done)
+        plan, answer = self._plan(feeds), PendingAnswer(done)
         self._threads.check_open()
         with self._counting:
             self._calls += 1
@@ -124,7 +124,7 @@ class Scheduler(Generic[AnySlot]):
             raise
         return answer
 
-    def _submit_together(self, feeds: Feeds, plan: _Plan, sizes: Sizes, answer: Answer) -> None:
+    def _submit_together(self, feeds: Feeds, plan: _Plan, sizes: Sizes, answer: PendingAnswer) -> None:
         def result(request: SubmittedRequest) -> Outputs:
             try:
                 return self._batcher.result(request)
@@ -150,7 +150,7 @@ class Scheduler(Generic[AnySlot]):
                 # No thread to be had, or closed meanwhile. Others may have joined, and want to be told.
                 self._batcher.lead(batch)
 
-    def _answer(self, answer: Answer, plan: _Plan, result: Callable[[], Outputs]) -> None:
+    def _answer(self, answer: PendingAnswer, plan: _Plan, result: Callable[[], Outputs]) -> None:
         """Tell what came of a submission, and count it off before, since who is told may send the next one."""
         outputs, failure = None, None
         try:
@@ -225,7 +225,7 @@ class Scheduler(Generic[AnySlot]):
         self._forget_plans()
         _log.warning("Running at most %d rows at once from now on: %s", sizes.largest, cause)
 
-    def _had_no_room(self, request: Request, cause: str) -> None:
+    def _shrink_batches(self, request: QueuedCall, cause: str) -> None:
         """For a batch of several requests: the next one is to be smaller."""
         self._limit(request.profile, request.sizes.largest - 1, cause)
         self.slots.trim()
@@ -324,7 +324,7 @@ class Scheduler(Generic[AnySlot]):
             outputs = self._run_at_once(feeds, plan, plan.sizes)
             if outputs is not None:
                 return outputs
-        return self._batcher.run(Request(feeds, plan.rows, plan.profile, plan.sizes, self._key(feeds, plan)))
+        return self._batcher.run(QueuedCall(feeds, plan.rows, plan.profile, plan.sizes, self._key(feeds, plan)))
 
     def _run_at_once(self, feeds: Feeds, plan: _Plan, sizes: Sizes) -> Outputs | None:
         """What the batcher would do for a caller that is alone, in half the time; None where it has to."""
@@ -333,7 +333,7 @@ class Scheduler(Generic[AnySlot]):
             return None
         size = sizes.hold(plan.rows)
         try:
-            slot.launch(Rows([feeds], self._axis, size), plan.profile)
+            slot.launch(BatchRows([feeds], self._axis, size), plan.profile)
             outputs = slot.finish()
             check_rows(outputs, size)
             results = dict(zip(outputs, copies([output[: plan.rows] for output in outputs.values()]), strict=True))
@@ -358,12 +358,12 @@ class Scheduler(Generic[AnySlot]):
             return plan.key
         return (plan.key, *(feeds[name].tobytes() for name in plan.shared))
 
-    def _run_alone(self, request: Request) -> Outputs:
+    def _run_alone(self, request: QueuedCall) -> Outputs:
         return self._run_in_pieces(request.feeds, request.rows, request.profile)
 
     def _run_whole(self, feeds: Feeds, profile: int) -> Outputs:
-        with self.slots.lent() as slot:
-            slot.launch(Rows([feeds], None, 0), profile)
+        with self.slots.borrow() as slot:
+            slot.launch(BatchRows([feeds], None, 0), profile)
             outputs = slot.finish()
             results = dict(zip(outputs, copies(list(outputs.values())), strict=True))
         self._count(0)
@@ -402,7 +402,9 @@ class Scheduler(Generic[AnySlot]):
                     self.slots.release(slot)
                     break
                 running.append((slot, piece))
-                slot.launch(Rows([take(work.feeds, axis, piece.start, piece.stop)], axis, piece.size), work.profile)
+                slot.launch(
+                    BatchRows([take(work.feeds, axis, piece.start, piece.stop)], axis, piece.size), work.profile
+                )
             while running:
                 finish_oldest()
         except BaseException:

@@ -131,7 +131,7 @@ def take(feeds: Feeds, axis: BatchAxis, start: int, stop: int) -> Feeds:
     return {name: array[start:stop] if name in axis.inputs else array for name, array in feeds.items()}
 
 
-class Rows(NamedTuple):
+class BatchRows(NamedTuple):
     """What is to be run at once: parts of one or several batches that are put one after another, then padding."""
 
     parts: Sequence[Feeds]

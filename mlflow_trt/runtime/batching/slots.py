@@ -10,13 +10,13 @@ from typing import Generic, NoReturn, Protocol, TypeVar
 
 from mlflow_trt.core.arrays import Outputs
 from mlflow_trt.errors import SessionClosedError
-from mlflow_trt.runtime.batching.sizes import Rows
+from mlflow_trt.runtime.batching.sizes import BatchRows
 
 
 class Slot(Protocol):
     """Memory for the inputs and outputs of one run, and what is needed to run it."""
 
-    def launch(self, rows: Rows, profile: int) -> None:
+    def launch(self, rows: BatchRows, profile: int) -> None:
         """Copy the inputs to where the runtime reads them, and start the run; where the runtime can, without waiting
         for its end. Nothing else runs in this slot.
         """
@@ -58,7 +58,7 @@ class Slots(Generic[AnySlot]):
         with self._lock:
             self._check_open()
             if self._line or not self._available():
-                self._stand_in_line()
+                self._wait_in_line()
             if self._free:
                 return self._free.pop()
             self._made += 1
@@ -91,7 +91,7 @@ class Slots(Generic[AnySlot]):
             self._wake()
 
     @contextmanager
-    def lent(self) -> Iterator[AnySlot]:
+    def borrow(self) -> Iterator[AnySlot]:
         """A slot for the length of a block."""
         slot = self.acquire()
         try:
@@ -126,7 +126,7 @@ class Slots(Generic[AnySlot]):
                 self._wake()
             raise
 
-    def _stand_in_line(self) -> None:
+    def _wait_in_line(self) -> None:
         place = threading.Condition(self._lock)
         self._line.append(place)
         try:

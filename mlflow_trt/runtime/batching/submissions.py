@@ -15,7 +15,7 @@ from typing import Protocol
 from mlflow_trt.core.arrays import Feeds, Outputs
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.errors import SessionClosedError
-from mlflow_trt.runtime.batching.microbatch import Request
+from mlflow_trt.runtime.batching.microbatch import QueuedCall
 from mlflow_trt.runtime.batching.sizes import Sizes
 
 Done = Callable[["Outputs | None", "Exception | None"], object]
@@ -34,7 +34,7 @@ class Submission(Protocol):
         """
 
 
-class Answer:
+class PendingAnswer:
     """Calls `done` once, unless it was cancelled before."""
 
     __slots__ = ("_done", "_lock")
@@ -65,7 +65,7 @@ class Answer:
         return done
 
 
-class SubmittedRequest(Request):
+class SubmittedRequest(QueuedCall):
     """A request whose caller does not wait. `ended` is told when its batch has, whatever came of it."""
 
     __slots__ = ("_ended", "answer")
@@ -77,7 +77,7 @@ class SubmittedRequest(Request):
         profile: int,
         sizes: Sizes,
         key: Hashable,
-        answer: Answer,
+        answer: PendingAnswer,
         ended: Callable[[SubmittedRequest], None],
     ) -> None:
         super().__init__(feeds, rows, profile, sizes, key)
@@ -88,8 +88,8 @@ class SubmittedRequest(Request):
     def is_wanted(self) -> bool:
         return self.answer.is_wanted
 
-    def let_go(self) -> None:
-        super().let_go()
+    def withdraw(self) -> None:
+        super().withdraw()
         self._ended(self)
 
 

@@ -77,13 +77,13 @@ class Device:
             driver.init()
             self._context = driver.Device(gpu.ordinal).retain_primary_context()
         except driver.Error as error:
-            raise (self.translated(error) or error) from error
+            raise (self.translate_error(error) or error) from error
 
     def current(self) -> Current:
         """A block in which this GPU is the calling thread's, and pycuda's errors become ours."""
         return Current(self)
 
-    def translated(self, error: BaseException) -> Exception | None:
+    def translate_error(self, error: BaseException) -> Exception | None:
         """Our error for one of pycuda's, None for any other."""
         if isinstance(error, self._driver.MemoryError):
             return OutOfMemoryError(
@@ -153,14 +153,14 @@ class Current:
         try:
             self._device.push()
         except Exception as error:
-            raise (self._device.translated(error) or error) from error
+            raise (self._device.translate_error(error) or error) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._device.pop()
         if error is not None:
-            ours = self._device.translated(error)
+            ours = self._device.translate_error(error)
             if ours is not None:
                 raise ours from error
 

@@ -229,7 +229,7 @@ class Engine:
         try:
             graph = stream.capture(lambda: self._enqueue_all(context, stream, around))
         except Exception as raised:
-            error = raised if isinstance(raised, ExecutionError) else self.device.translated(raised)
+            error = raised if isinstance(raised, ExecutionError) else self.device.translate_error(raised)
             if error is None:
                 raise
             self.tensorrt.log.errors()  # what it says of this is no more than that
@@ -259,7 +259,7 @@ class Engine:
                 self._enqueue_all(context, stream, around)
                 stream.synchronize()
             except Exception as raised:
-                if not isinstance(self.device.translated(raised), OutOfMemoryError):
+                if not isinstance(self.device.translate_error(raised), OutOfMemoryError):
                     raise
                 return False  # there may be room for it in the scratch memory that all contexts share
             finally:

@@ -11,7 +11,7 @@ import numpy as np
 from mlflow_trt.core.arrays import Outputs
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.runtime.batching.host_copy import copy_rows
-from mlflow_trt.runtime.batching.sizes import Rows, Shapes
+from mlflow_trt.runtime.batching.sizes import BatchRows, Shapes
 from mlflow_trt.runtime.engine.buffers import Buffers
 from mlflow_trt.runtime.engine.contexts import Bindings
 from mlflow_trt.runtime.engine.engine import ENGINE_ALONE, Around, Context, Engine, do_nothing
@@ -56,7 +56,7 @@ class EngineSlot:
 
     # ---- what every slot can do
 
-    def launch(self, rows: Rows, profile: int) -> None:
+    def launch(self, rows: BatchRows, profile: int) -> None:
         with self._device.current():
             self.profile = profile
             self.shapes = rows.shapes
@@ -99,7 +99,7 @@ class EngineSlot:
 
     # ---- steps
 
-    def load(self, rows: Rows, profile: int) -> None:
+    def load(self, rows: BatchRows, profile: int) -> None:
         """Copy inputs into pinned memory, and from there to the GPU as they come."""
         self.profile = profile
         self.shapes = rows.shapes
@@ -165,7 +165,7 @@ class EngineSlot:
     def _context(self) -> Context:
         return cast("Context", self.context)  # launch comes before whoever asks
 
-    def _load(self, name: str, rows: Rows, *, upload: bool) -> None:
+    def _load(self, name: str, rows: BatchRows, *, upload: bool) -> None:
         shape = self.shapes[name]
         self.buffers.reserve(name, shape)
         target = self.buffers.array(name, shape)
