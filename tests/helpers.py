@@ -86,11 +86,11 @@ def prepare(**keywords) -> PreparedConversion:
 
 def save_prepared(model, path: Path, prepared: PreparedConversion, **packaging) -> None:
     """`mlflow_trt.save_model` with options that have no keyword there, such as another GPU than this machine's."""
-    with open_onnx(model) as source:
+    with open_onnx(model, prepared.options) as source:
         save_conversion(source, path, prepared, PackagingOptions(**packaging))
 
 
 def log_prepared(model, prepared: PreparedConversion, **logging):
     """`mlflow_trt.log_model` with such options."""
-    with undo_on_failure() as undo, open_onnx(model) as source:
+    with undo_on_failure() as undo, open_onnx(model, prepared.options) as source:
         return log_conversion(source, prepared, PackagingOptions(), LoggingOptions(**logging), undo)

@@ -184,13 +184,28 @@ class TestLogging:
         (tmp_path / "other" / "weights.bin").write_bytes(weights.tobytes())
         plans = {}
         for name, factor in (("snapshot", 1), ("other", 2)):
-            info = log(tmp_path / name / "net.onnx")
+            info = log(tmp_path / name / "net.onnx", allow_external_data_from=tmp_path / "blobs")
             weights = onnx.numpy_helper.to_array(proto.graph.initializer[0]) * factor
             stored = onnx.numpy_helper.to_array(mlflow.onnx.load_model(info.model_uri).graph.initializer[0])
             assert np.array_equal(stored, weights)
             folder = local(info.model_uri)
             plans[name] = (folder / read_record(str(folder)).engines[0].file).read_bytes()
         assert plans["snapshot"] != plans["other"]
+
+    def test_a_link_to_a_file_elsewhere_is_not_copied_into_the_model(self, tmp_path):
+        networks.external(tmp_path / "net.onnx")
+        (tmp_path / "secret").mkdir()
+        (tmp_path / "weights.bin").rename(tmp_path / "secret" / "id_rsa")
+        (tmp_path / "model").mkdir()
+        (tmp_path / "net.onnx").rename(tmp_path / "model" / "net.onnx")
+        (tmp_path / "model" / "weights.bin").symlink_to(tmp_path / "secret" / "id_rsa")
+        with pytest.raises(OnnxModelError, match=r"id_rsa, outside of the folder of the model"):
+            mlflow_trt.save_model(tmp_path / "model" / "net.onnx", tmp_path / "converted")
+        assert not (tmp_path / "converted").exists()
+        with pytest.raises(OptionError, match="expected a folder"):
+            mlflow_trt.save_model(
+                tmp_path / "model" / "net.onnx", tmp_path / "converted", allow_external_data_from=tmp_path / "nowhere"
+            )
 
     def test_the_user_is_told_what_was_chosen(self, store, messages):
         log()

@@ -175,7 +175,7 @@ def test_refuses_external_data_that_is_missing_truncated_or_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "hard"])
-def test_external_data_may_be_linked(kind, tmp_path):
+def test_external_data_may_be_linked_within_the_folder_that_is_named(kind, tmp_path):
     real, given = tmp_path / "real", tmp_path / "given"
     (real / "sub").mkdir(parents=True)
     onnx.save_model(
@@ -190,9 +190,29 @@ def test_external_data_may_be_linked(kind, tmp_path):
     else:
         (given / "sub" / "w.bin").hardlink_to(real / "sub" / "w.bin")
     (tmp_path / "work").mkdir()
-    linked = read_onnx(given / "net.onnx", tmp_path / "work")
+    if kind != "hard":
+        for allowed in (None, given, tmp_path / "work"):
+            with pytest.raises(OnnxModelError, match=r"is a symbolic link to .*w\.bin, outside of the folder"):
+                read_onnx(given / "net.onnx", tmp_path / "work", allow_external_data_from=allowed)
+    linked = read_onnx(given / "net.onnx", tmp_path / "work", allow_external_data_from=real)
     onnx.checker.check_model(str(linked.path))
     assert linked.files["sub/w.bin"] == sha256_of(real / "sub" / "w.bin")
+
+
+def test_links_within_the_folder_of_the_model_are_followed(tmp_path):
+    networks.external(tmp_path / "net.onnx")
+    (tmp_path / "weights.bin").rename(tmp_path / "other.bin")
+    (tmp_path / "weights.bin").symlink_to("other.bin")
+    (tmp_path / "work").mkdir()
+    assert read_onnx(tmp_path / "net.onnx", tmp_path / "work").files["weights.bin"] == sha256_of(tmp_path / "other.bin")
+
+
+def test_a_loop_of_links_is_refused(tmp_path):
+    networks.external(tmp_path / "net.onnx")
+    (tmp_path / "weights.bin").unlink()
+    (tmp_path / "weights.bin").symlink_to("weights.bin")
+    with pytest.raises(OnnxModelError, match="weights.bin"):
+        read_onnx(tmp_path / "net.onnx", tmp_path)
 
 
 def test_external_data_inside_functions_counts(tmp_path):

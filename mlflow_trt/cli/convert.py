@@ -107,6 +107,12 @@ def convert(
             path_type=Path, help="An .npz or .npy file of real inputs: int8 and fp8 need it, all are compared on it."
         ),
     ] = None,
+    allow_external_data_from: Annotated[
+        Path | None,
+        typer.Option(
+            path_type=Path, help="A folder that links among the model's external data may lead into: blobs of a cache."
+        ),
+    ] = None,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not compare with the source model, and store no golden sample.")
     ] = False,
@@ -156,6 +162,7 @@ def _options_from(context: typer.Context) -> ConversionOptions:
         calibration_data=given["calibration_data"],
         verify=not given["no_verify"],
         store_kernels=given["store_kernels"],
+        allow_external_data_from=given["allow_external_data_from"],
     )
 
 

@@ -48,6 +48,7 @@ def save_model(
     signature: ModelSignature | bool | None = None,
     input_example: Any = None,
     model_config: Mapping[str, Any] | None = None,
+    allow_external_data_from: str | os.PathLike[str] | None = None,
     conda_env: Any = None,
     code_paths: list[str] | None = None,
     mlflow_model: Model | None = None,
@@ -84,6 +85,8 @@ def save_model(
             tensors, in and out, that MLflow enforces, which casts DataFrames and JSON. With False the model gets none.
         input_example: stored with the model. Its shapes fix the axes that nothing else says anything about.
         model_config: load settings (see LoadSettings) that the model gets as its defaults.
+        allow_external_data_from: a folder that symbolic links among the model's external data may lead into, such as
+            `blobs` of Hugging Face's cache. Without it they may only lead to files beside the model.
         lineage: where the source model came from; kept in the record.
         progress: called while the engine is built; None shows it on standard error.
         conda_env, code_paths, mlflow_model, pip_requirements, extra_pip_requirements, metadata, extra_files: as for
@@ -106,6 +109,7 @@ def save_model(
         verify=verify,
         store_kernels=store_kernels,
         model_config=model_config,
+        allow_external_data_from=allow_external_data_from,
         progress=progress,
     )
     packaging = PackagingOptions(
@@ -120,7 +124,7 @@ def save_model(
         lineage=lineage or {},
     )
     prepared = prepare_conversion(options)
-    with open_onnx(onnx_model) as source:
+    with open_onnx(onnx_model, options) as source:
         save_conversion(source, Path(path), prepared, packaging, mlflow_model)
 
 
@@ -139,6 +143,7 @@ def log_model(
     signature: ModelSignature | bool | None = None,
     input_example: Any = None,
     model_config: Mapping[str, Any] | None = None,
+    allow_external_data_from: str | os.PathLike[str] | None = None,
     registered_model_name: str | None = None,
     await_registration_for: int | None = DEFAULT_AWAIT_MAX_SLEEP_SECONDS,
     conda_env: Any = None,
@@ -180,6 +185,7 @@ def log_model(
         verify=verify,
         store_kernels=store_kernels,
         model_config=model_config,
+        allow_external_data_from=allow_external_data_from,
         progress=progress,
     )
     packaging = PackagingOptions(
@@ -206,7 +212,7 @@ def log_model(
     )
     prepared = prepare_conversion(options)
     # First, and so last to end: removing the temporary folders may be interrupted too.
-    with undo_on_failure() as undo, open_onnx(onnx_model) as source:
+    with undo_on_failure() as undo, open_onnx(onnx_model, options) as source:
         return log_conversion(source, prepared, packaging, logging, undo)
 
 

@@ -68,10 +68,10 @@ def prepare_conversion(options: ConversionOptions) -> PreparedConversion:
 
 
 @contextmanager
-def open_onnx(model: OnnxSource) -> Iterator[OnnxModel]:
+def open_onnx(model: OnnxSource, options: ConversionOptions) -> Iterator[OnnxModel]:
     """Read, check and hash a source model, once, for the length of the block. Raises what `read_onnx` raises."""
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
-        yield read_onnx(model, Path(workdir))
+        yield read_onnx(model, Path(workdir), allow_external_data_from=options.external_data_folder)
 
 
 @contextmanager

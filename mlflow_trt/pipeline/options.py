@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mlflow_trt.convert.recipe import Recipe
@@ -22,7 +24,8 @@ class ConversionOptions:
     `bench` is where the candidates for `best` are measured, and `compiler` where kernels are compiled; None takes the
     GPU of this machine for both.
 
-    Raises OptionError for a `verify` that is neither a bool nor a Tolerance, and for load settings that do not exist.
+    Raises OptionError for a `verify` that is neither a bool nor a Tolerance, for load settings that do not exist, and
+    for external data from what is no folder.
     """
 
     recipe: Recipe = field(default_factory=Recipe)
@@ -30,6 +33,7 @@ class ConversionOptions:
     verify: Tolerance | bool = True
     store_kernels: bool = False
     model_config: Mapping[str, Any] | None = None
+    allow_external_data_from: str | os.PathLike[str] | None = None
     progress: Progress | None = None
     bench: Bench | None = None
     compiler: KernelCompiler | None = None
@@ -38,6 +42,16 @@ class ConversionOptions:
         if not isinstance(self.verify, (bool, Tolerance)):
             raise OptionError(f"verify is {self.verify!r}; expected True, False or a Tolerance", option="verify")
         LoadSettings.of(self.model_config)
+        folder = self.external_data_folder
+        if folder is not None and not folder.is_dir():
+            raise OptionError(
+                f"allow_external_data_from is {str(folder)!r}; expected a folder", option="allow_external_data_from"
+            )
+
+    @property
+    def external_data_folder(self) -> Path | None:
+        """The folder beside the model's own that symbolic links of its external data may lead into."""
+        return None if self.allow_external_data_from is None else Path(self.allow_external_data_from)
 
     @property
     def settings(self) -> LoadSettings:

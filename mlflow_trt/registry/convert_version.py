@@ -41,6 +41,7 @@ def convert_model_version(
     verify: Tolerance | bool = True,
     store_kernels: bool = False,
     model_config: Mapping[str, Any] | None = None,
+    allow_external_data_from: str | os.PathLike[str] | None = None,
     tags: Mapping[str, Any] | None = None,
     alias: str | None = None,
     force: bool = False,
@@ -56,8 +57,8 @@ def convert_model_version(
     Args:
         model_uri: `models:/name/version`, `models:/name@alias`, `runs:/...`, or any other URI of an MLflow model; the
             path of an ONNX file will do as well.
-        precision, batch, shapes, recipe, targets, calibration_data, verify, store_kernels, model_config, progress: as
-            for `log_model`.
+        precision, batch, shapes, recipe, targets, calibration_data, verify, store_kernels, model_config,
+            allow_external_data_from, progress: as for `log_model`.
         tags: more tags of the new version; they come before those of the source.
         alias: set on the version once everything else succeeded.
         force: make a new version, even where there is one of the same source and recipe.
@@ -75,6 +76,7 @@ def convert_model_version(
         verify=verify,
         store_kernels=store_kernels,
         model_config=model_config,
+        allow_external_data_from=allow_external_data_from,
         progress=progress,
     )
     check_names(registered_model_name, tags, alias)
@@ -95,7 +97,11 @@ def convert_to_version(
     check_names(registered_model_name, tags, alias)
     client = MlflowClient()
     # First, and so last to end: removing the temporary folders may be interrupted too.
-    with undo_on_failure() as undo, open_source(model_uri) as source, open_onnx(source.path) as model:
+    with (
+        undo_on_failure() as undo,
+        open_source(model_uri) as source,
+        open_onnx(source.path, prepared.options) as model,
+    ):
         digest = recipe_digest(prepared)
         version = None
         if not force:
@@ -126,7 +132,7 @@ def convert_to_folder(model_uri: str | os.PathLike[str], path: Path, options: Co
     """Convert a model and write the result to a new folder, with all that `convert_model_version` carries over."""
     check_target(path)
     prepared = prepare_conversion(options)
-    with open_source(model_uri) as source, open_onnx(source.path) as model:
+    with open_source(model_uri) as source, open_onnx(source.path, options) as model:
         save_conversion(model, path, prepared, _packaging_of(source))
 
 

@@ -62,7 +62,7 @@ def plan_conversion(
         check_recipe(tensorrt, replace(recipe, precision=Precision.FP32))
     else:
         check_recipe(tensorrt, recipe)
-    with open_source(model_uri) as source, open_onnx(source.path) as model:
+    with open_source(model_uri) as source, open_onnx(source.path, options) as model:
         check_nodes(model.proto)
         profiles = resolve_profiles(model, recipe, example_shapes(source.input_example, model.inputs))
         twin = None

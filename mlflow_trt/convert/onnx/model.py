@@ -8,27 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
+from mlflow_trt.convert.onnx.external_data import check_external_data, without_links
 from mlflow_trt.core.types import LARGEST_DIMENSION, Dim, TensorSpec
 from mlflow_trt.errors import OnnxModelError
 
 MODEL_FILE = "model.onnx"
-RESERVED_NAMES = frozenset(
-    """model.onnx typed engines runtime_cache code extra_files mlflow_trt.json MLmodel conda.yaml python_env.yaml
-    requirements.txt constraints.txt input_example.json serving_input_example.json environment_variables.txt
-    metadata registered_model_meta golden.npz precision_report.md fp32.onnx tf32.onnx fp16.onnx bf16.onnx int8.onnx
-    fp8.onnx fp16.onnx.data bf16.onnx.data int8.onnx.data fp8.onnx.data""".split()  # noqa: SIM905  # easier to read than a list of quotes
-)
-"""What else may lie in a model folder, where the external data of a model is stored beside it."""
 
 # The types that TensorRT has for inputs and outputs.
 _DTYPES: Mapping[int, str] = {
@@ -95,8 +88,13 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_onnx(model: str | os.PathLike[str] | ModelProto, workdir: Path) -> OnnxModel:
+def read_onnx(
+    model: str | os.PathLike[str] | ModelProto, workdir: Path, *, allow_external_data_from: Path | None = None
+) -> OnnxModel:
     """Read and check `model`, a path or a ModelProto; a ModelProto is written to `workdir` first and never changed.
+
+    External data lies in the model's own folder. Where it is a symbolic link, that leads to a file of this folder or of
+    `allow_external_data_from`.
 
     Raises OnnxModelError for a file that is no ONNX model, is truncated, lacks external weights, is refused by
     onnx.checker, or whose inputs or outputs are of a type that TensorRT does not have.
@@ -109,9 +107,8 @@ def read_onnx(model: str | os.PathLike[str] | ModelProto, workdir: Path) -> Onnx
         raise OnnxModelError(f"expected the path of an ONNX file or an onnx.ModelProto, got {type(model).__name__}")
     proto = _parse(path)
     _check_text(proto, path)
-    external_files = _check_external_files(proto, path)
-    if any(_is_linked(path.parent, name) for name in external_files):
-        path = _without_links(path, external_files, workdir)
+    external_files = check_external_data(tensors_of(proto), path, allow_external_data_from)
+    path = without_links(path, external_files, workdir)
     inputs, outputs = describe(proto, path)
     _check(path, proto, workdir)
     return OnnxModel(
@@ -207,24 +204,6 @@ def _write_proto(proto: ModelProto, workdir: Path) -> Path:
     return path
 
 
-def _is_linked(folder: Path, name: str) -> bool:
-    """Whether an external file is a link, lies behind one, or has a second name elsewhere."""
-    file = folder / name
-    return file.stat().st_nlink > 1 or file.resolve() != folder.resolve() / name
-
-
-def _without_links(path: Path, external_files: tuple[str, ...], workdir: Path) -> Path:
-    """The model where its external files are files of its own, since onnx.checker refuses all others.
-
-    Caches of model hubs have symbolic links; installers and tools that version data have hard ones.
-    """
-    folder = workdir / "source"
-    folder.mkdir()
-    shutil.copyfile(path, folder / path.name)
-    copy_files(external_files, path.parent, folder)
-    return folder / path.name
-
-
 def _parse(path: Path) -> ModelProto:
     try:
         if path.is_dir():
@@ -274,53 +253,6 @@ def _inner_graphs(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
     for graph in subgraphs_of(nodes):
         yield graph
         yield from _inner_graphs(graph.node)
-
-
-def _check_external_files(proto: ModelProto, path: Path) -> tuple[str, ...]:
-    needed: dict[str, tuple[int, str]] = {}
-    for tensor in tensors_of(proto):
-        if tensor.data_location != TensorProto.EXTERNAL:
-            continue
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        location = entries.get("location", "")
-        pure = PurePosixPath(location)
-        if not pure.parts or pure.is_absolute() or ".." in pure.parts:
-            raise OnnxModelError(
-                f"{path}: the weights of {tensor.name!r} are at {location!r}; they must be in the folder of the model",
-                path=path,
-            )
-        if pure.parts[0] in RESERVED_NAMES:
-            raise OnnxModelError(
-                f"{path}: its external weights are in {location!r}, a name that a model folder uses for something "
-                "else; save the weights under another name",
-                path=path,
-            )
-        end = _number(entries, "offset", tensor, path) + _number(entries, "length", tensor, path)
-        needed[location] = max(needed.get(location, (0, "")), (end, tensor.name))
-    for location, (end, tensor_name) in needed.items():
-        file = path.parent / location
-        if not file.is_file():
-            raise OnnxModelError(
-                f"{path}: the file {location!r} with the weights of {tensor_name!r} is missing; "
-                f"put it beside the model, into {path.parent}",
-                path=path,
-            )
-        if file.stat().st_size < end:
-            raise OnnxModelError(
-                f"{path}: {location!r} has {file.stat().st_size} bytes, but the weights of {tensor_name!r} "
-                f"end at byte {end}; it is truncated",
-                path=path,
-            )
-    return tuple(sorted(needed))
-
-
-def _number(entries: Mapping[str, str], key: str, tensor: TensorProto, path: Path) -> int:
-    text = entries.get(key) or "0"
-    if not re.fullmatch(r"[0-9]{1,18}", text):
-        raise OnnxModelError(
-            f"{path}: the weights of {tensor.name!r} have the {key} {text!r}; expected a number of bytes", path=path
-        )
-    return int(text)
 
 
 _DEPRECATED = "GroupNormalization"
