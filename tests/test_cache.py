@@ -252,7 +252,7 @@ class TestWhoseItIs:
 def test_the_lock_of_a_timing_cache_does_not_empty_what_a_link_leads_to(tmp_path):
     (tmp_path / "diary").write_text("dear diary")
     (tmp_path / "timing.cache.lock").symlink_to(tmp_path / "diary")
-    with pytest.raises(OSError, match="symbolic links"), TimingCacheFile(tmp_path / "timing.cache")._locked():
+    with pytest.raises(OSError, match="symbolic links"), TimingCacheFile(tmp_path / "timing.cache")._lock():
         pass
     assert (tmp_path / "diary").read_text() == "dear diary"
 

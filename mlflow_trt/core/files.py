@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from mlflow_trt.core.scratch import held, remove_abandoned, scratch_name
 
@@ -24,16 +22,3 @@ def write_whole(path: Path, content: Any) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def open_lock_file(path: Path) -> IO[bytes]:
-    """A file to lock, made where it is missing. Whatever else lies there stays as it is.
-
-    Raises OSError for a symbolic link, which is not followed, and for anything but a regular file.
-    """
-    # O_NONBLOCK: a pipe that somebody put there would be waited for.
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise OSError(None, "is no regular file", str(path))
-    return os.fdopen(handle, "r+b")

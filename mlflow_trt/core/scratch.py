@@ -8,7 +8,6 @@ those on file systems without locks.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -17,6 +16,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from mlflow_trt.core.file_lock import try_lock
 
 PREFIX = "mlflow-trt-"
 _MARK = r"(\d+)-\w{6,32}"
@@ -43,7 +44,7 @@ def held(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # some file systems have no locks
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             stack.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try_lock(handle)
         yield
 
 
@@ -64,9 +65,8 @@ def _remove_if_free(path: Path) -> None:
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            if os.fstat(handle).st_uid != os.geteuid():
+            if os.fstat(handle).st_uid != os.geteuid() or not try_lock(handle):
                 return
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:

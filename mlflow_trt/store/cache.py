@@ -8,7 +8,6 @@ counts: see private_folder.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ from pathlib import Path
 import platformdirs
 from pydantic import TypeAdapter, ValidationError
 
-from mlflow_trt.core.files import open_lock_file
+from mlflow_trt.core.file_lock import lock_file
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.scratch import scratch_folder
 from mlflow_trt.core.types import EngineRecord
@@ -109,14 +108,8 @@ def lock_key(key: str) -> Iterator[None]:
         # Nowhere to lock is nowhere to keep: see store_engine. And some file systems have no locks.
         with contextlib.suppress(OSError):
             path = folder_of("locks") / key
-            lock = stack.enter_context(open_lock_file(path))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                _log.info("Another process is making what this one needs; waiting for it to end or to give %s up", path)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            # Closing is not enough: a process that was forked meanwhile has the file open too.
-            stack.callback(fcntl.flock, lock, fcntl.LOCK_UN)
+            said = "Another process is making what this one needs; waiting for it to end or to give %s up"
+            stack.enter_context(lock_file(path, when_busy=lambda: _log.info(said, path)))
         yield
 
 

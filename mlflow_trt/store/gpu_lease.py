@@ -5,13 +5,12 @@ A lock goes with its process, however that ends.
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import threading
 from collections.abc import Sequence
 from typing import IO
 
-from mlflow_trt.core.files import open_lock_file
+from mlflow_trt.core.file_lock import try_lock_file
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.types import Gpu
 from mlflow_trt.errors import RuntimeUnavailableError
@@ -44,11 +43,8 @@ def _take(gpus: Sequence[Gpu]) -> tuple[Gpu, IO[bytes]]:
     folder = cache.folder_of("locks")
     for sharers in itertools.count():
         for gpu in gpus:
-            lock = open_lock_file(folder / f"{gpu.uuid}-{sharers}")
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.close()
+            lock = try_lock_file(folder / f"{gpu.uuid}-{sharers}")
+            if lock is None:
                 continue
             _log.info("This process uses CUDA device %d, %s; sharers: %d", gpu.ordinal, gpu.name, sharers)
             return gpu, lock

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from mlflow_trt.backends import tensorrt_api as trt_api
 from mlflow_trt.backends.tensorrt import TensorRT
-from mlflow_trt.core.files import open_lock_file, write_whole
+from mlflow_trt.core.file_lock import lock_file
+from mlflow_trt.core.files import write_whole
 
 
 class TimingCacheError(Exception):
@@ -28,7 +27,7 @@ class TimingCacheFile:
 
         Raises TimingCacheError where it belongs to another GPU or TensorRT.
         """
-        with self._locked():
+        with self._lock():
             content = self._path.read_bytes() if self._path.exists() else b""
         cache = config.create_timing_cache(content)
         if not config.set_timing_cache(cache, ignore_mismatch=False):
@@ -37,7 +36,7 @@ class TimingCacheFile:
 
     def merge(self, tensorrt: TensorRT, config: trt_api.IBuilderConfig) -> str:
         """Add what the build learned to what others wrote meanwhile, and return the sha256 of the file."""
-        with self._locked():
+        with self._lock():
             cache = config.get_timing_cache()
             if self._path.exists():
                 others = config.create_timing_cache(self._path.read_bytes())
@@ -49,10 +48,7 @@ class TimingCacheFile:
             write_whole(self._path, content)
         return hashlib.sha256(content).hexdigest()
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _lock(self) -> AbstractContextManager[None]:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # Not the file itself, which is replaced: whoever waited would then hold the lock of a file that is gone.
-        with open_lock_file(self._path.with_name(f"{self._path.name}.lock")) as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        return lock_file(self._path.with_name(f"{self._path.name}.lock"))
