@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +11,12 @@ import numpy as np
 
 from mlflow_trt.convert.onnx.model import OnnxModel
 from mlflow_trt.convert.resolve_profiles import Profiles
-from mlflow_trt.core.arrays import Array, Feeds, numpy_dtype
+from mlflow_trt.core.arrays import Feeds
+from mlflow_trt.core.dummy_inputs import make_noise
 from mlflow_trt.core.inputs import array_of, prepare_feeds
 from mlflow_trt.core.log import get_logger
-from mlflow_trt.core.types import Shape, StrEnum, TensorSpec
-from mlflow_trt.errors import InputError, InputShapeError, OutOfMemoryError
+from mlflow_trt.core.types import StrEnum, TensorSpec
+from mlflow_trt.errors import InputError, InputShapeError
 
 _log = get_logger(__name__)
 
@@ -93,11 +92,11 @@ def warn_of_noise(error: InputError) -> None:
 
 
 def generate_samples(model: OnnxModel, profiles: Profiles) -> Samples:
-    """Noise of the usual shapes: floats are normally distributed, integers 0 or 1, which is valid almost anywhere."""
+    """Noise of the usual shapes: see `make_noise`."""
     feeds = []
     for seed in range(_GENERATED_FEEDS):
         random = np.random.default_rng(seed)
-        feeds.append({spec.name: _noise(random, spec, _usual_shape(spec, profiles), profiles) for spec in model.inputs})
+        feeds.append({spec.name: make_noise(spec, profiles.profiles, random) for spec in model.inputs})
     rows = sum(_rows(piece, profiles) for piece in feeds)
     return Samples(feeds=tuple(feeds), origin=SampleOrigin.GENERATED, rows=rows)
 
@@ -174,26 +173,3 @@ def _rows(feeds: Feeds, profiles: Profiles) -> int:
     if axis is None:
         return 1
     return int(feeds[axis.inputs[0]].shape[0])
-
-
-def _usual_shape(spec: TensorSpec, profiles: Profiles) -> Shape:
-    for profile in profiles.profiles:
-        if spec.name in profile.ranges and not profile.ranges[spec.name].is_values:
-            return profile.ranges[spec.name].opt
-    return tuple(1 if size is None else size for size in spec.fixed)
-
-
-def _noise(random: np.random.Generator, spec: TensorSpec, shape: Shape, profiles: Profiles) -> Array:
-    limits = next((p.ranges[spec.name] for p in profiles.profiles if spec.name in p.ranges), None)
-    dtype = numpy_dtype(spec.dtype)
-    needed = math.prod(shape) * max(dtype.itemsize, 4)
-    if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        raise OutOfMemoryError(
-            f"input {spec.name!r} takes {needed / 1e9:,.1f} GB in its usual shape {shape}, more memory than this "
-            "machine has; give a smaller usual size, the middle one of batch= or shapes="
-        )
-    if limits is not None and limits.is_values:
-        return np.asarray(limits.opt, dtype).reshape(shape)
-    if dtype.kind in "iub":
-        return random.integers(0, 2, shape).astype(dtype)
-    return random.standard_normal(shape, np.float32).astype(dtype)

@@ -17,6 +17,7 @@ from typing import Any
 from mlflow.models import Model
 
 from mlflow_trt.convert.onnx.model import read_onnx
+from mlflow_trt.core.arrays import Feeds
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.progress_event import BuildProgress, Progress
 from mlflow_trt.core.settings import LoadSettings
@@ -32,14 +33,14 @@ from mlflow_trt.errors import (
     RuntimeUnavailableError,
 )
 from mlflow_trt.flavor.fetch import is_of_this_flavor, open_folder
-from mlflow_trt.measure.inputs import Feeds, sample
+from mlflow_trt.measure.inputs import sample
 from mlflow_trt.registry.sources.open import open_source
 from mlflow_trt.runtime.latency import Latency, measure
 from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.runtime.tensorrt_session import TensorRTSession
-from mlflow_trt.store.folder import Record
 from mlflow_trt.store.load import open_tensorrt
+from mlflow_trt.store.record import Record
 
 _log = get_logger(__name__)
 

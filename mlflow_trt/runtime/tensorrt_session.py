@@ -16,9 +16,10 @@ import numpy.typing as npt
 
 from mlflow_trt.backends.tensorrt import TensorRT
 from mlflow_trt.core.arrays import Feeds, numpy_dtype
+from mlflow_trt.core.dummy_inputs import make_zeros
 from mlflow_trt.core.inputs import prepare_feeds
 from mlflow_trt.core.log import get_logger
-from mlflow_trt.core.types import BatchAxis, ShapeProfile, TensorSpec
+from mlflow_trt.core.types import BatchAxis, TensorSpec
 from mlflow_trt.errors import ExecutionError, InputShapeError
 from mlflow_trt.runtime.batching.choose_profile import choose_profile
 from mlflow_trt.runtime.batching.scheduler import MOST_SLOTS, Scheduler
@@ -153,26 +154,19 @@ class TensorRTSession(Session):
                 self._run_every_size(slots)
 
     def _run_every_size(self, slots: Sequence[EngineSlot]) -> None:
+        batched = self._batch_axis.inputs if self._batch_axis is not None else ()
         for number, profile in enumerate(self.profiles):
             # The largest first, so that no buffer grows later and takes the CUDA graphs' addresses with it.
             sizes = self._scheduler.sizes_of(number)
             for size in reversed(sizes.all) if sizes else (None,):
-                feeds = {spec.name: self._usual(spec, profile, size) for spec in self.inputs}
+                feeds = {
+                    spec.name: make_zeros(spec, profile.ranges.get(spec.name), size if spec.name in batched else None)
+                    for spec in self.inputs
+                }
                 for slot in slots:
                     slot.launch(BatchRows([feeds], None, 0), number)
                     slot.finish()
                 self._scheduler.mark_ready(feeds, number, size)
-
-    def _usual(self, spec: TensorSpec, profile: ShapeProfile, rows: int | None) -> npt.NDArray[np.generic]:
-        """An input that the profile takes: zeros, and for a shape tensor the usual values."""
-        limits = profile.ranges.get(spec.name)
-        dtype = numpy_dtype(spec.dtype)
-        if limits is None:
-            return np.zeros([size or 1 for size in spec.fixed], dtype)
-        if limits.is_values:
-            return np.array(limits.opt, dtype).reshape([size or -1 for size in spec.fixed])
-        batched = rows is not None and self._batch_axis is not None and spec.name in self._batch_axis.inputs
-        return np.zeros((rows, *limits.opt[1:]) if batched and rows is not None else limits.opt, dtype)
 
     def time_phases(self, inputs: Mapping[str, npt.ArrayLike], runs: int) -> list[Phases]:
         """Milliseconds on the GPU for each of so many runs, after one that does not count.
