@@ -41,7 +41,8 @@ from mlflow_trt.cli.options import parse_batch, parse_numbers, parse_settings
 from mlflow_trt.core import wire
 from mlflow_trt.errors import OnnxModelError, OptionError
 from mlflow_trt.measure.inputs import sample
-from mlflow_trt.store.folder import Record, read_folder
+from mlflow_trt.store.folder import read_folder
+from mlflow_trt.store.record import Record
 
 TARGETS = ("floor", "mlflow-trt", "mlflow.onnx")
 ENCODERS = {"json": wire.json_request, "parquet": wire.parquet_request}

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from mlflow_trt.registry.add_engine import add_engine
     from mlflow_trt.registry.convert_version import convert_model_version
     from mlflow_trt.runtime.session import Session
-    from mlflow_trt.store.folder import FLAVOR_NAME
+    from mlflow_trt.store.record import FLAVOR_NAME
 
 __all__ = [
     "FLAVOR_NAME",
@@ -100,7 +100,7 @@ __all__ = [
 
 # Where a name comes from, unless it is an error.
 _MODULES = {
-    "FLAVOR_NAME": "store.folder",
+    "FLAVOR_NAME": "store.record",
     "LoadSettings": "core.settings",
     "Precision": "core.types",
     "Recipe": "convert.recipe",

@@ -23,7 +23,8 @@ from mlflow_trt.core.types import Distribution
 from mlflow_trt.registry import add_engine
 from mlflow_trt.registry.add_engine import _widen_requirements
 from mlflow_trt.registry.add_engine import add_engine as add
-from mlflow_trt.store.folder import add_engine_file, read_folder
+from mlflow_trt.store.folder import read_folder
+from mlflow_trt.store.write_folder import add_engine_file
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import pytest
 
 from mlflow_trt import ArtifactError, FormatError, IntegrityError
 from mlflow_trt.convert.onnx.model import sha256_of
-from mlflow_trt.store.folder import RECORD_FILE, read_folder
+from mlflow_trt.store.folder import read_folder
+from mlflow_trt.store.record import RECORD_FILE
 
 
 @pytest.fixture

@@ -39,9 +39,10 @@ from mlflow_trt.registry.convert_all import convert_all
 from mlflow_trt.registry.convert_version import convert_to_version
 from mlflow_trt.registry.plan import plan_conversion
 from mlflow_trt.runtime.cuda import device
-from mlflow_trt.store.folder import RECORD_FILE, read_folder
+from mlflow_trt.store.folder import read_folder
 from mlflow_trt.store.kernel_cache import KernelFile
 from mlflow_trt.store.load import shipped_kernels
+from mlflow_trt.store.record import RECORD_FILE
 
 
 class Compiler:

@@ -24,7 +24,8 @@ from mlflow_trt.backends.onnxruntime import CpuModel
 from mlflow_trt.core.types import Distribution, EngineRecord, HardwareCompatibility, TensorSpec, Weights
 from mlflow_trt.deploy.triton import export_triton
 from mlflow_trt.deploy.triton_config import Layout, config_text
-from mlflow_trt.store.folder import read_folder, record_to_dict
+from mlflow_trt.store.folder import read_folder
+from mlflow_trt.store.record import record_to_dict
 
 PLAN = b"ftrt: a plan, for all that Triton's repository cares"
 

@@ -32,7 +32,7 @@ def add_engine(
     """Make a new version of a model that has an engine for this machine, or other GPUs, too."""
     from mlflow_trt.flavor.fetch import read_record
     from mlflow_trt.registry.add_engine import add_engine as add
-    from mlflow_trt.store.folder import record_to_dict
+    from mlflow_trt.store.record import record_to_dict
 
     with results_on_stdout(as_json):
         version = add(

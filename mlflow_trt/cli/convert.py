@@ -171,7 +171,7 @@ def _convert_one(given: dict[str, Any], source: str, conversion: ConversionOptio
     from mlflow_trt.flavor.fetch import read_record
     from mlflow_trt.pipeline.make import prepare_conversion
     from mlflow_trt.registry.convert_version import convert_to_folder, convert_to_version
-    from mlflow_trt.store.folder import record_to_dict
+    from mlflow_trt.store.record import record_to_dict
 
     name, alias, force = given["register_as"], given["alias"] or None, given["force"]
     with results_on_stdout(given["as_json"]), tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:

@@ -24,7 +24,7 @@ def inspect(
         _layers(uri, html, as_json=as_json)
         return
     from mlflow_trt.flavor.fetch import read_record
-    from mlflow_trt.store.folder import record_to_dict
+    from mlflow_trt.store.record import record_to_dict
 
     with results_on_stdout(as_json):
         record = read_record(uri)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlflow_trt.measure.side_by_side import SideBySide
     from mlflow_trt.registry.convert_all import Outcome
     from mlflow_trt.registry.plan import Plan
-    from mlflow_trt.store.folder import Record
+    from mlflow_trt.store.record import Record
 
 
 def print_json(value: object) -> None:

@@ -17,7 +17,8 @@ from mlflow_trt.core.types import ComputeCapability, Distribution, EngineRecord,
 from mlflow_trt.deploy.triton_config import Layout, config_text, largest_batch, max_batch_size, warmup_files
 from mlflow_trt.errors import EngineMismatchError, ExecutionError, MissingDependencyError, OptionError
 from mlflow_trt.flavor.fetch import open_folder
-from mlflow_trt.store.folder import ModelFolder, Record, StoredModel
+from mlflow_trt.store.folder import ModelFolder
+from mlflow_trt.store.record import Record, StoredModel
 
 BACKENDS = ("tensorrt", "onnxruntime")
 _VERSION_FOLDER = "1"

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlflow_trt.core.types import InputRange, ShapeProfile, TensorSpec
 from mlflow_trt.errors import UnsupportedModelError
-from mlflow_trt.store.folder import Record
+from mlflow_trt.store.record import Record
 
 _TYPES = {
     "bool": "TYPE_BOOL", "uint8": "TYPE_UINT8", "int8": "TYPE_INT8", "int16": "TYPE_INT16", "int32": "TYPE_INT32",

@@ -24,7 +24,7 @@ from mlflow_trt.flavor.undo import Undo, undo_logging
 from mlflow_trt.pipeline.make import PreparedConversion, convert_and_verify
 from mlflow_trt.pipeline.verify import metrics_of
 from mlflow_trt.runtime.cuda.device import open_device
-from mlflow_trt.store.folder import FLAVOR_NAME
+from mlflow_trt.store.record import FLAVOR_NAME
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from mlflow_trt.errors import ArtifactError
-from mlflow_trt.store.folder import FLAVOR_NAME, RECORD_FILE, ModelFolder, Record, read_folder
+from mlflow_trt.store.folder import ModelFolder, read_folder
+from mlflow_trt.store.record import FLAVOR_NAME, RECORD_FILE, Record
 
 
 def fetch_folder(model_uri: str, dst_path: str | None = None) -> ModelFolder:

@@ -63,8 +63,9 @@ from mlflow_trt.pipeline.compile_kernels import store_kernels
 from mlflow_trt.pipeline.make import ConvertedModel
 from mlflow_trt.pipeline.selection_plot import draw_candidates
 from mlflow_trt.pipeline.verify import Verification
-from mlflow_trt.store.folder import FLAVOR_NAME, Record, write_folder
 from mlflow_trt.store.precision_page import REPORT_FILE, report_text
+from mlflow_trt.store.record import FLAVOR_NAME, Record
+from mlflow_trt.store.write_folder import write_folder
 
 _log = get_logger(__name__)
 

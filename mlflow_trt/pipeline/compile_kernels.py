@@ -23,8 +23,10 @@ from mlflow_trt.errors import (
     RuntimeUnavailableError,
 )
 from mlflow_trt.runtime.cuda.device import open_device
-from mlflow_trt.store.folder import ModelFolder, Record, add_kernels_file, read_folder
+from mlflow_trt.store.folder import ModelFolder, read_folder
 from mlflow_trt.store.load import session_of
+from mlflow_trt.store.record import Record
+from mlflow_trt.store.write_folder import add_kernels_file
 
 _log = get_logger(__name__)
 

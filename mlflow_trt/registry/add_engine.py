@@ -37,8 +37,10 @@ from mlflow_trt.pipeline import compile_kernels as kernels
 from mlflow_trt.registry.convert_version import logged_model_name
 from mlflow_trt.registry.lineage import point_to
 from mlflow_trt.registry.sources.open import registered_version
-from mlflow_trt.store.folder import FLAVOR_NAME, ModelFolder, Record, add_engine_file, mark_extended, read_folder
+from mlflow_trt.store.folder import ModelFolder, read_folder
 from mlflow_trt.store.load import open_tensorrt
+from mlflow_trt.store.record import FLAVOR_NAME, Record
+from mlflow_trt.store.write_folder import add_engine_file, mark_extended
 
 _log = get_logger(__name__)
 

@@ -17,7 +17,7 @@ from mlflow_trt.core.types import LARGEST_DIMENSION, BatchAxis, ComputeCapabilit
 from mlflow_trt.errors import ArtifactError
 
 if TYPE_CHECKING:
-    from mlflow_trt.store.folder import Record
+    from mlflow_trt.store.record import Record
 
 _LARGEST_FILE = 64 * 2**20
 _LONGEST_NAME = 255

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from mlflow_trt.core.accuracy import Comparison
 from mlflow_trt.core.selection import Selection
 from mlflow_trt.core.types import KeptNode, PrecisionReport
-from mlflow_trt.store.folder import Record
+from mlflow_trt.store.record import Record
 
 REPORT_FILE = "precision_report.md"
 

@@ -22,7 +22,8 @@ from mlflow_trt.backends import tensorrt as trt
 from mlflow_trt.measure import doctor
 from mlflow_trt.store import cache
 from mlflow_trt.store import load as loading
-from mlflow_trt.store.folder import RECORD_FILE, read_folder
+from mlflow_trt.store.folder import read_folder
+from mlflow_trt.store.record import RECORD_FILE
 
 pytestmark = pytest.mark.gpu
 

@@ -1,0 +1,127 @@
+"""The record of a model folder, `mlflow_trt.json`: how the model was made, and the digest of every file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from mlflow_trt._version import __version__
+from mlflow_trt.convert.onnx.model import combined_digest
+from mlflow_trt.convert.recipe import Recipe
+from mlflow_trt.core.accuracy import Comparison, Tolerance
+from mlflow_trt.core.selection import Selection
+from mlflow_trt.core.types import BatchAxis, EngineRecord, PrecisionReport, ShapeProfile, TensorSpec
+from mlflow_trt.errors import ArtifactError, FormatError
+from mlflow_trt.store.check_record import check_record, read_json
+
+FLAVOR_NAME = "mlflow_trt"
+RECORD_FILE = "mlflow_trt.json"
+FORMAT = 1
+"""The newest record format that this version reads and the one that it writes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredModel:
+    """An ONNX model in the folder: its file, and the sha256 of each of its files, external data included."""
+
+    file: str
+    files: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        return combined_digest(self.files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredGolden:
+    """The golden sample in the folder, its digest, and what an engine may be off from it."""
+
+    file: str
+    sha256: str
+    tolerance: Tolerance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What `mlflow_trt.json` says.
+
+    `inputs` and `outputs` are those of the typed model, which equals the source model where the precision pass changed
+    nothing. `comparisons` has the numbers of its verification, `remarks` what the user was told about choices made for
+    them. `lineage` tells where the source model came from, for one that was converted from the registry. `selection`
+    tells how the precision of `recipe` was chosen, where `best` was asked for.
+    """
+
+    format: int
+    mlflow_trt_version: str
+    source: StoredModel
+    typed: StoredModel
+    recipe: Recipe
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[ShapeProfile, ...]
+    batch_axis: BatchAxis | None
+    precision_report: PrecisionReport
+    engines: tuple[EngineRecord, ...]
+    remarks: tuple[str, ...] = ()
+    lineage: Mapping[str, str] = field(default_factory=dict)
+    comparisons: tuple[Comparison, ...] = ()
+    golden: StoredGolden | None = None
+    selection: Selection | None = None
+
+
+_records = TypeAdapter(Record)
+
+
+def read_record_file(file: Path, uri: str | None = None) -> Record:
+    """Read and check a record; `uri` is what the user calls the model, where it was downloaded.
+
+    Raises ArtifactError where there is none or it makes no sense, FormatError where a newer mlflow-trt wrote it.
+    """
+    content = _read_json(file, uri)
+    version = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ArtifactError(f"{file} names no format; it is not a record of mlflow-trt", path=file)
+    if version > FORMAT:
+        raise FormatError(
+            f"{file} is of format {version}, written by mlflow-trt {content.get('mlflow_trt_version', 'unknown')}; "
+            f"this is mlflow-trt {__version__}, which reads up to format {FORMAT}. Upgrade mlflow-trt.",
+            path=file,
+        )
+    try:
+        record = _records.validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ArtifactError(
+            f"{file} is damaged: {where}: {first['msg']}; download the model again", path=file
+        ) from None
+    check_record(record, file)
+    return record
+
+
+def write_record_file(folder: Path, record: Record) -> None:
+    """Write the record of a model folder, in place of the one that it has."""
+    (folder / RECORD_FILE).write_bytes(_records.dump_json(record, indent=2) + b"\n")
+
+
+def record_to_dict(record: Record) -> dict[str, Any]:
+    """The record as it stands in its file."""
+    content: dict[str, Any] = _records.dump_python(record, mode="json")
+    return content
+
+
+def _read_json(file: Path, uri: str | None) -> Any:
+    try:
+        return read_json(file)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ArtifactError(
+            f"{uri or file.parent} has no {RECORD_FILE}: it is not a model that mlflow-trt logged. "
+            "Convert an ONNX model with mlflow_trt.log_model or `mlflow-trt convert`.",
+            path=file.parent,
+        ) from None
+    except OSError as error:
+        raise ArtifactError(f"{file} cannot be read: {error.strerror}", path=file) from error
