@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from mlflow_trt.errors import OptionError
 
@@ -12,6 +12,24 @@ ALL = "all"
 """`LoadSettings(device="all")`: every GPU that the process sees."""
 OWN = "own"
 """`LoadSettings(device="own")`: one GPU for each process."""
+
+
+Runtime = Literal["tensorrt", "auto", "onnxruntime"]
+OnMismatch = Literal["rebuild", "error"]
+KernelSpecialization = Literal["eager", "lazy"]
+CudaGraphs = Literal["auto", "on", "off"]
+WarmUp = Literal["auto", "on", "background", "off"]
+Answers = Literal["lists", "base64"]
+DeviceRequest = int | Sequence[int] | Literal["all", "own"]
+
+_CHOICES = {
+    "runtime": Runtime,
+    "on_mismatch": OnMismatch,
+    "kernel_specialization": KernelSpecialization,
+    "cuda_graphs": CudaGraphs,
+    "warm_up": WarmUp,
+    "answers": Answers,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,28 +62,20 @@ class LoadSettings:
             dtype and shape, many times faster, for clients that know of it, as `mlflow_trt.client` does.
     """
 
-    runtime: str = "tensorrt"
-    on_mismatch: str = "rebuild"
-    device: int | str | Sequence[int] = 0
-    kernel_specialization: str = "eager"
-    cuda_graphs: str = "auto"
+    runtime: Runtime = "tensorrt"
+    on_mismatch: OnMismatch = "rebuild"
+    device: DeviceRequest = 0
+    kernel_specialization: KernelSpecialization = "eager"
+    cuda_graphs: CudaGraphs = "auto"
     max_batch_delay_ms: float = 2.0
-    warm_up: str = "auto"
+    warm_up: WarmUp = "auto"
     allow_engine_host_code: bool = False
     self_test: bool = True
-    answers: str = "lists"
+    answers: Answers = "lists"
 
     def __post_init__(self) -> None:
-        choices = {
-            "runtime": ("tensorrt", "auto", "onnxruntime"),
-            "on_mismatch": ("rebuild", "error"),
-            "kernel_specialization": ("eager", "lazy"),
-            "cuda_graphs": ("auto", "on", "off"),
-            "warm_up": ("auto", "on", "background", "off"),
-            "answers": ("lists", "base64"),
-        }
-        for name, known in choices.items():
-            value = getattr(self, name)
+        for name, choices in _CHOICES.items():
+            value, known = getattr(self, name), get_args(choices)
             if value not in known:
                 raise OptionError(f"{name} is {value!r}; choose one of {', '.join(known)}", option=name)
         for name in ("allow_engine_host_code", "self_test"):

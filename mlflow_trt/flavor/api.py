@@ -19,7 +19,15 @@ from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.output_folder import check_target
 from mlflow_trt.core.progress import choose_progress
 from mlflow_trt.core.progress_event import Progress
-from mlflow_trt.core.settings import LoadSettings
+from mlflow_trt.core.settings import (
+    CudaGraphs,
+    DeviceRequest,
+    KernelSpecialization,
+    LoadSettings,
+    OnMismatch,
+    Runtime,
+    WarmUp,
+)
 from mlflow_trt.core.types import Precision
 from mlflow_trt.flavor.conversions import LoggingOptions, log_conversion, save_conversion
 from mlflow_trt.flavor.fetch import fetch_folder
@@ -220,13 +228,13 @@ def load_model(
     model_uri: str,
     dst_path: str | None = None,
     *,
-    runtime: str | None = None,
-    on_mismatch: str | None = None,
-    device: int | str | Sequence[int] | None = None,
-    kernel_specialization: str | None = None,
-    cuda_graphs: str | None = None,
+    runtime: Runtime | None = None,
+    on_mismatch: OnMismatch | None = None,
+    device: DeviceRequest | None = None,
+    kernel_specialization: KernelSpecialization | None = None,
+    cuda_graphs: CudaGraphs | None = None,
     max_batch_delay_ms: float | None = None,
-    warm_up: str | None = None,
+    warm_up: WarmUp | None = None,
     allow_engine_host_code: bool | None = None,
     self_test: bool | None = None,
     progress: Progress | None = None,

@@ -68,10 +68,19 @@ class Session(abc.ABC):
         self._closed = False
 
     def run(self, inputs: Mapping[str, npt.ArrayLike]) -> dict[str, npt.NDArray[np.generic]]:
-        """Run the model on a mapping from input names to arrays; returns one new array for each output.
+        """Run the model on arrays in host memory.
+
+        Args:
+            inputs: for each of `self.inputs` an array of its dtype and shape, or what numpy makes one of. Other numbers
+                are converted where that loses nothing but a float's last digits: 3.0 for an integer, float64 for
+                float32. A batch of any size is run in pieces, and padded, where rows do not depend on each other.
+
+        Returns:
+            For each of `self.outputs` a new array of its dtype, which the caller owns.
 
         Raises:
-            InputError: an input is missing, unknown, or of a dtype or shape that the model does not take.
+            InputError: an input is missing, unknown, of a dtype that cannot be converted without loss, or NaN where an
+                integer is expected. InputShapeError, which is one: of a shape that no optimization profile takes.
             ExecutionError: the runtime failed; OutOfMemoryError where it lacked memory.
             SessionClosedError: after `close()`.
         """
