@@ -23,5 +23,7 @@ def tracking_server(folder: Path, empty_database: Path) -> Iterator[str]:
         "--artifacts-destination", (folder / "proxied").as_uri(),
     ]  # fmt: skip
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+    # Its seven processes for background jobs, of which we have none, poll all the time.
+    environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     with running(ServerProcess(command, environment, ready=f"{address}/health")):
         yield address
