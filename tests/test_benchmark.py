@@ -8,13 +8,14 @@ import mlflow
 import networks
 import numpy as np
 import pytest
+from onnx import helper
 from PIL import Image
 from test_cli import run
 
 import mlflow_trt
-from mlflow_trt import OptionError
+from mlflow_trt import InputShapeError, OptionError
 from mlflow_trt.measure.benchmark import Benchmark, Measurement, benchmark
-from mlflow_trt.measure.inputs import sample
+from mlflow_trt.measure.inputs import example_feeds, given_feeds, sample
 from mlflow_trt.measure.plots import draw_benchmark, draw_layers
 from mlflow_trt.measure.publish import log_report
 from mlflow_trt.runtime.latency import Latency, measure
@@ -82,13 +83,13 @@ def test_a_model_without_a_batch_axis_has_one_size(tmp_path, no_gpu):
 
 
 def test_a_size_that_is_refused_is_a_problem_and_the_others_go_on(tmp_path, no_gpu):
-    mlflow_trt.save_model(networks.transformer(), tmp_path / "model", batch=(1, 2, 4),
-                          shapes={"input_ids": ((-1, 4), (-1, 8), (-1, 16))})  # fmt: skip
-    data = {"input_ids": np.zeros((1, 8), np.int64), "attention_mask": np.zeros((1, 9), np.int64)}
-    result = benchmark(str(tmp_path / "model"), [1], data=data, seconds=0.02)
-    assert not result.measurements
-    assert "batch 1:" in result.problems[1]
-    assert [row.batch for row in benchmark(str(tmp_path / "model"), [1, 2], seconds=0.02).measurements] == [1, 2]
+    in_pairs = [helper.make_node("Reshape", ["x", "pairs"], ["y"], name="pairs")]
+    x, y = networks.value("x", networks.FLOAT, ["n", 16]), networks.value("y", networks.FLOAT, [None, 2, 16])
+    model = networks.model(in_pairs, [x], [y], [networks.constant("pairs", np.int64([-1, 2, 16]))])
+    mlflow_trt.save_model(model, tmp_path / "model", shapes={"x": ((2, 16), (2, 16), (8, 16))}, verify=False)
+    result = benchmark(str(tmp_path / "model"), [1, 2], seconds=0.02)
+    assert [row.batch for row in result.measurements] == [2]
+    assert "batch 1: ONNX Runtime" in result.problems[1]
 
 
 @pytest.mark.parametrize(("batches", "seconds"), [([], 1), ([0], 1), ([1], 0)])
@@ -130,7 +131,21 @@ class TestInputs:
     def test_an_array_is_that_of_the_only_input(self, folder):
         record = read_folder(folder).record
         given = networks.rows(2)
-        assert np.array_equal(sample(2, record.inputs, (), record.batch_axis, given)["x"], given)
+        assert np.array_equal(given_feeds(given, record.inputs, record.batch_axis)["x"], given)
+
+    def test_rows_of_different_numbers_are_refused(self, tmp_path):
+        mlflow_trt.save_model(networks.ranks(), tmp_path / "model", batch=(1, 4, 8))
+        record = read_folder(tmp_path / "model").record
+        feeds = networks.ranks_feeds(4)
+        last = record.batch_axis.inputs[-1]
+        with pytest.raises(InputShapeError, match="the given data: input .* 3 "):
+            given_feeds({**feeds, last: feeds[last][:3]}, record.inputs, record.batch_axis)
+
+    def test_an_example_that_does_not_fit_gives_way_to_noise(self, folder, messages):
+        record = read_folder(folder).record
+        assert example_feeds({"z": networks.rows(2)}, record.inputs, record.batch_axis) is None
+        assert "generated noise, since the model cannot take the input example: input 'x' is missing" in messages.text
+        assert example_feeds("text", record.inputs, record.batch_axis) is None
 
 
 def made_up() -> Benchmark:

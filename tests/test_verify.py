@@ -273,7 +273,18 @@ def test_the_command_verifies_what_was_logged(fp16_folder, tmp_path, data):
     found = json.loads(output)
     assert found["verdict"] == "passed"
     assert found["inputs"] == ("50 rows of the given data" if data else "8 rows of the golden sample")
+    assert found["subject"].startswith("the fp16 typed model, emulated on ONNX Runtime")
     assert 0 < found["outputs"][0]["relative_error"] < 1e-3
+
+
+def test_the_command_compares_no_model_with_itself(product_folder):
+    """The typed model of fp32 is the source model, so without a GPU there is nothing to compare."""
+    code, output, errors = run("verify", product_folder)
+    assert code == 3, errors
+    assert output.startswith("nothing was compared: the fp32 typed model is the source model itself, and the engine")
+    code, output, _ = run("verify", product_folder, "--json")
+    assert code == 3
+    assert json.loads(output)["verdict"] == "nothing was compared"
 
 
 def test_the_command_names_the_data_that_does_not_fit(fp16_folder, tmp_path):

@@ -27,25 +27,26 @@ def benchmark(
     report: Annotated[Path | None, typer.Option(help="Write the numbers and pictures to this folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Measure latency and throughput: the engine alone, the copies, the whole predict, and ONNX Runtime."""
+    """Measure latency and throughput: the engine alone, the copies, the whole predict, and ONNX Runtime.
+
+    Exits with 1 where nothing could be measured.
+    """
     from mlflow_trt.core.progress import show_progress
     from mlflow_trt.measure import benchmark as benchmarks
     from mlflow_trt.measure.layers import read_layers
     from mlflow_trt.measure.publish import log_report, write_report
-    from mlflow_trt.pipeline.user_samples import read_arrays
 
     with results_on_stdout(as_json), show_progress(f"Measuring {uri}") as progress:
-        feeds = None if data is None else read_arrays(data)
         result = benchmarks.benchmark(
             uri,
             parse_numbers(batch, "--batch"),
-            data=feeds,
+            data=data,
             seconds=seconds,
             against_source=not no_source,
             device=device,
             progress=progress,
         )
-        found = read_layers(uri, data=feeds, device=device) if layers else None
+        found = read_layers(uri, data=data, device=device) if layers else None
         run_id = log_report(result, uri, found) if log else None
         if report is not None:
             write_report(result, uri, report, found)
@@ -53,3 +54,5 @@ def benchmark(
         print_json({"uri": uri, "run_id": run_id, **result.to_dict()})
     else:
         print_benchmark(uri, result, run_id)
+    if not result.measurements:
+        raise typer.Exit(1)

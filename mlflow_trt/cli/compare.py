@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mlflow_trt.cli.options import parse_numbers, results_on_stdout
+from mlflow_trt.cli.options import exit_code, parse_numbers, results_on_stdout
 from mlflow_trt.cli.render import print_json, print_side_by_side
 
 
@@ -24,19 +24,20 @@ def compare(
     report: Annotated[Path | None, typer.Option(help="Write the numbers and pictures to this folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Compare two models, accuracy and speed, side by side. Exits with 1 where their outputs are too far apart."""
-    from mlflow_trt.core.accuracy import Verdict
+    """Compare two models, accuracy and speed, side by side.
+
+    Exits with 1 where their outputs are too far apart, or hardly vary and so prove nothing; with 3 where nothing was
+    compared, since both would be the same file on the same runtime. Without a GPU the typed model is compared.
+    """
     from mlflow_trt.core.progress import show_progress
     from mlflow_trt.measure.publish import log_report, write_report
     from mlflow_trt.measure.side_by_side import compare_models
-    from mlflow_trt.pipeline.user_samples import read_arrays
 
     title = f"{subject} and {reference}"
     with results_on_stdout(as_json), show_progress(f"Comparing {title}") as progress:
-        feeds = None if data is None else read_arrays(data)
         sizes = parse_numbers(batch, "--batch")
         result = compare_models(
-            reference, subject, batches=sizes, data=feeds, seconds=seconds, device=device, progress=progress
+            reference, subject, batches=sizes, data=data, seconds=seconds, device=device, progress=progress
         )
         run_id = log_report(result.benchmark, title, comparison=result.comparison) if log else None
         if report is not None:
@@ -45,5 +46,4 @@ def compare(
         print_json({**result.to_dict(), "run_id": run_id})
     else:
         print_side_by_side(result, run_id)
-    if result.comparison.verdict is Verdict.FAILED:
-        raise typer.Exit(1)
+    raise typer.Exit(exit_code(result.comparison.verdict))

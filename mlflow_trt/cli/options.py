@@ -96,6 +96,15 @@ def combine_profiles(low: Sequence[str], usual: Sequence[str], high: Sequence[st
     return [combine_shapes(*profile) for profile in zip(low, usual, high, strict=True)]
 
 
+_EXIT_CODES = {"passed": 0, "failed": 1, "inconclusive": 1, "nothing was compared": 3}
+"""By verdict; click answers 2 for options that make no sense."""
+
+
+def exit_code(verdict: str) -> int:
+    """What a command that compares exits with."""
+    return _EXIT_CODES[str(verdict)]
+
+
 @contextmanager
 def results_on_stdout(enabled: bool) -> Iterator[None]:
     """Keep standard output for the result: TensorRT's libraries, and whoever else, print to standard error instead."""

@@ -145,6 +145,21 @@ def print_accuracy(comparisons: Sequence[Comparison]) -> None:
     )  # fmt: skip
 
 
+def print_verdict(comparison: Comparison) -> None:
+    """The verdict first, what it is about, and the numbers behind it."""
+    typer.echo(_verdict_line(comparison))
+    if comparison.outputs:
+        typer.echo(f"compared: {comparison.subject}, on {comparison.inputs}")
+        print_accuracy([comparison])
+
+
+def _verdict_line(comparison: Comparison) -> str:
+    reasons = comparison.problems or ((comparison.reason,) if comparison.reason else ())
+    if comparison.verdict == "inconclusive":
+        reasons = ("the reference hardly varies, so that agreement proves nothing; give real inputs with --data",)
+    return f"{comparison.verdict}{': ' if reasons else ''}{'; '.join(reasons)}"
+
+
 def _error_text(error: float | None) -> str:
     return "" if error is None else f"{error:.2e}"
 
@@ -254,8 +269,12 @@ def print_side_by_side(result: SideBySide, run_id: str | None = None) -> None:
         )
         for output in comparison.outputs
     ]
-    print_rows(f"{result.subject} against {result.reference}, on {comparison.inputs}", headings, rows)
-    typer.echo(f"{comparison.verdict}{''.join(f'; {problem}' for problem in comparison.problems)}\n")
+    typer.echo(_verdict_line(comparison))
+    for name, what in zip((result.reference, result.subject), result.compared, strict=True):
+        typer.echo(f"{name}: {what}")
+    if rows:
+        print_rows(f"\n{result.subject} against {result.reference}, on {comparison.inputs}", headings, rows)
+    typer.echo()
     print_benchmark("latency and throughput", result.benchmark, run_id)
 
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mlflow_trt.cli.options import results_on_stdout
-from mlflow_trt.cli.render import print_accuracy, print_json
+from mlflow_trt.cli.options import exit_code, results_on_stdout
+from mlflow_trt.cli.render import print_json, print_verdict
 
 
 def verify(
@@ -23,10 +23,13 @@ def verify(
     device: Annotated[int, typer.Option(help="CUDA device ordinal.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
-    """Compare a model's engine, or without a GPU its typed model, with its source model. Exits with 1 if it fails."""
+    """Compare a model's engine, or without a GPU its typed model, with its source model.
+
+    Exits with 1 where it fails or proves nothing; with 3 where nothing was compared: without a GPU, the typed model of
+    fp32 is often the source model itself.
+    """
     from dataclasses import asdict
 
-    from mlflow_trt.core.accuracy import Verdict
     from mlflow_trt.measure.verify_logged import verify_model
 
     with results_on_stdout(as_json):
@@ -34,7 +37,5 @@ def verify(
     if as_json:
         print_json({"uri": uri, "verdict": comparison.verdict, "problems": comparison.problems, **asdict(comparison)})
     else:
-        print_accuracy([comparison])
-        typer.echo("\n".join(comparison.problems), nl=bool(comparison.problems))
-    if comparison.verdict is not Verdict.PASSED:
-        raise typer.Exit(1)
+        print_verdict(comparison)
+    raise typer.Exit(exit_code(comparison.verdict))

@@ -23,11 +23,15 @@ _VARIES = 1e-3
 
 
 class Verdict(StrEnum):
-    """`INCONCLUSIVE`: nothing is wrong, but a reference that hardly varies, or is not finite, proves nothing either."""
+    """`INCONCLUSIVE`: nothing is wrong, but a reference that hardly varies, or is not finite, proves nothing either.
+
+    `NOTHING_COMPARED`: both sides would have been the same bytes on the same runtime.
+    """
 
     PASSED = "passed"
     FAILED = "failed"
     INCONCLUSIVE = "inconclusive"
+    NOTHING_COMPARED = "nothing was compared"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,13 +184,20 @@ class OutputComparison:
 class Comparison:
     """All outputs of `subject` against those of the source model on ONNX Runtime, for the same inputs.
 
-    `inputs` tells what was run, and how much of it.
+    `inputs` tells what was run, and how much of it. Where nothing was compared there are no `outputs`, and `reason`
+    says why.
     """
 
     subject: str
     inputs: str
     tolerance: Tolerance
     outputs: tuple[OutputComparison, ...]
+    reason: str = ""
+
+    @classmethod
+    def of_nothing(cls, subject: str, reason: str, tolerance: Tolerance) -> Comparison:
+        """What stands in place of a comparison that would have been one of something with itself."""
+        return cls(subject=subject, inputs="", tolerance=tolerance, outputs=(), reason=reason)
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -194,6 +205,8 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
+        if self.reason:
+            return Verdict.NOTHING_COMPARED
         if self.problems:
             return Verdict.FAILED
         # One output that varies proves something about all that lie before it; one that does not is no failure.
@@ -233,6 +246,8 @@ class Comparison:
         return max((output.relative_error for output in self.outputs), default=0.0)
 
     def __str__(self) -> str:
+        if self.reason:
+            return f"{self.subject}: {self.verdict}, since {self.reason}"
         numbers = "; ".join(
             f"{output.name}: relative error {output.relative_error:.2e}, largest absolute error "
             f"{output.max_abs_error:.2e}"

@@ -7,40 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from mlflow.models import Model
-
-from mlflow_trt.convert.onnx.model import read_onnx
 from mlflow_trt.core.arrays import Feeds
 from mlflow_trt.core.log import get_logger
-from mlflow_trt.core.progress_event import BuildProgress, Progress
-from mlflow_trt.core.settings import LoadSettings
-from mlflow_trt.core.types import BatchAxis, ShapeProfile
-from mlflow_trt.errors import (
-    BuildError,
-    EngineMismatchError,
-    ExecutionError,
-    InputShapeError,
-    MissingDependencyError,
-    MlflowTrtError,
-    OptionError,
-    RuntimeUnavailableError,
-)
-from mlflow_trt.flavor.fetch import is_of_this_flavor, open_folder
-from mlflow_trt.measure.inputs import sample
-from mlflow_trt.registry.sources.open import open_source
+from mlflow_trt.core.progress_event import BuildProgress
+from mlflow_trt.errors import InputShapeError, MissingDependencyError, MlflowTrtError, OptionError
+from mlflow_trt.measure.runnable import Runnable, open_runnable, open_source_of
 from mlflow_trt.runtime.latency import Latency, measure
-from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
-from mlflow_trt.runtime.session import Session
 from mlflow_trt.runtime.tensorrt_session import TensorRTSession
-from mlflow_trt.store.load import open_tensorrt
-from mlflow_trt.store.record import Record
 
 _log = get_logger(__name__)
 
@@ -96,81 +74,6 @@ class Benchmark:
         return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class Runnable:
-    """A model that was opened: what runs it, what is known about its inputs, and why TensorRT does not run it."""
-
-    name: str
-    session: Session
-    record: Record | None
-    profiles: tuple[ShapeProfile, ...]
-    batch_axis: BatchAxis | None
-    example: Mapping[str, Any] | None = None
-    problem: str | None = None
-
-    @property
-    def runtime(self) -> str:
-        """The word for tables and metrics; the session's description says more."""
-        if isinstance(self.session, OnnxRuntimeSession):
-            return f"ONNX Runtime {self.session.device}"
-        return "TensorRT"
-
-    def sizes(self, batches: Sequence[int]) -> Sequence[int]:
-        """The batch sizes to measure: a model without a batch axis has only its own."""
-        if self.batch_axis is not None:
-            return batches
-        leading = self.session.inputs[0].fixed[:1] if self.session.inputs else ()
-        return [leading[0] or 1] if leading else [1]
-
-    def inputs(self, rows: int, data: Any) -> Feeds:
-        return sample(rows, self.session.inputs, self.profiles, self.batch_axis, self.example if data is None else data)
-
-
-@contextmanager
-def open_source_of(model_uri: str) -> Iterator[Runnable]:
-    """The source model on ONNX Runtime, on the GPU where its CUDA provider works, else on the CPU."""
-    with open_source(model_uri) as source, tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
-        model = read_onnx(source.path, Path(workdir))
-        axes = tuple(spec.name for spec in model.inputs if spec.shape and not isinstance(spec.shape[0], int))
-        with OnnxRuntimeSession(model.path, model.inputs, model.outputs, prefer_cuda=True) as session:
-            yield Runnable(
-                name=source.lineage["source"],
-                session=session,
-                record=None,
-                profiles=(),
-                batch_axis=BatchAxis(inputs=axes, splits=False, declared=False) if axes else None,
-                example=_name_example(source.input_example, session),
-            )
-
-
-@contextmanager
-def open_runnable(model_uri: str, *, device: int = 0, progress: Progress | None = None) -> Iterator[Runnable]:
-    """A model as it runs here: its engine on a GPU; without one its source on ONNX Runtime, and a word that says so."""
-    if not is_of_this_flavor(model_uri):
-        with open_source_of(model_uri) as runnable:
-            yield runnable
-        return
-    with open_folder(model_uri) as folder:
-        record = folder.record
-        try:
-            session, problem = open_tensorrt(folder, LoadSettings(device=device, warm_up="off"), progress), None
-        except (RuntimeUnavailableError, EngineMismatchError, BuildError, ExecutionError) as error:
-            problem = f"{model_uri} does not run on TensorRT here: {error.message}"
-            source = folder.checked_model(record.source)
-            session = OnnxRuntimeSession(source, record.inputs, record.outputs, prefer_cuda=True)
-        with session:  # from here on: an input example that is damaged raises, and the session is closed
-            example = _name_example(Model.load(str(folder.path)).load_input_example(str(folder.path)), session)
-            yield Runnable(
-                name=model_uri,
-                session=session,
-                record=record,
-                profiles=record.profiles,
-                batch_axis=record.batch_axis,
-                example=example,
-                problem=problem,
-            )
-
-
 def benchmark(
     model_uri: str,
     batches: Sequence[int],
@@ -186,27 +89,31 @@ def benchmark(
     Args:
         model_uri: any model URI of MLflow, or a folder.
         batches: how many rows at once.
-        data: inputs by name, whose rows are repeated or cut; else the model's input example, else made up ones.
+        data: inputs, whose rows are repeated or cut: arrays by name, or the one array of a single input, also as an
+            `.npz` or `.npy` file, a DataFrame or an MLflow dataset; else the model's input example, else made up ones.
         seconds: how long each row of the table is measured, after a warm-up.
         against_source: measure the source model on ONNX Runtime too.
         progress: called before each measurement.
 
     Without a GPU the engine cannot be measured, which `problems` says; ONNX Runtime is measured all the same.
+
+    Raises InputError for data that does not fit the model.
     """
     _check(batches, seconds)
     rows: list[Measurement] = []
     problems: list[str] = []
     steps = _Steps(progress, len(batches) * (2 if against_source else 1))
     with open_runnable(model_uri, device=device) as runnable:
+        given = runnable.given(data)
         if runnable.problem is not None:
             problems.append(runnable.problem)
             _log.warning("%s", runnable.problem)
-        rows += measure_runnable(runnable, batches, data, seconds, steps, problems)
+        rows += measure_runnable(runnable, batches, given, seconds, steps, problems)
         runtimes = [runnable.session.description]
         if against_source and isinstance(runnable.session, TensorRTSession):
             with _source(model_uri, runnable, problems) as source:
                 if source is not None:
-                    rows += measure_runnable(source, batches, data, seconds, steps, problems)
+                    rows += measure_runnable(source, batches, given, seconds, steps, problems)
                     runtimes.append(source.session.description)
     return Benchmark(measurements=tuple(rows), runtimes=tuple(runtimes), problems=tuple(problems))
 
@@ -226,7 +133,7 @@ class _Steps:
 def measure_runnable(
     runnable: Runnable,
     batches: Sequence[int],
-    data: Any,
+    given: Feeds | None,
     seconds: float,
     steps: _Steps | None = None,
     problems: list[str] | None = None,
@@ -237,7 +144,7 @@ def measure_runnable(
         if steps is not None:
             steps.next(f"{runnable.runtime}, batch {batch}")
         try:
-            rows += _at(runnable, batch, runnable.inputs(batch, data), seconds)
+            rows += _at(runnable, batch, runnable.inputs(batch, given), seconds)
         except MlflowTrtError as error:
             if problems is None:
                 raise
@@ -269,15 +176,6 @@ def _source(model_uri: str, runnable: Runnable, problems: list[str]) -> Iterator
     except MissingDependencyError as error:
         problems.append(f"the source model is not measured: {error.message}")
         yield None
-
-
-def _name_example(example: Any, session: Session) -> Mapping[str, Any] | None:
-    """An input example as arrays by name, where it is of a form that says so."""
-    if isinstance(example, Mapping):
-        return example
-    if example is not None and hasattr(example, "shape") and len(session.inputs) == 1 and not hasattr(example, "iloc"):
-        return {session.inputs[0].name: example}
-    return None
 
 
 def _check(batches: Sequence[int], seconds: float) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from mlflow_trt.core.progress_event import Progress
 from mlflow_trt.errors import ExecutionError, RuntimeUnavailableError
-from mlflow_trt.measure.benchmark import open_runnable
+from mlflow_trt.measure.runnable import open_runnable
 from mlflow_trt.runtime.tensorrt_session import TensorRTSession
 
 _TENSOR_FORMAT = ("Format/Datatype", "Format", "Datatype")
@@ -81,7 +81,7 @@ def read_layers(
             raise RuntimeUnavailableError(f"the layers of an engine can only be read where it runs: {reason}")
         usual = _usual_rows(runnable) if rows is None else rows
         layers = parse(session.layer_information())
-        times = session.time_layers(runnable.inputs(usual, data), runs)
+        times = session.time_layers(runnable.inputs(usual, runnable.given(data)), runs)
         return LayerReport(
             model=model_uri, description=session.description, rows=usual, layers=with_times(layers, times)
         )

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
+from mlflow_trt.convert.samples import SampleOrigin
 from mlflow_trt.core.accuracy import Comparison, Tolerance
 from mlflow_trt.core.accuracy import compare as compare_outputs
+from mlflow_trt.core.arrays import Feeds
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.progress_event import BuildProgress
 from mlflow_trt.core.types import Precision
 from mlflow_trt.errors import InputShapeError
-from mlflow_trt.measure.benchmark import Benchmark, Runnable, measure_runnable, open_runnable
+from mlflow_trt.measure.benchmark import Benchmark, measure_runnable
+from mlflow_trt.measure.inputs import rows_of
+from mlflow_trt.measure.runnable import Runnable, open_runnable
 
 _log = get_logger(__name__)
 _ROWS = 8
@@ -22,10 +24,14 @@ _ROWS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class SideBySide:
-    """`comparison` is of the second model's outputs against the first one's; `benchmark` has the times of both."""
+    """`comparison` is of the second model's outputs against the first one's; `benchmark` has the times of both.
+
+    `compared` says what of each was run: an engine and the GPU, or what stands in for it where there is none.
+    """
 
     reference: str
     subject: str
+    compared: tuple[str, str]
     comparison: Comparison
     benchmark: Benchmark
 
@@ -33,6 +39,7 @@ class SideBySide:
         comparison = asdict(self.comparison) | {
             "verdict": str(self.comparison.verdict),
             "problems": list(self.comparison.problems),
+            "compared": self.compared,
         }
         return {
             "reference": self.reference,
@@ -55,54 +62,82 @@ def compare_models(
 ) -> SideBySide:
     """Run both models on the same inputs and measure both.
 
+    Without a GPU the typed model of a model of this flavor is compared in place of its engine, emulated as when it was
+    logged, and its speed is not measured; `problems` of the benchmark says so. Where both sides come to the same file
+    on the same runtime, nothing is compared, and the verdict is that.
+
     Args:
         reference_uri, subject_uri: models of this flavor, which run on TensorRT, or of one that it can be made from,
             which run on ONNX Runtime.
         batches, seconds, device, progress: as for `benchmark`.
-        data: inputs by name, all of which are compared; else the second model's input example, else noise, which
-            proves less.
+        data: inputs, in any form that `benchmark` takes, all of which are compared; else the second model's input
+            example, else noise, which proves less.
         tolerance: what the second model may be off; None takes what is usual for its precision.
 
-    Raises InputShapeError where the models do not have the same outputs.
+    Raises InputError for data that does not fit the second model, InputShapeError where the models do not have the same
+    outputs.
     """
     problems: list[str] = []
-    with open_runnable(reference_uri, device=device) as reference, open_runnable(subject_uri, device=device) as subject:
+    with (
+        open_runnable(reference_uri, device=device, emulates=True) as reference,
+        open_runnable(subject_uri, device=device, emulates=True) as subject,
+    ):
         models = (reference, subject)
         for model in models:
             if model.problem is not None:
-                problems.append(model.problem)
-                _log.warning("%s", model.problem)
+                problems.append(f"{model.problem}. In its place, {model.session.description} is compared")
+                _log.warning("%s", problems[-1])
+        given = subject.given(data)
         _report(progress, "comparing outputs", 0.0)
-        comparison = _compare_rows(reference, subject, data, tolerance)
+        comparison = _compare_rows(reference, subject, given, tolerance, is_example=data is None)
         rows = []
         for number, model in enumerate(models):
             _report(progress, f"measuring {model.name}", (number + 1) / 3)
-            rows += measure_runnable(model, batches, data, seconds, problems=problems)
-        descriptions = tuple(dict.fromkeys(model.session.description for model in models))
+            if model.is_timed:
+                rows += measure_runnable(model, batches, given, seconds, problems=problems)
+        descriptions = tuple(dict.fromkeys(model.session.description for model in models if model.is_timed))
     benchmark = Benchmark(measurements=tuple(rows), runtimes=descriptions, problems=tuple(problems))
-    return SideBySide(reference=reference.name, subject=subject.name, comparison=comparison, benchmark=benchmark)
+    return SideBySide(
+        reference=reference.name,
+        subject=subject.name,
+        compared=(reference.session.description, subject.session.description),
+        comparison=comparison,
+        benchmark=benchmark,
+    )
 
 
-def _compare_rows(reference: Runnable, subject: Runnable, data: Any, tolerance: Tolerance | None) -> Comparison:
-    rows = _ROWS
-    if data is not None:
-        shape = np.shape(next(iter(data.values())) if isinstance(data, Mapping) else data)
-        rows = shape[0] if shape else 1
-    origin = "the given data" if data is not None else "the input example" if subject.example else "generated noise"
-    (size,) = subject.sizes([rows])
-    feeds = subject.inputs(size, data)
+def _compare_rows(
+    reference: Runnable, subject: Runnable, given: Feeds | None, tolerance: Tolerance | None, *, is_example: bool
+) -> Comparison:
     precision = subject.record.recipe.precision if subject.record is not None else Precision.FP32
+    tolerance = tolerance or Tolerance.default(precision)
+    if (reason := _why_nothing(reference, subject)) is not None:
+        return Comparison.of_nothing(subject.name, reason, tolerance)
+    rows, origin = _ROWS, SampleOrigin.GENERATED
+    if given is not None:
+        rows = _ROWS if is_example else rows_of(given, subject.batch_axis)
+        origin = SampleOrigin.INPUT_EXAMPLE if is_example else SampleOrigin.GIVEN_DATA
+    (size,) = subject.sizes([rows])
+    feeds = subject.inputs(size, given)
     expected = reference.session.run(feeds)
     try:
         return compare_outputs(
             subject.name,
             f"{size} rows of {origin}",
             [(subject.session.run(feeds), expected)],
-            tolerance or Tolerance.default(precision),
+            tolerance,
             batch_axis=None if subject.record is None else subject.record.batch_axis,
         )
     except ValueError as error:
         raise InputShapeError(f"{subject.name} and {reference.name} cannot be compared: {error}") from error
+
+
+def _why_nothing(reference: Runnable, subject: Runnable) -> str | None:
+    """Why a comparison would be one of something with itself; None where it would not."""
+    is_same = reference.digest and reference.digest == subject.digest
+    if not is_same or reference.session.description != subject.session.description:
+        return None
+    return f"both are the same file (sha256 {subject.digest[:12]}) on {subject.session.description}"
 
 
 def _report(progress: Callable[[BuildProgress], None] | None, phase: str, fraction: float) -> None:

@@ -14,6 +14,7 @@ from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.errors import InputError, RuntimeUnavailableError
 from mlflow_trt.flavor.fetch import open_folder
+from mlflow_trt.measure.emulated import open_typed_model
 from mlflow_trt.pipeline.user_samples import arrays_of
 from mlflow_trt.pipeline.verify import compare_sessions
 from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
@@ -29,8 +30,8 @@ def verify_model(
 ) -> Comparison:
     """Compare a logged model with its source model on ONNX Runtime.
 
-    What is compared is the engine that runs on this machine. Without a GPU it is the typed model on ONNX Runtime, which
-    runs neighbouring float16 nodes in float32, so that overflow does not show as it does at log time.
+    What is compared is the engine that runs on this machine. Without a GPU it is the typed model, emulated on ONNX
+    Runtime as when it was logged; where that is the source model itself, nothing is compared, and the verdict is that.
 
     Args:
         data: as `calibration_data` of `log_model`; None takes the model's golden sample.
@@ -48,10 +49,10 @@ def verify_model(
         # Wherever a store keeps its files: their digests are those that were logged.
         source = read_onnx(folder.checked_model(record.source), Path(workdir), allow_external_data_from=Path("/"))
         samples = _samples(folder, source, data)
-        with (
-            OnnxRuntimeSession(source.path, source.inputs, source.outputs) as reference,
-            _subject(folder, device) as subject,
-        ):
+        subject, why_not = _open_subject(folder, device, Path(workdir))
+        if subject is None:
+            return Comparison.of_nothing(model_uri, why_not, tolerance)
+        with subject, OnnxRuntimeSession(source.path, source.inputs, source.outputs) as reference:
             return compare_sessions(subject, reference, samples, tolerance, record.batch_axis)
 
 
@@ -66,10 +67,15 @@ def _samples(folder: ModelFolder, source: OnnxModel, data: Any) -> Samples:
     return cut_samples([golden.feeds], SampleOrigin.GOLDEN, source, profiles)
 
 
-def _subject(folder: ModelFolder, device: int) -> Session:
+def _open_subject(folder: ModelFolder, device: int, workdir: Path) -> tuple[Session | None, str]:
+    """The engine, or what stands in for it and why; no session where that would be the source model itself."""
     try:
-        return open_tensorrt(folder, LoadSettings(device=device, self_test=False, warm_up="off"))
+        return open_tensorrt(folder, LoadSettings(device=device, self_test=False, warm_up="off")), ""
     except RuntimeUnavailableError as error:
-        _log.warning("Verifying the typed model, since the engine cannot run here: %s", error.message)
-    record = folder.record
-    return OnnxRuntimeSession(folder.checked_model(record.typed), record.inputs, record.outputs)
+        reason = error.message
+    typed = open_typed_model(folder, workdir)
+    if typed is not None:
+        _log.warning("Verifying the typed model, emulated, since the engine cannot run here: %s", reason)
+        return typed, reason
+    precision = folder.record.recipe.precision
+    return None, f"the {precision} typed model is the source model itself, and the engine cannot run here: {reason}"

@@ -18,6 +18,9 @@ from mlflow_trt.core.frames import feeds_from_frame
 from mlflow_trt.core.types import Shape, TensorSpec
 from mlflow_trt.errors import InputError
 
+_UNNAMED = "arr_0"
+"""What numpy.savez calls an array that it is given without a name."""
+
 
 def sample_data_of(calibration_data: Any, input_example: Any, inputs: Sequence[TensorSpec]) -> SampleData | None:
     """The calibration data, in any form that `arrays_of` knows, else the input example, else None.
@@ -69,10 +72,17 @@ def _content(dataset: Dataset) -> Any:
 
 
 def read_arrays(path: Path) -> Any:
-    """The arrays of an `.npz` file by name, or that of an `.npy` file. Raises InputError for any other file."""
+    """The arrays of an `.npz` file by name, or the array of an `.npy` file, or of an `.npz` file that names none.
+
+    Raises InputError for any other file.
+    """
     try:
         content = np.load(path, allow_pickle=False)
-        return {name: content[name] for name in content.files} if path.suffix == ".npz" else content
+        if path.suffix != ".npz":
+            return content
+        if content.files == [_UNNAMED]:
+            return content[_UNNAMED]
+        return {name: content[name] for name in content.files}
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; expected an .npz or .npy file") from None
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:

@@ -22,6 +22,7 @@ class OnnxRuntimeSession(Session):
     """Runs an ONNX file on the CPU.
 
     With `prefer_cuda` it runs on the GPU where ONNX Runtime's CUDA provider is installed and works; `device` says.
+    With `optimize=False` every node computes what it says, one after the other.
     With `batch_axis` and `largest_batch` larger batches are cut, and calls at the same time run together, like on a
     GPU.
     """
@@ -35,6 +36,7 @@ class OnnxRuntimeSession(Session):
         outputs: tuple[TensorSpec, ...],
         *,
         prefer_cuda: bool = False,
+        optimize: bool = True,
         batch_axis: BatchAxis | None = None,
         largest_batch: int | None = None,
         max_batch_delay_ms: float = 0.0,
@@ -45,7 +47,7 @@ class OnnxRuntimeSession(Session):
                     f"ONNX Runtime cannot exchange bfloat16 arrays with Python, which {spec.name!r} needs; "
                     "use runtime='tensorrt', or export the model with float32 inputs and outputs"
                 )
-        loaded = CpuModel(model, prefer_cuda=prefer_cuda)
+        loaded = CpuModel(model, optimize=optimize, prefer_cuda=prefer_cuda)
         self._version = loaded.version
         self.device = loaded.device
         names = [spec.name for spec in outputs]

@@ -65,6 +65,8 @@ class TensorRTSession(Session):
     """
 
     runtime: ClassVar[str] = "tensorrt"
+    plan_sha256: str = ""
+    """The digest of the plan, which whoever checked it sets."""
 
     def __init__(
         self,

@@ -134,6 +134,7 @@ def _open_on(ordinal: int, folder: ModelFolder, settings: LoadSettings, progress
     def session(engine: EngineRecord, plan: bytes, kernels: tuple[bytes, ...] = ()) -> Session:
         store = kernel_file(engine, tensorrt, device, shipped=kernels)
         opened = session_of(folder, engine, plan, tensorrt=tensorrt, device=device, settings=settings, store=store)
+        opened.plan_sha256 = engine.sha256
         try:
             if settings.self_test:
                 self_test.check(opened, folder, _identity(engine, kernels, tensorrt, device, settings))
