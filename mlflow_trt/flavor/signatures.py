@@ -43,6 +43,36 @@ def _column_type(tensor: spec.TensorSpec) -> DataType | Array:
     return kind
 
 
+def with_graph_names(
+    signature: ModelSignature, inputs: Sequence[spec.TensorSpec], outputs: Sequence[spec.TensorSpec]
+) -> ModelSignature | None:
+    """A source model's signature, with the names that the graph has: callers and clients name tensors by it.
+
+    A tensor without a name, or with another one, gets the graph's where the graph has one such tensor. Where names and
+    graph cannot be brought together, inputs are left out, which the model then checks itself, and outputs are derived.
+    Columns of a table stay: that is how callers of such a model call it. None where nothing is left of it.
+    """
+    named = signature.inputs
+    if named is not None and named.is_tensor_spec():
+        named = _with_names(named, inputs)
+    answers = signature.outputs
+    if answers is not None and answers.is_tensor_spec():
+        answers = _with_names(answers, outputs) or output_signature(outputs).outputs
+    if named is None and answers is None and signature.params is None:
+        return None
+    return ModelSignature(inputs=named, outputs=answers, params=signature.params)
+
+
+def _with_names(schema: Schema, tensors: Sequence[spec.TensorSpec]) -> Schema | None:
+    names = [tensor.name for tensor in tensors]
+    if sorted(column.name or "" for column in schema.inputs) == sorted(names):
+        return schema
+    if len(names) != 1 or len(schema.inputs) != 1:
+        return None
+    (column,) = schema.inputs
+    return Schema([TensorSpec(column.type, column.shape, names[0])])
+
+
 def without_params(signature: ModelSignature) -> tuple[ModelSignature | None, tuple[str, ...]]:
     """A signature without the params that no model of this flavor can use, and their names.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
+from mlflow_trt.convert.onnx.model import OnnxModel
 from mlflow_trt.convert.recipe import BatchRequest, Recipe, ShapesRequest
 from mlflow_trt.core.accuracy import Tolerance
 from mlflow_trt.core.log import get_logger
@@ -19,6 +21,7 @@ from mlflow_trt.core.progress_event import Progress
 from mlflow_trt.core.types import Precision
 from mlflow_trt.flavor.conversions import LoggingOptions, log_conversion, save_conversion
 from mlflow_trt.flavor.mlmodel import PackagingOptions, check_names
+from mlflow_trt.flavor.signatures import with_graph_names
 from mlflow_trt.flavor.undo import set_alias, undo_on_failure
 from mlflow_trt.pipeline.make import PreparedConversion, open_onnx, prepare_conversion
 from mlflow_trt.pipeline.options import ConversionOptions
@@ -49,7 +52,8 @@ def convert_model_version(
 ) -> ModelVersion:
     """Convert a model and register the result as a new version of `registered_model_name`.
 
-    The new version gets the source's signature, input example, description, metadata and tags. Its tags
+    The new version gets the source's signature, with the names of the graph where it has none, its input example,
+    description, metadata and tags. Its tags
     `mlflow_trt.source`, `.source_name`, `.source_version` and `.source_digest`, and its record, name the source, whose
     own tag `mlflow_trt.converted_to` lists what was made of it. What was made before, of the same source by the same
     recipe and TensorRT, is found and returned instead of made again.
@@ -118,7 +122,7 @@ def convert_to_version(
                 registered_model_name=registered_model_name,
                 tags={**copied_tags(source.tags), **tags_of(source.lineage, digest), **(tags or {})},
             )
-            info = log_conversion(model, prepared, _packaging_of(source), logging, undo)
+            info = log_conversion(model, prepared, _packaging_of(source, model), logging, undo)
             version = client.get_model_version(registered_model_name, str(info.registered_model_version))
             if source.description:
                 client.update_model_version(version.name, str(version.version), source.description)
@@ -133,16 +137,24 @@ def convert_to_folder(model_uri: str | os.PathLike[str], path: Path, options: Co
     check_target(path)
     prepared = prepare_conversion(options)
     with open_source(model_uri) as source, open_onnx(source.path, options) as model:
-        save_conversion(model, path, prepared, _packaging_of(source))
+        save_conversion(model, path, prepared, _packaging_of(source, model))
 
 
-def _packaging_of(source: SourceModel) -> PackagingOptions:
-    """What the MLflow model of a source hands on to the one that is made of it."""
+def _packaging_of(source: SourceModel, model: OnnxModel) -> PackagingOptions:
+    """What the MLflow model of a source hands on to the one that is made of it.
+
+    Where its signature gets the names of the graph, the lineage keeps it as it was.
+    """
+    signature, lineage = source.signature, source.lineage
+    if signature is not None:
+        signature = with_graph_names(signature, model.inputs, model.outputs)
+        if signature != source.signature:
+            lineage = {**lineage, "signature": json.dumps(source.signature.to_dict())}
     return PackagingOptions(
-        signature=source.signature,
+        signature=signature,
         input_example=source.input_example,
         metadata=source.metadata,
-        lineage=source.lineage,
+        lineage=lineage,
     )
 
 
