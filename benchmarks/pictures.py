@@ -22,24 +22,32 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _ratios(result: dict[str, Any], path: Path) -> Path:
-    """How much of what the GPU allows is reached: 1 is the limit, a mark is the goal."""
+    """The share of what the GPU allows that is reached: 100 % is the limit, a mark is the goal set for that case."""
     rows = [row for row in result["rows"] if "memory" not in row["case"] and "through" not in row["case"]]
     rows = [row for row in rows if "no stored" not in row["case"] and "alone" not in row["note"]]
     figure, axes = new_figure(8, 0.8 + 0.26 * len(rows))
     reached = [row["ratio"] if row["higher_is_better"] else 1 / row["ratio"] for row in rows]
     names = [f"{row['model']}: {row['case']}" for row in rows]
-    bars = axes.barh(range(len(rows)), reached, color=COLORS[0], height=0.7)
-    axes.bar_label(bars, [f"{share:.0%}" for share in reached], padding=3)
-    for number, row in enumerate(rows):
-        if row["goal"]:
-            goal = row["goal"] if row["higher_is_better"] else 1 / row["goal"]
-            axes.plot([goal, goal], [number - 0.42, number + 0.42], color=COLORS[1], linewidth=2)
-    axes.axvline(1, color="#999999", linewidth=1)
+    spread = [share * row["spread"] for share, row in zip(reached, rows, strict=True)]
+    axes.barh(range(len(rows)), reached, color=COLORS[0], height=0.7, label="reached: median")
+    if any(spread):
+        axes.errorbar(reached, range(len(rows)), xerr=spread, color="#333333", capsize=2, linewidth=0, elinewidth=1,
+                      label="spread: half of what lies between the extremes")  # fmt: skip
+    goals = [row["goal"] and (row["goal"] if row["higher_is_better"] else 1 / row["goal"]) for row in rows]
+    marks = [(number, goal) for number, goal in enumerate(goals) if goal]
+    axes.vlines([goal for _, goal in marks], [number - 0.42 for number, _ in marks],
+                [number + 0.42 for number, _ in marks], color=COLORS[1], linewidth=2,
+                label="goal: what this project set out to reach")  # fmt: skip
+    axes.axvline(1, color="#999999", linewidth=1, label="limit: what the GPU allows")
+    # In a column of their own, where nothing crosses them.
+    for number, share in enumerate(reached):
+        axes.text(1.02, number, f"{share:.0%}", va="center", transform=axes.get_yaxis_transform())
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.15)
+    axes.set_xlim(0, max(1.15, 1.05 * max(reached)))
     axes.xaxis.set_major_formatter("{x:.0%}")
-    axes.set_title(f"Reached of the limit (marks: goals)\n{result['about']['runtime']}", loc="left", fontsize=10)
+    axes.set_title(f"Share of the limit\n{result['about']['runtime']}", loc="left", fontsize=10)
+    figure.legend(frameon=False, loc="outside lower center", ncols=2)
     return _saved(figure, axes, path)
 
 

@@ -257,7 +257,8 @@ class Bench:
             p50, p99 = 1e3 * np.percentile(latencies, [50, 99])
             mean = np.sum([size * runs for size, runs in formed.items()]) / sum(formed.values())
             note = f"p50 {p50:.2f}, p99 {p99:.2f} ms, batches of {mean:.1f} on average"
-            found.append(self.row(f"{count} threads, {self.sizes[0]} row each", "rows/s", float(np.median(limits)),
+            threads = f"{count} thread{'s' if count > 1 else ''}, {self.sizes[0]} row each"
+            found.append(self.row(threads, "rows/s", float(np.median(limits)),
                                   np.array(rates), None, note, higher_is_better=True))  # fmt: skip
         return found
 

@@ -18,7 +18,7 @@ from mlflow_trt.measure.benchmark import Benchmark, Measurement, benchmark
 from mlflow_trt.measure.inputs import example_feeds, given_feeds, sample
 from mlflow_trt.measure.plots import draw_benchmark, draw_layers
 from mlflow_trt.measure.publish import log_report
-from mlflow_trt.runtime.latency import Latency, measure
+from mlflow_trt.runtime.latency import Latency, measure, measure_in_turns, turns
 from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
 from mlflow_trt.store.folder import read_folder
 
@@ -49,6 +49,32 @@ def test_measures_after_a_warm_up():
     assert len(calls) > latency.runs >= 10
 
 
+def test_two_of_a_kind_come_out_alike_on_a_machine_that_slows_down():
+    """One after the other, the second would be seven times slower; and a stall at times moves no median."""
+    now = 0.0
+    calls = []
+
+    def call(which):
+        def one():
+            nonlocal now
+            calls.append(which)
+            slow = 7 if len(calls) > 1000 else 1
+            now += 0.001 * slow * (50 if len(calls) % 17 == 0 else 1)
+
+        return one
+
+    first, second = measure_in_turns([call("a"), call("b")], 4.0, clock=lambda: now)
+    assert first.p50 == pytest.approx(second.p50)
+    assert (first.p10, second.p10) == (pytest.approx(1), pytest.approx(1))
+    assert first.mean > 1.5 * first.p50
+
+
+def test_turns_go_back_and_forth():
+    order = list(turns(3))
+    assert order[:6] == [0, 1, 2, 2, 1, 0]
+    assert [order.count(number) for number in range(3)] == [10, 10, 10]
+
+
 def test_without_a_gpu_onnx_runtime_is_measured(folder, no_gpu, messages):
     steps = []
     result = benchmark(str(folder), [1, 4], seconds=0.05, progress=steps.append)
@@ -60,9 +86,9 @@ def test_without_a_gpu_onnx_runtime_is_measured(folder, no_gpu, messages):
     assert "does not run on TensorRT here: TensorRT needs an NVIDIA GPU" in problem
     assert "runtime=" not in problem  # which is for those who load a model
     assert problem in messages.text
-    assert [step.phase for step in steps] == ["ONNX Runtime CPU, batch 1", "ONNX Runtime CPU, batch 4"]
+    assert [step.phase for step in steps] == ["batch 1 on ONNX Runtime CPU", "batch 4 on ONNX Runtime CPU"]
     row = result.measurements[1]
-    assert row.throughput == pytest.approx(4 / row.latency.mean * 1e3)
+    assert row.throughput == pytest.approx(4 / row.latency.p50 * 1e3)
 
 
 def test_an_input_example_that_is_damaged_leaves_no_session_open(tmp_path, no_gpu, monkeypatch):
@@ -153,7 +179,7 @@ def made_up() -> Benchmark:
     for part, base in (("engine alone", 0.8), ("copies", 0.1), ("predict", 1.2)):
         for batch in (1, 8, 32, 128):
             ms = base + 0.05 * batch
-            latency = Latency(runs=100, mean=ms, p50=ms, p90=1.1 * ms, p99=1.4 * ms)
+            latency = Latency(runs=100, mean=ms, p10=0.95 * ms, p50=ms, p90=1.1 * ms, p99=1.4 * ms)
             rows.append(Measurement(model="m", runtime="TensorRT", part=part, batch=batch, latency=latency))
     return Benchmark(measurements=tuple(rows))
 

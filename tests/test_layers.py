@@ -66,6 +66,14 @@ def test_times_find_their_layers():
     ]
 
 
+def test_the_slowest_come_first_with_their_place_in_the_engine():
+    assert [(place, layer.name) for place, layer in report().slowest_first()] == [
+        (0, "conv1 + relu<1>"),
+        (2, "reformat"),
+        (1, "shape"),
+    ]
+
+
 class Page(HTMLParser):
     def __init__(self) -> None:
         super().__init__()

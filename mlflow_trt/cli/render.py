@@ -280,10 +280,10 @@ def print_side_by_side(result: SideBySide, run_id: str | None = None) -> None:
 
 def print_measurements(title: str, benchmark: Benchmark) -> None:
     several = len({row.model for row in benchmark.measurements}) > 1
-    headings = ("model", "runtime", "", "batch", "mean ms", "p50", "p90", "p99", "rows/s")
+    headings = ("model", "runtime", "", "batch", "median ms", "p10", "p90", "p99", "rows/s")
     rows = []
     for row in benchmark.measurements:
-        times = (row.latency.mean, row.latency.p50, row.latency.p90, row.latency.p99)
+        times = (row.latency.p50, row.latency.p10, row.latency.p90, row.latency.p99)
         numbers = [f"{time:.3f}" for time in times]
         rows.append((row.model, row.runtime, row.part, row.batch, *numbers, f"{row.throughput:,.0f}"))
     shown = slice(0 if several else 1, None)
@@ -303,7 +303,7 @@ def print_layers(report: LayerReport) -> None:
             ", ".join(map(str, layer.outputs)),
             "" if layer.milliseconds is None else f"{layer.milliseconds:.4f}",
         )
-        for number, layer in enumerate(report.layers)
+        for number, layer in report.slowest_first()
     ]
     title = f"{report.model} on {report.description}, timed with {report.rows} rows"
     print_rows(title, ("", "layer", "type", "outputs", "ms"), rows)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from mlflow_trt.core.arrays import Feeds
@@ -17,8 +18,8 @@ from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.progress_event import BuildProgress
 from mlflow_trt.errors import InputShapeError, MissingDependencyError, MlflowTrtError, OptionError
 from mlflow_trt.measure.runnable import Runnable, open_runnable, open_source_of
-from mlflow_trt.runtime.latency import Latency, measure
-from mlflow_trt.runtime.tensorrt_session import TensorRTSession
+from mlflow_trt.runtime.latency import ROUNDS, Latency, measure_in_turns, turns
+from mlflow_trt.runtime.tensorrt_session import Phases, TensorRTSession
 
 _log = get_logger(__name__)
 
@@ -38,8 +39,8 @@ class Measurement:
 
     @property
     def throughput(self) -> float:
-        """Rows a second."""
-        return self.batch / self.latency.mean * 1e3
+        """Rows a second, at the median latency."""
+        return self.batch / self.latency.p50 * 1e3
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "latency": vars(self.latency), "throughput": self.throughput}
@@ -100,25 +101,26 @@ def benchmark(
     Raises InputError for data that does not fit the model.
     """
     _check(batches, seconds)
-    rows: list[Measurement] = []
     problems: list[str] = []
-    steps = _Steps(progress, len(batches) * (2 if against_source else 1))
-    with open_runnable(model_uri, device=device) as runnable:
+    steps = Steps(progress, len(batches))
+    with contextlib.ExitStack() as stack:
+        runnable = stack.enter_context(open_runnable(model_uri, device=device))
         given = runnable.given(data)
         if runnable.problem is not None:
             problems.append(runnable.problem)
             _log.warning("%s", runnable.problem)
-        rows += measure_runnable(runnable, batches, given, seconds, steps, problems)
-        runtimes = [runnable.session.description]
+        models = [runnable]
         if against_source and isinstance(runnable.session, TensorRTSession):
-            with _source(model_uri, runnable, problems) as source:
-                if source is not None:
-                    rows += measure_runnable(source, batches, given, seconds, steps, problems)
-                    runtimes.append(source.session.description)
-    return Benchmark(measurements=tuple(rows), runtimes=tuple(runtimes), problems=tuple(problems))
+            source = stack.enter_context(_source(model_uri, runnable, problems))
+            models += [source] if source is not None else []
+        rows = measure_runnables(models, batches, given, seconds, steps, problems)
+        runtimes = tuple(model.session.description for model in models)
+    return Benchmark(measurements=tuple(rows), runtimes=runtimes, problems=tuple(problems))
 
 
-class _Steps:
+class Steps:
+    """Progress through the batch sizes that are measured."""
+
     def __init__(self, progress: Callable[[BuildProgress], None] | None, count: int) -> None:
         self._progress = progress
         self._count = count
@@ -130,41 +132,65 @@ class _Steps:
         self._done += 1
 
 
-def measure_runnable(
-    runnable: Runnable,
+def measure_runnables(
+    models: Sequence[Runnable],
     batches: Sequence[int],
     given: Feeds | None,
     seconds: float,
-    steps: _Steps | None = None,
-    problems: list[str] | None = None,
+    steps: Steps,
+    problems: list[str],
 ) -> list[Measurement]:
-    """The rows of the table for one model; a batch size that it refuses becomes a problem."""
-    rows: list[Measurement] = []
-    for batch in runnable.sizes(batches):
-        if steps is not None:
-            steps.next(f"{runnable.runtime}, batch {batch}")
-        try:
-            rows += _at(runnable, batch, runnable.inputs(batch, given), seconds)
-        except MlflowTrtError as error:
-            if problems is None:
-                raise
-            problems.append(f"{runnable.name} on {runnable.runtime}, batch {batch}: {error.message}")
+    """The rows of the table, model by model; a batch size that one refuses becomes a problem.
+
+    The models take turns at each batch size, so that they are measured in the same circumstances.
+    """
+    sizes = [model.sizes(batches) for model in models]
+    rows: list[list[Measurement]] = [[] for _ in models]
+    for batch in dict.fromkeys(size for own in sizes for size in own):
+        wanted = [number for number, own in enumerate(sizes) if batch in own]
+        steps.next(f"batch {batch} on {', '.join(dict.fromkeys(models[number].runtime for number in wanted))}")
+        ready: dict[int, Feeds] = {}
+        for number in wanted:
+            model = models[number]
+            try:
+                ready[number] = model.inputs(batch, given)
+                model.session.run(ready[number])
+            except MlflowTrtError as error:
+                ready.pop(number, None)
+                problems.append(f"{model.name} on {model.runtime}, batch {batch}: {error.message}")
+        for number, found in _measure_batch({n: models[n] for n in ready}, batch, ready, seconds).items():
+            rows[number] += found
+    return [row for found in rows for row in found]
+
+
+def _measure_batch(
+    models: Mapping[int, Runnable], batch: int, feeds: Mapping[int, Feeds], seconds: float
+) -> dict[int, list[Measurement]]:
+    latencies = measure_in_turns([partial(models[n].session.run, feeds[n]) for n in models], seconds)
+    rows = {
+        number: [Measurement(model=model.name, runtime=model.runtime, part=PREDICT, batch=batch, latency=latency)]
+        for (number, model), latency in zip(models.items(), latencies, strict=True)
+    }
+    for number, phases in _measure_phases(models, feeds, {n: rows[n][0].latency for n in rows}, seconds).items():
+        whole = rows[number][0]
+        engine = replace(whole, part=ENGINE, latency=Latency.of([phase.engine for phase in phases]))
+        copies = replace(whole, part=COPIES, latency=Latency.of([phase.copy_in + phase.copy_out for phase in phases]))
+        rows[number] = [engine, copies, whole]
     return rows
 
 
-def _at(runnable: Runnable, batch: int, feeds: Feeds, seconds: float) -> list[Measurement]:
-    session = runnable.session
-    whole = measure(lambda: session.run(feeds), seconds)
-    row = Measurement(model=runnable.name, runtime=runnable.runtime, part=PREDICT, batch=batch, latency=whole)
-    rows = [row]
-    if isinstance(session, TensorRTSession):
-        runs = max(10, min(_MOST_TIMED, int(seconds * 1e3 / whole.p50)))
+def _measure_phases(
+    models: Mapping[int, Runnable], feeds: Mapping[int, Feeds], latencies: Mapping[int, Latency], seconds: float
+) -> dict[int, list[Phases]]:
+    """The phases of calls of those models that run on TensorRT, in turns."""
+    sessions = {n: model.session for n, model in models.items() if isinstance(model.session, TensorRTSession)}
+    phases: dict[int, list[Phases]] = {}
+    for position in turns(len(sessions)):
+        number = list(sessions)[position]
+        runs = max(1, min(_MOST_TIMED, int(seconds * 1e3 / latencies[number].p50)) // ROUNDS)
         with contextlib.suppress(InputShapeError):  # run in pieces: there is no engine that takes it alone
-            phases = session.time_phases(feeds, runs)
-            rows.insert(0, replace(row, part=ENGINE, latency=Latency.of([phase.engine for phase in phases])))
-            copies = [phase.copy_in + phase.copy_out for phase in phases]
-            rows.insert(1, replace(row, part=COPIES, latency=Latency.of(copies)))
-    return rows
+            phases.setdefault(number, []).extend(sessions[number].time_phases(feeds[number], runs))
+    return {number: found for number, found in phases.items() if found}
 
 
 @contextmanager

@@ -57,6 +57,10 @@ class LayerReport:
     def milliseconds(self) -> dict[str, float]:
         return {layer.name: layer.milliseconds for layer in self.layers if layer.milliseconds is not None}
 
+    def slowest_first(self) -> list[tuple[int, Layer]]:
+        """The layers with their place in the engine, the slowest first; those without a time as they come, last."""
+        return sorted(enumerate(self.layers), key=lambda place: -(place[1].milliseconds or 0.0))
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -108,7 +112,7 @@ def page(report: LayerReport) -> str:
     """A standalone HTML page: no scripts, nothing loaded from elsewhere."""
     total = sum(report.milliseconds.values())
     slowest = max(report.milliseconds.values(), default=0.0)
-    rows = "\n".join(_row(number, layer, total, slowest) for number, layer in enumerate(report.layers))
+    rows = "\n".join(_row(number, layer, total, slowest) for number, layer in report.slowest_first())
     timed = f", {total:.3f} ms for {report.rows} rows" if total else ""
     return _PAGE.format(
         title=html.escape(report.model),

@@ -14,7 +14,7 @@ from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.progress_event import BuildProgress
 from mlflow_trt.core.types import Precision
 from mlflow_trt.errors import InputShapeError
-from mlflow_trt.measure.benchmark import Benchmark, measure_runnable
+from mlflow_trt.measure.benchmark import Benchmark, Steps, measure_runnables
 from mlflow_trt.measure.inputs import rows_of
 from mlflow_trt.measure.runnable import Runnable, open_runnable
 
@@ -90,12 +90,9 @@ def compare_models(
         given = subject.given(data)
         _report(progress, "comparing outputs", 0.0)
         comparison = _compare_rows(reference, subject, given, tolerance, is_example=data is None)
-        rows = []
-        for number, model in enumerate(models):
-            _report(progress, f"measuring {model.name}", (number + 1) / 3)
-            if model.is_timed:
-                rows += measure_runnable(model, batches, given, seconds, problems=problems)
-        descriptions = tuple(dict.fromkeys(model.session.description for model in models if model.is_timed))
+        timed = [model for model in models if model.is_timed]
+        rows = measure_runnables(timed, batches, given, seconds, Steps(progress, len(batches)), problems)
+        descriptions = tuple(dict.fromkeys(model.session.description for model in timed))
     benchmark = Benchmark(measurements=tuple(rows), runtimes=descriptions, problems=tuple(problems))
     return SideBySide(
         reference=reference.name,
