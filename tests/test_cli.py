@@ -18,7 +18,7 @@ import mlflow_trt
 from mlflow_trt.cli.options import combine_shapes, parse_batch, parse_shapes
 
 
-def run(*arguments, **environment):
+def run(*arguments, cwd=None, **environment):
     """The command's exit code, standard output and standard error."""
     result = subprocess.run(
         [sys.executable, "-m", "mlflow_trt", *map(str, arguments)],
@@ -27,6 +27,7 @@ def run(*arguments, **environment):
         env={**os.environ, "COLUMNS": "200", **environment},
         timeout=300,
         check=False,
+        cwd=cwd,
     )
     return result.returncode, result.stdout, result.stderr
 

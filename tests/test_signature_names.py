@@ -44,7 +44,7 @@ EXPECTED = IMAGES.mean((2, 3)) * np.float32([1, 2, 3])
 def converted(store):
     """From a model whose signature has no names, as mlflow.pytorch's and mlflow.sklearn's have."""
     signature = infer_signature(IMAGES, EXPECTED)
-    assert signature.inputs.input_names() == []
+    assert not signature.inputs.has_input_names()
     mlflow.onnx.log_model(
         channels(), name="cnn", registered_model_name="cnn", signature=signature, pip_requirements=["onnx"],
         input_example=IMAGES[:1],
@@ -105,7 +105,7 @@ def test_an_estimator_is_called_by_array_or_by_the_name_of_its_input(store):
 
 
 def tensors(*names):
-    return [spec.TensorSpec(name, "float32", ("n", 3)) for name in names]
+    return [spec.TensorSpec(name=name, dtype="float32", shape=("n", 3)) for name in names]
 
 
 def unnamed(*names):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -18,6 +19,19 @@ from mlflow_trt.cli.export_triton import export_triton
 from mlflow_trt.cli.inspect import inspect
 from mlflow_trt.cli.serve import serve
 from mlflow_trt.cli.verify import verify
+from mlflow_trt.cli.wording import in_own_words
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose help says nothing of the type of a flag, which takes no value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params = super().get_params(ctx)
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = " "
+        return params
+
 
 app = typer.Typer(
     name="mlflow-trt",
@@ -26,16 +40,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(convert)
-app.command()(add_engine)
-app.command()(inspect)
-app.command()(verify)
-app.command()(benchmark)
-app.command()(compare)
-app.command()(serve)
-app.command()(export_triton)
-app.command()(dockerfile)
-app.command()(doctor)
+app.command(cls=Command)(convert)
+app.command(cls=Command)(add_engine)
+app.command(cls=Command)(inspect)
+app.command(cls=Command)(verify)
+app.command(cls=Command)(benchmark)
+app.command(cls=Command)(compare)
+app.command(cls=Command)(serve)
+app.command(cls=Command)(export_triton)
+app.command(cls=Command)(dockerfile)
+app.command(cls=Command)(doctor)
 
 
 _shows_traceback = False
@@ -61,6 +75,14 @@ def _terminated(number: int, _frame: object) -> NoReturn:
     sys.exit(128 + number)
 
 
+def _log_record(*args: Any, **keywords: Any) -> logging.LogRecord:
+    """What this package logs, in the words of the command line."""
+    record = logging.LogRecord(*args, **keywords)
+    if record.name.startswith("mlflow.mlflow_trt"):
+        record.msg, record.args = in_own_words(record.getMessage()), None
+    return record
+
+
 def _print_traceback() -> None:
     if _shows_traceback:
         import traceback
@@ -71,6 +93,7 @@ def _print_traceback() -> None:
 def main() -> None:
     """Run the command line. Errors that users can act on are printed in a line or a few, without a traceback."""
     signal.signal(signal.SIGTERM, _terminated)
+    logging.setLogRecordFactory(_log_record)
     try:
         app()
     except (OSError, ImportError) as error:  # ImportError: a store that wants a package, such as boto3
@@ -83,5 +106,5 @@ def main() -> None:
         if exceptions is None or not isinstance(error, exceptions.MlflowException):
             raise
         _print_traceback()
-        typer.echo(f"Error: {error.message}", err=True)
+        typer.echo(f"Error: {in_own_words(error.message)}", err=True)
         sys.exit(1)

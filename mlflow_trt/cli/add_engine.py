@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from mlflow_trt.cli.options import results_on_stdout
-from mlflow_trt.cli.render import print_json, print_record
+from mlflow_trt.cli.render import print_record
+from mlflow_trt.cli.tables import print_json
 
 
 def add_engine(

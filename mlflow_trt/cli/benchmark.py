@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from mlflow_trt.cli.options import parse_numbers, results_on_stdout
-from mlflow_trt.cli.render import print_benchmark, print_json
+from mlflow_trt.cli.options import parse_batches, results_on_stdout
+from mlflow_trt.cli.render_measures import print_benchmark
+from mlflow_trt.cli.tables import print_json
 
 
 def benchmark(
     uri: Annotated[str, typer.Argument(help="An MLflow model URI such as models:/name/version, or a folder.")],
-    batch: Annotated[str, typer.Option(help="Batch sizes, like 1,8,32,128.")] = "1,8,32",
+    batch: Annotated[str, typer.Option(help="Batch sizes to measure, like 1:8:32:128.")] = "1:8:32",
     data: Annotated[
         Path | None, typer.Option(help="An .npz or .npy file of inputs; else the model's example, or noise.")
     ] = None,
@@ -39,7 +40,7 @@ def benchmark(
     with results_on_stdout(as_json), show_progress(f"Measuring {uri}") as progress:
         result = benchmarks.benchmark(
             uri,
-            parse_numbers(batch, "--batch"),
+            parse_batches(batch),
             data=data,
             seconds=seconds,
             against_source=not no_source,

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from mlflow_trt.cli.options import exit_code, parse_numbers, results_on_stdout
-from mlflow_trt.cli.render import print_json, print_side_by_side
+from mlflow_trt.cli.options import exit_code, parse_batches, results_on_stdout
+from mlflow_trt.cli.render_measures import print_side_by_side
+from mlflow_trt.cli.tables import print_json
 
 
 def compare(
@@ -17,7 +18,7 @@ def compare(
     data: Annotated[
         Path | None, typer.Option(help="An .npz or .npy file of inputs; else the model's example, or noise.")
     ] = None,
-    batch: Annotated[str, typer.Option(help="Batch sizes to measure, like 1,8,32.")] = "1,8",
+    batch: Annotated[str, typer.Option(help="Batch sizes to measure, like 1:8:32.")] = "1:8",
     seconds: Annotated[float, typer.Option(help="How long each row of the table is measured.")] = 1.0,
     device: Annotated[int, typer.Option(help="CUDA device ordinal.")] = 0,
     log: Annotated[bool, typer.Option("--log", help="Log metrics and pictures to a run of MLflow.")] = False,
@@ -35,7 +36,7 @@ def compare(
 
     title = f"{subject} and {reference}"
     with results_on_stdout(as_json), show_progress(f"Comparing {title}") as progress:
-        sizes = parse_numbers(batch, "--batch")
+        sizes = parse_batches(batch)
         result = compare_models(
             reference, subject, batches=sizes, data=data, seconds=seconds, device=device, progress=progress
         )

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlflow_trt.cli import recipe_options as options
-from mlflow_trt.cli.options import default_name, results_on_stdout
-from mlflow_trt.cli.render import print_json, print_outcomes, print_plan, print_record
+from mlflow_trt.cli.options import NOTHING_DONE, default_name, results_on_stdout
+from mlflow_trt.cli.render import print_outcomes, print_plan, print_record
+from mlflow_trt.cli.tables import print_json
 from mlflow_trt.cli.trtexec import translate
 
 if TYPE_CHECKING:
@@ -125,7 +126,10 @@ def convert(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Convert a model, from a file or from MLflow, into an MLflow model with a TensorRT engine."""
+    """Convert a model, from a file or from MLflow, into an MLflow model with a TensorRT engine.
+
+    With --all it exits with 1 where one of the models failed, and with 3 where the filter finds none.
+    """
     # Hence path_type above: without it, typer before 0.29 leaves paths as text here.
     given: dict[str, Any] = dict(context.params)
     if sum(map(bool, (source, onnx, all_))) != 1:
@@ -230,6 +234,8 @@ def _convert_all(given: dict[str, Any], _source: str, conversion: ConversionOpti
         _render_outcomes(given, outcomes)
         raise
     _render_outcomes(given, outcomes)
+    if not outcomes:
+        raise typer.Exit(NOTHING_DONE)
     if any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(1)
 

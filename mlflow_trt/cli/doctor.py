@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from mlflow_trt.cli.options import results_on_stdout
-from mlflow_trt.cli.render import print_diagnosis, print_json
+from mlflow_trt.cli.render_measures import print_diagnosis
+from mlflow_trt.cli.tables import print_json
 
 
 class Need(str, enum.Enum):

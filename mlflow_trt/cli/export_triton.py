@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mlflow_trt.cli.options import results_on_stdout
-from mlflow_trt.cli.render import print_json
+from mlflow_trt.cli.tables import print_json
 
 
 def export_triton(

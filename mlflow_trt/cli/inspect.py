@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from mlflow_trt.cli.options import results_on_stdout
-from mlflow_trt.cli.render import print_json, print_layers, print_record
+from mlflow_trt.cli.render import print_record
+from mlflow_trt.cli.render_measures import print_layers
+from mlflow_trt.cli.tables import print_json
 
 
 def inspect(

@@ -18,28 +18,34 @@ def default_name(source: str) -> str:
 
 
 def parse_batch(text: str) -> tuple[int, int, int]:
-    """`64` or `1:8:64`."""
-    parts = text.split(":")
-    try:
-        numbers = tuple(int(part) for part in parts)
-    except ValueError:
-        numbers = ()
+    """`64`, or the smallest, the usual and the largest like `1:8:64`."""
+    numbers = _numbers(text)
     if len(numbers) == 1:
         return (numbers[0],) * 3
     if len(numbers) != 3:
-        raise typer.BadParameter(f"{text!r}: expected a number like 64, or min:opt:max like 1:8:64")
+        raise typer.BadParameter(f"--batch: {text!r}: expected a number like 64, or min:opt:max like 1:8:64")
     return (numbers[0], numbers[1], numbers[2])
 
 
+def parse_batches(text: str) -> list[int]:
+    """Sizes to measure: written like a range of sizes, so that one can be taken for the other; any number of them."""
+    return parse_numbers(text, "--batch")
+
+
 def parse_numbers(text: str, option: str) -> list[int]:
-    """`1,8,32`."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
+    """`1:8:64`, or the same with commas."""
+    numbers = _numbers(text)
     if not numbers or min(numbers) < 1:
-        raise typer.BadParameter(f"{option}: {text!r}: expected numbers of 1 or more, like 1,8,32")
+        raise typer.BadParameter(f"{option}: {text!r}: expected numbers of 1 or more, like 1:8:64")
     return numbers
+
+
+def _numbers(text: str) -> list[int]:
+    """Numbers between colons, or between commas; none where it is anything else."""
+    try:
+        return [int(part) for part in text.split("," if "," in text else ":")]
+    except ValueError:
+        return []
 
 
 def parse_shapes(text: str, option: str) -> dict[str, tuple[int, ...]]:
@@ -96,7 +102,10 @@ def combine_profiles(low: Sequence[str], usual: Sequence[str], high: Sequence[st
     return [combine_shapes(*profile) for profile in zip(low, usual, high, strict=True)]
 
 
-_EXIT_CODES = {"passed": 0, "failed": 1, "inconclusive": 1, "nothing was compared": 3}
+NOTHING_DONE = 3
+"""What a command exits with that found nothing to do, or nothing to compare."""
+
+_EXIT_CODES = {"passed": 0, "failed": 1, "inconclusive": 1, "nothing was compared": NOTHING_DONE}
 """By verdict; click answers 2 for options that make no sense."""
 
 

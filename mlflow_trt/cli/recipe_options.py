@@ -23,12 +23,17 @@ _COMPATIBILITY = {"ampere+": "ampere_plus", "samecomputecapability": "same_compu
 Precision = Annotated[
     str, typer.Option(help="The number format to compute in: fp32, tf32, fp16, bf16, int8, fp8 or best. Default: fp32.")
 ]
-Fp16 = Annotated[bool, typer.Option("--fp16", help="The same as --precision fp16.")]
-Bf16 = Annotated[bool, typer.Option("--bf16", help="The same as --precision bf16.")]
-Int8 = Annotated[bool, typer.Option("--int8", help="The same as --precision int8.")]
-Fp8 = Annotated[bool, typer.Option("--fp8", help="The same as --precision fp8.")]
+Fp16 = Annotated[bool, typer.Option("--fp16/--no-fp16", show_default=False, help="The same as --precision fp16.")]
+Bf16 = Annotated[bool, typer.Option("--bf16/--no-bf16", show_default=False, help="The same as --precision bf16.")]
+Int8 = Annotated[bool, typer.Option("--int8/--no-int8", show_default=False, help="The same as --precision int8.")]
+Fp8 = Annotated[bool, typer.Option("--fp8/--no-fp8", show_default=False, help="The same as --precision fp8.")]
 Best = Annotated[
-    bool, typer.Option("--best", help="The fastest precision that is accurate enough, measured on this machine's GPU.")
+    bool,
+    typer.Option(
+        "--best/--no-best",
+        show_default=False,
+        help="The fastest precision that is accurate enough, measured on this machine's GPU.",
+    ),
 ]
 NoTf32 = Annotated[
     bool, typer.Option("--no-tf32", help="Keep layers that compute in float32 from rounding as TF32 does.")

@@ -1,70 +1,45 @@
-"""What the commands print: tables for people, JSON for programs."""
+"""What the commands that convert and inspect print, in 80 columns."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+
+from mlflow_trt.cli.render_measures import number_text, print_accuracy, verdict_line
+from mlflow_trt.cli.tables import print_facts, print_rows, shorten_digest
+from mlflow_trt.cli.wording import in_own_words
 
 if TYPE_CHECKING:
     from mlflow_trt.convert.recipe import Recipe
-    from mlflow_trt.core.accuracy import Comparison
     from mlflow_trt.core.selection import Selection
     from mlflow_trt.core.types import BatchAxis, EngineRecord, PrecisionReport, ShapeProfile, TensorSpec
-    from mlflow_trt.measure.benchmark import Benchmark
-    from mlflow_trt.measure.doctor import Diagnosis
-    from mlflow_trt.measure.layers import LayerReport
-    from mlflow_trt.measure.side_by_side import SideBySide
     from mlflow_trt.registry.convert_all import Outcome
     from mlflow_trt.registry.plan import Plan
     from mlflow_trt.store.record import Record
 
 
-def print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=2, default=str))
-
-
-def print_facts(title: str, facts: Mapping[str, Any]) -> None:
-    """A table of two columns; facts without a value are left out."""
-    table = Table(title=Text(title), title_justify="left", show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in facts.items():
-        if value not in (None, "", ()):
-            table.add_row(name, Text(str(value)))
-    Console().print(table)
-
-
-def print_rows(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    Console().print(table)
-
-
 def print_record(uri: str, record: Record) -> None:
+    """The URI, what it is, and what was measured come first."""
+    typer.echo(uri)
+    typer.echo(_accuracy_line(record))
+    typer.echo()
     print_facts(
-        uri,
+        "recipe",
         {
             **_recipe_facts(record.recipe, record.batch_axis),
             **_selection_facts(record.selection),
-            "source model": f"{record.source.file}, sha256 {record.source.digest}",
+            "source model": f"{record.source.file}, sha256 {shorten_digest(record.source.digest)}",
             "typed model": "equals the source model"
             if record.typed == record.source
-            else f"{record.typed.file}, sha256 {record.typed.digest}",
+            else f"{record.typed.file}, sha256 {shorten_digest(record.typed.digest)}",
             "made from": record.lineage.get("source"),
             "exported by": record.lineage.get("exporter"),
             "left out": record.lineage.get("left_out"),
             "engines of": record.lineage.get("extends"),
             "made by": f"mlflow-trt {record.mlflow_trt_version}, format {record.format}",
-            "remarks": "\n".join(record.remarks),
+            "remarks": in_own_words("\n".join(record.remarks)),
         },
     )
     print_tensors(record.inputs, record.outputs)
@@ -75,42 +50,33 @@ def print_record(uri: str, record: Record) -> None:
         print_accuracy(record.comparisons)
     if record.precision_report.kept or record.precision_report.weight_only:
         _print_kept(record.precision_report)
-    print_rows(
-        "\nengines",
-        ("file", "built by", "for", "on", "MB", "seconds", "sha256"),
-        [
-            (
-                engine.file,
-                f"{engine.distribution.label} {engine.version}",
-                engine.target,
-                engine.gpu or "no GPU",
-                f"{engine.size / 1e6:.1f}",
-                f"{engine.build_seconds:.1f}",
-                engine.sha256,
-            )
-            for engine in record.engines
-        ],
+    print_facts("\nengines", {engine.file: _engine_text(engine) for engine in record.engines})
+    kernels = {engine.kernels.file: _kernels_text(engine) for engine in record.engines if engine.kernels is not None}
+    if kernels:
+        print_facts("\nkernels, for GPUs of the same compute capability", kernels)
+
+
+def _accuracy_line(record: Record) -> str:
+    if not record.comparisons:
+        return "accuracy not measured"
+    last = record.comparisons[-1]
+    return f"{verdict_line(last)}, relative error {number_text(last.relative_error)}, of {last.subject.rstrip(',')}"
+
+
+def _engine_text(engine: EngineRecord) -> str:
+    where = engine.gpu or "no GPU"
+    return (
+        f"{engine}, built on {where} in {engine.build_seconds:.1f} s\n"
+        f"{engine.size / 1e6:.1f} MB, sha256 {shorten_digest(engine.sha256)}"
     )
-    if any(engine.kernels is not None for engine in record.engines):
-        _print_kernels(record.engines)
 
 
-def _print_kernels(engines: Sequence[EngineRecord]) -> None:
-    print_rows(
-        "\nkernels, for GPUs of the same compute capability",
-        ("file", "compiled by", "on", "driver", "MB", "sha256"),
-        [
-            (
-                stored.file,
-                f"{engine.distribution.label} {stored.version}",
-                f"{stored.gpu} ({stored.compute_capability})",
-                stored.driver or "unknown",
-                f"{stored.size / 1e6:.1f}",
-                stored.sha256,
-            )
-            for engine in engines
-            if (stored := engine.kernels) is not None
-        ],
+def _kernels_text(engine: EngineRecord) -> str:
+    stored = engine.kernels
+    assert stored is not None  # noqa: S101  # the caller looked
+    return (
+        f"compiled by {engine.distribution.label} {stored.version} on {stored.gpu} ({stored.compute_capability}), "
+        f"driver {stored.driver or 'unknown'}\n{stored.size / 1e6:.1f} MB, sha256 {shorten_digest(stored.sha256)}"
     )
 
 
@@ -120,48 +86,6 @@ def _selection_facts(selection: Selection | None) -> dict[str, str]:
 
 def print_candidates(selection: Selection) -> None:
     print_rows(f"\ncandidates, measured on {selection.measured_on}", selection.headings, selection.rows())
-
-
-def print_accuracy(comparisons: Sequence[Comparison]) -> None:
-    print_rows(
-        "\naccuracy, against the source model on ONNX Runtime",
-        ("what", "verdict", "output", "relative error", "median row", "worst row", "largest error", "same best class",
-         "on"),
-        [
-            (
-                comparison.subject,
-                comparison.verdict,
-                output.name,
-                f"{output.relative_error:.2e}",
-                _error_text(output.median_row_error),
-                _error_text(output.worst_row_error),
-                f"{output.max_abs_error:.2e}",
-                "" if output.top_class_agreement is None else f"{output.top_class_agreement:.1%}",
-                comparison.inputs,
-            )
-            for comparison in comparisons
-            for output in comparison.outputs
-        ],
-    )  # fmt: skip
-
-
-def print_verdict(comparison: Comparison) -> None:
-    """The verdict first, what it is about, and the numbers behind it."""
-    typer.echo(_verdict_line(comparison))
-    if comparison.outputs:
-        typer.echo(f"compared: {comparison.subject}, on {comparison.inputs}")
-        print_accuracy([comparison])
-
-
-def _verdict_line(comparison: Comparison) -> str:
-    reasons = comparison.problems or ((comparison.reason,) if comparison.reason else ())
-    if comparison.verdict == "inconclusive":
-        reasons = ("the reference hardly varies, so that agreement proves nothing; give real inputs with --data",)
-    return f"{comparison.verdict}{': ' if reasons else ''}{'; '.join(reasons)}"
-
-
-def _error_text(error: float | None) -> str:
-    return "" if error is None else f"{error:.2e}"
 
 
 def _print_kept(report: PrecisionReport) -> None:
@@ -183,8 +107,8 @@ def print_plan(plan: Plan) -> None:
             "exists already": plan.existing and f"{plan.existing}, made of the same source by the same recipe",
             **_recipe_facts(plan.recipe, plan.batch_axis),
             "built by": plan.tensorrt,
-            "source model": f"sha256 {plan.source_digest}",
-            "remarks": "\n".join(plan.remarks),
+            "source model": f"sha256 {shorten_digest(plan.source_digest)}",
+            "remarks": in_own_words("\n".join(plan.remarks)),
         },
     )
     print_tensors(plan.inputs, plan.outputs)
@@ -192,8 +116,13 @@ def print_plan(plan: Plan) -> None:
 
 
 def print_outcomes(outcomes: Sequence[Outcome]) -> None:
-    rows = [(outcome.source, outcome.status, outcome.detail, f"{outcome.seconds:.1f}") for outcome in outcomes]
-    print_rows("conversions", ("source", "", "result", "seconds"), rows or [("no model matches", "", "", "")])
+    if not outcomes:
+        typer.echo("no model matches")
+        return
+    rows = [
+        (outcome.source, outcome.status, in_own_words(outcome.detail), f"{outcome.seconds:.1f}") for outcome in outcomes
+    ]
+    print_rows("conversions", ("source", "", "result", "seconds"), rows)
 
 
 def _recipe_facts(recipe: Recipe, batch_axis: BatchAxis | None) -> dict[str, Any]:
@@ -246,69 +175,6 @@ def print_profiles(profiles: Sequence[ShapeProfile]) -> None:
     )
 
 
-def print_benchmark(uri: str, benchmark: Benchmark, run_id: str | None = None) -> None:
-    print_measurements(uri, benchmark)
-    if run_id is not None:
-        typer.echo(f"\nlogged to run {run_id}")
-
-
-def print_side_by_side(result: SideBySide, run_id: str | None = None) -> None:
-    comparison = result.comparison
-    headings = ("output", "relative error", "median row", "worst row", "largest error", "mean error", "cosine",
-                "same best class")  # fmt: skip
-    rows = [
-        (
-            output.name,
-            f"{output.relative_error:.2e}",
-            _error_text(output.median_row_error),
-            _error_text(output.worst_row_error),
-            f"{output.max_abs_error:.2e}",
-            f"{output.mean_abs_error:.2e}",
-            f"{output.cosine_similarity:.6f}",
-            "" if output.top_class_agreement is None else f"{output.top_class_agreement:.1%}",
-        )
-        for output in comparison.outputs
-    ]
-    typer.echo(_verdict_line(comparison))
-    for name, what in zip((result.reference, result.subject), result.compared, strict=True):
-        typer.echo(f"{name}: {what}")
-    if rows:
-        print_rows(f"\n{result.subject} against {result.reference}, on {comparison.inputs}", headings, rows)
-    typer.echo()
-    print_benchmark("latency and throughput", result.benchmark, run_id)
-
-
-def print_measurements(title: str, benchmark: Benchmark) -> None:
-    several = len({row.model for row in benchmark.measurements}) > 1
-    headings = ("model", "runtime", "", "batch", "median ms", "p10", "p90", "p99", "rows/s")
-    rows = []
-    for row in benchmark.measurements:
-        times = (row.latency.p50, row.latency.p10, row.latency.p90, row.latency.p99)
-        numbers = [f"{time:.3f}" for time in times]
-        rows.append((row.model, row.runtime, row.part, row.batch, *numbers, f"{row.throughput:,.0f}"))
-    shown = slice(0 if several else 1, None)
-    print_rows(title, headings[shown], [row[shown] for row in rows])
-    for description in benchmark.runtimes:
-        typer.echo(f"measured on {description}")
-    for problem in benchmark.problems:
-        typer.echo(f"not measured: {problem}")
-
-
-def print_layers(report: LayerReport) -> None:
-    rows = [
-        (
-            number,
-            layer.name,
-            layer.kind,
-            ", ".join(map(str, layer.outputs)),
-            "" if layer.milliseconds is None else f"{layer.milliseconds:.4f}",
-        )
-        for number, layer in report.slowest_first()
-    ]
-    title = f"{report.model} on {report.description}, timed with {report.rows} rows"
-    print_rows(title, ("", "layer", "type", "outputs", "ms"), rows)
-
-
 def _batch_text(axis: BatchAxis | None) -> str:
     if axis is None:
         return "none"
@@ -316,8 +182,3 @@ def _batch_text(axis: BatchAxis | None) -> str:
     use = "other sizes are split and padded" if axis.splits else "neither split nor padded"
     measured = "" if axis.dependence is None else f"; rows depend on each other: {axis.dependence}"
     return f"axis 0 of {', '.join(axis.inputs)} ({origin}; {use}{measured})"
-
-
-def print_diagnosis(diagnosis: Diagnosis) -> None:
-    rows = [("ok" if check.ok else "no", check.name, check.detail) for check in diagnosis.checks]
-    print_rows("mlflow-trt doctor", ("", "", ""), rows)

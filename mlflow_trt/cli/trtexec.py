@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -136,7 +137,7 @@ def translate(line: str) -> Translation:
         given, _, value = word.partition("=")
         option = _BY_NAME.get(given.lower())
         if option is None or option.becomes == "refused":
-            raise typer.BadParameter(f"trtexec's {given} has no counterpart: {_reason(option)}")
+            raise typer.BadParameter(f"trtexec's {given} has no counterpart: {_reason(option, given)}")
         if not option.flag and not value:
             raise typer.BadParameter(f"trtexec's {given} wants a value: {given}=...")
         if option.name == "--profile":
@@ -171,8 +172,11 @@ def _profile(value: str) -> int:
     return int(value)
 
 
-def _reason(option: Option | None) -> str:
+def _reason(option: Option | None, given: str = "") -> str:
     if option is None:
+        close = difflib.get_close_matches(given.lower(), _BY_NAME, n=1, cutoff=0.75)
+        if close:
+            return f"trtexec has none of this name; did you mean {_BY_NAME[close[0]].name}?"
         return "mlflow-trt does not know it; docs/trtexec.md lists what it knows"
     return option.word or "it is about running the engine; see mlflow-trt benchmark"
 

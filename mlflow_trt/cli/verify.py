@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from mlflow_trt.cli.options import exit_code, results_on_stdout
-from mlflow_trt.cli.render import print_json, print_verdict
+from mlflow_trt.cli.render_measures import print_verdict
+from mlflow_trt.cli.tables import print_json
 
 
 def verify(

@@ -113,12 +113,11 @@ def convert_source(task: ConversionTask) -> Conversion:
         typed, built = build_with_retreat(maker, build, plan)
     except BuildError as error:
         raise _naming_nodes(error, source) from error
-    warnings = _remark_on_share(typed.report)
+    warnings = (*_remark_on_noise(recipe, samples), *_remark_on_share(typed.report))
     remarks = (
         *profiles.remarks,
         *typed.report.remarks,
         *_remark_on_float32(tensorrt, recipe),
-        *_remark_on_noise(recipe, samples),
     )
     for remark in remarks:
         _log.info("%s", remark)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import multiprocessing
 import os
 import signal
 import threading
@@ -28,6 +29,19 @@ def explain_crashes() -> None:
     if in_server() and not faulthandler.is_enabled():
         with contextlib.suppress(OSError, ValueError, RuntimeError):  # standard error may be no file
             faulthandler.enable()
+
+
+def end_supervisor(reason: str) -> None:
+    """End the process that started this one as one of several workers, since each would fail alike, again and again.
+
+    Does nothing elsewhere: a server of one worker ends with the error.
+    """
+    supervisor = multiprocessing.parent_process()
+    if not in_server() or supervisor is None or supervisor.pid is None:
+        return
+    _log.critical("This server ends, since none of its workers can load the model: %s", reason)
+    with contextlib.suppress(ProcessLookupError):  # another worker was faster
+        os.kill(supervisor.pid, signal.SIGTERM)
 
 
 def end_server(reason: str) -> None:

@@ -17,15 +17,35 @@ from mlflow_trt.core.arrays import Array
 from mlflow_trt.core.frames import feeds_from_frame, frame_from_outputs
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.progress import show_progress
-from mlflow_trt.core.scoring_server import end_server, explain_crashes, in_server
+from mlflow_trt.core.scoring_server import end_server, end_supervisor, explain_crashes, in_server
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.wire import SHAPES_KEY, packed
-from mlflow_trt.errors import ExecutionError, InputError, OutOfMemoryError
+from mlflow_trt.errors import (
+    ArtifactError,
+    BuildError,
+    EngineMismatchError,
+    ExecutionError,
+    InputError,
+    OptionError,
+    OutOfMemoryError,
+    RuntimeUnavailableError,
+    SelfTestError,
+)
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.store.folder import read_folder
 from mlflow_trt.store.load import open_session
 
 _log = get_logger(__name__)
+
+_PERMANENT = (
+    ArtifactError,
+    BuildError,
+    EngineMismatchError,
+    OptionError,
+    RuntimeUnavailableError,
+    SelfTestError,
+)
+"""What keeps a model from loading, however often it is tried."""
 
 
 def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyfuncModel:
@@ -33,8 +53,13 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pyf
     explain_crashes()
     folder = read_folder(Path(path))
     settings = LoadSettings.of(model_config)
-    with show_progress("Loading the model") as progress:
-        return PyfuncModel(open_session(folder, settings, progress), answers=settings.answers)
+    try:
+        with show_progress("Loading the model") as progress:
+            session = open_session(folder, settings, progress)
+    except _PERMANENT as error:
+        end_supervisor(error.message)
+        raise
+    return PyfuncModel(session, answers=settings.answers)
 
 
 def _in_spark_task() -> bool:

@@ -70,7 +70,11 @@ def _with_names(schema: Schema, tensors: Sequence[spec.TensorSpec]) -> Schema | 
     if len(names) != 1 or len(schema.inputs) != 1:
         return None
     (column,) = schema.inputs
-    return Schema([TensorSpec(column.type, column.shape, names[0])])
+    return (
+        Schema([TensorSpec(np.dtype(column.type), column.shape, names[0])])
+        if isinstance(column, TensorSpec)
+        else schema
+    )
 
 
 def without_params(signature: ModelSignature) -> tuple[ModelSignature | None, tuple[str, ...]]:

@@ -89,8 +89,11 @@ def measure_conversion(
     golden = golden_of(conversion, reference[0])
     if golden is None:
         remarks.append("there is no golden sample for a self-test, since a single row is too large to be stored")
-    engine = _compare_engine(conversion, reference, tolerance, settings)
-    if engine is not None:
+    reason = why_not_here(conversion, settings)
+    if reason is not None:
+        remarks += _remark_on_engine(reason, is_all=not comparisons, precision=conversion.recipe.precision)
+    else:
+        engine = _compare_engine(conversion, reference, tolerance, settings)
         comparisons.append(engine)
         remarks += _remark_on_tf32(conversion, engine)
     return Verification(tolerance=tolerance, comparisons=tuple(comparisons), golden=golden, remarks=tuple(remarks))
@@ -152,14 +155,22 @@ def metrics_of(comparisons: Iterable[Comparison]) -> dict[str, float]:
     return metrics
 
 
+def _remark_on_engine(reason: str, *, is_all: bool, precision: Precision) -> list[str]:
+    """What was not measured, where the engine does not run here."""
+    if not is_all:
+        _log.info("The engine is not compared here: %s", reason)
+        return []
+    remark = (
+        f"the accuracy was not measured: the engine cannot run here ({reason}), and the {precision} typed model, which "
+        "could be compared in its place, is the source model itself. Run `mlflow-trt verify` where there is a GPU"
+    )
+    _log.info("%s", remark)
+    return [remark]
+
+
 def _compare_engine(
     conversion: Conversion, reference: Sequence[Outputs], tolerance: Tolerance, settings: LoadSettings
-) -> Comparison | None:
-    """None where this machine cannot run the engine, which is said."""
-    reason = why_not_here(conversion, settings)
-    if reason is not None:
-        _log.info("The engine is not compared here: %s", reason)
-        return None
+) -> Comparison:
     with engine_session(conversion, settings) as session:
         pairs = _run(session, conversion.samples.feeds, reference)
         axis = conversion.profiles.batch_axis

@@ -145,11 +145,10 @@ def _packaging_of(source: SourceModel, model: OnnxModel) -> PackagingOptions:
 
     Where its signature gets the names of the graph, the lineage keeps it as it was.
     """
-    signature, lineage = source.signature, source.lineage
-    if signature is not None:
-        signature = with_graph_names(signature, model.inputs, model.outputs)
-        if signature != source.signature:
-            lineage = {**lineage, "signature": json.dumps(source.signature.to_dict())}
+    before, lineage = source.signature, source.lineage
+    signature = None if before is None else with_graph_names(before, model.inputs, model.outputs)
+    if before is not None and signature != before:
+        lineage = {**lineage, "signature": json.dumps(before.to_dict())}
     return PackagingOptions(
         signature=signature,
         input_example=source.input_example,

@@ -53,6 +53,12 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 
+_IN_PYTHON = "Use runtime='onnxruntime' to run the source model on the CPU."
+_IN_SERVER = (
+    "To run the source model on the CPU, start the server with MLFLOW_PYFUNC_INFERENCE_CONFIG="
+    """'{"runtime": "onnxruntime"}' in its environment; "auto" takes a GPU where there is one."""
+)
+
 
 def open_session(folder: ModelFolder, settings: LoadSettings, progress: Progress | None = None) -> Session:
     """Load the model with the runtime that `settings` ask for.
@@ -71,9 +77,7 @@ def open_session(folder: ModelFolder, settings: LoadSettings, progress: Progress
     except (RuntimeUnavailableError, EngineMismatchError, BuildError, ExecutionError) as error:
         if settings.runtime != "auto":
             if isinstance(error, RuntimeUnavailableError):
-                raise error.with_advice(
-                    advice="Use runtime='onnxruntime' to run the source model on the CPU."
-                ) from error
+                raise error.with_advice(advice=_IN_SERVER if in_server() else _IN_PYTHON) from error
             raise
         _log.warning("Running on ONNX Runtime, on the CPU, since TensorRT cannot run here: %s", error.message)
         session = _open_onnxruntime(folder, settings)
