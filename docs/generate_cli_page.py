@@ -30,7 +30,10 @@ def page() -> str:
         usage = " ".join(["mlflow-trt", name, *(parameter.name.upper() for parameter in arguments), "[OPTIONS]"])
         sections += [f"## {name}\n", f"{command.help}\n", f"```\n{usage}\n```\n"]
         rows = [(f"`{parameter.name.upper()}`", parameter) for parameter in arguments]
-        rows += [(f"`{'/'.join((parameter.opts[0], *parameter.secondary_opts))}{_value(parameter)}`", parameter) for parameter in options]
+        rows += [
+            (f"`{'/'.join((parameter.opts[0], *parameter.secondary_opts))}{_value(parameter)}`", parameter)
+            for parameter in options
+        ]
         sections.append("| | |\n| --- | --- |")
         sections.append("\n".join(f"| {label} | {parameter.help}{_default(parameter)} |" for label, parameter in rows))
         sections.append("")

@@ -17,7 +17,7 @@ from mlflow_trt import InputShapeError, OptionError
 from mlflow_trt.measure.benchmark import Benchmark, Measurement, benchmark
 from mlflow_trt.measure.inputs import example_feeds, given_feeds, sample
 from mlflow_trt.measure.plots import draw_benchmark, draw_layers
-from mlflow_trt.measure.publish import log_report
+from mlflow_trt.measure.publish import log_report, write_report
 from mlflow_trt.runtime.latency import Latency, measure, measure_in_turns, turns
 from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
 from mlflow_trt.store.folder import read_folder
@@ -186,15 +186,37 @@ def made_up() -> Benchmark:
 
 class TestReports:
     def test_metrics_have_the_batch_size_as_their_step(self, store):
-        run_id = log_report(made_up(), "models:/m/1")
+        run_id = log_report(made_up(), ["models:/m/1"])
         history = store.client.get_metric_history(run_id, "tensorrt/engine_alone/p99_ms")
         assert {metric.step: metric.value for metric in history}[8] == pytest.approx(1.4 * 1.2)
         assert len(history) == 4
-        assert {"tensorrt/copies/mean_ms", "tensorrt/predict/rows_per_second"} <= set(
+        assert {"tensorrt/copies/p50_ms", "tensorrt/predict/rows_per_second"} <= set(
             store.client.get_run(run_id).data.metrics
         )
         artifacts = {item.path for item in store.client.list_artifacts(run_id)}
         assert artifacts == {"benchmark.json", "latency.png", "throughput.png"}
+
+    def test_a_run_tells_what_was_measured_and_where_and_is_linked_to_the_model(self, store, no_gpu):
+        mlflow_trt.log_model(networks.product(), name="p", batch=(1, 4, 8), registered_model_name="p")
+        result = benchmark("models:/p/1", [1, 4], seconds=0.05)
+        run = store.client.get_run(log_report(result, ["models:/p/1"]))
+        assert run.info.run_name == "benchmark p v1"
+        assert run.data.params == {
+            "batches": "1:4", "seconds": "0.05", "data": "the model's example, or noise", "model": "models:/p/1"
+        }  # fmt: skip
+        assert run.data.tags["mlflow_trt.gpu"] == "none"
+        assert run.data.tags["mlflow_trt.onnxruntime"] in run.data.tags["mlflow_trt.runtime"]
+        model_id = store.client.get_model_version("p", "1").model_id
+        assert [given.model_id for given in run.inputs.model_inputs] == [model_id]
+        logged = store.client.get_logged_model(model_id)
+        assert "onnx_runtime_cpu/predict/p50_ms" in {metric.key for metric in logged.metrics}
+
+    def test_the_report_names_its_units(self, tmp_path):
+        write_report(made_up(), "models:/m/1", tmp_path)
+        content = json.loads((tmp_path / "benchmark.json").read_text())
+        assert content["units"]["latency"] == "ms"
+        assert content["units"]["throughput"].startswith("rows per second")
+        assert content["of"] == "models:/m/1"
 
     def test_pictures_are_of_a_size_that_reports_want(self, tmp_path):
         for path in (

@@ -48,7 +48,7 @@ def benchmark(
             progress=progress,
         )
         found = read_layers(uri, data=data, device=device) if layers else None
-        run_id = log_report(result, uri, found) if log else None
+        run_id = log_report(result, [uri], found) if log else None
         if report is not None:
             write_report(result, uri, report, found)
     if as_json:

@@ -40,9 +40,9 @@ def compare(
         result = compare_models(
             reference, subject, batches=sizes, data=data, seconds=seconds, device=device, progress=progress
         )
-        run_id = log_report(result.benchmark, title, comparison=result.comparison) if log else None
+        run_id = log_report(result.benchmark, [reference, subject], comparison=result.comparison) if log else None
         if report is not None:
-            write_report(result.benchmark, title, report)
+            write_report(result.benchmark, title, report, comparison=result.comparison)
     if as_json:
         print_json({**result.to_dict(), "run_id": run_id})
     else:

@@ -29,14 +29,12 @@ def verify(
     Exits with 1 where it fails or proves nothing; with 3 where nothing was compared: without a GPU, the typed model of
     fp32 is often the source model itself.
     """
-    from dataclasses import asdict
-
     from mlflow_trt.measure.verify_logged import verify_model
 
     with results_on_stdout(as_json):
         comparison = verify_model(uri, data, relative_error=relative_error, device=device)
     if as_json:
-        print_json({"uri": uri, "verdict": comparison.verdict, "problems": comparison.problems, **asdict(comparison)})
+        print_json({"uri": uri, **comparison.to_dict()})
     else:
         print_verdict(comparison)
     raise typer.Exit(exit_code(comparison.verdict))

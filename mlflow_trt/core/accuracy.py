@@ -6,7 +6,8 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -198,6 +199,10 @@ class Comparison:
     def of_nothing(cls, subject: str, reason: str, tolerance: Tolerance) -> Comparison:
         """What stands in place of a comparison that would have been one of something with itself."""
         return cls(subject=subject, inputs="", tolerance=tolerance, outputs=(), reason=reason)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the verdict, what is beyond the tolerance, and the numbers."""
+        return {"verdict": str(self.verdict), "problems": list(self.problems), **asdict(self)}
 
     @property
     def problems(self) -> tuple[str, ...]:

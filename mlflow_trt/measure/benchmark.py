@@ -6,10 +6,11 @@ The GPU's clocks are left alone, and so is whatever else runs on it: the numbers
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,11 +18,15 @@ from mlflow_trt.core.arrays import Feeds
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.progress_event import BuildProgress
 from mlflow_trt.errors import InputShapeError, MissingDependencyError, MlflowTrtError, OptionError
+from mlflow_trt.measure.machine import describe_machine
 from mlflow_trt.measure.runnable import Runnable, open_runnable, open_source_of
 from mlflow_trt.runtime.latency import ROUNDS, Latency, measure_in_turns, turns
 from mlflow_trt.runtime.tensorrt_session import Phases, TensorRTSession
 
 _log = get_logger(__name__)
+
+UNITS = {"latency": "ms", "runs": "calls", "batch": "rows", "throughput": "rows per second, at the median latency"}
+"""What the numbers of a report are in."""
 
 ENGINE, COPIES, PREDICT = "engine alone", "copies", "predict"
 _MOST_TIMED = 2_000
@@ -48,30 +53,38 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """All measurements, what ran them, and what could not be measured and why."""
+    """All measurements, what ran them and where, and what could not be measured and why.
+
+    `machine` has the GPU, the driver and the releases of what took part, and `settings` what was asked for.
+    """
 
     measurements: tuple[Measurement, ...]
     runtimes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+    machine: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {
+            "units": UNITS,
+            "machine": dict(self.machine),
+            "settings": dict(self.settings),
             "runtimes": list(self.runtimes),
             "measurements": [row.to_dict() for row in self.measurements],
             "problems": list(self.problems),
         }
 
-    def metrics(self) -> list[tuple[str, float, int]]:
-        """Names, values and steps for MLflow; the step is the batch size."""
+    def metrics(self) -> list[tuple[str, str, float, int]]:
+        """Models, names, values and steps for MLflow; the step is the batch size."""
         found = []
         several = len({row.model for row in self.measurements}) > 1
         for row in self.measurements:
             prefix = f"{row.runtime}/{row.part}".replace(" ", "_").lower()
             if several:
                 prefix = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', row.model).strip('_')}/{prefix}"
-            values = {"mean_ms": row.latency.mean, "p50_ms": row.latency.p50, "p90_ms": row.latency.p90}
-            values |= {"p99_ms": row.latency.p99, "rows_per_second": row.throughput}
-            found += [(f"{prefix}/{name}", value, row.batch) for name, value in values.items()]
+            times = {name: getattr(row.latency, name) for name in ("p50", "p10", "p90", "p99", "mean")}
+            values = {f"{name}_ms": time for name, time in times.items()} | {"rows_per_second": row.throughput}
+            found += [(row.model, f"{prefix}/{name}", value, row.batch) for name, value in values.items()]
         return found
 
 
@@ -115,7 +128,21 @@ def benchmark(
             models += [source] if source is not None else []
         rows = measure_runnables(models, batches, given, seconds, steps, problems)
         runtimes = tuple(model.session.description for model in models)
-    return Benchmark(measurements=tuple(rows), runtimes=runtimes, problems=tuple(problems))
+    return Benchmark(
+        measurements=tuple(rows),
+        runtimes=runtimes,
+        problems=tuple(problems),
+        machine=describe_machine(),
+        settings=describe_settings(batches, seconds, data),
+    )
+
+
+def describe_settings(batches: Sequence[int], seconds: float, data: Any) -> dict[str, str]:
+    """What was asked for, as the parameters of a run."""
+    given = "given arrays"
+    if data is None or isinstance(data, (str, os.PathLike)):
+        given = "the model's example, or noise" if data is None else os.fspath(data)
+    return {"batches": ":".join(map(str, batches)), "seconds": f"{seconds:g}", "data": str(given)}
 
 
 class Steps:

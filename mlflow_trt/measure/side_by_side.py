@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from mlflow_trt.convert.samples import SampleOrigin
@@ -14,8 +14,9 @@ from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.progress_event import BuildProgress
 from mlflow_trt.core.types import Precision
 from mlflow_trt.errors import InputShapeError
-from mlflow_trt.measure.benchmark import Benchmark, Steps, measure_runnables
+from mlflow_trt.measure.benchmark import Benchmark, Steps, describe_settings, measure_runnables
 from mlflow_trt.measure.inputs import rows_of
+from mlflow_trt.measure.machine import describe_machine
 from mlflow_trt.measure.runnable import Runnable, open_runnable
 
 _log = get_logger(__name__)
@@ -36,15 +37,10 @@ class SideBySide:
     benchmark: Benchmark
 
     def to_dict(self) -> dict[str, Any]:
-        comparison = asdict(self.comparison) | {
-            "verdict": str(self.comparison.verdict),
-            "problems": list(self.comparison.problems),
-            "compared": self.compared,
-        }
         return {
             "reference": self.reference,
             "subject": self.subject,
-            "comparison": comparison,
+            "comparison": {**self.comparison.to_dict(), "compared": list(self.compared)},
             **self.benchmark.to_dict(),
         }
 
@@ -93,7 +89,13 @@ def compare_models(
         timed = [model for model in models if model.is_timed]
         rows = measure_runnables(timed, batches, given, seconds, Steps(progress, len(batches)), problems)
         descriptions = tuple(dict.fromkeys(model.session.description for model in timed))
-    benchmark = Benchmark(measurements=tuple(rows), runtimes=descriptions, problems=tuple(problems))
+    benchmark = Benchmark(
+        measurements=tuple(rows),
+        runtimes=descriptions,
+        problems=tuple(problems),
+        machine=describe_machine(),
+        settings=describe_settings(batches, seconds, data),
+    )
     return SideBySide(
         reference=reference.name,
         subject=subject.name,
