@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from mlflow_trt.flavor.api import load_model, log_model, save_model
+    from mlflow_trt.flavor.import_engine import log_engine, save_engine
     from mlflow_trt.flavor.mlmodel import get_default_conda_env, get_default_pip_requirements
     from mlflow_trt.measure.benchmark import benchmark
     from mlflow_trt.measure.side_by_side import compare_models
@@ -93,7 +94,9 @@ __all__ = [
     "get_default_conda_env",
     "get_default_pip_requirements",
     "load_model",
+    "log_engine",
     "log_model",
+    "save_engine",
     "save_model",
     "verify_model",
 ]
@@ -113,7 +116,9 @@ _MODULES = {
     "get_default_conda_env": "flavor.mlmodel",
     "get_default_pip_requirements": "flavor.mlmodel",
     "load_model": "flavor.api",
+    "log_engine": "flavor.import_engine",
     "log_model": "flavor.api",
+    "save_engine": "flavor.import_engine",
     "save_model": "flavor.api",
     "verify_model": "measure.verify_logged",
 }

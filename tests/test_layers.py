@@ -102,8 +102,26 @@ def test_without_times_there_are_no_bars():
     assert "<div" not in page(LayerReport(model="m", description="d", rows=1, layers=parse(DETAILED)))
 
 
-def test_without_a_gpu_there_is_a_word(tmp_path):
-    mlflow_trt.save_model(networks.product(), tmp_path / "model", batch=4)
-    code, output, errors = run("inspect", tmp_path / "model", "--layers", CUDA_VISIBLE_DEVICES="")
-    assert (code, output) == (1, "")
-    assert "the layers of an engine can only be read where it runs" in errors
+def test_without_a_gpu_the_layers_are_those_of_the_network(tmp_path):
+    mlflow_trt.save_model(networks.product(), tmp_path / "model", batch=4, precision="fp16", verify=False)
+    code, output, errors = run("inspect", tmp_path / "model", "--layers", "--json", CUDA_VISIBLE_DEVICES="")
+    assert code == 0, errors
+    assert "the layers before TensorRT fuses them" in errors
+    found = json.loads(output)
+    assert found["rows"] is None
+    (product,) = [layer for layer in found["layers"] if layer["kind"] == "MATRIX_MULTIPLY"]
+    assert product["name"] == "product"
+    assert [tensor["format"] for tensor in product["outputs"]] == ["float16"]
+    assert product["outputs"][0]["shape"] == [-1, 8]
+    code, output, errors = run("inspect", tmp_path / "model", "--layers", "--html", tmp_path / "l.html",
+                               CUDA_VISIBLE_DEVICES="", COLUMNS="80")  # fmt: skip
+    assert code == 0, errors
+    assert "MATRIX_MULTIPLY" in output
+    assert "product" in (tmp_path / "l.html").read_text()
+
+
+def test_a_model_of_another_flavor_has_no_layers(tmp_path):
+    (tmp_path / "m.onnx").write_bytes(networks.product().SerializeToString())
+    code, _, errors = run("inspect", tmp_path / "m.onnx", "--layers", CUDA_VISIBLE_DEVICES="")
+    assert code == 1
+    assert "no engine with layers" in errors

@@ -50,7 +50,9 @@ NAMES = {
     "get_default_conda_env",
     "get_default_pip_requirements",
     "load_model",
+    "log_engine",
     "log_model",
+    "save_engine",
     "save_model",
     "verify_model",
 }

@@ -38,6 +38,12 @@ class ITensor(Protocol):
 
 class ILayer(Protocol):
     type: Enumerator
+    name: str
+    num_inputs: int
+    num_outputs: int
+
+    def get_input(self, index: int) -> ITensor | None: ...
+    def get_output(self, index: int) -> ITensor: ...
 
 
 class INetworkDefinition(Protocol):

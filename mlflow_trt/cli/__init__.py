@@ -16,6 +16,7 @@ from mlflow_trt.cli.convert import convert
 from mlflow_trt.cli.dockerfile import dockerfile
 from mlflow_trt.cli.doctor import doctor
 from mlflow_trt.cli.export_triton import export_triton
+from mlflow_trt.cli.import_engine import import_engine
 from mlflow_trt.cli.inspect import inspect
 from mlflow_trt.cli.serve import serve
 from mlflow_trt.cli.verify import verify
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 app.command(cls=Command)(convert)
 app.command(cls=Command)(add_engine)
+app.command(cls=Command)(import_engine)
 app.command(cls=Command)(inspect)
 app.command(cls=Command)(verify)
 app.command(cls=Command)(benchmark)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlflow_trt.cli import recipe_options as options
-from mlflow_trt.cli.options import NOTHING_DONE, default_name, results_on_stdout
+from mlflow_trt.cli.options import NOTHING_DONE, default_name, results_on_stdout, select_device
 from mlflow_trt.cli.render import print_outcomes, print_plan, print_record
 from mlflow_trt.cli.tables import print_json
 from mlflow_trt.cli.trtexec import translate
@@ -114,6 +114,14 @@ def convert(
             path_type=Path, help="A folder that links among the model's external data may lead into: blobs of a cache."
         ),
     ] = None,
+    calibration_cache: Annotated[
+        Path | None,
+        typer.Option(path_type=Path, help="A file of JSON that int8 and fp8 write their ranges to, and use again."),
+    ] = None,
+    device: Annotated[
+        int | None,
+        typer.Option(help="The GPU to build, verify and measure on, of those that CUDA_VISIBLE_DEVICES shows."),
+    ] = None,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not compare with the source model, and store no golden sample.")
     ] = False,
@@ -144,6 +152,8 @@ def convert(
         raise typer.BadParameter("--alias needs --register-as NAME")
     if all_ and (output or save_engine):
         raise typer.BadParameter("--all registers what it makes: leave --output and --save-engine out")
+    if device is not None:
+        select_device(device)
     with results_on_stdout(as_json):
         conversion = _options_from(context)
         if save_engine:
@@ -164,6 +174,7 @@ def _options_from(context: typer.Context) -> ConversionOptions:
         base,
         recipe=options.recipe_from(given),
         calibration_data=given["calibration_data"],
+        calibration_cache=given["calibration_cache"],
         verify=not given["no_verify"],
         store_kernels=given["store_kernels"],
         allow_external_data_from=given["allow_external_data_from"],

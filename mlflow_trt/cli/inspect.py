@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,13 +12,20 @@ from mlflow_trt.cli.render import print_record
 from mlflow_trt.cli.render_measures import print_layers
 from mlflow_trt.cli.tables import print_json
 
+if TYPE_CHECKING:
+    from mlflow_trt.store.record import Record
+
 
 def inspect(
     uri: Annotated[str, typer.Argument(help="An MLflow model URI such as models:/name/version, or a folder.")],
     layers: Annotated[
-        bool, typer.Option("--layers", help="Show the layers of the engine that runs here instead. Needs a GPU.")
+        bool,
+        typer.Option("--layers", help="Show the layers, of the engine and with times; without a GPU of its network."),
     ] = False,
     html: Annotated[Path | None, typer.Option(help="With --layers: write them to this HTML page.")] = None,
+    commands: Annotated[
+        bool, typer.Option("--commands", help="Show how to run the engines in trtexec, Polygraphy and Nsight Systems.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole record, or the layers, as JSON.")] = False,
 ) -> None:
     """Show a model's recipe, profiles, engines and digests, which needs neither a GPU nor TensorRT; or its layers."""
@@ -30,10 +37,30 @@ def inspect(
 
     with results_on_stdout(as_json):
         record = read_record(uri)
-    if as_json:
+    if commands:
+        _commands(uri, record, as_json=as_json)
+    elif as_json:
         print_json({"uri": uri, **record_to_dict(record)})
     else:
         print_record(uri, record)
+
+
+def _commands(uri: str, record: Record, *, as_json: bool) -> None:
+    from mlflow_trt.deploy.run_elsewhere import commands_for
+    from mlflow_trt.flavor.fetch import local_path
+
+    folder = local_path(uri)
+    found = {
+        engine.file: commands_for(record, engine, str(folder / engine.file) if folder.is_dir() else engine.file)
+        for engine in record.engines
+    }
+    if as_json:
+        print_json({file: {one.tool: one.command for one in commands} for file, commands in found.items()})
+        return
+    if not folder.is_dir():
+        typer.echo(f"mlflow artifacts download --artifact-uri {uri} --dst-path .\n")
+    for file, commands in found.items():
+        typer.echo(f"{file}\n" + "".join(f"  {command.command}\n" for command in commands))
 
 
 def _layers(uri: str, html: Path | None, *, as_json: bool) -> None:

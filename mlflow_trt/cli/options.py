@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -105,6 +106,16 @@ def combine_profiles(low: Sequence[str], usual: Sequence[str], high: Sequence[st
 NOTHING_DONE = 3
 """What a command exits with that found nothing to do, or nothing to compare."""
 
+
+def select_device(ordinal: int) -> None:
+    """Let this process, and those that it starts, see no GPU but this one of those that it sees now."""
+    visible = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
+    if ordinal < 0 or (visible and ordinal >= len(visible)):
+        seen = f"CUDA_VISIBLE_DEVICES={','.join(visible)} leaves {len(visible)}" if visible else "0 is the first"
+        raise typer.BadParameter(f"--device: there is no GPU {ordinal}: {seen}")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[ordinal] if visible else str(ordinal)
+
+
 _EXIT_CODES = {"passed": 0, "failed": 1, "inconclusive": 1, "nothing was compared": NOTHING_DONE}
 """By verdict; click answers 2 for options that make no sense."""
 
@@ -117,7 +128,6 @@ def exit_code(verdict: str) -> int:
 @contextmanager
 def results_on_stdout(enabled: bool) -> Iterator[None]:
     """Keep standard output for the result: TensorRT's libraries, and whoever else, print to standard error instead."""
-    import os
     import sys
 
     if not enabled or sys.stdout is None:

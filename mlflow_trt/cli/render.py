@@ -28,12 +28,7 @@ def print_record(uri: str, record: Record) -> None:
     print_facts(
         "recipe",
         {
-            **_recipe_facts(record.recipe, record.batch_axis),
-            **_selection_facts(record.selection),
-            "source model": f"{record.source.file}, sha256 {shorten_digest(record.source.digest)}",
-            "typed model": "equals the source model"
-            if record.typed == record.source
-            else f"{record.typed.file}, sha256 {shorten_digest(record.typed.digest)}",
+            **_model_facts(record),
             "made from": record.lineage.get("source"),
             "exported by": record.lineage.get("exporter"),
             "left out": record.lineage.get("left_out"),
@@ -54,6 +49,20 @@ def print_record(uri: str, record: Record) -> None:
     kernels = {engine.kernels.file: _kernels_text(engine) for engine in record.engines if engine.kernels is not None}
     if kernels:
         print_facts("\nkernels, for GPUs of the same compute capability", kernels)
+
+
+def _model_facts(record: Record) -> dict[str, Any]:
+    """What it was made of and how; for a plan that was imported, nothing of that is known."""
+    if record.is_engine_only:
+        return {"source model": "none", "batch axis": _batch_text(record.batch_axis)}
+    return {
+        **_recipe_facts(record.recipe, record.batch_axis),
+        **_selection_facts(record.selection),
+        "source model": f"{record.source.file}, sha256 {shorten_digest(record.source.digest)}",
+        "typed model": "equals the source model"
+        if record.typed == record.source
+        else f"{record.typed.file}, sha256 {shorten_digest(record.typed.digest)}",
+    }
 
 
 def _accuracy_line(record: Record) -> str:

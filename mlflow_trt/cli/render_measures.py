@@ -97,6 +97,8 @@ def print_measurements(title: str, benchmark: Benchmark) -> None:
 
 
 def print_layers(report: LayerReport) -> None:
+    timed = f", timed with {report.rows} rows" if report.rows is not None else ""
+    typer.echo(f"{report.model} on {report.description}{timed}")
     rows = [
         (
             number,
@@ -107,8 +109,8 @@ def print_layers(report: LayerReport) -> None:
         )
         for number, layer in report.slowest_first()
     ]
-    title = f"{report.model} on {report.description}, timed with {report.rows} rows"
-    print_rows(title, ("", "layer", "type", "outputs", "ms"), rows)
+    columns = 5 if report.milliseconds else 4
+    print_rows("", ("", "layer", "type", "outputs", "ms")[:columns], [row[:columns] for row in rows])
 
 
 def print_diagnosis(diagnosis: Diagnosis) -> None:

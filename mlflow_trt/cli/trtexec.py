@@ -78,7 +78,7 @@ OPTIONS = (
     Option("--dynamicPlugins", "refused", "plugins are not stored with the model, so it would not load elsewhere"),
     Option("--useDLACore", "refused", "DLA is not supported"),
     Option("--allowGPUFallback", "refused", "DLA is not supported", flag=True),
-    Option("--device", "refused", "choose the GPU with the environment variable CUDA_VISIBLE_DEVICES"),
+    Option("--device", "--device"),
     Option("--safe", "refused", "the safety runtime is not supported", flag=True),
     *(
         Option(name, "benchmark")
@@ -176,7 +176,7 @@ def _reason(option: Option | None, given: str = "") -> str:
     if option is None:
         close = difflib.get_close_matches(given.lower(), _BY_NAME, n=1, cutoff=0.75)
         if close:
-            return f"trtexec has none of this name; did you mean {_BY_NAME[close[0]].name}?"
+            return f"mlflow-trt does not know it; did you mean {_BY_NAME[close[0]].name}?"
         return "mlflow-trt does not know it; docs/trtexec.md lists what it knows"
     return option.word or "it is about running the engine; see mlflow-trt benchmark"
 

@@ -14,6 +14,8 @@ OPTIONS = {
     "keep_float32": "--keep-float32",
     "targets": "--target",
     "shapes": "--min-shapes, --opt-shapes and --max-shapes",
+    "inputs": "--input",
+    "outputs": "--output-tensor",
     "precision": "--precision",
     "workspace_bytes": "--workspace",
     "memory_pools": "--mem-pool-size",
@@ -76,6 +78,8 @@ _PHRASES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
      lambda found: OPTIONS[found[1]]),
     (rf"^({_SUBJECTS})(?= is\b|:)", lambda found: OPTIONS[found[1]]),
     (_CHOOSERS, "convert, which chooses"),
+    (r"\bleave splits_batches out", "leave --split-batches out"),
+    (r"\bgive both of inputs and outputs, or none", "give both of --input and --output-tensor, or neither"),
 )  # fmt: skip
 _COMPILED = tuple((re.compile(pattern), replacement) for pattern, replacement in _PHRASES)
 

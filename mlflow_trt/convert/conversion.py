@@ -43,7 +43,7 @@ class ConversionTask:
     `data` are sample inputs; None generates some. `tolerance` is what the typed model may be off from the source
     model: nodes are kept in float32 until it is met, and None takes what comes. `example_shapes` fix the axes that
     nothing else says anything about. `distribution` is which TensorRT builds; None takes the preferred one of those
-    installed.
+    installed. `calibration_cache` is a file that ranges for int8 and fp8 are read from, or written to.
     """
 
     source: OnnxModel
@@ -54,6 +54,7 @@ class ConversionTask:
     example_shapes: Mapping[str, Shape] | None = None
     distribution: Distribution | None = None
     progress: Progress | None = None
+    calibration_cache: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,7 @@ def convert_source(task: ConversionTask) -> Conversion:
         samples=samples,
         tolerance=task.tolerance,
         weight_only=weight_only_operators(tensorrt, recipe.precision),
+        calibration_cache=task.calibration_cache,
     )
     plan = task.workdir / "engine.plan"
 

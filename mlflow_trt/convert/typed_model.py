@@ -21,9 +21,10 @@ from mlflow_trt.convert.onnx.opset import OpsetNotRaisedError, opset_of
 from mlflow_trt.convert.onnx.rewrite import RewrittenModel, rewrite
 from mlflow_trt.convert.onnx.weights import write_model
 from mlflow_trt.convert.precision import pass_for
+from mlflow_trt.convert.precision.calibration_cache import CalibrationCache, SavedRanges
 from mlflow_trt.convert.precision.masks import clamp_masks
 from mlflow_trt.convert.precision.quantized import QUANTIZABLE, is_quantized
-from mlflow_trt.convert.precision.ranges import Evidence, gather_evidence
+from mlflow_trt.convert.precision.ranges import Evidence, gather_evidence, measured_tensors
 from mlflow_trt.convert.precision.refinement import refine
 from mlflow_trt.convert.precision.sensitivity import FLOAT16, headroom_of
 from mlflow_trt.convert.precision.share import quantized_nodes, share_of
@@ -85,12 +86,14 @@ def maker_for(
     samples: Samples,
     tolerance: Tolerance | None,
     weight_only: Mapping[str, str],
+    calibration_cache: Path | None = None,
 ) -> TypedModelMaker:
     """What makes the typed model of `recipe`.
 
     Args:
         samples: what ranges are seen on, and results compared on.
         tolerance: nodes are kept in float32 until this is met; None accepts the first result.
+        calibration_cache: for int8 and fp8, a file that ranges are read from, or written to where it has none.
         weight_only: operators of which no more than the weights can be quantized, with the reason for each.
 
     Raises:
@@ -106,13 +109,25 @@ def maker_for(
         precision_pass = None
     if precision_pass is None:
         return _Unchanged(source, rewritten, recipe, workdir, samples)
-    check_calibration(rewritten.proto, recipe, samples)
-    return _Retyped(source, rewritten, recipe, workdir, precision_pass, samples, tolerance, profiles.batch_axis)
+    cache = open_calibration_cache(calibration_cache, source, recipe)
+    check_calibration(rewritten.proto, recipe, samples, cache)
+    return _Retyped(source, rewritten, recipe, workdir, precision_pass, samples, tolerance, profiles.batch_axis, cache)
 
 
-def check_calibration(model: ModelProto, recipe: Recipe, samples: Samples) -> None:
+def open_calibration_cache(path: Path | None, source: OnnxModel, recipe: Recipe) -> CalibrationCache | None:
+    """The file of ranges, for a precision that has some. Raises RecipeError for a file of something else."""
+    if path is None or recipe.precision not in _QUANTIZED:
+        return None
+    return CalibrationCache(path, source.digest)
+
+
+def check_calibration(
+    model: ModelProto, recipe: Recipe, samples: Samples, cache: CalibrationCache | None = None
+) -> None:
     """Raise RecipeError where the precision is calibrated on the samples, and they are too few or noise."""
     if recipe.precision not in _QUANTIZED or is_quantized(model):
+        return
+    if cache is not None and cache.saved is not None and not samples.is_evidence:
         return
     if not samples.is_evidence or samples.rows < _FEWEST_ROWS:
         raise RecipeError(
@@ -195,12 +210,14 @@ class _Retyped:
         samples: Samples,
         tolerance: Tolerance | None,
         batch_axis: BatchAxis | None,
+        cache: CalibrationCache | None = None,
     ) -> None:
         self._source = source
         self._recipe = recipe
         self._batch_axis = batch_axis
         self._workdir = workdir
         self._samples = samples
+        self._source_digest = source.digest
         self._tolerance = tolerance or Tolerance()
         self._refines = tolerance is not None
         self._names = [spec.name for spec in source.outputs]
@@ -210,10 +227,34 @@ class _Retyped:
         self._excluded = _excluded_nodes(self._flat, source.proto, recipe)
         with self._explaining_ignorance():
             self._remarks += self._clamp_masks(headroom_of(samples))
-            evidence = gather_evidence(self._flat, samples)
-        if recipe.precision in _QUANTIZED:
-            evidence = _calibrated(self._flat, evidence, recipe.calibration_method, workdir)
+            evidence = self._evidence(cache)
         self._make = precision_pass.prepare(self._flat, evidence)
+
+    def _evidence(self, cache: CalibrationCache | None) -> Evidence:
+        """The ranges: seen on the samples, or those that were saved."""
+        flat, samples, method = self._flat, self._samples, self._recipe.calibration_method
+        if self._recipe.precision not in _QUANTIZED:
+            return gather_evidence(flat, samples)
+        digest = samples.sha256 if samples.is_evidence else None
+        saved = None if cache is None else cache.usable(measured_tensors(flat), method, digest)
+        evidence = gather_evidence(flat, samples, saved)
+        if saved is not None:
+            return replace(evidence, cutoffs=saved.cutoffs.get(str(method), {}))
+        evidence = _calibrated(flat, evidence, method, self._workdir)
+        if cache is not None:
+            seen = {name: evidence.largest[name] for name in evidence.largest if name not in flat.constants}
+            cutoffs = {} if method is CalibrationMethod.MINMAX else {str(method): evidence.cutoffs}
+            cache.write(
+                SavedRanges(
+                    source_sha256=self._source_digest,
+                    samples=str(samples),
+                    samples_sha256=samples.sha256,
+                    largest=seen,
+                    not_finite={name: count for name, count in evidence.not_finite.items() if name in seen},
+                    cutoffs=cutoffs,
+                )
+            )
+        return evidence
 
     @contextmanager
     def _explaining_ignorance(self) -> Iterator[None]:

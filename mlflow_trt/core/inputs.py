@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlflow_trt.core.arrays import Array, Feeds, numpy_dtype
+from mlflow_trt.core.nvtx import marked
 from mlflow_trt.core.types import TensorSpec, is_placeholder
 from mlflow_trt.errors import InputDtypeError, InputError, InputShapeError
 
@@ -24,6 +25,7 @@ class InputCheck:
         self._names = tuple(spec.name for spec in specs)
         self._known: set[tuple[object, ...]] = set()
 
+    @marked("check inputs")
     def prepare(self, inputs: Mapping[str, npt.ArrayLike]) -> Feeds:
         """What `prepare_feeds` returns and raises."""
         seen = self._seen(inputs)

@@ -51,6 +51,7 @@ def save_model(
     recipe: Recipe | None = None,
     targets: Sequence[str] | str | None = None,
     calibration_data: Any = None,
+    calibration_cache: str | os.PathLike[str] | None = None,
     verify: Tolerance | bool = True,
     store_kernels: bool = False,
     signature: ModelSignature | bool | None = None,
@@ -84,6 +85,8 @@ def save_model(
         calibration_data: real inputs, which ranges are seen on and results compared on: the path of an `.npz` or `.npy`
             file, an array, {input: array}, an iterable of such mappings, a DataFrame, or an MLflow dataset. int8 and
             fp8 need it; without it, the input example serves the other precisions, and noise if there is none.
+        calibration_cache: for int8 and fp8, a file of JSON: the ranges that were seen on the calibration data are
+            written to it, and read from it the next time, then also without the data.
         verify: how far the model may be off from the source model; True takes what is usual for the precision. Nodes
             are kept in float32 until it is met; a model beyond it is refused. The first rows and their results are
             stored with the model for the self-test at load. False measures and stores nothing.
@@ -114,6 +117,7 @@ def save_model(
     options = ConversionOptions(
         recipe=Recipe.of(recipe, precision=precision, batch=batch, shapes=shapes, targets=targets),
         calibration_data=calibration_data,
+        calibration_cache=calibration_cache,
         verify=verify,
         store_kernels=store_kernels,
         model_config=model_config,
@@ -146,6 +150,7 @@ def log_model(
     recipe: Recipe | None = None,
     targets: Sequence[str] | str | None = None,
     calibration_data: Any = None,
+    calibration_cache: str | os.PathLike[str] | None = None,
     verify: Tolerance | bool = True,
     store_kernels: bool = False,
     signature: ModelSignature | bool | None = None,
@@ -190,6 +195,7 @@ def log_model(
     options = ConversionOptions(
         recipe=Recipe.of(recipe, precision=precision, batch=batch, shapes=shapes, targets=targets),
         calibration_data=calibration_data,
+        calibration_cache=calibration_cache,
         verify=verify,
         store_kernels=store_kernels,
         model_config=model_config,

@@ -16,7 +16,7 @@ def describe(record: Record) -> str:
     source = record.lineage.get("source")
     error = short_number(record.comparisons[-1].relative_error) if record.comparisons else None
     parts = (
-        str(record.recipe.precision),
+        "imported engine" if record.is_engine_only else str(record.recipe.precision),
         batch and f"batch {batch}",
         ", ".join(targets),
         source and f"from {source}",

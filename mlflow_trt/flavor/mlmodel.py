@@ -45,7 +45,8 @@ from mlflow_trt.convert.onnx.model import MODEL_FILE
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.output_folder import check_target, write_aside
 from mlflow_trt.core.selection import Selection
-from mlflow_trt.core.types import TensorSpec
+from mlflow_trt.core.settings import LoadSettings
+from mlflow_trt.core.types import EngineRecord, TensorSpec
 from mlflow_trt.errors import MissingDependencyError, OptionError
 from mlflow_trt.flavor.signatures import output_signature, tensor_signature, without_params
 from mlflow_trt.flavor.tags import (
@@ -63,6 +64,7 @@ from mlflow_trt.pipeline.compile_kernels import store_kernels
 from mlflow_trt.pipeline.make import ConvertedModel
 from mlflow_trt.pipeline.selection_plot import draw_candidates
 from mlflow_trt.pipeline.verify import Verification
+from mlflow_trt.store.engine_folder import EngineInterface, write_engine_folder
 from mlflow_trt.store.precision_page import REPORT_FILE, report_text
 from mlflow_trt.store.record import FLAVOR_NAME, Record
 from mlflow_trt.store.write_folder import write_folder
@@ -161,32 +163,58 @@ def write_model(
         (folder / REPORT_FILE).write_text(report_text(record))
         if made.selection is not None:
             _draw(made.selection, made.conversion, folder)
-        code = _validate_and_copy_code_paths(options.code_paths, str(folder))
-        if options.signature is None:
-            model.signature = output_signature(record.outputs)
-        elif options.signature is True:
-            model.signature = tensor_signature(record.inputs, record.outputs, record.profiles, record.batch_axis)
-        elif options.signature is not False:
-            model.signature = options.signature
-        if options.input_example is not None:
-            _save_example(model, options.input_example, str(folder))
-        if options.metadata is not None:
-            model.metadata = options.metadata
-        pyfunc.add_to_model(
-            model,
-            loader_module=FLAVOR_NAME,
-            conda_env=_CONDA_ENV_FILE_NAME,
-            python_env=_PYTHON_ENV_FILE_NAME,
-            code=code,
-            model_config=made.settings.to_dict(),
-        )
-        model.add_flavor("onnx", onnx_version=onnx.__version__, data=MODEL_FILE, code=code)
-        extra_files = _copy_extra_files(options.extra_files, str(folder))
-        model.add_flavor(FLAVOR_NAME, **flavor_fields(record), code=code, **extra_files)
-        _write_environment(folder, record, options)
-        model.model_size_bytes = get_total_file_size(folder)
-        model.save(str(folder / MLMODEL_FILE_NAME))
+        _write_mlmodel(model, folder, record, options, made.settings)
     return model
+
+
+def write_engine_model(
+    plan: bytes,
+    engine: EngineRecord,
+    interface: EngineInterface,
+    path: Path,
+    options: PackagingOptions,
+    settings: LoadSettings,
+    mlflow_model: Model | None = None,
+) -> Model:
+    """Write the model folder of a plan that exists, whole or not at all; returns what its MLmodel says."""
+    check_target(path)
+    model = Model() if mlflow_model is None else mlflow_model
+    with write_aside(path) as folder:
+        record = write_engine_folder(plan, engine, interface, folder, options.lineage)
+        _write_mlmodel(model, folder, record, options, settings)
+    return model
+
+
+def _write_mlmodel(
+    model: Model, folder: Path, record: Record, options: PackagingOptions, settings: LoadSettings
+) -> None:
+    """Write what MLflow wants beside what the record names."""
+    code = _validate_and_copy_code_paths(options.code_paths, str(folder))
+    if options.signature is None:
+        model.signature = output_signature(record.outputs)
+    elif options.signature is True:
+        model.signature = tensor_signature(record.inputs, record.outputs, record.profiles, record.batch_axis)
+    elif options.signature is not False:
+        model.signature = options.signature
+    if options.input_example is not None:
+        _save_example(model, options.input_example, str(folder))
+    if options.metadata is not None:
+        model.metadata = options.metadata
+    pyfunc.add_to_model(
+        model,
+        loader_module=FLAVOR_NAME,
+        conda_env=_CONDA_ENV_FILE_NAME,
+        python_env=_PYTHON_ENV_FILE_NAME,
+        code=code,
+        model_config=settings.to_dict(),
+    )
+    if not record.is_engine_only:
+        model.add_flavor("onnx", onnx_version=onnx.__version__, data=MODEL_FILE, code=code)
+    extra_files = _copy_extra_files(options.extra_files, str(folder))
+    model.add_flavor(FLAVOR_NAME, **flavor_fields(record), code=code, **extra_files)
+    _write_environment(folder, record, options)
+    model.model_size_bytes = get_total_file_size(folder)
+    model.save(str(folder / MLMODEL_FILE_NAME))
 
 
 def move_model(written: Model, folder: Path, path: Path, mlflow_model: Model) -> None:
@@ -263,7 +291,7 @@ def flavor_fields(record: Record) -> dict[str, Any]:
     """What the MLmodel file says of the record, for those who look there."""
     return {
         "format": record.format,
-        "precision": str(record.recipe.precision),
+        "precision": "unknown" if record.is_engine_only else str(record.recipe.precision),
         "profiles": [{name: str(limits) for name, limits in profile.ranges.items()} for profile in record.profiles],
         "engines": [
             {

@@ -16,6 +16,7 @@ import pandas as pd
 from mlflow_trt.core.arrays import Array
 from mlflow_trt.core.frames import feeds_from_frame, frame_from_outputs
 from mlflow_trt.core.log import get_logger
+from mlflow_trt.core.nvtx import marked
 from mlflow_trt.core.progress import show_progress
 from mlflow_trt.core.scoring_server import end_server, end_supervisor, explain_crashes, in_server
 from mlflow_trt.core.settings import LoadSettings
@@ -101,6 +102,7 @@ class PyfuncModel:
         self._bfloat16 = [spec.name for spec in session.outputs if spec.dtype == "bfloat16"]
 
     @_WithSignature
+    @marked("predict")
     def predict(self, data: Any, params: Mapping[str, Any] | None = None) -> Any:
         """Run the model. `params` are not for such models, and ignored.
 

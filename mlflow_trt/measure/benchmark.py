@@ -123,7 +123,8 @@ def benchmark(
             problems.append(runnable.problem)
             _log.warning("%s", runnable.problem)
         models = [runnable]
-        if against_source and isinstance(runnable.session, TensorRTSession):
+        has_source = runnable.record is not None and not runnable.record.is_engine_only
+        if against_source and has_source and isinstance(runnable.session, TensorRTSession):
             source = stack.enter_context(_source(model_uri, runnable, problems))
             models += [source] if source is not None else []
         rows = measure_runnables(models, batches, given, seconds, steps, problems)

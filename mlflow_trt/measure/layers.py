@@ -12,11 +12,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from mlflow_trt.backends import tensorrt as trt
+from mlflow_trt.convert.engine.builder import read_network
+from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.progress_event import Progress
+from mlflow_trt.core.types import Interface
 from mlflow_trt.errors import ExecutionError, RuntimeUnavailableError
+from mlflow_trt.flavor.fetch import open_folder
 from mlflow_trt.measure.runnable import open_runnable
 from mlflow_trt.runtime.tensorrt_session import TensorRTSession
+from mlflow_trt.store.folder import ModelFolder
 
+_log = get_logger(__name__)
 _TENSOR_FORMAT = ("Format/Datatype", "Format", "Datatype")
 
 
@@ -46,11 +53,14 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """All layers of an engine, and what runs it; `rows` is the batch that was timed."""
+    """All layers of an engine, and what runs it; `rows` is the batch that was timed, None where none was.
+
+    Without a GPU they are those of the network that the engine is built of.
+    """
 
     model: str
     description: str
-    rows: int
+    rows: int | None
     layers: tuple[Layer, ...]
 
     @property
@@ -76,19 +86,44 @@ def read_layers(
 ) -> LayerReport:
     """Load an engine, ask the inspector about its layers, and time each over so many runs.
 
-    Raises RuntimeUnavailableError where there is no GPU: the layers are not to be seen in a plan.
+    Where the engine cannot run, the layers are those of the network that TensorRT parses, before it fuses them: their
+    names, types and tensors, without times.
+
+    Raises RuntimeUnavailableError for a model of another flavor, which has no engine, and ArtifactError for a plan that
+    was imported, where it cannot run: its layers are not to be seen in it.
     """
     with open_runnable(model_uri, device=device, progress=progress) as runnable:
         session = runnable.session
-        if not isinstance(session, TensorRTSession):
-            reason = runnable.problem or f"{model_uri} is no model of this flavor"
-            raise RuntimeUnavailableError(f"the layers of an engine can only be read where it runs: {reason}")
-        usual = _usual_rows(runnable) if rows is None else rows
-        layers = parse(session.layer_information())
-        times = session.time_layers(runnable.inputs(usual, runnable.given(data)), runs)
-        return LayerReport(
-            model=model_uri, description=session.description, rows=usual, layers=with_times(layers, times)
-        )
+        if isinstance(session, TensorRTSession):
+            usual = _usual_rows(runnable) if rows is None else rows
+            layers = parse(session.layer_information())
+            times = session.time_layers(runnable.inputs(usual, runnable.given(data)), runs)
+            return LayerReport(
+                model=model_uri, description=session.description, rows=usual, layers=with_times(layers, times)
+            )
+        problem = runnable.problem
+    if problem is None:
+        raise RuntimeUnavailableError(f"{model_uri} is no model of this flavor, so it has no engine with layers")
+    _log.warning("These are the layers before TensorRT fuses them: %s", problem)
+    with open_folder(model_uri) as folder:
+        return _network_report(model_uri, folder)
+
+
+def _network_report(model_uri: str, folder: ModelFolder) -> LayerReport:
+    record = folder.record
+    distribution = record.engines[0].distribution
+    layers = read_network(
+        folder.checked_model(record.typed),
+        record.recipe,
+        interface=Interface(record.inputs, record.outputs),
+        distribution=distribution,
+    )
+    return LayerReport(
+        model=model_uri,
+        description=f"the network that {trt.load(distribution)} parses",
+        rows=None,
+        layers=tuple(map(_layer, layers)),
+    )
 
 
 def parse(information: str) -> tuple[Layer, ...]:
@@ -113,7 +148,7 @@ def page(report: LayerReport) -> str:
     total = sum(report.milliseconds.values())
     slowest = max(report.milliseconds.values(), default=0.0)
     rows = "\n".join(_row(number, layer, total, slowest) for number, layer in report.slowest_first())
-    timed = f", {total:.3f} ms for {report.rows} rows" if total else ""
+    timed = f", {total:.3f} ms for {report.rows} rows" if total and report.rows is not None else ""
     return _PAGE.format(
         title=html.escape(report.model),
         facts=html.escape(f"{report.description}: {len(report.layers)} layers{timed}"),

@@ -41,7 +41,7 @@ def write_report(
         files += [folder / "layers.json", folder / "layers.html"]
         files[-2].write_text(json.dumps(layers.to_dict(), indent=2) + "\n")
         files[-1].write_text(page(layers))
-        files += draw_layers(layers.milliseconds, f"{title}, batch {layers.rows}", folder)
+        files += draw_layers(layers.milliseconds, f"{title}, batch {layers.rows}", folder)  # none without times
     return files
 
 

@@ -88,6 +88,7 @@ def convert_and_verify(
             data=sample_data_of(options.calibration_data, input_example, source.inputs),
             tolerance=options.required_tolerance,
             example_shapes=example_shapes(input_example, source.inputs),
+            calibration_cache=options.calibration_cache_file,
         )
         if prepared.bench is not None:
             with choose_progress(f"Trying the precisions of {_name_of(source)}", options.progress) as shown:

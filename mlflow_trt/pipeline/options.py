@@ -12,9 +12,12 @@ from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.core.accuracy import Tolerance
 from mlflow_trt.core.progress_event import Progress
 from mlflow_trt.core.settings import LoadSettings
+from mlflow_trt.core.types import Precision
 from mlflow_trt.errors import OptionError
 from mlflow_trt.pipeline.bench import Bench
 from mlflow_trt.pipeline.compile_kernels import KernelCompiler
+
+_CALIBRATED = (Precision.INT8, Precision.FP8, Precision.BEST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +27,13 @@ class ConversionOptions:
     `bench` is where the candidates for `best` are measured, and `compiler` where kernels are compiled; None takes the
     GPU of this machine for both.
 
-    Raises OptionError for a `verify` that is neither a bool nor a Tolerance, for load settings that do not exist, and
-    for external data from what is no folder.
+    Raises OptionError for a `verify` that is neither a bool nor a Tolerance, for load settings that do not exist,
+    for external data from what is no folder, and for a calibration cache of a precision that is not calibrated.
     """
 
     recipe: Recipe = field(default_factory=Recipe)
     calibration_data: Any = None
+    calibration_cache: str | os.PathLike[str] | None = None
     verify: Tolerance | bool = True
     store_kernels: bool = False
     model_config: Mapping[str, Any] | None = None
@@ -47,6 +51,16 @@ class ConversionOptions:
             raise OptionError(
                 f"allow_external_data_from is {str(folder)!r}; expected a folder", option="allow_external_data_from"
             )
+        if self.calibration_cache is not None and self.recipe.precision not in _CALIBRATED:
+            raise OptionError(
+                f"calibration_cache is for int8, fp8 and best, and the precision is {self.recipe.precision}",
+                option="calibration_cache",
+            )
+
+    @property
+    def calibration_cache_file(self) -> Path | None:
+        """The file that ranges for int8 and fp8 are read from, or written to."""
+        return None if self.calibration_cache is None else Path(self.calibration_cache)
 
     @property
     def external_data_folder(self) -> Path | None:

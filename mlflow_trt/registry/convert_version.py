@@ -41,6 +41,7 @@ def convert_model_version(
     recipe: Recipe | None = None,
     targets: Sequence[str] | str | None = None,
     calibration_data: Any = None,
+    calibration_cache: str | os.PathLike[str] | None = None,
     verify: Tolerance | bool = True,
     store_kernels: bool = False,
     model_config: Mapping[str, Any] | None = None,
@@ -61,8 +62,8 @@ def convert_model_version(
     Args:
         model_uri: `models:/name/version`, `models:/name@alias`, `runs:/...`, or any other URI of an MLflow model; the
             path of an ONNX file will do as well.
-        precision, batch, shapes, recipe, targets, calibration_data, verify, store_kernels, model_config,
-            allow_external_data_from, progress: as for `log_model`.
+        precision, batch, shapes, recipe, targets, calibration_data, calibration_cache, verify, store_kernels,
+            model_config, allow_external_data_from, progress: as for `log_model`.
         tags: more tags of the new version; they come before those of the source.
         alias: set on the version once everything else succeeded.
         force: make a new version, even where there is one of the same source and recipe.
@@ -77,6 +78,7 @@ def convert_model_version(
     options = ConversionOptions(
         recipe=Recipe.of(recipe, precision=precision, batch=batch, shapes=shapes, targets=targets),
         calibration_data=calibration_data,
+        calibration_cache=calibration_cache,
         verify=verify,
         store_kernels=store_kernels,
         model_config=model_config,

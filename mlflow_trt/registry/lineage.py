@@ -61,6 +61,7 @@ def recipe_digest(prepared: PreparedConversion) -> str:
     rest = {
         "model_config": options.model_config,
         "calibration_data": _data_digest(options.calibration_data),
+        "calibration_cache": _data_digest(options.calibration_cache),
         "verify": asdict(verify) if isinstance(verify, Tolerance) else None if verify else False,
         "kernels_for": None if compiler is None else str(compiler.gpu.compute_capability),
     }

@@ -13,7 +13,7 @@ from mlflow_trt.convert.checks import check_nodes, check_recipe
 from mlflow_trt.convert.conversion import choose_samples
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.convert.resolve_profiles import resolve_profiles
-from mlflow_trt.convert.typed_model import check_calibration
+from mlflow_trt.convert.typed_model import check_calibration, open_calibration_cache
 from mlflow_trt.core.output_folder import check_target
 from mlflow_trt.core.types import BatchAxis, Precision, ShapeProfile, TensorSpec
 from mlflow_trt.flavor.mlmodel import check_names
@@ -72,7 +72,8 @@ def plan_conversion(
             )
         if twin is None:
             data = sample_data_of(options.calibration_data, source.input_example, model.inputs)
-            check_calibration(model.proto, recipe, choose_samples(data, model, profiles))
+            cache = open_calibration_cache(options.calibration_cache_file, model, recipe)
+            check_calibration(model.proto, recipe, choose_samples(data, model, profiles), cache)
         return Plan(
             source=source.lineage["source"],
             source_digest=model.digest,

@@ -10,6 +10,7 @@ import numpy as np
 
 from mlflow_trt.backends.onnxruntime import CpuModel
 from mlflow_trt.core.arrays import Feeds, Outputs
+from mlflow_trt.core.nvtx import marked
 from mlflow_trt.core.types import BatchAxis, TensorSpec
 from mlflow_trt.errors import RuntimeUnavailableError
 from mlflow_trt.runtime.batching.host_copy import copy_rows
@@ -92,6 +93,7 @@ class OnnxRuntimeSlot:
                 pass
             self._feeds[name] = array
 
+    @marked("finish")
     def finish(self) -> Outputs:
         return self._model.run(self._outputs, self._feeds)
 

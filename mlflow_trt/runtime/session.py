@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from mlflow_trt.core.arrays import Feeds, Outputs
 from mlflow_trt.core.inputs import InputCheck
+from mlflow_trt.core.nvtx import marked
 from mlflow_trt.core.types import TensorSpec
 from mlflow_trt.errors import RuntimeUnavailableError, SessionClosedError
 from mlflow_trt.runtime.batching.shared_work import Work
@@ -67,6 +68,7 @@ class Session(abc.ABC):
         self._runner = runner
         self._closed = False
 
+    @marked("run")
     def run(self, inputs: Mapping[str, npt.ArrayLike]) -> dict[str, npt.NDArray[np.generic]]:
         """Run the model on arrays in host memory.
 

@@ -45,7 +45,7 @@ def check_record(record: Record, file: Path) -> None:
         if name.is_absolute() or ".." in name.parts:
             raise ArtifactError(f"{file} names {name}, which is outside of the model folder", path=file)
     for model in (record.source, record.typed):
-        if model.file not in model.files:
+        if model.file not in model.files and not (record.is_engine_only and not model.files):
             raise ArtifactError(f"{file} gives no sha256 for {model.file}, so it is not used", path=file)
     for problems in (_problems_of_files, _problems_of_specs, _problems_of_profiles, _problems_of_engines):
         for problem in problems(record):

@@ -31,7 +31,16 @@ class ModelFolder:
     record: Record
 
     def checked_model(self, model: StoredModel) -> Path:
-        """The path of an ONNX model, after its files were found to be the ones that were logged."""
+        """The path of an ONNX model, after its files were found to be the ones that were logged.
+
+        Raises ArtifactError where the model is a plan that was imported, which has none.
+        """
+        if self.record.is_engine_only:
+            raise ArtifactError(
+                f"{self.path} was imported as a plan and holds no ONNX model, which this needs; log the ONNX model "
+                "itself with mlflow_trt.log_model",
+                path=self.path,
+            )
         for name, expected in model.files.items():
             self._compare(name, sha256_of(self._existing(name)), expected)
         return self.path / model.file

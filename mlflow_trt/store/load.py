@@ -46,6 +46,7 @@ from mlflow_trt.store import cache, self_test
 from mlflow_trt.store.folder import ModelFolder
 from mlflow_trt.store.gpu_lease import own_gpu
 from mlflow_trt.store.kernel_cache import KernelFile
+from mlflow_trt.store.record import Record
 
 if TYPE_CHECKING:
     from mlflow_trt.runtime.engine.engine import KernelStore
@@ -162,12 +163,23 @@ def _open_on(ordinal: int, folder: ModelFolder, settings: LoadSettings, progress
                 reason = error.message
         reasons.append(f"{engine.file}: {reason}")
     problem = f"No stored engine fits {device.gpu} and {tensorrt} ({'; '.join(reasons)})"
+    _check_rebuild(record, settings, problem, reasons)
+    return session(*_rebuilt(folder, tensorrt, device, problem, progress))
+
+
+def _check_rebuild(record: Record, settings: LoadSettings, problem: str, reasons: Sequence[str]) -> None:
+    """Raise EngineMismatchError where an engine that does not fit is not to be rebuilt, or cannot be."""
+    if record.is_engine_only:
+        raise EngineMismatchError(
+            f"{problem}. The model was imported as a plan, without the ONNX model to rebuild it from: import a plan "
+            "that was built for this machine.",
+            reasons=reasons,
+        )
     if settings.on_mismatch == "error":
         raise EngineMismatchError(
             f"{problem}. Load with on_mismatch='rebuild', or log the model on a machine like this one.",
             reasons=reasons,
         )
-    return session(*_rebuilt(folder, tensorrt, device, problem, progress))
 
 
 def shipped_kernels(folder: ModelFolder, engine: EngineRecord, version: str, gpu: Gpu) -> tuple[bytes, ...]:

@@ -21,7 +21,9 @@ from mlflow_trt.store.check_record import check_record, read_json
 FLAVOR_NAME = "mlflow_trt"
 RECORD_FILE = "mlflow_trt.json"
 FORMAT = 1
-"""The newest record format that this version reads and the one that it writes."""
+"""The record format that this version writes."""
+ENGINE_ONLY_FORMAT = 2
+"""That of a plan that was imported, which releases that know of no such models cannot read; the newest that is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,10 @@ class StoredModel:
     @property
     def digest(self) -> str:
         return combined_digest(self.files)
+
+
+NO_MODEL = StoredModel(file="", files={})
+"""What stands for the source and the typed model of a plan that was imported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +78,11 @@ class Record:
     golden: StoredGolden | None = None
     selection: Selection | None = None
 
+    @property
+    def is_engine_only(self) -> bool:
+        """Whether it is a plan that was imported, without the model that it was made of."""
+        return self.source == NO_MODEL
+
 
 _records = TypeAdapter(Record)
 
@@ -85,10 +96,10 @@ def read_record_file(file: Path, uri: str | None = None) -> Record:
     version = content.get("format") if isinstance(content, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ArtifactError(f"{file} names no format; it is not a record of mlflow-trt", path=file)
-    if version > FORMAT:
+    if version > ENGINE_ONLY_FORMAT:
         raise FormatError(
             f"{file} is of format {version}, written by mlflow-trt {content.get('mlflow_trt_version', 'unknown')}; "
-            f"this is mlflow-trt {__version__}, which reads up to format {FORMAT}. Upgrade mlflow-trt.",
+            f"this is mlflow-trt {__version__}, which reads up to format {ENGINE_ONLY_FORMAT}. Upgrade mlflow-trt.",
             path=file,
         )
     try:

@@ -39,7 +39,7 @@ def write_folder(
     source = conversion.source
     source.copy_to(folder)
     stored_source = StoredModel(file=MODEL_FILE, files=source.files)
-    engine = replace(conversion.engine, file=f"engines/{_plan_name(conversion.engine)}")
+    engine = replace(conversion.engine, file=f"engines/{plan_name(conversion.engine)}")
     (folder / "engines").mkdir()
     shutil.copyfile(conversion.plan, folder / engine.file)
     record = Record(
@@ -67,7 +67,7 @@ def add_engine_file(folder: Path, engine: EngineRecord, plan: Path, *, extends: 
     """Add an engine to a copy of a model folder that was not logged yet; `extends` is the URI of what it copies."""
     record = read_folder(folder).record
     taken = {known.file for known in record.engines}
-    names = (f"engines/{_plan_name(engine, number)}" for number in itertools.count(1))
+    names = (f"engines/{plan_name(engine, number)}" for number in itertools.count(1))
     engine = replace(engine, file=next(name for name in names if name not in taken))
     shutil.copyfile(plan, folder / engine.file)
     lineage = {**record.lineage, "extends": extends}
@@ -123,7 +123,7 @@ def _write_typed(conversion: Conversion, folder: Path) -> StoredModel | None:
     )
 
 
-def _plan_name(engine: EngineRecord, number: int = 1) -> str:
-    """Engines for several GPU models of one compute capability are numbered."""
+def plan_name(engine: EngineRecord, number: int = 1) -> str:
+    """The name of an engine's file. Engines for several GPU models of one compute capability are numbered."""
     suffix = f"-{number}" if number > 1 else ""
     return f"{engine.distribution}-{engine.version}-{engine.target}{suffix}.plan"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import mlflow
 import networks
@@ -111,3 +114,52 @@ def test_compares_an_engine_with_its_source(store):
     assert str(result.comparison.verdict) == "passed"
     assert result.benchmark.problems == ()
     assert {"TensorRT", "ONNX Runtime"} <= {row.runtime.partition(" C")[0] for row in result.benchmark.measurements}
+
+
+def test_the_same_engine_on_both_sides_is_nothing_compared(tmp_path):
+    mlflow_trt.save_model(networks.product(), tmp_path / "m", batch=(1, 4, 8))
+    result = compare_models(str(tmp_path / "m"), str(tmp_path / "m"), batches=(1, 8), seconds=0.1)
+    assert str(result.comparison.verdict) == "nothing was compared"
+    assert "both are the same file" in result.comparison.reason
+    assert {(row.part, row.batch) for row in result.benchmark.measurements} == {
+        (part, batch) for part in ("engine alone", "copies", "predict") for batch in (1, 8)
+    }
+
+
+def test_a_plan_that_exists_is_asked_for_its_tensors_and_runs(tmp_path):
+    shapes = {"input_ids": ((-1, 4), (-1, 8), (-1, 16))}
+    mlflow_trt.save_model(networks.transformer(), tmp_path / "made", batch=(1, 2, 4), shapes=shapes)
+    (plan,) = (tmp_path / "made" / "engines").iterdir()
+    mlflow_trt.save_engine(plan, tmp_path / "imported", splits_batches=True)
+    made, imported = (read_folder(tmp_path / name).record for name in ("made", "imported"))
+    assert imported.is_engine_only
+    assert imported.profiles == made.profiles
+    assert [(spec.name, spec.dtype) for spec in imported.inputs] == [(spec.name, spec.dtype) for spec in made.inputs]
+    feeds = networks.sentences(11, 9)
+    with mlflow_trt.load_model(str(tmp_path / "made")) as session:
+        expected = session.run(feeds)
+    with mlflow_trt.load_model(str(tmp_path / "imported")) as session:
+        found = session.run(feeds)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    model = mlflow.pyfunc.load_model(str(tmp_path / "imported"))
+    assert np.array_equal(model.predict(feeds)["logits"], expected["logits"])
+
+
+def test_ranges_are_marked_around_the_phases_of_a_call(tmp_path):
+    mlflow_trt.save_model(networks.product(), tmp_path / "m", batch=(1, 4, 8))
+    program = (
+        "import sys, nvtx; ranges = []; nvtx.push_range = lambda name, domain: ranges.append(name)\n"
+        "nvtx.pop_range = lambda domain: None\n"
+        "import numpy, mlflow_trt\n"
+        "with mlflow_trt.load_model(sys.argv[1], warm_up='on') as session:\n"
+        "    session.run({'x': numpy.ones((3, 16), 'float32')}); ranges.clear()\n"
+        "    session.run({'x': numpy.ones((3, 16), 'float32')})\n"
+        "print(ranges)"
+    )
+    pytest.importorskip("nvtx", reason="needs the extra nvtx")
+    environment = {**os.environ, "MLFLOW_TRT_NVTX": "1"}
+    command = [sys.executable, "-c", program, str(tmp_path / "m")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert eval(result.stdout.splitlines()[-1]) == [
+        "run", "check inputs", "copy in, enqueue", "copy into pinned memory", "enqueue", "finish", "wait for the GPU"
+    ]  # fmt: skip

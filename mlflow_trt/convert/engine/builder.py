@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn, cast
 
@@ -93,6 +93,26 @@ def build_engine(
         timing_cache=outcome["timing_cache"],
     )
     return Built(engine, {name: tuple(shape) for name, shape in outcome["shapes"].items()})
+
+
+def read_network(
+    model: Path, recipe: Recipe, *, interface: Interface, distribution: Distribution | None = None
+) -> list[dict[str, Any]]:
+    """The layers of the network that TensorRT's parser makes of a typed model, before the builder fuses them.
+
+    In the form of the engine inspector. TensorRT-RTX needs no GPU for that. Raises what `build_engine` raises.
+    """
+    tensorrt = trt.load(distribution)
+    job = replace(_job(model, model, recipe, (), interface, tensorrt.distribution), only_reads=True)
+    with _worker(job, None) as worker:
+        outcome = _follow(worker, None)
+        words = worker.last_words()
+    if outcome is None:
+        raise BuildError(_crash_text(tensorrt, worker.status, words), log=words)
+    if outcome["event"] == "failed":
+        _raise(tensorrt, outcome, words)
+    layers: list[dict[str, Any]] = outcome["layers"]
+    return layers
 
 
 def _job(

@@ -31,7 +31,8 @@ _REPORT_SECONDS = 0.1
 class Job:
     """What to build, in plain values that survive JSON.
 
-    `inputs` and `outputs` are names and dtypes, as the network has to have them.
+    `inputs` and `outputs` are names and dtypes, as the network has to have them. With `only_reads` nothing is built,
+    and the layers of the network are reported.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Job:
     targets: list[str]
     inputs: list[list[str]]
     outputs: list[list[str]]
+    only_reads: bool = False
 
 
 class BuildFailure(Exception):  # noqa: N818  # not an error of this process but the report of one
@@ -106,6 +108,8 @@ def build(tensorrt: TensorRT, job: Job, report: Any) -> dict[str, Any]:
         raise _parser_failure(tensorrt, parser)
     tensorrt.allow_decomposed_attention(network)
     _check_interface(tensorrt, network, job)
+    if job.only_reads:
+        return {"event": "read", "layers": _layers(tensorrt, network)}
     config = builder.create_builder_config()
     _configure(tensorrt, config, job)
     _add_profiles(tensorrt, builder, network, config, job.profiles)
@@ -132,6 +136,26 @@ def build(tensorrt: TensorRT, job: Job, report: Any) -> dict[str, Any]:
         "gpu": gpu.name if gpu else None,
         "driver": hardware.driver,
     }
+
+
+def _layers(tensorrt: TensorRT, network: trt_api.INetworkDefinition) -> list[dict[str, Any]]:
+    """The layers that the parser made, in the form of the engine inspector."""
+
+    def described(tensor: trt_api.ITensor | None) -> dict[str, Any]:
+        if tensor is None:  # an input that is left out
+            return {"Name": ""}
+        return {"Name": tensor.name, "Dimensions": list(tensor.shape), "Datatype": tensorrt.dtype_name(tensor.dtype)}
+
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    return [
+        {
+            "Name": layer.name,
+            "LayerType": layer.type.name,
+            "Inputs": [described(layer.get_input(index)) for index in range(layer.num_inputs)],
+            "Outputs": [described(layer.get_output(index)) for index in range(layer.num_outputs)],
+        }
+        for layer in layers
+    ]
 
 
 def _inputs(network: trt_api.INetworkDefinition) -> list[trt_api.ITensor]:

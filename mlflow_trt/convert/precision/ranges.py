@@ -13,6 +13,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from mlflow_trt.backends.onnxruntime import CpuModel
 from mlflow_trt.convert.onnx.graph import FlatModel, positions_of
+from mlflow_trt.convert.precision.calibration_cache import SavedRanges
 from mlflow_trt.convert.precision.share import Share, share_of
 from mlflow_trt.convert.samples import Samples
 from mlflow_trt.core.arrays import Array, Feeds
@@ -32,7 +33,8 @@ class Evidence:
 
     `not_finite` counts the values that were NaN or infinite, of the tensors that had any. `positions` has the different
     values that floats computed from integers alone had. `cutoffs` has the magnitudes that a calibration method chose
-    for some tensors, below which their values tell most. `share` tells how much of the arithmetic nodes do.
+    for some tensors, below which their values tell most. `share` tells how much of the arithmetic nodes do. `seen_on`
+    are the samples that ranges come from and their sha256, where these are others: see CalibrationCache.
     """
 
     samples: Samples
@@ -41,6 +43,7 @@ class Evidence:
     positions: Mapping[str, Array]
     share: Share
     cutoffs: Mapping[str, float] = field(default_factory=dict)
+    seen_on: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,15 +63,15 @@ class _Range:
         return _Range(max(self.largest, other.largest), self.not_finite + other.not_finite)
 
 
-def gather_evidence(model: FlatModel, samples: Samples) -> Evidence:
+def gather_evidence(model: FlatModel, samples: Samples, saved: SavedRanges | None = None) -> Evidence:
     """Run the model on all samples and note the range of every float tensor, constants included.
+
+    With `saved` the ranges of what is computed are taken from there.
 
     Raises MissingDependencyError without ONNX Runtime, ExecutionError where it cannot run the model.
     """
     ranges = {name: _Range.of(array) for name, array in model.constants.items()}
-    computed = [name for name in computed_tensors(model.proto) if model.types.get(name) in _FLOATS]
-    given = ((name, _Range.of(array)) for feeds in samples.feeds for name, array in feeds.items() if _is_float(array))
-    for name, seen in itertools.chain(given, _measured(model, computed, samples)):
+    for name, seen in _seen(model, samples) if saved is None else _saved(saved):
         ranges[name] = ranges.get(name, _Range()).joined(seen)
     positions: dict[str, Array] = {}
     for feeds in samples.feeds:
@@ -80,7 +83,23 @@ def gather_evidence(model: FlatModel, samples: Samples) -> Evidence:
         not_finite={name: seen.not_finite for name, seen in ranges.items() if seen.not_finite},
         positions=positions,
         share=share_of(model, samples.feeds[0]),
+        seen_on=None if saved is None else (saved.samples, saved.samples_sha256),
     )
+
+
+def _seen(model: FlatModel, samples: Samples) -> Iterator[tuple[str, _Range]]:
+    given = ((name, _Range.of(array)) for feeds in samples.feeds for name, array in feeds.items() if _is_float(array))
+    yield from itertools.chain(given, _measured(model, measured_tensors(model), samples))
+
+
+def _saved(saved: SavedRanges) -> Iterator[tuple[str, _Range]]:
+    for name, largest in saved.largest.items():
+        yield name, _Range(largest, saved.not_finite.get(name, 0))
+
+
+def measured_tensors(model: FlatModel) -> list[str]:
+    """The float tensors that the nodes of the graph compute."""
+    return [name for name in computed_tensors(model.proto) if model.types.get(name) in _FLOATS]
 
 
 def _is_float(array: Array) -> bool:

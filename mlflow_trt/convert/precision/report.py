@@ -36,6 +36,7 @@ def report_of(
     """
     weight_only = weight_only or {}
     operators = {node.name: node.op_type for node in model.proto.graph.node}
+    samples, sha256 = evidence.seen_on or (str(evidence.samples), evidence.samples.sha256)
     largest = sorted(evidence.largest.items(), key=lambda item: -item[1])[:_RANGES_LISTED]
     node_types = {type_name: len(changed), f"{type_name} weights": len(weight_only), "float32": len(kept)}
     return PrecisionReport(
@@ -49,7 +50,7 @@ def report_of(
         share=evidence.share(changed),
         largest=dict(largest),
         not_finite=dict(sorted(evidence.not_finite.items(), key=lambda item: -item[1])[:_RANGES_LISTED]),
-        calibration=Calibration(samples=str(evidence.samples), sha256=evidence.samples.sha256, method=method),
+        calibration=Calibration(samples=samples, sha256=sha256, method=method),
         size_before=weight_bytes(model.proto),
         size_after=weight_bytes(typed),
         remarks=tuple(remarks),

@@ -165,6 +165,11 @@ class Engine:
             raise ExecutionError(f"the engine has no tensor {spec.name!r}; it has {', '.join(self.dtypes)}")
         return TensorSpec(name=spec.name, dtype=self.dtypes[spec.name], shape=spec.shape)
 
+    def spec_of(self, name: str) -> TensorSpec:
+        """A tensor of the engine, None for what varies."""
+        shape = tuple(None if size < 0 else int(size) for size in self._shapes[name])
+        return TensorSpec(name=name, dtype=self.dtypes[name], shape=shape)
+
     def new_context(self, *, cuda_graphs: bool = True) -> Context:
         """A context without scratch memory, which `execute` gives it."""
         return Context(self.new_raw_context(), captures=cuda_graphs and self.uses_cuda_graphs)

@@ -10,6 +10,7 @@ import numpy as np
 
 from mlflow_trt.core.arrays import Outputs
 from mlflow_trt.core.log import get_logger
+from mlflow_trt.core.nvtx import marked
 from mlflow_trt.runtime.batching.host_copy import copy_rows
 from mlflow_trt.runtime.batching.sizes import BatchRows, Shapes
 from mlflow_trt.runtime.engine.buffers import Buffers
@@ -56,6 +57,7 @@ class EngineSlot:
 
     # ---- what every slot can do
 
+    @marked("copy in, enqueue")
     def launch(self, rows: BatchRows, profile: int) -> None:
         with self._device.current():
             self.profile = profile
@@ -65,6 +67,7 @@ class EngineSlot:
                 self._load(name, rows, upload=not upload)
             self._start(upload=upload)
 
+    @marked("finish")
     def finish(self) -> Outputs:
         context = self._context
         with self._device.current():
@@ -124,6 +127,7 @@ class EngineSlot:
         if not download:
             self._download_all()
 
+    @marked("enqueue")
     def _run(self, context: Context, shapes: Hashable, around: Around) -> None:
         self.context = context
         self._is_new = self.engine.compile(context, self.stream, shapes, around)
@@ -141,6 +145,7 @@ class EngineSlot:
         for name, shape in self._context.outputs.items():
             self.download(name, shape)
 
+    @marked("wait for the GPU")
     def wait(self) -> None:
         """Wait for the run; keep the kernels that it compiled."""
         self.stream.synchronize()
@@ -165,6 +170,7 @@ class EngineSlot:
     def _context(self) -> Context:
         return cast("Context", self.context)  # launch comes before whoever asks
 
+    @marked("copy into pinned memory")
     def _load(self, name: str, rows: BatchRows, *, upload: bool) -> None:
         shape = self.shapes[name]
         self.buffers.reserve(name, shape)

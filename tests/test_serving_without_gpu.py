@@ -1,0 +1,51 @@
+"""`mlflow models serve` where no GPU can run the model: it says what to set, and ends."""
+
+from __future__ import annotations
+
+import networks
+import pytest
+
+import mlflow_trt
+from examples.serving import Server
+from mlflow_trt.core import scoring_server
+from mlflow_trt.errors import RuntimeUnavailableError
+from mlflow_trt.flavor.pyfunc import load_pyfunc
+
+ADVICE = """start the server with MLFLOW_PYFUNC_INFERENCE_CONFIG='{"runtime": "onnxruntime"}' in its environment"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "m"
+    mlflow_trt.save_model(networks.product(), path, batch=(1, 4, 8), verify=False)
+    return path
+
+
+def test_a_server_is_told_the_variable_and_a_program_the_setting(folder, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(RuntimeUnavailableError, match="Use runtime='onnxruntime'"):
+        load_pyfunc(str(folder))
+    monkeypatch.setenv("__pyfunc_model_path__", str(folder))
+    with pytest.raises(RuntimeUnavailableError) as caught:
+        load_pyfunc(str(folder))
+    assert ADVICE in caught.value.message
+
+
+def test_a_program_ends_no_parent(monkeypatch):
+    monkeypatch.setattr(scoring_server.os, "kill", lambda *_: pytest.fail("it ended something"))
+    scoring_server.end_supervisor("outside of a server")
+    monkeypatch.setenv("__pyfunc_model_path__", "m")
+    scoring_server.end_supervisor("a server of one worker")
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_server_ends(workers, folder, store):
+    server = Server(str(folder), store.uri, {}, environment={"CUDA_VISIBLE_DEVICES": ""}, workers=workers)
+    try:
+        with pytest.raises(RuntimeError, match="did not start") as caught:
+            server.wait_until_ready()
+        assert server.has_ended
+        assert ADVICE in str(caught.value)
+    finally:
+        server.stop()
