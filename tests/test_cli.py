@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import mlflow
 import networks
@@ -159,7 +158,8 @@ class TestInspect:
     def test_needs_no_tensorrt(self, magika_folder):
         program = f"""
 import sys
-sys.modules["tensorrt_rtx"] = sys.modules["tensorrt"] = sys.modules["pycuda"] = sys.modules["onnxruntime"] = None
+for package in ("tensorrt_rtx", "tensorrt", "pycuda", "cuda", "onnxruntime"):
+    sys.modules[package] = None
 sys.argv = ["mlflow-trt", "inspect", {str(magika_folder)!r}]
 from mlflow_trt.cli import main
 main()
@@ -192,7 +192,7 @@ class TestDoctor:
         checks = {check["name"]: check for check in diagnosis["checks"]}
         assert checks["TensorRT-RTX"]["ok"]
         assert checks["can build"]["detail"].startswith("TensorRT-RTX")
-        assert {"Python", "mlflow", "onnx", "ONNX Runtime", "driver", "pycuda", "cache"} <= set(checks)
+        assert {"Python", "mlflow", "onnx", "ONNX Runtime", "driver", "CUDA calls", "cache"} <= set(checks)
 
     def test_a_machine_without_a_gpu_cannot_run_engines(self):
         code, output, _ = run("doctor", "--need", "run", CUDA_VISIBLE_DEVICES="")
@@ -219,14 +219,10 @@ main()
 
 
 class TestStart:
-    def test_help_is_quick(self):
-        """Not a benchmark: it only has to be far from the seconds that importing mlflow takes."""
-        started = time.perf_counter()
+    def test_help_lists_the_commands(self):
         code, output, _ = run("--help")
-        seconds = time.perf_counter() - started
         assert code == 0
         assert {"convert", "inspect", "doctor"} <= set(output.split())
-        assert seconds < 5
 
     @pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["--version"]])
     def test_help_loads_nothing_heavy(self, arguments):
@@ -238,7 +234,8 @@ try:
     main()
 except SystemExit:
     pass
-print(",".join(sorted({{"mlflow", "onnx", "numpy", "tensorrt_rtx", "pycuda", "onnxruntime"}} & set(sys.modules))))
+heavy = {{"mlflow", "onnx", "numpy", "tensorrt_rtx", "pycuda", "cuda", "onnxruntime"}}
+print(",".join(sorted(heavy & set(sys.modules))))
 """
         result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert result.stdout.splitlines()[-1] == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import mlflow
@@ -176,12 +177,13 @@ class TestWhereTheyCannotBeCompiled:
             convert_all("", ConversionOptions(store_kernels=True))
         assert not registered.client.search_model_versions("name = 'p-trt'")
 
-    def test_pycuda_is_missing(self, no_gpu, monkeypatch):
+    def test_nothing_can_call_the_driver(self, no_gpu, monkeypatch):
         monkeypatch.setattr(device, "probe", lambda: Hardware(driver="580", cuda="13.0", gpus=(gpu("sm86"),)))
-        monkeypatch.setitem(__import__("sys").modules, "pycuda", None)
-        with pytest.raises(MissingDependencyError, match=r"store_kernels .*mlflow-trt\[cuda\]") as caught:
+        for package in ("pycuda", "cuda"):
+            monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(MissingDependencyError, match=r"store_kernels .*mlflow-trt\[cuda-core\]") as caught:
             check_kernels(Recipe(), LoadSettings())
-        assert caught.value.packages == ("pycuda",)
+        assert caught.value.packages == ("pycuda", "cuda-bindings")
 
     def test_tensorrt_is_missing(self, monkeypatch):
         monkeypatch.setattr(trt, "installed", lambda: ())

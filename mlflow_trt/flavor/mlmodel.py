@@ -76,6 +76,7 @@ def get_default_pip_requirements(record: Record | None = None) -> list[str]:
     Without a record, what a model would need that is logged here, by the TensorRT that is installed.
 
     They are listed, not inferred: MLflow's inference would load and run the model, and never finds the flavor itself.
+    `cuda-core` and not `cuda`, so that an environment is made of wheels, wherever that happens.
     """
     pinned = [f"{name}=={importlib.metadata.version(name)}" for name in ("mlflow", "numpy", "onnx")]
     if record is not None:
@@ -84,7 +85,7 @@ def get_default_pip_requirements(record: Record | None = None) -> list[str]:
         built = {f"{name.requirement}=={importlib.metadata.version(name.requirement)}" for name in installed()[:1]}
     tensorrt = sorted(built)
     extra = "rtx" if any("rtx" in requirement for requirement in tensorrt) else "tensorrt"
-    return [*pinned, f"mlflow-trt[cuda,{extra}]=={__version__}", *tensorrt]
+    return [*pinned, f"mlflow-trt[cuda-core,{extra}]=={__version__}", *tensorrt]
 
 
 def get_default_conda_env() -> dict[str, Any]:
