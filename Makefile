@@ -36,7 +36,9 @@ test-lowest: | $(VENV)/bin/python
 TORCH_INDEX ?=
 test-torch: $(VENV)/.dev
 	$(RUN) -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[test-torch]'
-	$(RUN) -m pytest tests/test_sources.py tests/test_torch_sources.py
+	DO_NOT_TRACK=true HF_HUB_OFFLINE=1 $(RUN) -m pytest --durations=10 \
+	  tests/test_sources.py tests/test_torch_sources.py tests/test_whole_python_models.py tests/test_whole_texts.py \
+	  tests/test_whole_images.py tests/test_whole_architectures.py tests/test_whole_serving.py tests/test_whole_benchmark.py
 
 # Needs Java.
 test-spark: $(VENV)/.dev

@@ -228,27 +228,17 @@ def test_what_is_missing_is_named_with_its_line(flavor, monkeypatch):
 
 
 def test_other_flavors_are_named(store, tmp_path):
-    class Doubles(mlflow.pyfunc.PythonModel):
-        def predict(self, model_input: list[float]) -> list[float]:
-            return [2 * number for number in model_input]
-
-    mlflow.pyfunc.save_model(tmp_path / "doubles", python_model=Doubles(), pip_requirements=[])
+    mlflow.pyfunc.save_model(tmp_path / "other", loader_module="json", pip_requirements=[])
     with pytest.raises(
         ArtifactError, match="flavors python_function; expected onnx or one of pytorch, sklearn, tensorflow, keras"
     ):
-        mlflow_trt.convert_model_version(str(tmp_path / "doubles"), "doubles-trt")
+        mlflow_trt.convert_model_version(str(tmp_path / "other"), "other-trt")
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_what_cannot_be_converted_is_not_downloaded(store, tmp_path):
-    class Doubles(mlflow.pyfunc.PythonModel):
-        def predict(self, model_input: list[float]) -> list[float]:
-            return [2 * number for number in model_input]
-
-    info = mlflow.pyfunc.log_model(
-        name="m", python_model=Doubles(), pip_requirements=[], registered_model_name="doubles"
-    )
+    info = mlflow.pyfunc.log_model(name="m", loader_module="json", pip_requirements=[], registered_model_name="other")
     folder = local_file_uri_to_path(mlflow.get_logged_model(info.model_id).artifact_location)
     (Path(folder) / "huge.bin").symlink_to(tmp_path / "nowhere")  # copying it fails
     with pytest.raises(ArtifactError, match="flavors python_function; expected"):
-        mlflow_trt.convert_model_version("models:/doubles/1", "doubles-trt")
+        mlflow_trt.convert_model_version("models:/other/1", "other-trt")

@@ -104,7 +104,11 @@ def convert(
     calibration_data: Annotated[
         Path | None,
         typer.Option(
-            path_type=Path, help="An .npz or .npy file of real inputs: int8 and fp8 need it, all are compared on it."
+            "--calibration-data",
+            "--data",
+            path_type=Path,
+            help="An .npz or .npy file of real inputs: int8 and fp8 need it, all are compared on it. For a whole "
+            "model a .csv, .jsonl, .parquet or .txt of what it takes, or a folder of images.",
         ),
     ] = None,
     allow_external_data_from: Annotated[
@@ -113,6 +117,13 @@ def convert(
             path_type=Path, help="A folder that links among the model's external data may lead into: blobs of a cache."
         ),
     ] = None,
+    network: Annotated[
+        str, typer.Option(help="Which network of a PythonModel to convert, where it has several: self.encoder.")
+    ] = "",
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Convert a model that brings Python code, which loading it runs."),
+    ] = False,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not compare with the source model, and store no golden sample.")
     ] = False,
@@ -163,6 +174,8 @@ def _options_from(context: typer.Context) -> ConversionOptions:
         verify=not given["no_verify"],
         store_kernels=given["store_kernels"],
         allow_external_data_from=given["allow_external_data_from"],
+        network=given["network"] or None,
+        trust_remote_code=given["trust_remote_code"],
     )
 
 

@@ -33,6 +33,7 @@ from mlflow_trt.flavor.conversions import LoggingOptions, log_conversion, save_c
 from mlflow_trt.flavor.fetch import fetch_folder
 from mlflow_trt.flavor.mlmodel import PackagingOptions
 from mlflow_trt.flavor.undo import undo_on_failure
+from mlflow_trt.flavor.whole.loading import split_config
 from mlflow_trt.pipeline.make import OnnxSource, open_onnx, prepare_conversion
 from mlflow_trt.pipeline.options import ConversionOptions
 from mlflow_trt.runtime.session import Session
@@ -269,6 +270,8 @@ def load_model(
     wanted = {name: value for name, value in given.items() if value is not None}
     # MLflow's environment variable comes between, as it does for pyfunc.
     defaults = _get_overridden_pyfunc_model_config(logged, {}, _log) or {}
+    if folder.record.whole is not None:
+        defaults, _ = split_config(defaults)
     settings = LoadSettings.of(defaults | wanted)
     with choose_progress("Building a TensorRT engine for this machine", progress) as shown:
         return open_session(folder, settings, shown)

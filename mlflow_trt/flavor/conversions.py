@@ -57,7 +57,7 @@ def save_conversion(
 ) -> None:
     """Convert a model and write the result to a new folder. Raises what `save_model` raises."""
     check_target(path)
-    with convert_and_verify(source, prepared, packaging.input_example) as made:
+    with convert_and_verify(source, prepared, packaging.network_example) as made:
         write_model(made, path, packaging, mlflow_model)
 
 
@@ -76,7 +76,7 @@ def log_conversion(
     if validates is None:
         validates = packaging.input_example is not None and _can_run_here(prepared.options.settings)
     with (
-        convert_and_verify(source, prepared, packaging.input_example) as made,
+        convert_and_verify(source, prepared, packaging.network_example) as made,
         tempfile.TemporaryDirectory(prefix="mlflow-trt-") as staging,
     ):
         note_logged = undo_logging(undo, logging.registered_model_name, keep_model=logging.model_id is not None)

@@ -21,20 +21,47 @@ from mlflow_trt.core.scoring_server import end_server, explain_crashes, in_serve
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.wire import SHAPES_KEY, packed
 from mlflow_trt.errors import ExecutionError, InputError, OutOfMemoryError
+from mlflow_trt.flavor.whole.loading import load_whole, split_config
+from mlflow_trt.flavor.whole.self_test import check_whole
 from mlflow_trt.runtime.session import Session
-from mlflow_trt.store.folder import read_folder
+from mlflow_trt.store.folder import ModelFolder, read_folder
 from mlflow_trt.store.load import open_session
 
 _log = get_logger(__name__)
 
 
-def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyfuncModel:
-    """What `mlflow.pyfunc.load_model` and `mlflow models serve` call: the model folder and its load settings."""
+def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Any:
+    """What `mlflow.pyfunc.load_model` and `mlflow models serve` call: the model folder and its load settings.
+
+    A PyfuncModel, or for a whole model what its own flavor gives.
+    """
     explain_crashes()
     folder = read_folder(Path(path))
-    settings = LoadSettings.of(model_config)
+    settings, rest = settings_of(folder, model_config)
     with show_progress("Loading the model") as progress:
-        return PyfuncModel(open_session(folder, settings, progress), answers=settings.answers)
+        return pyfunc_of(folder, open_session(folder, settings, progress), settings, rest)
+
+
+def settings_of(folder: ModelFolder, model_config: Mapping[str, Any] | None) -> tuple[LoadSettings, dict[str, Any]]:
+    """The load settings in a `model_config`, and for a whole model the rest, which is its source's."""
+    ours, theirs = (dict(model_config or {}), {}) if folder.record.whole is None else split_config(model_config)
+    return LoadSettings.of(ours), theirs
+
+
+def pyfunc_of(folder: ModelFolder, session: Session, settings: LoadSettings, config: Mapping[str, Any]) -> Any:
+    """What MLflow's pyfunc calls: ours, or that of the source of a whole model. Closes the session where that fails."""
+    whole = folder.record.whole
+    if whole is None:
+        return PyfuncModel(session, answers=settings.answers)
+    try:
+        folder.check_whole(whole)
+        impl = load_whole(folder, session, config)
+        if settings.self_test:
+            check_whole(folder, whole, impl, session, config)
+    except BaseException:
+        session.close()
+        raise
+    return impl
 
 
 def _in_spark_task() -> bool:

@@ -39,6 +39,7 @@ from mlflow_trt.runtime.latency import Latency, measure
 from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.runtime.tensorrt_session import TensorRTSession
+from mlflow_trt.store.folder import ModelFolder
 from mlflow_trt.store.load import open_tensorrt
 from mlflow_trt.store.record import Record
 
@@ -139,7 +140,8 @@ def open_source_of(model_uri: str) -> Iterator[Runnable]:
                 record=None,
                 profiles=(),
                 batch_axis=BatchAxis(inputs=axes, splits=False, declared=False) if axes else None,
-                example=_name_example(source.input_example, session),
+                # That of a whole model is for what surrounds the network.
+                example=source.samples[0] if source.samples else _name_example(source.input_example, session),
             )
 
 
@@ -159,7 +161,7 @@ def open_runnable(model_uri: str, *, device: int = 0, progress: Progress | None 
             source = folder.checked_model(record.source)
             session = OnnxRuntimeSession(source, record.inputs, record.outputs, prefer_cuda=True)
         with session:  # from here on: an input example that is damaged raises, and the session is closed
-            example = _name_example(Model.load(str(folder.path)).load_input_example(str(folder.path)), session)
+            example = _example_of(folder, session)
             yield Runnable(
                 name=model_uri,
                 session=session,
@@ -269,6 +271,14 @@ def _source(model_uri: str, runnable: Runnable, problems: list[str]) -> Iterator
     except MissingDependencyError as error:
         problems.append(f"the source model is not measured: {error.message}")
         yield None
+
+
+def _example_of(folder: ModelFolder, session: Session) -> Mapping[str, Any] | None:
+    """The input example of a model; the golden sample of a whole model, whose example is not for its network."""
+    record = folder.record
+    if record.whole is not None:
+        return None if record.golden is None else folder.read_golden(record.golden).feeds
+    return _name_example(Model.load(str(folder.path)).load_input_example(str(folder.path)), session)
 
 
 def _name_example(example: Any, session: Session) -> Mapping[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mlflow_trt.pipeline.make import PreparedConversion, open_onnx, prepare_conv
 from mlflow_trt.pipeline.options import ConversionOptions
 from mlflow_trt.registry.lineage import copied_tags, find_twin, point_to, recipe_digest, tags_of
 from mlflow_trt.registry.sources.open import SourceModel, open_source
+from mlflow_trt.registry.sources.whole.convert import WholeOptions
 
 _log = get_logger(__name__)
 
@@ -45,6 +47,8 @@ def convert_model_version(
     tags: Mapping[str, Any] | None = None,
     alias: str | None = None,
     force: bool = False,
+    network: str | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> ModelVersion:
     """Convert a model and register the result as a new version of `registered_model_name`.
@@ -62,6 +66,8 @@ def convert_model_version(
         tags: more tags of the new version; they come before those of the source.
         alias: set on the version once everything else succeeded.
         force: make a new version, even where there is one of the same source and recipe.
+        network: which network of a PythonModel to convert, where it has several: `self.encoder`.
+        trust_remote_code: convert a model that brings Python code of its own beside its weights, which loading it runs.
 
     Returns:
         The new version, or the one that was found.
@@ -78,6 +84,8 @@ def convert_model_version(
         model_config=model_config,
         allow_external_data_from=allow_external_data_from,
         progress=progress,
+        network=network,
+        trust_remote_code=trust_remote_code,
     )
     check_names(registered_model_name, tags, alias)
     prepared = prepare_conversion(options)
@@ -99,10 +107,10 @@ def convert_to_version(
     # First, and so last to end: removing the temporary folders may be interrupted too.
     with (
         undo_on_failure() as undo,
-        open_source(model_uri) as source,
+        open_source(model_uri, whole_options(prepared.options)) as source,
         open_onnx(source.path, prepared.options) as model,
     ):
-        digest = recipe_digest(prepared)
+        digest = recipe_digest(prepared, source.whole)
         version = None
         if not force:
             version = find_twin(client, registered_model_name, source.lineage, model.digest, digest)
@@ -118,7 +126,7 @@ def convert_to_version(
                 registered_model_name=registered_model_name,
                 tags={**copied_tags(source.tags), **tags_of(source.lineage, digest), **(tags or {})},
             )
-            info = log_conversion(model, prepared, _packaging_of(source), logging, undo)
+            info = log_conversion(model, with_network_of(prepared, source), _packaging_of(source), logging, undo)
             version = client.get_model_version(registered_model_name, str(info.registered_model_version))
             if source.description:
                 client.update_model_version(version.name, str(version.version), source.description)
@@ -132,8 +140,30 @@ def convert_to_folder(model_uri: str | os.PathLike[str], path: Path, options: Co
     """Convert a model and write the result to a new folder, with all that `convert_model_version` carries over."""
     check_target(path)
     prepared = prepare_conversion(options)
-    with open_source(model_uri) as source, open_onnx(source.path, options) as model:
-        save_conversion(model, path, prepared, _packaging_of(source))
+    with open_source(model_uri, whole_options(options)) as source, open_onnx(source.path, options) as model:
+        save_conversion(model, path, with_network_of(prepared, source), _packaging_of(source))
+
+
+def whole_options(options: ConversionOptions) -> WholeOptions:
+    """What the options of a conversion say of a whole model."""
+    return WholeOptions(
+        network=options.network,
+        data=options.calibration_data,
+        recipe=options.recipe,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def with_network_of(prepared: PreparedConversion, source: SourceModel) -> PreparedConversion:
+    """The options for the network of a whole model: the data are what it was called with, and so are the shapes.
+
+    For any other source they are what they were.
+    """
+    if source.whole is None:
+        return prepared
+    options = prepared.options
+    recipe = options.recipe if options.recipe.shapes else replace(options.recipe, shapes=tuple(source.shapes))
+    return replace(prepared, options=replace(options, recipe=recipe, calibration_data=source.samples))
 
 
 def _packaging_of(source: SourceModel) -> PackagingOptions:
@@ -143,6 +173,7 @@ def _packaging_of(source: SourceModel) -> PackagingOptions:
         input_example=source.input_example,
         metadata=source.metadata,
         lineage=source.lineage,
+        whole=source.whole,
     )
 
 

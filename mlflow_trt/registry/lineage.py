@@ -37,14 +37,17 @@ from mlflow_trt.flavor.tags import (
     SOURCE_VERSION_TAG,
 )
 from mlflow_trt.flavor.undo import Undo, exists, restore_tag, versions_of
+from mlflow_trt.flavor.whole.package import WholeSource
 from mlflow_trt.pipeline.make import PreparedConversion
 from mlflow_trt.store import cache
 
 _NOT_IN_DIGEST = frozenset({"timing_cache"})  # how fast an engine is built, not what it is
 
 
-def recipe_digest(prepared: PreparedConversion) -> str:
+def recipe_digest(prepared: PreparedConversion, whole: WholeSource | None = None) -> str:
     """The sha256 of what makes two conversions of one source twins: the recipe, TensorRT, and the other options.
+
+    For a whole model it is also that of everything around its network.
 
     Options at their defaults are left out, so that a release with more options still finds what older ones made.
     """
@@ -62,6 +65,8 @@ def recipe_digest(prepared: PreparedConversion) -> str:
         "model_config": options.model_config,
         "calibration_data": _data_digest(options.calibration_data),
         "verify": asdict(verify) if isinstance(verify, Tolerance) else None if verify else False,
+        "network": options.network,
+        "whole": None if whole is None else whole.digest,
         "kernels_for": None if compiler is None else str(compiler.gpu.compute_capability),
     }
     return cache.key_of(

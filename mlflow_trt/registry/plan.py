@@ -19,6 +19,7 @@ from mlflow_trt.core.types import BatchAxis, Precision, ShapeProfile, TensorSpec
 from mlflow_trt.flavor.mlmodel import check_names
 from mlflow_trt.pipeline.make import PreparedConversion, open_onnx
 from mlflow_trt.pipeline.user_samples import example_shapes, sample_data_of
+from mlflow_trt.registry.convert_version import whole_options, with_network_of
 from mlflow_trt.registry.lineage import find_twin, recipe_digest
 from mlflow_trt.registry.sources.open import open_source
 
@@ -62,16 +63,17 @@ def plan_conversion(
         check_recipe(tensorrt, replace(recipe, precision=Precision.FP32))
     else:
         check_recipe(tensorrt, recipe)
-    with open_source(model_uri) as source, open_onnx(source.path, options) as model:
+    with open_source(model_uri, whole_options(options)) as source, open_onnx(source.path, options) as model:
+        of_network = with_network_of(prepared, source)
+        options, recipe = of_network.options, of_network.options.recipe
+        example = source.input_example if source.whole is None else None
         check_nodes(model.proto)
-        profiles = resolve_profiles(model, recipe, example_shapes(source.input_example, model.inputs))
-        twin = None
+        profiles = resolve_profiles(model, recipe, example_shapes(example, model.inputs))
+        twin, digest = None, recipe_digest(prepared, source.whole)
         if registered_model_name is not None and not force:
-            twin = find_twin(
-                MlflowClient(), registered_model_name, source.lineage, model.digest, recipe_digest(prepared)
-            )
+            twin = find_twin(MlflowClient(), registered_model_name, source.lineage, model.digest, digest)
         if twin is None:
-            data = sample_data_of(options.calibration_data, source.input_example, model.inputs)
+            data = sample_data_of(options.calibration_data, example, model.inputs)
             check_calibration(model.proto, recipe, choose_samples(data, model, profiles))
         return Plan(
             source=source.lineage["source"],
