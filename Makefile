@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test test-fast test-lowest test-spark test-torch lint docs check-python clean
+.PHONY: quickstart test test-fast test-lowest test-spark test-torch faults lint docs check-python clean
 
 quickstart: $(VENV)/.rtx
 	$(RUN) examples/quickstart.py
@@ -44,6 +44,11 @@ test-torch: $(VENV)/.dev
 test-spark: $(VENV)/.dev
 	$(RUN) -m pip install --quiet --editable '.[spark]'
 	DO_NOT_TRACK=true $(RUN) -m pytest tests/test_spark.py
+
+# Conversions killed, interrupted, failed and doubled, each at every request: docs/reliability.md has what came of it.
+FAULTS_OPTIONS ?=
+faults: $(VENV)/.dev
+	PYTHONPATH=.:tests $(RUN) tests/faults.py $(FAULTS_OPTIONS)
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def page() -> str:
     """The text of the page."""
     group: Any = typer.main.get_command(app)
     sections = [HEAD]
-    for name, command in sorted(group.commands.items()):
+    for name, command in sorted(_commands(group)):
         arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
         options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
         usage = " ".join(["mlflow-trt", name, *(parameter.name.upper() for parameter in arguments), "[OPTIONS]"])
@@ -35,6 +36,15 @@ def page() -> str:
         sections.append("\n".join(f"| {label} | {parameter.help}{_default(parameter)} |" for label, parameter in rows))
         sections.append("")
     return "\n".join(sections)
+
+
+def _commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command with its whole name, such as `registry check`."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", command
 
 
 def trtexec_page() -> str:

@@ -74,7 +74,7 @@ def test_lineage_goes_on(registered):
     assert made.tags["mlflow_trt.target"] == "sm86, sm120"
     assert (made.tags["team"], made.description) == ("a", "described")
     old = registered.client.get_model_version("p-trt", "1")
-    assert old.tags["mlflow_trt.converted_to"] == "models:/p-trt/2,"
+    assert old.tags["mlflow_trt.converted_to.p-trt.2"] == "models:/p-trt/2"
     assert str(registered.client.get_model_version_by_alias("p-trt", "both").version) == "2"
 
 
@@ -107,7 +107,7 @@ def test_without_a_gpu_a_target_is_needed(registered, monkeypatch):
     assert caught.value.option == "targets"
 
 
-@pytest.mark.parametrize("step", ["set_alias", "point_to", "move_model", "build_engine"])
+@pytest.mark.parametrize("step", ["set_alias", "point_to", "register_version", "log_folder", "build_engine"])
 def test_a_failure_leaves_the_registry_as_it_was(step, registered, monkeypatch):
     before = registry_state(registered.client)
     with monkeypatch.context() as patched:

@@ -61,5 +61,7 @@ def test_from_a_registered_model_to_a_comparison(environment, tmp_path):
 
     found = client.search_model_versions("tags.`mlflow_trt.source` = 'models:/p/1'")
     assert {str(version.version) for version in found} == {"1", "2", "3"}
-    (source,) = client.search_model_versions("tags.`mlflow_trt.converted_to` LIKE '%models:/p-trt/2,%' and name = 'p'")
+    (source,) = client.search_model_versions(
+        "tags.`mlflow_trt.converted_to.p-trt.2` = 'models:/p-trt/2' and name = 'p'"
+    )
     assert str(source.version) == "1"

@@ -35,7 +35,7 @@ from mlflow_trt.core.types import Distribution
 from mlflow_trt.deploy.engine_file import save_engine
 from mlflow_trt.pipeline.compile_kernels import check_kernels
 from mlflow_trt.pipeline.options import ConversionOptions
-from mlflow_trt.registry.add_engine import add_engine, extend_version
+from mlflow_trt.registry.add_engine import add_engine, extended_version
 from mlflow_trt.registry.convert_all import convert_all
 from mlflow_trt.registry.convert_version import convert_to_version
 from mlflow_trt.registry.plan import plan_conversion
@@ -44,6 +44,11 @@ from mlflow_trt.store.folder import read_folder
 from mlflow_trt.store.kernel_cache import KernelFile
 from mlflow_trt.store.load import shipped_kernels
 from mlflow_trt.store.record import RECORD_FILE
+
+
+def extend_version(uri, **options):
+    with extended_version(uri, **options) as version:
+        return version
 
 
 class Compiler:

@@ -29,6 +29,7 @@ from mlflow_trt.convert.onnx.model import read_onnx
 from mlflow_trt.core.accuracy import Verdict
 from mlflow_trt.flavor.fetch import read_record
 from mlflow_trt.flavor.metrics import log_metrics
+from mlflow_trt.flavor.undo import Undo
 from mlflow_trt.store import cache, self_test
 from mlflow_trt.store.folder import read_folder
 
@@ -98,7 +99,7 @@ def test_outputs_of_any_name_have_metrics(name, store):
 
 def test_metrics_that_mlflow_refuses_are_a_warning(store, messages):
     info = mlflow_trt.log_model(networks.product(), name="m", verify=False)
-    log_metrics({"not[allowed]": 1.0}, info)
+    log_metrics(Undo(), {"not[allowed]": 1.0}, info.model_id)
     assert "metrics of the model could not be logged" in messages.text
     (run,) = store.client.search_runs([store.experiment_id])
     assert run.info.status == "FAILED"

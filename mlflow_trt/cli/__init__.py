@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import signal
 import sys
 from typing import NoReturn
@@ -16,6 +19,7 @@ from mlflow_trt.cli.dockerfile import dockerfile
 from mlflow_trt.cli.doctor import doctor
 from mlflow_trt.cli.export_triton import export_triton
 from mlflow_trt.cli.inspect import inspect
+from mlflow_trt.cli.registry import registry
 from mlflow_trt.cli.serve import serve
 from mlflow_trt.cli.verify import verify
 
@@ -36,9 +40,11 @@ app.command()(serve)
 app.command()(export_triton)
 app.command()(dockerfile)
 app.command()(doctor)
+app.add_typer(registry, name="registry")
 
 
 _shows_traceback = False
+_INTERRUPTED = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
 
 @app.callback(invoke_without_command=True)
@@ -61,6 +67,15 @@ def _terminated(number: int, _frame: object) -> NoReturn:
     sys.exit(128 + number)
 
 
+def _end_now(code: int) -> NoReturn:
+    """End without waiting for threads, such as those in which MLflow uploads and, for minutes, tries again."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none at all
+            stream.flush()
+    os._exit(code)
+
+
 def _print_traceback() -> None:
     if _shows_traceback:
         import traceback
@@ -71,8 +86,14 @@ def _print_traceback() -> None:
 def main() -> None:
     """Run the command line. Errors that users can act on are printed in a line or a few, without a traceback."""
     signal.signal(signal.SIGTERM, _terminated)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+        signal.signal(signal.SIGHUP, _terminated)
     try:
         app()
+    except SystemExit as end:
+        if end.code in _INTERRUPTED:
+            _end_now(int(end.code))
+        raise
     except (OSError, ImportError) as error:  # ImportError: a store that wants a package, such as boto3
         _print_traceback()
         typer.echo(f"Error: {error}", err=True)

@@ -31,17 +31,17 @@ def add_engine(
 ) -> None:
     """Make a new version of a model that has an engine for this machine, or other GPUs, too."""
     from mlflow_trt.flavor.fetch import read_record
-    from mlflow_trt.registry.add_engine import add_engine as add
+    from mlflow_trt.registry.add_engine import extended_version
     from mlflow_trt.store.record import record_to_dict
 
-    with results_on_stdout(as_json):
-        version = add(
-            uri,
-            targets=target or (),
-            registered_model_name=register_as or None,
-            alias=alias or None,
-            store_kernels=store_kernels,
-        )
+    extended = extended_version(
+        uri,
+        targets=target or (),
+        registered_model_name=register_as or None,
+        alias=alias or None,
+        store_kernels=store_kernels,
+    )
+    with results_on_stdout(as_json), extended as version:
         made = f"models:/{version.name}/{version.version}"
         record = read_record(made)
     if as_json:

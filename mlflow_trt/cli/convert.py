@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -183,13 +184,17 @@ def _convert_one(given: dict[str, Any], source: str, conversion: ConversionOptio
     from mlflow_trt.deploy.engine_file import save_engine
     from mlflow_trt.flavor.fetch import read_record
     from mlflow_trt.pipeline.make import prepare_conversion
-    from mlflow_trt.registry.convert_version import convert_to_folder, convert_to_version
+    from mlflow_trt.registry.convert_version import convert_to_folder, converted_version
     from mlflow_trt.store.record import record_to_dict
 
     name, alias, force = given["register_as"], given["alias"] or None, given["force"]
-    with results_on_stdout(given["as_json"]), tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(results_on_stdout(given["as_json"]))
+        workdir = stack.enter_context(tempfile.TemporaryDirectory(prefix="mlflow-trt-"))
         if name:
-            version = convert_to_version(source, name, prepare_conversion(conversion), alias=alias, force=force)
+            prepared = prepare_conversion(conversion)
+            # A version stays only if what comes after it succeeds, too.
+            version = stack.enter_context(converted_version(source, name, prepared, alias=alias, force=force))
             uri = f"models:/{version.name}/{version.version}"
         else:
             path = given["output"] or Path(workdir, "model")

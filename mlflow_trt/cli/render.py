@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mlflow_trt.measure.doctor import Diagnosis
     from mlflow_trt.measure.layers import LayerReport
     from mlflow_trt.measure.side_by_side import SideBySide
+    from mlflow_trt.registry.check import Finding
     from mlflow_trt.registry.convert_all import Outcome
     from mlflow_trt.registry.plan import Plan
     from mlflow_trt.store.record import Record
@@ -179,6 +180,16 @@ def print_plan(plan: Plan) -> None:
 def print_outcomes(outcomes: Sequence[Outcome]) -> None:
     rows = [(outcome.source, outcome.status, outcome.detail, f"{outcome.seconds:.1f}") for outcome in outcomes]
     print_rows("conversions", ("source", "", "result", "seconds"), rows or [("no model matches", "", "", "")])
+
+
+def print_findings(subject: str, findings: Sequence[Finding]) -> None:
+    rows = [(one.subject, one.problem, _remedy_of(one), "yes" if one.is_mended else "") for one in findings]
+    nothing = [(subject, "nothing was left behind", "", "")]
+    print_rows("findings", ("what", "problem", "remedy", "mended"), rows or nothing)
+
+
+def _remedy_of(finding: Finding) -> str:
+    return f"--mend: {finding.remedy}" if finding.can_be_mended and not finding.is_mended else finding.remedy
 
 
 def _recipe_facts(recipe: Recipe, batch_axis: BatchAxis | None) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from mlflow_trt.core.types import Precision
 from mlflow_trt.flavor.conversions import LoggingOptions, log_conversion, save_conversion
 from mlflow_trt.flavor.fetch import fetch_folder
 from mlflow_trt.flavor.mlmodel import PackagingOptions
+from mlflow_trt.flavor.tracking import check_server
 from mlflow_trt.flavor.undo import undo_on_failure
 from mlflow_trt.flavor.whole.loading import split_config
 from mlflow_trt.pipeline.make import OnnxSource, open_onnx, prepare_conversion
@@ -219,6 +220,7 @@ def log_model(
         model_id=model_id,
         validate_serving_input=validate_serving_input,
     )
+    check_server()
     prepared = prepare_conversion(options)
     # First, and so last to end: removing the temporary folders may be interrupted too.
     with undo_on_failure() as undo, open_onnx(onnx_model, options) as source:

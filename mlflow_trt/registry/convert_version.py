@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlflow
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
@@ -19,13 +22,17 @@ from mlflow_trt.core.output_folder import check_target
 from mlflow_trt.core.progress_event import Progress
 from mlflow_trt.core.types import Precision
 from mlflow_trt.flavor.conversions import LoggingOptions, log_conversion, save_conversion
+from mlflow_trt.flavor.metrics import complete_metrics
 from mlflow_trt.flavor.mlmodel import PackagingOptions, check_names
-from mlflow_trt.flavor.undo import set_alias, undo_on_failure
+from mlflow_trt.flavor.register import complete_version, set_alias
+from mlflow_trt.flavor.tracking import check_server
+from mlflow_trt.flavor.undo import undo_on_failure
 from mlflow_trt.pipeline.make import PreparedConversion, open_onnx, prepare_conversion
 from mlflow_trt.pipeline.options import ConversionOptions
 from mlflow_trt.registry.lineage import copied_tags, find_twin, point_to, recipe_digest, tags_of
 from mlflow_trt.registry.sources.open import SourceModel, open_source
 from mlflow_trt.registry.sources.whole.convert import WholeOptions
+from mlflow_trt.store import cache
 
 _log = get_logger(__name__)
 
@@ -54,9 +61,9 @@ def convert_model_version(
     """Convert a model and register the result as a new version of `registered_model_name`.
 
     The new version gets the source's signature, input example, description, metadata and tags. Its tags
-    `mlflow_trt.source`, `.source_name`, `.source_version` and `.source_digest`, and its record, name the source, whose
-    own tag `mlflow_trt.converted_to` lists what was made of it. What was made before, of the same source by the same
-    recipe and TensorRT, is found and returned instead of made again.
+    `mlflow_trt.source`, `.source_name`, `.source_version` and `.source_digest`, and its record, name the source, which
+    has a tag `mlflow_trt.converted_to.<name>.<version>` for each version that was made of it. What was made before, of
+    the same source by the same recipe and TensorRT, is found and returned instead of made again, if it can be loaded.
 
     Args:
         model_uri: `models:/name/version`, `models:/name@alias`, `runs:/...`, or any other URI of an MLflow model; the
@@ -102,7 +109,23 @@ def convert_to_version(
     force: bool = False,
 ) -> ModelVersion:
     """`convert_model_version`, with options that were checked before."""
+    with converted_version(model_uri, registered_model_name, prepared, tags=tags, alias=alias, force=force) as version:
+        return version
+
+
+@contextmanager
+def converted_version(
+    model_uri: str | os.PathLike[str],
+    registered_model_name: str,
+    prepared: PreparedConversion,
+    *,
+    tags: Mapping[str, Any] | None = None,
+    alias: str | None = None,
+    force: bool = False,
+) -> Iterator[ModelVersion]:
+    """`convert_to_version`, for what is only done once the block has done what it has to do with the version."""
     check_names(registered_model_name, tags, alias)
+    check_server()
     client = MlflowClient()
     # First, and so last to end: removing the temporary folders may be interrupted too.
     with (
@@ -111,29 +134,57 @@ def convert_to_version(
         open_onnx(source.path, prepared.options) as model,
     ):
         digest = recipe_digest(prepared, source.whole)
-        version = None
-        if not force:
-            version = find_twin(client, registered_model_name, source.lineage, model.digest, digest)
-        if version is not None:
-            _log.info(
-                "models:/%s/%s was made of the same source by the same recipe; force makes another version",
-                version.name,
-                version.version,
-            )
-        else:
-            logging = LoggingOptions(
-                name=logged_model_name(registered_model_name),
-                registered_model_name=registered_model_name,
-                tags={**copied_tags(source.tags), **tags_of(source.lineage, digest), **(tags or {})},
-            )
-            info = log_conversion(model, with_network_of(prepared, source), _packaging_of(source), logging, undo)
-            version = client.get_model_version(registered_model_name, str(info.registered_model_version))
-            if source.description:
-                client.update_model_version(version.name, str(version.version), source.description)
+        wanted = {**copied_tags(source.tags), **tags_of(source.lineage, digest), **(tags or {})}
+        find = partial(find_twin, client, registered_model_name, source.lineage, model.digest, digest)
+        with nullcontext() if force else _alone(registered_model_name, source.lineage, model.digest, digest):
+            version = None if force else find()
+            if version is None:
+                logging = LoggingOptions(
+                    name=logged_model_name(registered_model_name),
+                    registered_model_name=registered_model_name,
+                    description=source.description,
+                    tags=wanted,
+                )
+                info = log_conversion(model, with_network_of(prepared, source), _packaging_of(source), logging, undo)
+                version = client.get_model_version(registered_model_name, str(info.registered_model_version))
+                # The lock is this machine's: somebody elsewhere may have been a moment earlier, and then keeps it.
+                earlier = None if force else find(before=int(version.version))
+                if earlier is not None:
+                    undo.run()
+                    version = earlier
+                    _tell_found(version)
+            else:
+                _tell_found(version)
+                complete_version(undo, client, version, wanted, source.description)
+                complete_metrics(undo, client, version)
             point_to(undo, source.lineage, version)
-        if alias is not None:
-            set_alias(undo, registered_model_name, alias, str(version.version))
-    return client.get_model_version(registered_model_name, str(version.version))
+            if alias is not None:
+                set_alias(undo, registered_model_name, alias, str(version.version))
+            yield client.get_model_version(registered_model_name, str(version.version))
+
+
+def _alone(
+    registered_model_name: str, lineage: Mapping[str, str], source_digest: str, digest: str
+) -> AbstractContextManager[None]:
+    """One conversion at a time, on this machine, of one source by one recipe to one name in one registry."""
+    return cache.lock_key(
+        cache.key_of(
+            {
+                "registry": mlflow.get_registry_uri(),
+                "name": registered_model_name,
+                "source": [lineage.get("name"), lineage.get("version"), source_digest],
+                "recipe": digest,
+            }
+        )
+    )
+
+
+def _tell_found(version: ModelVersion) -> None:
+    _log.info(
+        "models:/%s/%s was made of the same source by the same recipe; force makes another version",
+        version.name,
+        version.version,
+    )
 
 
 def convert_to_folder(model_uri: str | os.PathLike[str], path: Path, options: ConversionOptions) -> None:

@@ -75,6 +75,18 @@ class Record:
     selection: Selection | None = None
     whole: WholeModel | None = None
 
+    def file_sizes(self) -> dict[str, int | None]:
+        """Every file that the record names, with its size where it tells."""
+        around = () if self.whole is None else self.whole.files
+        sizes: dict[str, int | None] = dict.fromkeys((*self.source.files, *self.typed.files, *around))
+        for engine in self.engines:
+            sizes[engine.file] = engine.size
+            if engine.kernels is not None:
+                sizes[engine.kernels.file] = engine.kernels.size
+        if self.golden is not None:
+            sizes[self.golden.file] = None
+        return sizes
+
 
 _records = TypeAdapter(Record)
 

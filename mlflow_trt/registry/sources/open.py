@@ -22,6 +22,7 @@ from mlflow_trt.core.arrays import Feeds
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.errors import ArtifactError
 from mlflow_trt.flavor.fetch import download, local_path
+from mlflow_trt.flavor.tracking import check_server
 from mlflow_trt.flavor.whole.package import WholeSource
 from mlflow_trt.registry.sources.exporting import Export
 from mlflow_trt.registry.sources.whole.convert import NEEDS as NEEDS_OF_WHOLE
@@ -152,6 +153,7 @@ def registered_version(uri: str) -> ModelVersion | None:
     """The registered version that a URI names, if it names one: `models:/` may be followed by a logged model's id."""
     if not uri.startswith("models:/"):
         return None
+    check_server()
     client = MlflowClient()
     found = get_model_name_and_version(client, uri)
     return client.get_model_version(*map(str, found)) if len(found) == 2 else None
