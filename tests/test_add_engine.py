@@ -10,9 +10,9 @@ import mlflow
 import networks
 import numpy as np
 import pytest
+from command_line import run
 from helpers import gpu
 from mlflow.artifacts import download_artifacts
-from test_cli import run
 from test_lineage import failing, registry_state
 
 import mlflow_trt

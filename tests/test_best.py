@@ -12,10 +12,10 @@ import mlflow
 import networks
 import numpy as np
 import pytest
+from command_line import run
 from compare import relative_error
 from helpers import convert_in, gpu, log_prepared, prepare, save_prepared
 from real_models import MAGIKA, TRANSFORMER, calibration_data
-from test_cli import run
 from typer.testing import CliRunner
 
 import mlflow_trt

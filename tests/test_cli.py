@@ -11,23 +11,11 @@ import mlflow
 import networks
 import pytest
 import typer
+from command_line import run
 from real_models import MAGIKA, nested_if
 
 import mlflow_trt
 from mlflow_trt.cli.options import combine_shapes, parse_batch, parse_shapes
-
-
-def run(*arguments, **environment):
-    """The command's exit code, standard output and standard error."""
-    result = subprocess.run(
-        [sys.executable, "-m", "mlflow_trt", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "200", **environment},
-        timeout=300,
-        check=False,
-    )
-    return result.returncode, result.stdout, result.stderr
 
 
 @pytest.fixture

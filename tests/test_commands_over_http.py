@@ -8,8 +8,8 @@ import mlflow
 import networks
 import numpy as np
 import pytest
+from command_line import run
 from mlflow import MlflowClient
-from test_cli import run
 from tracking_server import tracking_server
 
 pytestmark = pytest.mark.server

@@ -15,7 +15,7 @@ from pathlib import Path
 import networks
 import numpy as np
 import pytest
-from test_cli import run
+from command_line import run
 
 import mlflow_trt
 from examples.serving import ServerProcess, free_port, running

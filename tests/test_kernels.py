@@ -10,9 +10,9 @@ from pathlib import Path
 import mlflow
 import networks
 import pytest
+from command_line import run
 from helpers import gpu, log_prepared, prepare, save_prepared
 from mlflow.artifacts import download_artifacts
-from test_cli import run
 from typer.testing import CliRunner
 
 import mlflow_trt

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 import requests
 import tritonclient.http as triton
+from command_line import run
 from helpers import wait_for
-from test_cli import run
 
 import mlflow_trt
 from examples.serving import ServerProcess, TensorServer, free_port, running

@@ -9,10 +9,10 @@ import mlflow
 import networks
 import numpy as np
 import pytest
+from command_line import run
 from helpers import reference
 from onnx import helper
 from real_models import MAGIKA
-from test_cli import run
 
 import mlflow_trt
 from mlflow_trt import (

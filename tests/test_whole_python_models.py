@@ -11,7 +11,7 @@ import networks
 import numpy as np
 import pandas as pd
 import pytest
-from test_cli import run
+from command_line import run
 
 import mlflow_trt
 from mlflow_trt import AccuracyError, ArtifactError, IntegrityError, OnnxModelError, OptionError, SelfTestError
