@@ -13,6 +13,7 @@ import typer
 
 from mlflow_trt.cli.add_engine import add_engine
 from mlflow_trt.cli.benchmark import benchmark
+from mlflow_trt.cli.cache import cache
 from mlflow_trt.cli.compare import compare
 from mlflow_trt.cli.convert import convert
 from mlflow_trt.cli.dockerfile import dockerfile
@@ -40,6 +41,7 @@ app.command()(serve)
 app.command()(export_triton)
 app.command()(dockerfile)
 app.command()(doctor)
+app.add_typer(cache)
 app.add_typer(registry, name="registry")
 
 

@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mlflow_trt.convert.recipe import Recipe
     from mlflow_trt.core.accuracy import Comparison
     from mlflow_trt.core.selection import Selection
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from mlflow_trt.registry.check import Finding
     from mlflow_trt.registry.convert_all import Outcome
     from mlflow_trt.registry.plan import Plan
+    from mlflow_trt.store.cache_contents import CacheEntry
     from mlflow_trt.store.record import Record
 
 
@@ -299,6 +302,22 @@ def print_layers(report: LayerReport) -> None:
     ]
     title = f"{report.model} on {report.description}, timed with {report.rows} rows"
     print_rows(title, ("", "layer", "type", "outputs", "ms"), rows)
+
+
+def print_cache(folder: Path, entries: Sequence[CacheEntry], limit: int | None) -> None:
+    rows = [
+        (entry.kind, entry.key[:12], f"{entry.size / 1e6:,.1f}", f"{entry.used:%Y-%m-%d %H:%M}") for entry in entries
+    ]
+    if rows:
+        print_rows("", ("", "key", "MB", "used (UTC)"), rows)
+    total = sum(entry.size for entry in entries)
+    allowed = "no limit" if limit is None else f"up to {limit / 1e6:,.1f} MB are kept"
+    typer.echo(f"{folder}: {len(entries)} entries of {total / 1e6:,.1f} MB; {allowed} (MLFLOW_TRT_CACHE_SIZE)")
+
+
+def print_removed(entries: Sequence[CacheEntry]) -> None:
+    size = sum(entry.size for entry in entries) / 1e6
+    typer.echo(f"Removed {len(entries)} entries of {size:,.1f} MB")
 
 
 def _batch_text(axis: BatchAxis | None) -> str:
