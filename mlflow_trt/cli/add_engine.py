@@ -27,6 +27,10 @@ def add_engine(
             help="Compile the kernels of TensorRT-RTX on this machine's GPU, and store them with the engine.",
         ),
     ] = False,
+    dynamic_plugins: Annotated[
+        list[str] | None,
+        typer.Option(help="A library with plugins that the model's engines need; may be repeated. Not TensorRT-RTX."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Make a new version of a model that has an engine for this machine, or other GPUs, too."""
@@ -40,6 +44,7 @@ def add_engine(
         registered_model_name=register_as or None,
         alias=alias or None,
         store_kernels=store_kernels,
+        plugins=dynamic_plugins or (),
     )
     with results_on_stdout(as_json), extended as version:
         made = f"models:/{version.name}/{version.version}"

@@ -101,6 +101,7 @@ def convert(
     refit: options.Refit = False,
     strip_weights: options.StripWeights = False,
     weight_streaming: options.WeightStreaming = False,
+    dynamic_plugins: options.DynamicPlugins = None,
     profiling_verbosity: options.ProfilingVerbosity = "",
     calibration_data: Annotated[
         Path | None,

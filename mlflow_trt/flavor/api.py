@@ -240,6 +240,7 @@ def load_model(
     warm_up: WarmUp | None = None,
     allow_engine_host_code: bool | None = None,
     self_test: bool | None = None,
+    plugins: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Session:
     """Load a model for its native interface, a Session. `mlflow.pyfunc.load_model` loads it the MLflow way.
@@ -248,8 +249,8 @@ def load_model(
         model_uri: any model URI of MLflow, such as `models:/resnet50-trt/1` or a local folder.
         dst_path: an existing folder to download to; a temporary one if left out.
         runtime, on_mismatch, device, kernel_specialization, cuda_graphs, max_batch_delay_ms, warm_up,
-            allow_engine_host_code, self_test: load settings, see LoadSettings; None takes what the environment variable
-            MLFLOW_PYFUNC_INFERENCE_CONFIG says, or else the ones that the model was logged with.
+            allow_engine_host_code, self_test, plugins: load settings, see LoadSettings; None takes what the environment
+            variable MLFLOW_PYFUNC_INFERENCE_CONFIG says, or else the ones that the model was logged with.
         progress: called while an engine is built for this machine; None shows it on standard error.
 
     Raises:
@@ -267,8 +268,10 @@ def load_model(
         "warm_up": warm_up,
         "allow_engine_host_code": allow_engine_host_code,
         "self_test": self_test,
+        "plugins": plugins,
     }
     logged = Model.load(str(folder.path)).flavors[pyfunc.FLAVOR_NAME].get(pyfunc.MODEL_CONFIG) or {}
+    LoadSettings.check_logged(logged)
     wanted = {name: value for name, value in given.items() if value is not None}
     # MLflow's environment variable comes between, as it does for pyfunc.
     defaults = _get_overridden_pyfunc_model_config(logged, {}, _log) or {}

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from mlflow import pyfunc
+from mlflow.models import Model
 
 from mlflow_trt.core.arrays import Array
 from mlflow_trt.core.frames import feeds_from_frame, frame_from_outputs
@@ -43,8 +45,14 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Any
 
 
 def settings_of(folder: ModelFolder, model_config: Mapping[str, Any] | None) -> tuple[LoadSettings, dict[str, Any]]:
-    """The load settings in a `model_config`, and for a whole model the rest, which is its source's."""
+    """The load settings in a `model_config`, and for a whole model the rest, which is its source's.
+
+    Raises OptionError for settings that do not exist, and for plugins that the model itself names.
+    """
     ours, theirs = (dict(model_config or {}), {}) if folder.record.whole is None else split_config(model_config)
+    if ours.get("plugins"):  # the user's, unless the model brings some
+        metadata = Model.load(str(folder.path))
+        LoadSettings.check_logged(metadata.flavors[pyfunc.FLAVOR_NAME].get(pyfunc.MODEL_CONFIG))
     return LoadSettings.of(ours), theirs
 
 

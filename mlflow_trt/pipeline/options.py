@@ -44,6 +44,7 @@ class ConversionOptions:
         if not isinstance(self.verify, (bool, Tolerance)):
             raise OptionError(f"verify is {self.verify!r}; expected True, False or a Tolerance", option="verify")
         LoadSettings.of(self.model_config)
+        LoadSettings.check_logged(self.model_config)
         folder = self.external_data_folder
         if folder is not None and not folder.is_dir():
             raise OptionError(

@@ -39,6 +39,7 @@ from mlflow_trt.registry.lineage import point_to
 from mlflow_trt.registry.sources.open import registered_version
 from mlflow_trt.store.folder import ModelFolder, read_folder
 from mlflow_trt.store.load import open_tensorrt
+from mlflow_trt.store.plugins import check_plugins
 from mlflow_trt.store.record import FLAVOR_NAME, Record
 from mlflow_trt.store.write_folder import add_engine_file, mark_extended
 
@@ -52,6 +53,7 @@ def add_engine(
     registered_model_name: str | None = None,
     alias: str | None = None,
     store_kernels: bool = False,
+    plugins: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> ModelVersion:
     """Build an engine from a model's typed model, by its recipe, and register a new version that holds it as well.
@@ -63,6 +65,7 @@ def add_engine(
         alias: set on the new version, after everything else succeeded.
         store_kernels: compile the kernels of TensorRT-RTX on this machine's GPU, and store them with the engine, also
             with one that is there and has none for it.
+        plugins: the libraries with the plugins that the model's engines were built with, or these compiled for here.
         progress: called while the engine is built; None shows it on standard error.
 
     Returns:
@@ -81,6 +84,7 @@ def add_engine(
         registered_model_name=registered_model_name,
         alias=alias,
         store_kernels=store_kernels,
+        plugins=plugins,
         progress=progress,
     ) as version:
         return version
@@ -95,6 +99,7 @@ def extended_version(
     alias: str | None = None,
     store_kernels: bool = False,
     compiler: kernels.KernelCompiler | None = None,
+    plugins: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Iterator[ModelVersion]:
     """`add_engine`, taken back as well where the block fails that does something with the version.
@@ -114,7 +119,8 @@ def extended_version(
         uri = f"models:/{version.name}/{version.version}"
         folder = fetch_folder(uri, workdir)
         tensorrt = trt.load()
-        recipe, gpu = _recipe_here(folder.record.recipe, tensorrt, targets)
+        check_plugins(folder.record.engines, plugins)
+        recipe, gpu = _recipe_here(replace(folder.record.recipe, plugins=tuple(plugins)), tensorrt, targets)
         there = _engine_that_serves(folder.record, tensorrt, recipe, gpu)
         if there is not None and (compiler is None or kernels.has_kernels(folder.record, compiler.gpu)):
             _log.info("%s has an engine for this already: %s", uri, there)
@@ -130,7 +136,7 @@ def extended_version(
         if compiler is not None:
             extended = kernels.store_kernels(folder.path, compiler)
         if gpu is not None:
-            _try(folder.path)
+            _try(folder.path, plugins)
         tags = {key: value for key, value in version.tags.items() if not key.startswith("mlflow.")}
         tags = {**tags, TARGET_TAG: ", ".join(e.target for e in extended.engines), EXTENDS_TAG: uri}
         tags = {key: value for key, value in tags.items() if not key.startswith((CONVERTED_TAG, CONVERSION_TAG))}
@@ -192,10 +198,10 @@ def _built(
     return built.engine
 
 
-def _try(path: Path) -> None:
+def _try(path: Path, plugins: Sequence[str]) -> None:
     """Run the golden sample on the new engine, where this machine has what that needs. Raises SelfTestError."""
     try:
-        open_tensorrt(read_folder(path), LoadSettings(on_mismatch="error")).close()
+        open_tensorrt(read_folder(path), LoadSettings(on_mismatch="error", plugins=plugins)).close()
     except (RuntimeUnavailableError, EngineMismatchError) as error:
         _log.warning("The new engine was not tested here: %s", error.message)
 

@@ -23,6 +23,7 @@ from mlflow.entities.model_registry import ModelVersion
 
 from mlflow_trt.backends import cuda_driver as hardware
 from mlflow_trt.backends import tensorrt as trt
+from mlflow_trt.convert.engine.builder import describe_plugins
 from mlflow_trt.convert.onnx.model import sha256_of
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.core.accuracy import Tolerance
@@ -62,6 +63,8 @@ def recipe_digest(prepared: PreparedConversion, whole: WholeSource | None = None
         for name, value in asdict(recipe).items()
         if name not in _NOT_IN_DIGEST and value != getattr(defaults, name)
     }
+    if recipe.plugins:
+        changed["plugins"] = [plugin.sha256 for plugin in describe_plugins(recipe.plugins)]
     is_chosen_here = recipe.precision is Precision.BEST
     gpus = () if tensorrt.is_rtx and not is_chosen_here else hardware.probe().gpus
     verify, compiler = options.verify, prepared.compiler

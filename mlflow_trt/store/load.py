@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from mlflow_trt._version import __version__
 from mlflow_trt.backends import tensorrt as trt
 from mlflow_trt.backends.cuda_driver import probe
-from mlflow_trt.convert.engine.builder import build_engine
+from mlflow_trt.convert.engine.builder import build_engine, describe_plugins
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.core.compatibility import kernels_fit, why_not
 from mlflow_trt.core.log import get_logger
@@ -30,6 +30,7 @@ from mlflow_trt.core.types import (
     Gpu,
     HardwareCompatibility,
     Interface,
+    PluginLibrary,
     TensorSpec,
     Weights,
 )
@@ -46,6 +47,7 @@ from mlflow_trt.store import cache, self_test
 from mlflow_trt.store.folder import ModelFolder
 from mlflow_trt.store.gpu_lease import own_gpu
 from mlflow_trt.store.kernel_cache import KernelFile
+from mlflow_trt.store.plugins import check_plugins, load_plugins
 
 if TYPE_CHECKING:
     from mlflow_trt.runtime.engine.engine import KernelStore
@@ -129,14 +131,16 @@ def _open_on(ordinal: int, folder: ModelFolder, settings: LoadSettings, progress
     """A session on one GPU."""
     record = folder.record
     tensorrt = trt.load(_distribution_for(folder))
+    plugins = check_plugins(record.engines, settings.plugins)
     device = open_device(ordinal)
+    load_plugins(tensorrt, settings.plugins)
 
     def session(engine: EngineRecord, plan: bytes, kernels: tuple[bytes, ...] = ()) -> Session:
         store = kernel_file(engine, tensorrt, device, shipped=kernels)
         opened = session_of(folder, engine, plan, tensorrt=tensorrt, device=device, settings=settings, store=store)
         try:
             if settings.self_test:
-                self_test.check(opened, folder, _identity(engine, kernels, tensorrt, device, settings))
+                self_test.check(opened, folder, _identity(engine, kernels, tensorrt, device, settings, plugins))
             if _warm_up(settings) == "on":
                 opened.warm_up()
         except BaseException:
@@ -162,7 +166,7 @@ def _open_on(ordinal: int, folder: ModelFolder, settings: LoadSettings, progress
             f"{problem}. Load with on_mismatch='rebuild', or log the model on a machine like this one.",
             reasons=reasons,
         )
-    return session(*_rebuilt(folder, tensorrt, device, problem, progress))
+    return session(*_rebuilt(folder, tensorrt, device, problem, progress, settings.plugins))
 
 
 def shipped_kernels(folder: ModelFolder, engine: EngineRecord, version: str, gpu: Gpu) -> tuple[bytes, ...]:
@@ -260,7 +264,12 @@ def kernel_file(
 
 
 def _identity(
-    engine: EngineRecord, kernels: tuple[bytes, ...], tensorrt: trt.TensorRT, device: Device, settings: LoadSettings
+    engine: EngineRecord,
+    kernels: tuple[bytes, ...],
+    tensorrt: trt.TensorRT,
+    device: Device,
+    settings: LoadSettings,
+    plugins: tuple[PluginLibrary, ...],
 ) -> dict[str, object]:
     """Everything that may make the same model answer differently."""
     return {
@@ -271,6 +280,7 @@ def _identity(
         "kernel_specialization": settings.kernel_specialization,
         "cuda_graphs": settings.cuda_graphs,
         "kernels": [hashlib.sha256(shipped).hexdigest() for shipped in kernels],
+        "plugins": [plugin.sha256 for plugin in plugins],
     }
 
 
@@ -281,15 +291,23 @@ def _distribution_for(folder: ModelFolder) -> Distribution | None:
 
 
 def _rebuilt(
-    folder: ModelFolder, tensorrt: trt.TensorRT, device: Device, problem: str, progress: Progress | None
+    folder: ModelFolder,
+    tensorrt: trt.TensorRT,
+    device: Device,
+    problem: str,
+    progress: Progress | None,
+    plugins: Sequence[str],
 ) -> tuple[EngineRecord, bytes]:
+    if plugins and tensorrt.is_rtx:
+        raise RuntimeUnavailableError(f"{problem}, and {tensorrt}, which has no plugins, cannot rebuild it.")
     record = folder.record
-    recipe = _adapt_recipe(record.recipe, tensorrt, device)
+    recipe = replace(_adapt_recipe(record.recipe, tensorrt, device), plugins=tuple(plugins))
     key = cache.key_of(
         {
             "mlflow_trt": __version__,
             "typed": record.typed.digest,
-            "recipe": asdict(recipe),
+            "recipe": asdict(replace(recipe, plugins=())),
+            "plugins": [plugin.sha256 for plugin in describe_plugins(plugins)],
             "profiles": [asdict(profile) for profile in record.profiles],
             "tensorrt": str(tensorrt),
             "gpu": str(device.gpu),

@@ -49,7 +49,7 @@ def write_folder(
         mlflow_trt_version=__version__,
         source=stored_source,
         typed=_write_typed(conversion, folder) or stored_source,
-        recipe=conversion.recipe,
+        recipe=replace(conversion.recipe, plugins=tuple(plugin.name for plugin in engine.plugins)),
         inputs=conversion.typed.inputs,
         outputs=conversion.typed.outputs,
         profiles=conversion.profiles.profiles,
