@@ -19,9 +19,9 @@ import networks
 import onnx
 import pytest
 import yaml
+from command_line import run
 from helpers import read
 from onnx import helper
-from test_cli import run
 
 import mlflow_trt
 from mlflow_trt import OptionError, Recipe, RecipeError, RuntimeUnavailableError, UnsupportedModelError

@@ -233,6 +233,31 @@ def test_an_engine_that_answers_wrongly_is_refused_with_the_numbers(product_fold
     assert caught.value.comparison.relative_error == pytest.approx(0.1, rel=1e-3)
 
 
+def loud() -> dict[str, np.ndarray]:
+    """Rows of which one is a thousand times as loud as the others."""
+    rows = networks.rows(8)
+    rows[0] *= 1000
+    return {"x": rows}
+
+
+def test_the_self_test_looks_at_each_row(tmp_path):
+    """An engine that is right in the loud row, and adds something to all others that they are lost in."""
+    mlflow_trt.save_model(networks.product(), tmp_path / "m", calibration_data=loud())
+    other = networks.product()
+    other.graph.node[0].output[0] = "h"
+    other.graph.node.append(helper.make_node("Add", ["h", "noise"], ["y"]))
+    other.graph.initializer.append(networks.constant("noise", np.float32(8)))
+    mlflow_trt.save_model(other, tmp_path / "other")
+    with (
+        mlflow_trt.load_model(str(tmp_path / "other"), runtime="onnxruntime") as session,
+        pytest.raises(SelfTestError, match="relative error of the median of .*rows") as caught,
+    ):
+        self_test.check(session, read_folder(tmp_path / "m"), {"engine": "a"})
+    output = caught.value.comparison.outputs[0]
+    assert output.relative_error < 0.02
+    assert output.median_row_error > 0.5
+
+
 def test_a_golden_sample_that_was_changed_is_refused(product_folder):
     golden = product_folder / "golden.npz"
     golden.write_bytes(golden.read_bytes() + b"\0")

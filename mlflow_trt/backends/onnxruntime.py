@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,23 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
+@functools.cache
+def _cpu_information() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def saturates(cpu_information: str) -> bool:
+    """Whether the integer kernels that ONNX Runtime makes of Q/DQ may answer wrongly on this CPU, by its description.
+
+    x86 without VNNI adds up pairs of products in 16 bits, and cuts off what does not fit.
+    """
+    flags = re.search(r"^flags\s*:(.*)$", cpu_information, re.MULTILINE)
+    return flags is not None and not {"avx512_vnni", "avx_vnni"} & set(flags[1].split())
+
+
 class CpuModel:
     """An ONNX file on ONNX Runtime's CPU provider, whatever other providers the installed ONNX Runtime has.
 
@@ -49,6 +68,8 @@ class CpuModel:
         self.version: str = onnxruntime.__version__
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what fails is in the exception, too
+        if saturates(_cpu_information()):
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         cuda = [name for name in onnxruntime.get_available_providers() if prefer_cuda and name == _CUDA]
