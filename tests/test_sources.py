@@ -140,6 +140,33 @@ class TestSklearn:
         assert relative_error(model.predict(X), {"probabilities": expected}) < 1e-4
 
     @pytest.mark.filterwarnings("ignore")
+    def test_a_classifier_as_a_whole_gives_labels(self, store):
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        frame = pd.DataFrame(X.astype(np.float64), columns=list("abcdef"))
+        labels = np.where(Y > 4, "up", np.where(Y < -4, "down", "level"))
+        estimator = make_pipeline(StandardScaler(), LogisticRegression())
+        self.log(estimator, labels, signature=infer_signature(frame, labels), input_example=frame.iloc[:20])
+        mlflow_trt.convert_model_version("models:/m/1", "m-trt", batch=(1, 8, 64), whole=True)
+        model = mlflow.pyfunc.load_model("models:/m-trt/1", model_config=CPU)
+        assert (model.predict(frame) == estimator.predict(X)).all()
+        assert len(set(model.predict(frame))) == 3
+        assert model.metadata.signature == mlflow.pyfunc.load_model("models:/m/1").metadata.signature
+        probabilities = model.get_raw_model().predict_proba(frame)
+        assert relative_error({"p": probabilities}, {"p": estimator.predict_proba(frame.to_numpy())}) < 1e-4
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_a_regressor_as_a_whole(self, store):
+        from sklearn.linear_model import Ridge
+
+        estimator = self.log(Ridge(), Y, input_example=X[:20])
+        mlflow_trt.convert_model_version("models:/m/1", "m-trt", batch=(1, 8, 64), whole=True)
+        answer = mlflow.pyfunc.load_model("models:/m-trt/1", model_config=CPU).predict(X)
+        assert relative_error({"y": answer}, {"y": estimator.predict(X)}) < 1e-4
+
+    @pytest.mark.filterwarnings("ignore")
     def test_what_tensorrt_cannot_run_is_named(self, store):
         from sklearn.ensemble import RandomForestRegressor
 

@@ -115,11 +115,11 @@ class TestData:
     @pytest.mark.parametrize(
         ("inputs", "rows"),
         [
-            (["a b", "c"], [2, 1, 3, 2]),
+            (["a b", "c"], [2, 1, 3, 2, 2]),
             (np.zeros((3, 2)), [3, 1, 4]),
-            (pd.DataFrame({"text": ["a", "b"], "n": [1, 2]}), [2, 1, 3, 2]),
+            (pd.DataFrame({"text": ["a", "b"], "n": [1, 2]}), [2, 1, 3, 2, 2]),
             ({"x": np.zeros((2, 2)), "y": [1, 2]}, [2, 2, 2]),
-            ("a text", [6, 2, 13]),
+            ("a text", [6, 2, 13, 1]),
             (b"bytes", [5]),
         ],
         ids=["list", "array", "frame", "mapping", "text", "bytes"],
@@ -128,3 +128,11 @@ class TestData:
         found = list(variations(inputs))
         assert [len(one) for one in found] == rows
         assert found[0] is inputs
+
+    def test_texts_are_found_wherever_they_are(self):
+        pairs = [{"text": "a b", "text_pair": "c d"}, {"text": "e", "text_pair": "f"}]
+        *_, longer, shorter = variations(pairs)
+        assert longer[0] == {"text": "a b a b", "text_pair": "c d c d"}
+        assert shorter[0] == {"text": "a", "text_pair": "c"}
+        *_, longer, shorter = variations({"sequences": ["a b"], "candidate_labels": ["c d"], "n": 3})
+        assert shorter == {"sequences": ["a"], "candidate_labels": ["c"], "n": 3}

@@ -187,6 +187,7 @@ def test_of_several_networks_one_is_named(store, product_file):
     )  # fmt: skip
     assert code == 0, problem
     assert "models:/made/1" in output
+    assert "python_model, of which python_model.second is the network" in output
     source, made = both()
     assert np.allclose(made.predict(x), source.predict(x), atol=1e-5)
     assert "EngineInferenceSession" in type(made.unwrap_python_model().second).__name__

@@ -86,9 +86,11 @@ class TestTextClassification:
         assert record.whole is not None
         assert record.whole.flavor == "transformers"
         assert "whole/model/model.safetensors" in record.whole.files
-        assert (folder / "whole" / "model" / "model.safetensors").stat().st_size < 100
+        assert (folder / "whole" / "model" / "model.safetensors").stat().st_size < 10_000
+        assert models[1].get_raw_model().model.num_parameters() > 20_000  # as shapes
         assert models[1].metadata.signature == models[0].metadata.signature
         assert {"input_ids", "attention_mask"} <= {spec.name for spec in record.inputs}
+        assert any("texts are padded to the next of" in remark for remark in record.remarks)
         assert {profile.ranges["input_ids"].max[1] for profile in record.profiles} == set(record.whole.lengths.sizes)
 
     def test_few_tokens_are_computed_in_vain(self, models):

@@ -119,6 +119,13 @@ def convert(
             path_type=Path, help="A folder that links among the model's external data may lead into: blobs of a cache."
         ),
     ] = None,
+    whole: Annotated[
+        bool,
+        typer.Option(
+            "--whole",
+            help="Let the result of a scikit-learn model answer as its predict does, with labels.",
+        ),
+    ] = False,
     network: Annotated[
         str, typer.Option(help="Which network of a PythonModel to convert, where it has several: self.encoder.")
     ] = "",
@@ -176,6 +183,7 @@ def _options_from(context: typer.Context) -> ConversionOptions:
         verify=not given["no_verify"],
         store_kernels=given["store_kernels"],
         allow_external_data_from=given["allow_external_data_from"],
+        whole=given["whole"],
         network=given["network"] or None,
         trust_remote_code=given["trust_remote_code"],
     )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mlflow_trt.core.accuracy import Comparison
     from mlflow_trt.core.selection import Selection
     from mlflow_trt.core.types import BatchAxis, EngineRecord, PrecisionReport, ShapeProfile, TensorSpec
+    from mlflow_trt.core.whole_model import WholeModel
     from mlflow_trt.measure.benchmark import Benchmark
     from mlflow_trt.measure.doctor import Diagnosis
     from mlflow_trt.measure.layers import LayerReport
@@ -53,6 +54,10 @@ def print_rows(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]
     Console().print(table)
 
 
+def _whole_fact(whole: WholeModel | None) -> str | None:
+    return None if whole is None else f"{whole.flavor}, of which {whole.network} is the network"
+
+
 def print_record(uri: str, record: Record) -> None:
     print_facts(
         uri,
@@ -66,6 +71,7 @@ def print_record(uri: str, record: Record) -> None:
             "made from": record.lineage.get("source"),
             "exported by": record.lineage.get("exporter"),
             "left out": record.lineage.get("left_out"),
+            "whole model": _whole_fact(record.whole),
             "engines of": record.lineage.get("extends"),
             "made by": f"mlflow-trt {record.mlflow_trt_version}, format {record.format}",
             "remarks": "\n".join(record.remarks),

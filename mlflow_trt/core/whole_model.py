@@ -14,6 +14,7 @@ class NetworkKind(StrEnum):
 
     TORCH = "torch"
     ONNXRUNTIME = "onnxruntime"
+    SKLEARN = "sklearn"
 
 
 class Answer(StrEnum):
@@ -72,10 +73,10 @@ class GoldenAnswer:
 class WholeModel:
     """What a model folder says of the whole model in it.
 
-    `flavor` is the one of MLflow that loads it, `network` the attribute that the engine takes the place of. `files`
-    are those below `whole/`, each with its sha256, and `golden` what the source answers to its input example.
-    `own_settings` are settings of the source that are called like one
-    of ours, and so cannot be overridden.
+    `flavor` is the one of MLflow that loads it, `network` the attribute that the engine takes the place of. `files` are
+    those below `whole/`, each with its sha256, and `golden` what the source answers to its input example; `hollow` are
+    files of weights that have none. With `trusts_code` it may run Python files of its own. `own_settings` are settings
+    of the source that are called like one of ours, and so cannot be overridden.
     """
 
     flavor: str
@@ -84,4 +85,6 @@ class WholeModel:
     files: Mapping[str, str]
     lengths: Lengths | None = None
     golden: GoldenAnswer | None = None
+    hollow: tuple[str, ...] = ()
+    trusts_code: bool = False
     own_settings: Mapping[str, Any] = field(default_factory=dict)

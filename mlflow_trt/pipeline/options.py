@@ -22,7 +22,7 @@ class ConversionOptions:
     """Everything that decides about a conversion besides its source; the keywords of `save_model` explain each.
 
     `bench` is where the candidates for `best` are measured, and `compiler` where kernels are compiled; None takes the
-    GPU of this machine for both. `network` and `trust_remote_code` are for whole models.
+    GPU of this machine for both. `whole`, `network` and `trust_remote_code` are for whole models.
 
     Raises OptionError for a `verify` that is neither a bool nor a Tolerance, for load settings that do not exist, and
     for external data from what is no folder.
@@ -37,6 +37,7 @@ class ConversionOptions:
     progress: Progress | None = None
     bench: Bench | None = None
     compiler: KernelCompiler | None = None
+    whole: bool = False
     network: str | None = None
     trust_remote_code: bool = False
 

@@ -54,6 +54,7 @@ def convert_model_version(
     tags: Mapping[str, Any] | None = None,
     alias: str | None = None,
     force: bool = False,
+    whole: bool = False,
     network: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -73,6 +74,8 @@ def convert_model_version(
         tags: more tags of the new version; they come before those of the source.
         alias: set on the version once everything else succeeded.
         force: make a new version, even where there is one of the same source and recipe.
+        whole: let the result of a scikit-learn model answer as its `predict` does, with labels and not probabilities.
+            Models of transformers and sentence_transformers and PythonModels are always converted as a whole.
         network: which network of a PythonModel to convert, where it has several: `self.encoder`.
         trust_remote_code: convert a model that brings Python code of its own beside its weights, which loading it runs.
 
@@ -91,6 +94,7 @@ def convert_model_version(
         model_config=model_config,
         allow_external_data_from=allow_external_data_from,
         progress=progress,
+        whole=whole,
         network=network,
         trust_remote_code=trust_remote_code,
     )
@@ -198,6 +202,7 @@ def convert_to_folder(model_uri: str | os.PathLike[str], path: Path, options: Co
 def whole_options(options: ConversionOptions) -> WholeOptions:
     """What the options of a conversion say of a whole model."""
     return WholeOptions(
+        whole=options.whole,
         network=options.network,
         data=options.calibration_data,
         recipe=options.recipe,
@@ -225,6 +230,7 @@ def _packaging_of(source: SourceModel) -> PackagingOptions:
         metadata=source.metadata,
         lineage=source.lineage,
         whole=source.whole,
+        remarks=source.whole.remarks if source.whole is not None else (),
     )
 
 

@@ -72,6 +72,7 @@ def recipe_digest(prepared: PreparedConversion, whole: WholeSource | None = None
         "model_config": options.model_config,
         "calibration_data": _data_digest(options.calibration_data),
         "verify": asdict(verify) if isinstance(verify, Tolerance) else None if verify else False,
+        "as_a_whole": options.whole or None,
         "network": options.network,
         "whole": None if whole is None else whole.digest,
         "kernels_for": None if compiler is None else str(compiler.gpu.compute_capability),

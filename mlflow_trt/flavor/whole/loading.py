@@ -1,6 +1,7 @@
 """Load a whole model: by the loader of its own flavor, and an engine in the place of its network.
 
-Only what MLflow asks of every flavor is used of it: the module that the MLmodel names, and its `_load_pyfunc`.
+Only what MLflow asks of every flavor is used of it, the module that the MLmodel names and its `_load_pyfunc`; but for
+sentence_transformers, whose `_load_pyfunc` takes a GPU and trusts all code: there it is the wrapper alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from mlflow_trt.core.optional import is_installed
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.whole_model import NetworkKind, WholeModel
 from mlflow_trt.errors import ArtifactError, OptionError
+from mlflow_trt.flavor.whole.estimator import EngineMethods
+from mlflow_trt.flavor.whole.hollow import fill
 from mlflow_trt.flavor.whole.network import EngineForward, EngineInferenceSession, Network
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.store.folder import ModelFolder
@@ -30,6 +33,7 @@ WHOLE_FOLDER = "whole"
 PYTHON_MODELS = ("mlflow.pyfunc.model", "mlflow.pyfunc.loaders.code_model")
 """The loaders of PythonModels, in MLmodel files: those that were pickled, and those from code."""
 
+_SENTENCE_TRANSFORMERS = "mlflow.sentence_transformers"
 _ON_THE_CPU = {"MLFLOW_DEFAULT_PREDICTION_DEVICE": "-1"}
 
 
@@ -48,16 +52,28 @@ def usual_rows(record: Record) -> int | None:
     return record.profiles[0].ranges[axis.inputs[0]].opt[0]
 
 
-def load_impl(folder: Path, config: Mapping[str, Any]) -> Any:
-    """What MLflow's own loader makes of the model in a folder: the object that its pyfunc calls `predict` of."""
+def load_impl(folder: Path, config: Mapping[str, Any], files: Path | None = None, *, trusts_code: bool = False) -> Any:
+    """What MLflow's own loader makes of the model in a folder: the object that its pyfunc calls `predict` of.
+
+    `files` is another folder with the same files, for the loader; code is taken from the first, where it stays.
+    """
     conf = Model.load(str(folder)).flavors[pyfunc.FLAVOR_NAME]
     _add_code_from_conf_to_system_path(str(folder), conf)
     loader = importlib.import_module(conf[pyfunc.MAIN])
-    data = folder / conf[pyfunc.DATA] if pyfunc.DATA in conf else folder
+    data = files or folder
+    data = data / conf[pyfunc.DATA] if pyfunc.DATA in conf else data
     with _quiet_transformers(), _environment(_ON_THE_CPU):
+        if conf[pyfunc.MAIN] == _SENTENCE_TRANSFORMERS:
+            return _load_sentence_transformer(loader, data, config, trusts_code=trusts_code)
         parameters = inspect.signature(loader._load_pyfunc).parameters  # noqa: SLF001  # every flavor has to have it
         more = {"model_config": dict(config)} if "model_config" in parameters else {}
         return loader._load_pyfunc(str(data), **more)  # noqa: SLF001  # as above
+
+
+def _load_sentence_transformer(flavor: Any, data: Path, config: Mapping[str, Any], *, trusts_code: bool) -> Any:
+    package: Any = importlib.import_module("sentence_transformers")
+    model = package.SentenceTransformer(str(data), device="cpu", trust_remote_code=trusts_code)
+    return flavor._SentenceTransformerModelWrapper(model, config.get("task"))  # noqa: SLF001  # see above
 
 
 def load_whole(folder: ModelFolder, session: Session, config: Mapping[str, Any]) -> Any:
@@ -66,7 +82,13 @@ def load_whole(folder: ModelFolder, session: Session, config: Mapping[str, Any])
     if whole is None:
         raise ArtifactError(f"{folder.path} is not a whole model", path=folder.path)
     rows = usual_rows(folder.record)
-    impl = load_impl(folder.path / WHOLE_FOLDER, {**whole.own_settings, **config})
+    settings = {**whole.own_settings, **config}
+    if whole.hollow:
+        with fill(folder.path, whole.files, whole.hollow) as filled:
+            files = filled / WHOLE_FOLDER
+            impl = load_impl(folder.path / WHOLE_FOLDER, settings, files, trusts_code=whole.trusts_code)
+    else:
+        impl = load_impl(folder.path / WHOLE_FOLDER, settings, trusts_code=whole.trusts_code)
     exchange(impl, whole, Network(session, whole.call, whole.lengths))
     pipeline = getattr(impl, "pipeline", None)
     if whole.flavor == "transformers" and rows is not None and "batch_size" not in config:
@@ -85,6 +107,9 @@ def exchange(impl: Any, whole: WholeModel, network: Network) -> None:
         raise ArtifactError(f"the whole model has no {whole.network}, which the engine takes the place of")
     if whole.call.kind is NetworkKind.ONNXRUNTIME:
         setattr(parent, name, EngineInferenceSession(network, original))
+        return
+    if whole.call.kind is NetworkKind.SKLEARN:
+        EngineMethods(network, original).put_into(original)
         return
     original.forward = EngineForward(network, inspect.signature(original.forward))
     for tensor in (*original.parameters(), *original.buffers()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -16,10 +15,10 @@ from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.whole_model import GoldenAnswer, Lengths, NetworkCall, WholeModel
 from mlflow_trt.errors import ArtifactError
+from mlflow_trt.flavor.whole.hollow import HOLLOW_FILE
 from mlflow_trt.flavor.whole.loading import WHOLE_FOLDER
 from mlflow_trt.flavor.whole.self_test import GOLDEN_WHOLE_FILE, LARGEST, as_json
 
-HOLLOW_FILE = "model.safetensors"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json",
             "tf_model.h5", "flax_model.msgpack")  # fmt: skip
 _log = get_logger(__name__)
@@ -31,9 +30,10 @@ _NOT_COPIED = ("exported", "__pycache__", "registered_model_meta")  # the last b
 class WholeSource:
     """A whole model that is converted: its folder, how it calls its network, and what it was seen to answer.
 
-    `weights` are folders below it that hold the weights of the network and nothing else does without; `config` is the
-    `model_config` that it was logged with. `examples` are inputs with the answers of the source, the first its own
-    input example where `answers_its_example`.
+    `weights` are folders below it that hold the weights of the network, each with what is there instead, see
+    `hollow_weights`; `config` is the `model_config` that it was logged with. `examples` are inputs with the answers of
+    the source, the first its own input example where `answers_its_example`. `remarks` tell what was chosen for
+    the user, who with `trusts_code` allowed the model to run code of its own.
     """
 
     folder: Path
@@ -41,10 +41,12 @@ class WholeSource:
     network: str
     call: NetworkCall
     lengths: Lengths | None = None
-    weights: tuple[Path, ...] = ()
+    weights: Mapping[Path, bytes] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     examples: tuple[tuple[Any, Any], ...] = ()
     answers_its_example: bool = False
+    remarks: tuple[str, ...] = ()
+    trusts_code: bool = False
 
     @property
     def digest(self) -> str:
@@ -82,9 +84,9 @@ def write_whole(source: WholeSource, folder: Path, tolerance: float | None) -> W
     for name in source.files():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.folder / name, target / name)
-    for weights in source.weights:
+    for weights, hollow in source.weights.items():
         (target / weights).mkdir(parents=True, exist_ok=True)
-        (target / weights / HOLLOW_FILE).write_bytes(_hollow())
+        (target / weights / HOLLOW_FILE).write_bytes(hollow)
     golden = None if tolerance is None else _write_golden(source, folder, tolerance)
     files = sorted(file for file in target.rglob("*") if file.is_file())
     files += [] if golden is None else [folder / golden.file]
@@ -94,6 +96,8 @@ def write_whole(source: WholeSource, folder: Path, tolerance: float | None) -> W
         call=source.call,
         lengths=source.lengths,
         golden=golden,
+        trusts_code=source.trusts_code,
+        hollow=tuple(f"{WHOLE_FOLDER}/{weights.as_posix()}/{HOLLOW_FILE}" for weights in source.weights),
         own_settings=source.own_settings,
         files={file.relative_to(folder).as_posix(): sha256_of(file) for file in files},
     )
@@ -111,10 +115,3 @@ def _write_golden(source: WholeSource, folder: Path, tolerance: float) -> Golden
         return None
     (folder / GOLDEN_WHOLE_FILE).write_text(text)
     return GoldenAnswer(file=GOLDEN_WHOLE_FILE, tolerance=tolerance)
-
-
-def _hollow() -> bytes:
-    """A file of safetensors without any: transformers takes it for the weights, and makes up those that it lacks."""
-    header = json.dumps({"__metadata__": {"format": "pt"}}).encode()
-    header += b" " * (-len(header) % 8)
-    return struct.pack("<Q", len(header)) + header

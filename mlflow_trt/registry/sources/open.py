@@ -27,6 +27,7 @@ from mlflow_trt.flavor.whole.package import WholeSource
 from mlflow_trt.registry.sources.exporting import Export
 from mlflow_trt.registry.sources.whole.convert import NEEDS as NEEDS_OF_WHOLE
 from mlflow_trt.registry.sources.whole.convert import OpenedWhole, WholeOptions, open_whole
+from mlflow_trt.registry.sources.whole.estimators import SKLEARN, open_estimator
 from mlflow_trt.registry.sources.whole.find import check_flavor_conf, whole_flavor
 
 ONNX = "onnx"
@@ -108,6 +109,9 @@ def _onnx_file(
         return folder / model.flavors[ONNX]["data"], {}, None
     target = folder / EXPORTED
     target.mkdir()
+    if flavor == SKLEARN and options.whole:
+        opened = open_estimator(model, folder, target, options)
+        return opened.export.path, opened.export.lineage(flavor), opened
     if flavor == whole_flavor(model):
         opened = open_whole(source, model, folder, target, flavor, options)
         return opened.export.path, opened.export.lineage(flavor), opened

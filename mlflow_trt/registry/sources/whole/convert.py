@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,21 +16,18 @@ from mlflow.pyfunc import PyFuncModel
 from mlflow_trt.backends.onnxruntime import write_model_of
 from mlflow_trt.convert.onnx.model import MODEL_FILE
 from mlflow_trt.convert.recipe import Recipe, ShapeRequest
-from mlflow_trt.core.arrays import Feeds, Outputs
+from mlflow_trt.core.arrays import Feeds
 from mlflow_trt.core.log import get_logger
-from mlflow_trt.core.whole_model import Answer, NetworkCall, NetworkKind
+from mlflow_trt.core.whole_model import Lengths, NetworkCall, NetworkKind
 from mlflow_trt.errors import MlflowTrtError, OnnxModelError
+from mlflow_trt.flavor.whole.hollow import hollow_weights
 from mlflow_trt.flavor.whole.loading import load_impl, parent_of
 from mlflow_trt.flavor.whole.package import WholeSource
-from mlflow_trt.registry.sources.exporting import Export, Needs, TracedInput
-from mlflow_trt.registry.sources.torch_export import export_module
+from mlflow_trt.registry.sources.exporting import Export, Needs
 from mlflow_trt.registry.sources.whole.capture import (
     NetworkRun,
     Recording,
-    Sizes,
-    axes_of,
     name_axes,
-    outputs_of,
     recorded,
 )
 from mlflow_trt.registry.sources.whole.examples import inputs_of, variations
@@ -43,6 +38,7 @@ from mlflow_trt.registry.sources.whole.find import (
     check_no_remote_code,
     find_network,
 )
+from mlflow_trt.registry.sources.whole.original import export_network, runner_of
 from mlflow_trt.registry.sources.whole.shapes import (
     TextLimits,
     asked_lengths,
@@ -70,8 +66,12 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class WholeOptions:
-    """What the user says of a whole model: which network to convert, data to run it with, and whether to trust code."""
+    """What the user says of a whole model: which network to convert, data to run it with, and whether to trust code.
 
+    With `whole` an estimator of scikit-learn is converted as one, too.
+    """
+
+    whole: bool = False
     network: str | None = None
     data: Any = None
     recipe: Recipe = field(default_factory=Recipe)
@@ -101,7 +101,7 @@ def open_whole(
     conf = model.flavors[pyfunc.FLAVOR_NAME]
     config = conf.get(pyfunc.MODEL_CONFIG) or {}
     with _ignored_warnings():
-        impl = load_impl(folder, config)
+        impl = load_impl(folder, config, trusts_code=options.trust_remote_code)
         runs, call, path, examples = _watched(impl, model, folder, flavor, options)
         names = name_axes(runs)
         parent, name = parent_of(impl, path)
@@ -110,15 +110,15 @@ def open_whole(
             network.to("cpu").eval()  # some loaders take a GPU where there is one
         limits = _limits_of(impl, flavor, network)
         lengths = asked_lengths(find_lengths(runs, names, limits), options.recipe)
-        if lengths is not None and not bears_padding(_runner(network, call), runs, lengths):
-            _log.info("Texts are run one by one in the length that they have, since padding changes what comes out")
-            lengths = None
+        bears = lengths is None or bears_padding(runner_of(network, call), runs, lengths)
+        remarks = _about_lengths(lengths, limits, bears=bears)
+        lengths = lengths if bears else None
         file = target / MODEL_FILE
         if call.kind is NetworkKind.ONNXRUNTIME:
             write_model_of(network, file)
             export = Export(path=file, modules=("onnxruntime",))
         else:
-            _export_torch(network, call, runs, names, file)
+            export_network(network, call, runs, names, file)
             export = Export(path=file, modules=("torch", "onnxscript"))
     return OpenedWhole(
         source=WholeSource(
@@ -127,10 +127,12 @@ def open_whole(
             network=path,
             call=call,
             lengths=lengths,
-            weights=_weights_of(model, folder, flavor),
+            weights=_weights_of(impl, model, folder, flavor),
             config=config,
             examples=examples,
             answers_its_example=options.data is None,
+            remarks=remarks,
+            trusts_code=options.trust_remote_code,
         ),
         export=export,
         shapes=shapes_of(runs, names, lengths, limits),
@@ -188,20 +190,17 @@ def _watch_in_batches(impl: Any, face: PyFuncModel, inputs: Any, recording: Reco
         pipeline._batch_size = usual  # noqa: SLF001  # as above
 
 
-def _runner(network: Any, call: NetworkCall) -> Callable[[Feeds], Outputs]:
-    """Runs the network of the source itself on arrays."""
-    if call.kind is NetworkKind.ONNXRUNTIME:
-        return lambda feeds: dict(zip(call.outputs, network.run(list(call.outputs), feeds), strict=True))
-    import torch
-
-    module = _called_like(network, call)
-
-    def run(feeds: Feeds) -> Outputs:
-        with torch.no_grad():
-            values = module(**{name: torch.from_numpy(array) for name, array in feeds.items()})
-        return {name: value.numpy() for name, value in zip(call.outputs, values, strict=True)}
-
-    return run
+def _about_lengths(lengths: Lengths | None, limits: TextLimits, *, bears: bool) -> tuple[str, ...]:
+    if lengths is None:
+        return ()
+    if not bears:
+        remark = "texts are run one by one in the length that they have, since padding changes what comes out"
+    else:
+        sizes = ", ".join(map(str, lengths.sizes))
+        seen = "" if limits.longest is not None else ", as the longest that was seen; --data with longer ones raises it"
+        remark = f"texts are padded to the next of {sizes} tokens and may have {lengths.sizes[-1]} at most{seen}"
+    _log.info("%s", remark[0].upper() + remark[1:])
+    return (remark,)
 
 
 def _limits_of(impl: Any, flavor: str, network: Any) -> TextLimits:
@@ -214,64 +213,18 @@ def _limits_of(impl: Any, flavor: str, network: Any) -> TextLimits:
     return text_limits(network, tokenizers[0] if len(tokenizers) == 1 else None)
 
 
-def _weights_of(model: Model, folder: Path, flavor: str) -> tuple[Path, ...]:
-    """The folders, below that of the model, with weights that the engine has instead."""
+def _weights_of(impl: Any, model: Model, folder: Path, flavor: str) -> dict[Path, bytes]:
+    """The folders, below that of the model, with weights that the engine has instead, and what is to be there."""
     if flavor == TRANSFORMERS:
-        return (Path(model.flavors[TRANSFORMERS]["model_binary"]),)
+        return {Path(model.flavors[TRANSFORMERS]["model_binary"]): hollow_weights(impl.pipeline.model.state_dict())}
     if flavor == SENTENCE_TRANSFORMERS:
         data = Path(model.flavors[pyfunc.FLAVOR_NAME][pyfunc.DATA])
         # Only a transformer's: those of other modules are small, and loaded whole or not at all.
-        found = [
-            path.parent for path in sorted((folder / data).rglob("config.json")) if '"model_type"' in path.read_text()
-        ]
-        return tuple(path.relative_to(folder) for path in found)
-    return ()
-
-
-def _export_torch(
-    network: Any, call: NetworkCall, runs: Sequence[NetworkRun], names: Mapping[Sizes, str], path: Path
-) -> None:
-    inputs = axes_of([run.feeds for run in runs])
-    fullest = max(runs, key=lambda run: sum(array.size for array in run.feeds.values()))
-    traced = [
-        TracedInput(
-            name=name,
-            array=fullest.feeds[name],
-            varying=tuple(number for number, axis in enumerate(inputs[name]) if len(set(axis)) > 1),
-            axis_names={number: names[axis] for number, axis in enumerate(inputs[name]) if len(set(axis)) > 1},
-        )
-        for name in call.inputs
-    ]
-    export_module(_called_like(network, call), traced, path, output_names=call.outputs)
-
-
-def _called_like(network: Any, call: NetworkCall) -> Any:
-    """A module that takes the tensors of a call by name, and gives a tuple of the tensors of its answer."""
-    torch: Any = importlib.import_module("torch")
-
-    class Called(torch.nn.Module):  # type: ignore[misc]  # it has no types where torch is not installed
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-
-            def forward(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-                tensors = dict(zip(call.inputs, args, strict=False)) | kwargs
-                given = {**tensors, **call.constants}
-                output = network(given) if call.answer is Answer.FEATURES else network(**given)
-                _, found = outputs_of(output)
-                return tuple(found[key] for key in call.keys) if call.keys else tuple(found.values())
-
-            by_name = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in call.inputs]
-            forward.__signature__ = inspect.Signature(by_name)  # type: ignore[attr-defined]
-            self.forward = forward
-
-        def set_attn_implementation(self, name: str) -> None:
-            for module in network.modules():
-                if hasattr(module, "set_attn_implementation"):
-                    module.set_attn_implementation(name)
-                    return
-
-    return Called()
+        configs = [file for file in sorted((folder / data).rglob("config.json")) if '"model_type"' in file.read_text()]
+        transformers = [module.auto_model for module in impl.model if hasattr(module, "auto_model")]
+        if len(configs) == len(transformers) == 1:
+            return {configs[0].parent.relative_to(folder): hollow_weights(transformers[0].state_dict())}
+    return {}
 
 
 @contextmanager

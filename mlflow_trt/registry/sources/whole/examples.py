@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +86,11 @@ def variations(inputs: Any) -> Iterator[Any]:
     """The inputs, and others made of them that differ in rows and in lengths; some models refuse some of these."""
     yield inputs
     yield from _with_rows(inputs)
-    longer = _lengthened(inputs)
-    if longer is not None:
-        yield longer
+    # What is cut off at the longest that the tokenizer takes does not vary by growing.
+    for change in (lambda text: f"{text} {text}", lambda text: text.partition(" ")[0]):
+        changed = _with_texts(inputs, change)
+        if changed is not None:
+            yield changed
 
 
 def _with_rows(inputs: Any) -> Iterator[Any]:
@@ -114,16 +116,19 @@ def _with_rows(inputs: Any) -> Iterator[Any]:
         }
 
 
-def _lengthened(inputs: Any) -> Any:
-    """The same with every text twice; None where there is no text."""
+def _with_texts(inputs: Any, change: Callable[[str], str]) -> Any:
+    """The same with every text changed; None where there is no text."""
     if isinstance(inputs, str):
-        return f"{inputs} {inputs}"
-    if isinstance(inputs, list) and any(isinstance(one, str) for one in inputs):
-        return [f"{one} {one}" if isinstance(one, str) else one for one in inputs]
+        return change(inputs)
     if isinstance(inputs, pd.DataFrame):
         texts = [name for name in inputs if inputs[name].map(lambda value: isinstance(value, str)).all()]
-        if texts:
-            return inputs.assign(**{str(name): inputs[name] + " " + inputs[name] for name in texts})
-    if isinstance(inputs, dict) and any(isinstance(value, str) for value in inputs.values()):
-        return {name: f"{value} {value}" if isinstance(value, str) else value for name, value in inputs.items()}
+        return inputs.assign(**{str(name): inputs[name].map(change) for name in texts}) if texts else None
+    if isinstance(inputs, Mapping):
+        changed = {name: _with_texts(value, change) for name, value in inputs.items()}
+        if any(value is not None for value in changed.values()):
+            return {name: value if changed[name] is None else changed[name] for name, value in inputs.items()}
+    elif isinstance(inputs, list):
+        rows = [_with_texts(one, change) for one in inputs]
+        if any(row is not None for row in rows):
+            return [one if row is None else row for one, row in zip(inputs, rows, strict=True)]
     return None
