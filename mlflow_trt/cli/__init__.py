@@ -20,6 +20,7 @@ from mlflow_trt.cli.dockerfile import dockerfile
 from mlflow_trt.cli.doctor import doctor
 from mlflow_trt.cli.export_triton import export_triton
 from mlflow_trt.cli.inspect import inspect
+from mlflow_trt.cli.kubernetes import kubernetes
 from mlflow_trt.cli.registry import registry
 from mlflow_trt.cli.serve import serve
 from mlflow_trt.cli.verify import verify
@@ -40,6 +41,7 @@ app.command()(compare)
 app.command()(serve)
 app.command()(export_triton)
 app.command()(dockerfile)
+app.command()(kubernetes)
 app.command()(doctor)
 app.add_typer(cache)
 app.add_typer(registry, name="registry")
