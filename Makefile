@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test test-fast test-lowest test-spark test-torch lint docs check-python clean
+.PHONY: quickstart test test-fast test-lowest test-spark test-torch faults lint docs check-python clean
 
 quickstart: $(VENV)/.rtx
 	$(RUN) examples/quickstart.py
@@ -36,12 +36,19 @@ test-lowest: | $(VENV)/bin/python
 TORCH_INDEX ?=
 test-torch: $(VENV)/.dev
 	$(RUN) -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[test-torch]'
-	$(RUN) -m pytest tests/test_sources.py tests/test_torch_sources.py
+	DO_NOT_TRACK=true HF_HUB_OFFLINE=1 $(RUN) -m pytest --durations=10 \
+	  tests/test_sources.py tests/test_torch_sources.py tests/test_whole_python_models.py tests/test_whole_texts.py \
+	  tests/test_whole_images.py tests/test_whole_architectures.py tests/test_whole_serving.py tests/test_whole_benchmark.py
 
 # Needs Java.
 test-spark: $(VENV)/.dev
 	$(RUN) -m pip install --quiet --editable '.[spark]'
 	DO_NOT_TRACK=true $(RUN) -m pytest tests/test_spark.py
+
+# Conversions killed, interrupted, failed and doubled, each at every request: docs/reliability.md has what came of it.
+FAULTS_OPTIONS ?=
+faults: $(VENV)/.dev
+	PYTHONPATH=.:tests $(RUN) tests/faults.py $(FAULTS_OPTIONS)
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
@@ -56,9 +63,8 @@ $(VENV)/.rtx: pyproject.toml | $(VENV)/bin/python
 	@echo "Installing mlflow-trt with TensorRT-RTX and ONNX Runtime (a few minutes the first time) ..."
 	$(RUN) -m pip install --quiet --editable '.[rtx]'
 ifeq ($(GPU),yes)
-	@echo "There is a GPU: compiling pycuda ..."
-	@$(RUN) -m pip install --quiet --editable '.[cuda]' \
-	  || echo "pycuda was not compiled, for which nvcc and the Python headers are needed: models will run on the CPU."
+	@echo "There is a GPU: adding what calls it ..."
+	$(RUN) -m pip install --quiet --editable '.[cuda-core]'
 endif
 	@touch $@
 

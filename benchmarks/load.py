@@ -1,14 +1,14 @@
 """Clients that ask a scoring server at the same time, as fast as it answers, and what they see.
 
-They are threads in a few processes, and use nothing but the standard library: what is measured is the server.
+They are threads in a few processes, and send bytes that were written beforehand: what is measured is the server.
 """
 
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -48,19 +48,28 @@ class Load:
     p99_ms: float
 
 
-def drive(address: str, request: Request, clients: int, seconds: float) -> list[Answer]:
+def drive(address: str, requests: Request | Sequence[Request], clients: int, seconds: float) -> list[Answer]:
     """Ask with so many clients for so long, each again as soon as it has an answer.
 
     Each asks once before it counts. A request that was sent in time is waited for, so that slow servers have some.
+
+    Args:
+        address: of the server.
+        requests: what all clients send, or the first, the second, ... of them, where they differ.
+        clients: how many there are.
+        seconds: how long they begin requests.
     """
+    one_for_all = isinstance(requests, Request)
     processes = min(clients, max(1, (os.cpu_count() or 1) // 2))
-    shares = [clients // processes + (index < clients % processes) for index in range(processes)]
-    with tempfile.NamedTemporaryFile() as body:
-        body.write(request.content)
-        body.flush()
+    with tempfile.TemporaryDirectory() as folder:
+        for index in range(1 if one_for_all else clients):
+            Path(folder, str(index)).write_bytes(as_bytes(requests if one_for_all else requests[index], address))  # type: ignore[index, arg-type]
+        shares = [
+            [0 if one_for_all else index for index in range(start, clients, processes)] for start in range(processes)
+        ]
         asking = [
             subprocess.Popen(
-                [sys.executable, "-m", __name__, address, body.name, request.content_type, str(share), str(seconds)],
+                [sys.executable, "-m", __name__, address, folder, str(seconds), *map(str, share)],
                 cwd=Path(__file__).parent.parent,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -74,6 +83,18 @@ def drive(address: str, request: Request, clients: int, seconds: float) -> list[
             cast("TextIO", process.stdin).write("go\n")
             cast("TextIO", process.stdin).flush()
         return [Answer(*answer) for process in asking for answer in json.loads(process.communicate()[0])]
+
+
+def as_bytes(request: Request, address: str) -> bytes:
+    """The request as it goes over the wire."""
+    headers = {
+        "host": urlsplit(address).netloc,
+        "content-type": request.content_type,
+        "content-length": str(len(request.content)),
+        **request.headers,
+    }
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return f"{request.method} {request.path} HTTP/1.1\r\n{head}\r\n".encode() + request.content
 
 
 def summarized(clients: int, rounds: Sequence[Sequence[Answer]]) -> Load:
@@ -97,14 +118,55 @@ def summarized(clients: int, rounds: Sequence[Sequence[Answer]]) -> Load:
     )
 
 
-def ask(address: str, request: Request, clients: int, seconds: float) -> list[Answer]:
-    """What the clients of one process see. They begin when a line comes in."""
-    answers: list[Answer] = []
-    warm = threading.Barrier(clients + 1)
-    go = threading.Barrier(clients + 1)
+class Connection:
+    """The little of HTTP that a client needs whose requests are written already."""
 
-    def client() -> None:
-        connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=_TIMEOUT)
+    def __init__(self, address: str) -> None:
+        parts = urlsplit(address)
+        self._place = (str(parts.hostname), int(parts.port or 80))
+        self._socket: socket.socket | None = None
+
+    def ask(self, request: bytes) -> tuple[int, bytes]:
+        """The status and the body of the answer. Raises OSError where the connection breaks."""
+        if self._socket is None:
+            self._socket = socket.create_connection(self._place, timeout=_TIMEOUT)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connected = self._socket
+        connected.sendall(request)
+        received = self._more(connected)
+        while (end := received.find(b"\r\n\r\n")) < 0:
+            received += self._more(connected)
+        head = received[:end].lower()
+        _, _, length = head.partition(b"\r\ncontent-length:")
+        size = int(length.split(b"\r\n", 1)[0])
+        body = bytearray(received[end + 4 :])
+        while len(body) < size:
+            body += self._more(connected)
+        if b"\r\nconnection: close" in head:
+            self.close()
+        return int(head.split(b" ", 2)[1]), bytes(body)
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    @staticmethod
+    def _more(connected: socket.socket) -> bytes:
+        chunk = connected.recv(1 << 20)
+        if not chunk:
+            raise ConnectionResetError("the server closed the connection")
+        return chunk
+
+
+def ask(address: str, requests: Sequence[bytes], seconds: float) -> list[Answer]:
+    """What the clients of one process see, one for each request. They begin when a line comes in."""
+    answers: list[Answer] = []
+    warm = threading.Barrier(len(requests) + 1)
+    go = threading.Barrier(len(requests) + 1)
+
+    def client(request: bytes) -> None:
+        connection = Connection(address)
         _ask(connection, request)
         connection.close()  # servers close what idles, and others may take a while to get warm
         warm.wait()
@@ -114,7 +176,7 @@ def ask(address: str, request: Request, clients: int, seconds: float) -> list[An
             answers.append(_ask(connection, request))
         connection.close()
 
-    threads = [threading.Thread(target=client) for _ in range(clients)]
+    threads = [threading.Thread(target=client, args=(request,)) for request in requests]
     for thread in threads:
         thread.start()
     warm.wait()
@@ -127,26 +189,23 @@ def ask(address: str, request: Request, clients: int, seconds: float) -> list[An
     return answers
 
 
-def _ask(connection: http.client.HTTPConnection, request: Request) -> Answer:
+def _ask(connection: Connection, request: bytes) -> Answer:
     sent = time.monotonic()
     try:
-        connection.request("POST", "/invocations", request.content, {"Content-Type": request.content_type})
-        response = connection.getresponse()
-        body = response.read()
-        problem = "" if response.status == http.client.OK else f"{response.status}: {body[-300:].decode()}"
-    except (OSError, http.client.HTTPException) as error:
+        status, body = connection.ask(request)
+        problem = "" if status == 200 else f"{status}: {body[-300:].decode(errors='replace')}"
+    except (OSError, ValueError) as error:  # the latter for what is no HTTP
         connection.close()  # the next request opens it again
         problem = f"{type(error).__name__}: {error}"
     return Answer(sent, time.monotonic(), problem)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Clients of `python -m benchmarks.serving`, which starts them.")
+    parser = argparse.ArgumentParser(description="Clients of the benchmarks of servers, which start them.")
     parser.add_argument("address")
-    parser.add_argument("body", type=Path)
-    parser.add_argument("content_type")
-    parser.add_argument("clients", type=int)
+    parser.add_argument("folder", type=Path)
     parser.add_argument("seconds", type=float)
+    parser.add_argument("requests", nargs="+", help="files in the folder, one for each client")
     options = parser.parse_args()
-    content = Request(content=options.body.read_bytes(), content_type=options.content_type)
-    json.dump(ask(options.address, content, options.clients, options.seconds), sys.stdout)
+    contents = {name: (options.folder / name).read_bytes() for name in set(options.requests)}
+    json.dump(ask(options.address, [contents[name] for name in options.requests], options.seconds), sys.stdout)

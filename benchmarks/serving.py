@@ -1,282 +1,251 @@
-"""How fast `mlflow models serve` answers: mlflow-trt beside a model that does nothing and beside mlflow.onnx.
+"""What a request costs: `mlflow-trt serve` beside `mlflow models serve`, in one run.
 
-All of them are served at the same time, and asked in turns.
+    python -m benchmarks.serving                                    # a model that does nothing, on the CPU
+    python -m benchmarks.serving --model resnet50 --runtime tensorrt   # on a GPU
+    python -m benchmarks.serving --soak 600                         # mixed load for ten minutes: errors and memory
 
-    python -m benchmarks.serving --runtime onnxruntime --clients 1,8 --images 1 --seconds 2
-
-Needs no network and no httpx. Without pyarrow, only JSON is measured.
+All servers run at the same time and are asked in turns: one image of 3x224x224 in float32, and rows of 2 kB. MLflow's
+has what makes it fastest: parquet, answers="base64", uvloop, one worker. The goals, and what was reached, come last.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import itertools
 import json
 import os
 import platform
 import tempfile
-from argparse import ArgumentTypeError
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import mlflow
 import numpy as np
-import numpy.typing as npt
-import onnx
-import requests
 import typer
-from mlflow.models import ModelSignature
 from rich.console import Console
 from rich.table import Table
 
 import mlflow_trt
 from benchmarks.load import Answer, Load, drive, summarized
-from benchmarks.options import parse_names
-from benchmarks.resnet50 import resnet50
-from examples.serving import Server, running
-from mlflow_trt.cli.options import parse_batch, parse_numbers, parse_settings
-from mlflow_trt.core import wire
-from mlflow_trt.errors import OnnxModelError, OptionError
-from mlflow_trt.measure.inputs import sample
-from mlflow_trt.store.folder import read_folder
-from mlflow_trt.store.record import Record
+from benchmarks.models import MODELS
+from benchmarks.served import (
+    Case,
+    Target,
+    binary_target,
+    cpu_seconds,
+    mlflow_server,
+    nothing,
+    our_server,
+    parquet_target,
+    save,
+    shared_target,
+    triton_server,
+)
+from benchmarks.soak import soak
+from examples.serving import running
+from mlflow_trt.cli.options import parse_numbers
 
-TARGETS = ("floor", "mlflow-trt", "mlflow.onnx")
-ENCODERS = {"json": wire.json_request, "parquet": wire.parquet_request}
-_TOLERANCE = 0.02  # of the largest value: fp16 passes, another model's numbers do not
-_QUOTED = 5000  # characters of a log
-Feeds = dict[str, npt.NDArray[np.generic]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One row of the table. A request has `images` rows and `megabytes`."""
-
-    target: str
-    wire: str
-    images: int
-    megabytes: float
-    load: Load
-
-    @property
-    def images_per_second(self) -> float:
-        return self.load.requests_per_second * self.images
+MLFLOW, HTTP, SHARED, TRITON = "mlflow models serve", "mlflow-trt serve", "the same, shared memory", "triton"
+IMAGE, ROW = "one image", "a row of 2 kB"
+_OWN_CALLS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is measured: each wire with each number of images and clients, in so many rounds of so many seconds."""
-
-    wires: tuple[str, ...]
-    images: tuple[int, ...]
     clients: tuple[int, ...]
     rounds: int
     seconds: float
-    megabytes_at_once: float
+    settings: dict[str, Any]
+    with_triton: bool
 
 
-class Models:
-    """The three models as folders of MLflow, with one signature."""
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One row of the table. `cpu_ms` is what the server used of the CPU for a request."""
 
-    def __init__(self, folder: Path, model: Path | onnx.ModelProto, plan: Plan, options: Mapping[str, Any]) -> None:
-        self._folder = folder
-        self._answers = options["answers"]
-        mlflow_trt.save_model(
-            model,
-            folder / "mlflow-trt",
-            precision=options["precision"],
-            batch=options["batch"],
-            verify=False,
-            signature=True,  # of inputs, too, for models that need to be told
-            model_config={**options["settings"], "runtime": options["runtime"], "answers": options["answers"]},
-        )
-        self.record: Record = read_folder(folder / "mlflow-trt").record
-        signature = mlflow.models.Model.load(str(folder / "mlflow-trt")).signature
-        if "mlflow.onnx" in options["targets"]:
-            proto = onnx.load(model) if isinstance(model, Path) else model
-            mlflow.onnx.save_model(proto, str(folder / "mlflow.onnx"), signature=signature, pip_requirements=["onnx"])
-        self._write_floor(signature, max(plan.images))
-
-    def _write_floor(self, signature: ModelSignature, rows: int) -> None:
-        outputs = {output.name: [size or 1 for size in output.fixed[1:]] for output in self.record.outputs}
-        mlflow.pyfunc.save_model(
-            str(self._folder / "floor"),
-            python_model=str(Path(__file__).with_name("floor_model.py")),
-            signature=signature,
-            model_config={"rows": rows, "outputs": outputs, "answers": self._answers},
-            pip_requirements=["mlflow"],
-        )
-
-    def path(self, target: str) -> Path:
-        """The folder of a model."""
-        return self._folder / target
-
-    def feeds(self, rows: int) -> Feeds:
-        """Noise, the same for every target."""
-        return sample(rows, self.record.inputs, self.record.profiles, self.record.batch_axis)
-
-    def expected(self, rows: int) -> Feeds:
-        """What ONNX Runtime makes of the feeds."""
-        with mlflow_trt.load_model(str(self.path("mlflow-trt")), runtime="onnxruntime") as session:
-            return session.run(self.feeds(rows))
-
-    def server(self, target: str, workers: int) -> Server:
-        """Start a server."""
-        environment = {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
-        store = f"sqlite:///{self._folder / 'mlflow.db'}"
-        return Server(str(self._folder / target), store, {}, workers=workers, environment=environment)
+    case: str
+    target: str
+    load: Load
+    cpu_ms: float
 
 
-def measure(models: Models, targets: Sequence[str], plan: Plan, workers: int, console: Console) -> Iterator[Measured]:
-    """Serve the models and measure them, each after its answer was found to be right."""
-    servers: dict[str, Server] = {}
+def measure(case: Case, plan: Plan, console: Console) -> Iterator[Measured]:
+    """Serve a model in all ways, and measure each after its answer was found to be right."""
     with ExitStack() as stack:
+        workdir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlflow-trt-")))
+        theirs, ours = mlflow_server(case.folder, plan.settings, workdir), our_server(case.folder, plan.settings)
+        triton = triton_server(case.folder, plan.settings, workdir) if plan.with_triton else None
+        for server in filter(None, (theirs, ours, triton)):
+            stack.enter_context(running(server))
+        targets = [parquet_target(theirs, case.feeds), binary_target(HTTP, ours, case.feeds)]
+        targets.append(stack.enter_context(shared_target(ours, case, max(plan.clients))))
+        if triton is not None:
+            targets.append(binary_target(TRITON, triton, case.feeds))
         for target in targets:
-            servers[target] = models.server(target, workers)
-            stack.enter_context(running(servers[target]))
-        for kind, images in itertools.product(plan.wires, plan.images):
-            request = ENCODERS[kind](models.feeds(images))
-            expected = models.expected(images)
-            for target, server in servers.items():
-                check(target, server, request, expected)
-            megabytes = len(request.content) / 1e6
-            for clients in plan.clients:
-                case = f"{clients} clients, {images} images as {kind}"
-                if clients > 1 and clients * megabytes > plan.megabytes_at_once:
-                    console.print(f"Left out: {case}, {megabytes:.0f} MB each")
-                    continue
-                console.print(f"{case} ...")
-                for target, load in in_turns(servers, request, clients, plan).items():
-                    if load.failures:
-                        said = f"{target}: {load.failures} requests failed, the first with {load.problem}"
-                        console.print(said, markup=False)
-                    yield Measured(target=target, wire=kind, images=images, megabytes=megabytes, load=load)
+            target.check(case.expected)
+        for clients in plan.clients:
+            console.print(f"{case.name}, {clients} clients ...")
+            yield from _in_turns(case, targets, clients, plan)
 
 
-def in_turns(servers: Mapping[str, Server], request: wire.Request, clients: int, plan: Plan) -> dict[str, Load]:
+def _in_turns(case: Case, targets: list[Target], clients: int, plan: Plan) -> Iterator[Measured]:
     """What the clients of each server see, in rounds: a machine that gets slower or faster does so for all."""
-    seen: dict[str, list[list[Answer]]] = {target: [] for target in servers}
+    seen: dict[str, list[list[Answer]]] = {target.name: [] for target in targets}
+    used = dict.fromkeys(seen, 0.0)
     for _ in range(plan.rounds):
-        for target, server in servers.items():
-            seen[target].append(drive(server.address, request, clients, plan.seconds))
-    return {target: summarized(clients, rounds) for target, rounds in seen.items()}
+        for target in targets:
+            before = cpu_seconds(target.server)
+            seen[target.name].append(drive(target.server.address, target.requests, clients, plan.seconds))
+            used[target.name] += cpu_seconds(target.server) - before
+    for name, rounds in seen.items():
+        load = summarized(clients, rounds)
+        yield Measured(case=case.name, target=name, load=load, cpu_ms=1e3 * used[name] / max(1, load.requests))
 
 
-def check(target: str, server: Server, request: wire.Request, expected: Feeds) -> None:
-    """Compare an answer with ONNX Runtime's. The floor's need only have its form."""
-    headers = {"Content-Type": request.content_type}
-    try:
-        response = requests.post(f"{server.address}/invocations", request.content, headers=headers, timeout=600)
-    except requests.ConnectionError as error:
-        said = server.log()[-_QUOTED:]
-        raise RuntimeError(f"the server of {target} answers no more. It printed:\n{said}") from error
-    if not response.ok:
-        raise wire.error_of(response.status_code, response.content)
-    answer = wire.decode_answer(response.content)
-    for name, array in expected.items():
-        off = float(np.abs(np.subtract(answer[name], array)).max() / np.abs(array).max())
-        if answer[name].shape != array.shape or (target != "floor" and not off < _TOLERANCE):
-            raise RuntimeError(f"{target} answers {name!r} with an error of {off:.2g} of the largest value")
+def make_cases(model: str, folder: Path, settings: dict[str, Any]) -> list[Case]:
+    """The models, and what is asked of them."""
+    random = np.random.default_rng(0)
+    if model == "nothing":
+        made = []
+        for name, row, outputs in ((IMAGE, (3, 224, 224), 1000), (ROW, (512,), 10)):
+            path = folder / name.replace(" ", "-")
+            save(nothing(row, outputs), path, {"batch": (1, 8, 64)})
+            made.append(_case(name, path, {"x": random.standard_normal((1, *row)).astype(np.float32)}, settings))
+        return made
+    chosen = MODELS[model]()
+    save(chosen.source(), folder / model, chosen.recipe)
+    return [_case(IMAGE, folder / model, chosen.feeds(1), settings)]
+
+
+def _case(name: str, folder: Path, feeds: dict[str, Any], settings: dict[str, Any]) -> Case:
+    with mlflow_trt.load_model(str(folder), **settings) as session:
+        expected = session.run(feeds)
+        times = []
+        for _ in range(_OWN_CALLS):
+            started = time.perf_counter()
+            session.run(feeds)
+            times.append(time.perf_counter() - started)
+    return Case(name=name, folder=folder, feeds=feeds, expected=expected, own_ms=1e3 * float(np.median(times)))
 
 
 def table(rows: list[Measured]) -> Table:
-    shown = Table(title="mlflow models serve", title_justify="left")
-    for heading in ("wire", "images", "MB", "clients", "model"):
+    shown = Table(title="Requests of one image or row", title_justify="left")
+    for heading in ("request", "clients", "server"):
         shown.add_column(heading)
-    for heading in ("requests/s", "images/s", "p50 ms", "p99 ms", "p50 / floor", "throughput / floor", "failed"):
+    for heading in ("requests/s", "p50 ms", "p99 ms", "server CPU ms", "times MLflow's", "failed"):
         shown.add_column(heading, justify="right")
-    floor = {_key(row): row.load for row in rows if row.target == "floor"}
-    for row in sorted(rows, key=lambda row: (*_key(row), TARGETS.index(row.target))):
-        load, base = row.load, floor.get(_key(row))
+    for row in rows:
+        base = _find(rows, row.case, MLFLOW, row.load.clients)
+        ratio = f"{row.load.requests_per_second / base.load.requests_per_second:.1f}" if base else ""
         shown.add_row(
-            row.wire, str(row.images), f"{row.megabytes:.1f}", str(load.clients), row.target,
-            f"{load.requests_per_second:.1f}", f"{row.images_per_second:.1f}",
-            f"{load.p50_ms:.1f}", f"{load.p99_ms:.1f}",
-            f"{load.p50_ms / base.p50_ms:.2f}" if base else "",
-            f"{load.requests_per_second / base.requests_per_second:.2f}" if base else "",
-            str(load.failures or ""),
+            row.case, str(row.load.clients), row.target, f"{row.load.requests_per_second:.0f}",
+            f"{row.load.p50_ms:.2f}", f"{row.load.p99_ms:.1f}", f"{row.cpu_ms:.2f}", ratio,
+            str(row.load.failures or ""),
         )  # fmt: skip
     return shown
 
 
-def faster_than_json(rows: list[Measured]) -> Iterator[str]:
-    """What parquet brings, one client at a time."""
-    json_rows = {(row.target, row.images, row.load.clients): row for row in rows if row.wire == "json"}
-    for row in rows:
-        other = json_rows.get((row.target, row.images, row.load.clients))
-        if row.wire == "parquet" and other is not None and row.load.clients == 1:
-            ratio = other.load.p50_ms / row.load.p50_ms
-            yield f"{row.target}, {row.images} images: parquet is {ratio:.1f} times as fast as JSON"
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """Something to reach, as a number that is large enough."""
+
+    name: str
+    wanted: float
+    found: float
+    unit: str = "x"
 
 
-def _key(row: Measured) -> tuple[str, int, int]:
-    return row.wire, row.images, row.load.clients
+def goals(rows: list[Measured], cases: list[Case], model: str) -> list[Goal]:
+    """What is wanted of the server, as far as it was measured."""
+    found: list[Goal] = []
+
+    def add(name: str, wanted: float, reached: float | None, unit: str = "x") -> None:
+        if reached is not None:
+            found.append(Goal(name=name, wanted=wanted, found=reached, unit=unit))
+
+    def rate(case: str, target: str, clients: int) -> float | None:
+        row = _find(rows, case, target, clients)
+        return row.load.requests_per_second if row else None
+
+    mine, theirs = _find(rows, IMAGE, HTTP, 1), _find(rows, IMAGE, MLFLOW, 1)
+    if mine and theirs:
+        allowed = 1.15 * (cases[0].own_ms + 1)
+        add(f"1 client: {allowed:.2f} ms (1.15 x (own call + 1 ms)), by p50", 1, allowed / mine.load.p50_ms)
+        add("1 client, images: p50 of MLflow's, by p50", 4, theirs.load.p50_ms / mine.load.p50_ms)
+    for clients in (8, 32, 64):
+        beside = rate(IMAGE, MLFLOW, clients)
+        add(f"{clients} clients, images", 6, _ratio(rate(IMAGE, HTTP, clients), beside))
+        add(f"{clients} clients, images, Triton", 3, _ratio(rate(IMAGE, TRITON, clients), beside))
+    add("64 clients, rows of 2 kB", 25, _ratio(rate(ROW, HTTP, 64), rate(ROW, MLFLOW, 64)))
+    if model == "resnet50":
+        add("64 clients, by HTTP", 2500, rate(IMAGE, HTTP, 64), "/s")
+        add("64 clients, shared memory", 6000, rate(IMAGE, SHARED, 64), "/s")
+    return found
+
+
+def goals_table(reached: list[Goal]) -> Table:
+    shown = Table(title="Goals", title_justify="left")
+    for heading in ("what", "wanted", "found", ""):
+        shown.add_column(heading, justify="left" if heading == "what" else "right")
+    for goal in reached:
+        mark = "reached" if goal.found >= goal.wanted else "missed"
+        shown.add_row(goal.name, f"{goal.wanted:g}{goal.unit}", f"{goal.found:.4g}{goal.unit}", mark)
+    return shown
+
+
+def _ratio(one: float | None, other: float | None) -> float | None:
+    return one / other if one and other else None
+
+
+def _find(rows: list[Measured], case: str, target: str, clients: int) -> Measured | None:
+    wanted = (case, target, clients)
+    return next((row for row in rows if (row.case, row.target, row.load.clients) == wanted), None)
 
 
 def main(
-    model: Annotated[Path | None, typer.Option(help="An ONNX file. Default: a ResNet-50 with random weights.")] = None,
-    runtime: Annotated[str, typer.Option(help="Load setting of mlflow-trt.")] = "auto",
-    precision: Annotated[str, typer.Option(help="Precision of the engine.")] = "fp32",
-    batch: Annotated[str, typer.Option(help="Batch range of the engine.")] = "1:8:64",
-    answers: Annotated[
-        str, typer.Option(help="Load setting: lists or base64, for mlflow-trt and the floor.")
-    ] = "lists",
-    settings: Annotated[str, typer.Option(help="Further load settings, as JSON.")] = "{}",
-    targets: Annotated[str, typer.Option(help="Which of floor, mlflow-trt and mlflow.onnx.")] = ",".join(TARGETS),
-    wires: Annotated[str, typer.Option(help="Which of json and parquet.")] = "json,parquet",
-    images: Annotated[str, typer.Option(help="Images in a request.")] = "1,32",
+    model: Annotated[str, typer.Option(help="nothing, or resnet50.")] = "nothing",
+    runtime: Annotated[str, typer.Option(help="Load setting.")] = "onnxruntime",
     clients: Annotated[str, typer.Option(help="Clients at the same time.")] = "1,8,32,64",
     rounds: Annotated[int, typer.Option(help="How often each is measured, in turns.", min=1)] = 3,
     seconds: Annotated[float, typer.Option(help="How long a round is.")] = 2.0,
-    workers: Annotated[int, typer.Option(help="Workers of the server.")] = 1,
-    megabytes_at_once: Annotated[
-        float, typer.Option(help="Leave out what would have more than this on its way at once.")
-    ] = 600.0,
+    triton: Annotated[
+        bool, typer.Option("--triton", help="Beside a tritonserver from PyPI, with our backend.")
+    ] = False,
+    soak_seconds: Annotated[float, typer.Option("--soak", help="Mixed load for so long instead.")] = 0.0,
     output: Annotated[Path | None, typer.Option(help="Write the numbers to this file, as JSON.")] = None,
 ) -> None:
-    """Serve three models and measure what clients see."""
-    console = Console(width=160)
-    try:
-        kinds, chosen = parse_names(wires, ENCODERS), parse_names(targets, TARGETS)
-    except ArgumentTypeError as error:
-        raise typer.BadParameter(str(error)) from None
+    """Serve a model in several ways and measure what clients see."""
+    console = Console(width=140)
+    if model not in {"nothing", "resnet50"}:
+        raise typer.BadParameter(f"--model: {model!r}: expected nothing or resnet50")
+    if soak_seconds:
+        raise typer.Exit(0 if soak(soak_seconds, console) else 1)
     plan = Plan(
-        wires=tuple(kind for kind in kinds if kind != "parquet" or importlib.util.find_spec("pyarrow")),
-        images=tuple(parse_numbers(images, "--images")),
         clients=tuple(parse_numbers(clients, "--clients")),
         rounds=rounds,
         seconds=seconds,
-        megabytes_at_once=megabytes_at_once,
+        settings={"runtime": runtime},
+        with_triton=triton,
     )
-    options = {
-        "runtime": runtime, "precision": precision, "batch": parse_batch(batch), "answers": answers, "targets": chosen,
-        "settings": parse_settings(settings, "--settings") or {},
-    }  # fmt: skip
+    rows: list[Measured] = []
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as folder:
+        cases = make_cases(model, Path(folder), plan.settings)
         try:
-            models = Models(Path(folder), model or resnet50(), plan, options)
-        except (OnnxModelError, OptionError) as error:
-            raise typer.BadParameter(error.message) from None
-        rows: list[Measured] = []
-        try:
-            for row in measure(models, chosen, plan, workers, console):
-                rows.append(row)  # noqa: PERF402  # one by one: they are shown if the next one fails
+            for case in cases:
+                for row in measure(case, plan, console):
+                    rows.append(row)  # noqa: PERF402  # one by one: they are shown if the next one fails
         finally:
-            console.print(table(rows), *faster_than_json(rows), sep="\n")
+            console.print(table(rows))
+    reached = goals(rows, cases, model)
+    console.print(goals_table(reached))
     if output is not None:
-        found = [asdict(row) | {"images_per_second": row.images_per_second} for row in rows]
         about = {
-            "machine": platform.machine(),
-            "cpus": os.cpu_count(),
-            "workers": workers,
-            "rounds": rounds,
-            "seconds": seconds,
-            **options,
-        }
-        output.write_text(json.dumps({**about, "rows": found}, indent=2) + "\n")
+            "machine": platform.machine(), "cpus": os.cpu_count(), "model": model, "runtime": runtime, "rounds": rounds,
+            "seconds": seconds, "own_ms": {case.name: case.own_ms for case in cases},
+        }  # fmt: skip
+        found = {**about, "rows": [asdict(row) for row in rows], "goals": [asdict(goal) for goal in reached]}
+        output.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

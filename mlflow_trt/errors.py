@@ -20,7 +20,7 @@
     │   ├── OutOfMemoryError (MemoryError)            429  the GPU, or the host, has no room for this
     │   └── SelfTestError                             500  an engine runs, and answers wrongly
     ├── SessionClosedError (RuntimeError)             500  a session was used after close()
-    └── ServerError (RuntimeError)                    500  a scoring server failed, as its client sees it
+    └── ServerError (RuntimeError)                    500  a server failed, as its client sees it
         └── ServerUnavailableError (ConnectionError)  503  ... or cannot be reached
             └── ServerTimeoutError (TimeoutError)     504  ... or takes too long
 
@@ -211,7 +211,7 @@ class SessionClosedError(MlflowTrtError, RuntimeError):
 
 
 class ServerError(MlflowTrtError, RuntimeError):
-    """A scoring server failed. `status` is the HTTP status that it answered with, or None without an answer."""
+    """A scoring or tracking server failed. `status` is the HTTP status of its answer, or None without one."""
 
     def __init__(self, message: str, *, status: int | None = None) -> None:
         super().__init__(message)
@@ -219,7 +219,7 @@ class ServerError(MlflowTrtError, RuntimeError):
 
 
 class ServerUnavailableError(ServerError, ConnectionError):
-    """No scoring server can be reached, or the connection broke off, and trying again did not help."""
+    """No server can be reached, or the connection broke off, and trying again did not help."""
 
     _error_code = TEMPORARILY_UNAVAILABLE
 

@@ -164,11 +164,10 @@ def _examined(case: Case, precision: str, model) -> Finding:
 def _reference(conversion) -> tuple:
     """What ONNX Runtime computes; nothing where it cannot."""
     from mlflow_trt import MlflowTrtError
-    from mlflow_trt.convert.typed_model import reference_outputs
+    from mlflow_trt.convert.onnx.reference import reference_outputs
 
-    names = [spec.name for spec in conversion.source.outputs]
     try:
-        return conversion.typed.reference or reference_outputs(conversion.source.path, names, conversion.samples.feeds)
+        return conversion.typed.reference or reference_outputs(conversion.source, conversion.samples.feeds)
     except MlflowTrtError:
         return ()
 

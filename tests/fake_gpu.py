@@ -413,15 +413,15 @@ class Owner:
 
 
 @contextlib.contextmanager
-def session(*, late=False, batch_axis=BATCH_AXIS, profiles=FakeTensorRT.profiles, **settings):
-    """A session on such a GPU, and the GPU's driver and TensorRT."""
-    driver = Driver()
+def session(*, late=False, batch_axis=BATCH_AXIS, profiles=FakeTensorRT.profiles, driver=None, calls=None, **settings):
+    """A session on such a GPU, and the GPU's driver and TensorRT. `calls` is what the session calls the driver by."""
+    driver = driver or Driver()
     tensorrt = FakeTensorRT(driver, late=late, profiles=profiles)
     gpu = Gpu(ordinal=0, name="a GPU of the tests", compute_capability=ComputeCapability(9, 0), memory=0, uuid="")
     opened = TensorRTSession(
         b"",
         tensorrt=tensorrt,
-        device=Device(gpu, None, driver, driver),
+        device=Device(gpu, None, calls or driver, driver),
         inputs=[TensorSpec(name="x", dtype="float32", shape=("rows", "columns"))],
         outputs=[TensorSpec(name=name, dtype="float32", shape=shape)
                  for name, shape in (("y", ("rows", "columns")), ("z", ("rows",)))],

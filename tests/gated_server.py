@@ -21,6 +21,7 @@ from mlflow_trt.deploy.serve.limits import Limits
 from mlflow_trt.deploy.serve.served_model import ServedModel
 from mlflow_trt.deploy.serve.server import ServeOptions, serve
 from mlflow_trt.errors import ExecutionError
+from mlflow_trt.flavor.pyfunc import PyfuncModel
 
 
 def load(source, _settings):
@@ -37,7 +38,7 @@ def load(source, _settings):
         return submit(feeds, done)
 
     session.submit = gated
-    return ServedModel(source, session, Model(), answers="lists")
+    return ServedModel(source, session, Model(), PyfuncModel(session))
 
 
 def wait(folder, first):

@@ -30,6 +30,26 @@ def product(batch: int | str | None = "batch", width: int = 16) -> onnx.ModelPro
     )
 
 
+def sequences() -> onnx.ModelProto:
+    """Five steps of any number of sequences, as recurrent networks take them: the batch is axis 1."""
+    return model(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        [value("x", FLOAT, [5, "N", 16])],
+        [value("y", FLOAT, [5, "N", 8])],
+        [constant("w", np.random.default_rng(1).standard_normal((16, 8)).astype(np.float32))],
+    )
+
+
+def mixed_sizes() -> onnx.ModelProto:
+    """y = w @ x of a matrix with 4 rows, of which y has 8."""
+    return model(
+        [helper.make_node("MatMul", ["w", "x"], ["y"])],
+        [value("x", FLOAT, [4, 16])],
+        [value("y", FLOAT, [8, 16])],
+        [constant("w", np.random.default_rng(1).standard_normal((8, 4)).astype(np.float32))],
+    )
+
+
 def pooled(height: int = 2) -> onnx.ModelProto:
     """Every second value of an image of this height. For an even one, TensorRT counts a window that lies outside.
 
@@ -56,6 +76,30 @@ def mean(count: int) -> onnx.ModelProto:
 
 def rows(count: int, width: int = 16, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((count, width)).astype(np.float32)
+
+
+def quantized_twice() -> onnx.ModelProto:
+    """A product of int8, which ONNX Runtime's optimizer makes one kernel of, quantized again."""
+    weights = np.random.default_rng(3).integers(-127, 128, (16, 8)).astype(np.int8)
+    return model(
+        [
+            helper.make_node("QuantizeLinear", ["x", "xs", "zero"], ["xq"]),
+            helper.make_node("DequantizeLinear", ["xq", "xs", "zero"], ["xd"]),
+            helper.make_node("DequantizeLinear", ["wq", "ws", "zero"], ["wd"]),
+            helper.make_node("MatMul", ["xd", "wd"], ["h"]),
+            helper.make_node("QuantizeLinear", ["h", "hs", "zero"], ["hq"]),
+            helper.make_node("DequantizeLinear", ["hq", "hs", "zero"], ["y"]),
+        ],
+        [value("x", FLOAT, ["batch", 16])],
+        [value("y", FLOAT, ["batch", 8])],
+        [
+            constant("xs", np.float32(0.05)),
+            constant("ws", np.float32(0.01)),
+            constant("hs", np.float32(0.2)),
+            constant("zero", np.int8(0)),
+            constant("wq", weights),
+        ],
+    )
 
 
 def ranks() -> onnx.ModelProto:

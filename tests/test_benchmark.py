@@ -8,9 +8,9 @@ import mlflow
 import networks
 import numpy as np
 import pytest
+from command_line import run
 from onnx import helper
 from PIL import Image
-from test_cli import run
 
 import mlflow_trt
 from mlflow_trt import InputShapeError, OptionError
@@ -197,7 +197,7 @@ class TestReports:
         assert artifacts == {"benchmark.json", "latency.png", "throughput.png"}
 
     def test_a_run_tells_what_was_measured_and_where_and_is_linked_to_the_model(self, store, no_gpu):
-        mlflow_trt.log_model(networks.product(), name="p", batch=(1, 4, 8), registered_model_name="p")
+        info = mlflow_trt.log_model(networks.product(), name="p", batch=(1, 4, 8), registered_model_name="p")
         result = benchmark("models:/p/1", [1, 4], seconds=0.05)
         run = store.client.get_run(log_report(result, ["models:/p/1"]))
         assert run.info.run_name == "benchmark p v1"
@@ -206,9 +206,8 @@ class TestReports:
         }  # fmt: skip
         assert run.data.tags["mlflow_trt.gpu"] == "none"
         assert run.data.tags["mlflow_trt.onnxruntime"] in run.data.tags["mlflow_trt.runtime"]
-        model_id = store.client.get_model_version("p", "1").model_id
-        assert [given.model_id for given in run.inputs.model_inputs] == [model_id]
-        logged = store.client.get_logged_model(model_id)
+        assert [given.model_id for given in run.inputs.model_inputs] == [info.model_id]
+        logged = store.client.get_logged_model(info.model_id)
         assert "onnx_runtime_cpu/predict/p50_ms" in {metric.key for metric in logged.metrics}
 
     def test_the_report_names_its_units(self, tmp_path):

@@ -12,10 +12,11 @@ import mlflow
 import networks
 import numpy as np
 import pytest
+from command_line import run
 from compare import relative_error
 from helpers import convert_in, gpu, log_prepared, prepare, save_prepared
 from real_models import MAGIKA, TRANSFORMER, calibration_data
-from test_cli import run
+from test_rewriting import quantized
 from typer.testing import CliRunner
 
 import mlflow_trt
@@ -24,6 +25,7 @@ from mlflow_trt import (
     BuildError,
     ExecutionError,
     MissingDependencyError,
+    OutOfMemoryError,
     Precision,
     Recipe,
     RecipeError,
@@ -75,8 +77,10 @@ class Stopwatch:
                 raise given
             return given
 
-        yield time
-        self.open.remove(name)
+        try:
+            yield time
+        finally:
+            self.open.remove(name)
 
 
 @pytest.fixture
@@ -154,6 +158,62 @@ def test_rounds_are_interleaved_at_the_usual_shapes_with_all_engines_loaded(benc
     assert all(feeds["x"].shape == (4, 16) for feeds in bench.feeds.values())
     assert np.array_equal(bench.feeds["fp16"]["x"], DATA["x"][:4])
     assert not bench.open
+
+
+class SmallGpu(Stopwatch):
+    """Has room for so many engines at a time; `none_for` have none even alone."""
+
+    def __init__(self, room: int, none_for: tuple[str, ...] = (), **milliseconds):
+        super().__init__(**milliseconds)
+        self.room, self.none_for = room, none_for
+
+    @contextlib.contextmanager
+    def load_engine(self, conversion, feeds):
+        if len(self.open) == self.room or str(conversion.recipe.precision) in self.none_for:
+            raise OutOfMemoryError("no room for another engine")
+        with super().load_engine(conversion, feeds) as run:
+            yield run
+
+
+@pytest.mark.parametrize("room", [1, 3])
+def test_engines_take_turns_where_there_is_no_room_for_all(room, messages, tmp_path):
+    bench = SmallGpu(room)
+    record = save(tmp_path / "m", bench)
+    assert fates(record)["int8"] is Fate.WON
+    assert [len(c.milliseconds) for c in record.selection.candidates if c.milliseconds] == [9] * 4
+    assert bench.order == [name for name in ("fp32", "fp16", "bf16", "int8") for _ in range(9)]
+    assert "The GPU has no room for all engines at once" in messages.text
+    assert not bench.open
+
+
+def test_engines_take_turns_where_memory_ends_while_they_run(tmp_path):
+    bench = SmallGpu(4, fp16=OutOfMemoryError("no room for an output"))
+    record = save(tmp_path / "m", bench)
+    assert fates(record)["fp16"] is Fate.NOT_RUN
+    assert [len(c.milliseconds) for c in record.selection.candidates if c.milliseconds] == [9] * 3
+
+
+def test_an_engine_without_room_even_alone_is_not_run(tmp_path):
+    record = save(tmp_path / "m", SmallGpu(2, none_for=("int8",)))
+    assert fates(record)["int8"] is Fate.NOT_RUN
+    assert fates(record)["fp16"] is Fate.WON
+
+
+def test_int8_is_tried_where_what_the_model_brings_is_rewritten_in_float(bench, tmp_path):
+    """Of uint8, TensorRT has no Q/DQ: it becomes float arithmetic, which int8 quantizes anew."""
+    model = quantized(np.uint8(0), scale=0.05)
+    record = save(tmp_path / "m", bench, model=model, calibration_data={"x": abs(DATA["x"])})
+    assert fates(record)["int8"] in (Fate.WON, Fate.SLOWER)
+
+
+def test_candidates_are_judged_row_by_row(bench, tmp_path):
+    """int8 is the fastest, and right by the norm over all rows: that of the loud one."""
+    rows = networks.rows(64)
+    rows[0] *= 1000
+    record = save(tmp_path / "m", bench, calibration_data={"x": rows})
+    assert fates(record)["int8"] is Fate.FAILED_GATE
+    assert "relative error of the median" in reasons(record)["int8"]
+    assert fates(record)["fp16"] is Fate.WON
 
 
 def test_usual_feeds_are_samples_of_the_opt_shapes(tmp_path):

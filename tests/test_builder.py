@@ -87,6 +87,7 @@ JOB = Job(
     tactic_sources=None,
     version_compatible=False,
     hardware_compatibility="none",
+    plugins=[],
     targets=[],
     inputs=[],
     outputs=[],
@@ -258,6 +259,19 @@ class TestFailures:
         ) as caught:
             build(model, tmp_path)
         assert caught.value.nodes == ("suppress (NonMaxSuppression)",)
+
+    @pytest.mark.parametrize(("driver", "is_told"), [(None, False), ("13.0", True)])
+    def test_that_there_is_no_gpu_is_told_where_there_is_one(self, driver, is_told, monkeypatch):
+        """TensorRT-RTX complains of it after whatever went wrong, also where it needs none."""
+        reason = "[tacticSupply.cpp] Error Code 2: nms_0 has no runners that implement it"
+        noise = "[checkMacros.cpp] Error Code 1: (cudaError 35: CUDA driver version is insufficient for CUDA runtime)"
+        monkeypatch.setattr(builder, "probe", lambda: Hardware(problem="no NVIDIA driver", driver=driver))
+        outcome = {"event": "failed", "kind": "build", "message": "TensorRT built no engine", "log": [reason, noise]}
+        with pytest.raises(BuildError) as caught:
+            builder._raise(trt.load(), outcome, [noise])
+        assert (noise in caught.value.log, noise in caught.value.message) == (is_told, is_told)
+        assert (reason in caught.value.message) != is_told
+        assert reason in caught.value.log
 
     def test_a_custom_operator_is_called_that(self, tmp_path):
         model = networks.model(

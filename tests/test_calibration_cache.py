@@ -8,7 +8,7 @@ import networks
 import numpy as np
 import onnx
 import pytest
-from test_cli import run
+from command_line import run
 
 import mlflow_trt
 from mlflow_trt import OptionError, RecipeError

@@ -6,30 +6,16 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import mlflow
 import networks
 import pytest
 import typer
+from command_line import run
 from real_models import MAGIKA, nested_if
 
 import mlflow_trt
 from mlflow_trt.cli.options import combine_shapes, parse_batch, parse_shapes
-
-
-def run(*arguments, cwd=None, **environment):
-    """The command's exit code, standard output and standard error."""
-    result = subprocess.run(
-        [sys.executable, "-m", "mlflow_trt", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "200", **environment},
-        timeout=300,
-        check=False,
-        cwd=cwd,
-    )
-    return result.returncode, result.stdout, result.stderr
 
 
 @pytest.fixture
@@ -97,7 +83,7 @@ main()
             (["{folder}/no.onnx"], "Error: {folder}/no.onnx does not exist; expected an ONNX file"),
             (["{folder}/text.onnx"], "Error: {folder}/text.onnx is no ONNX model"),
             (["{folder}/product.onnx", "--precision", "fp13"], "Error: unknown precision 'fp13'; choose one of fp32"),
-            (["{folder}/product.onnx", "--batch", "8:4:2"], "Error: batch is (8, 4, 2); expected 1 <= min"),
+            (["{folder}/product.onnx", "--batch", "8:4:2"], "Error: --batch is 8:4:2; expected 1 <= min"),
             (["{folder}/product.onnx", "--target", "sm70"], "cannot build for sm70"),
             (["{nested}", "--min-shapes", "input:1x512,state:2x1x128", "--opt-shapes", "input:1x512,state:2x1x128",
               "--max-shapes", "input:1x512,state:2x1x128"], "at If_0 (If): TensorRT cannot run nested If"),
@@ -160,7 +146,8 @@ class TestInspect:
     def test_needs_no_tensorrt(self, magika_folder):
         program = f"""
 import sys
-sys.modules["tensorrt_rtx"] = sys.modules["tensorrt"] = sys.modules["pycuda"] = sys.modules["onnxruntime"] = None
+for package in ("tensorrt_rtx", "tensorrt", "pycuda", "cuda", "onnxruntime"):
+    sys.modules[package] = None
 sys.argv = ["mlflow-trt", "inspect", {str(magika_folder)!r}]
 from mlflow_trt.cli import main
 main()
@@ -193,7 +180,7 @@ class TestDoctor:
         checks = {check["name"]: check for check in diagnosis["checks"]}
         assert checks["TensorRT-RTX"]["ok"]
         assert checks["can build"]["detail"].startswith("TensorRT-RTX")
-        assert {"Python", "mlflow", "onnx", "ONNX Runtime", "driver", "pycuda", "cache"} <= set(checks)
+        assert {"Python", "mlflow", "onnx", "ONNX Runtime", "driver", "CUDA calls", "cache"} <= set(checks)
 
     def test_a_machine_without_a_gpu_cannot_run_engines(self):
         code, output, _ = run("doctor", "--need", "run", CUDA_VISIBLE_DEVICES="")
@@ -220,14 +207,10 @@ main()
 
 
 class TestStart:
-    def test_help_is_quick(self):
-        """Not a benchmark: it only has to be far from the seconds that importing mlflow takes."""
-        started = time.perf_counter()
+    def test_help_lists_the_commands(self):
         code, output, _ = run("--help")
-        seconds = time.perf_counter() - started
         assert code == 0
         assert {"convert", "inspect", "doctor"} <= set(output.split())
-        assert seconds < 5
 
     @pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["--version"]])
     def test_help_loads_nothing_heavy(self, arguments):
@@ -239,7 +222,8 @@ try:
     main()
 except SystemExit:
     pass
-print(",".join(sorted({{"mlflow", "onnx", "numpy", "tensorrt_rtx", "pycuda", "onnxruntime"}} & set(sys.modules))))
+heavy = {{"mlflow", "onnx", "numpy", "tensorrt_rtx", "pycuda", "cuda", "onnxruntime"}}
+print(",".join(sorted(heavy & set(sys.modules))))
 """
         result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert result.stdout.splitlines()[-1] == ""

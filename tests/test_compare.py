@@ -8,8 +8,8 @@ import mlflow
 import networks
 import numpy as np
 import pytest
+from command_line import run
 from onnx import helper
-from test_cli import run
 
 import mlflow_trt
 from mlflow_trt import InputShapeError

@@ -7,9 +7,9 @@ import json
 import mlflow
 import networks
 import pytest
+from command_line import run
 from helpers import prepare
 from mlflow.exceptions import MlflowException
-from test_cli import run
 
 import mlflow_trt
 from mlflow_trt import InputError, OptionError, Recipe, RecipeError

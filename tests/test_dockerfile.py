@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,13 @@ from pathlib import Path
 import networks
 import numpy as np
 import pytest
-from test_cli import run
+from command_line import run
 
 import mlflow_trt
 from examples.serving import ServerProcess, free_port, running
 from mlflow_trt import OptionError
 from mlflow_trt.client import Client
-from mlflow_trt.deploy.dockerfile import SERVERS, ImageOptions, dockerfile_text, write_image_context
+from mlflow_trt.deploy.dockerfile import CUDA_IMAGE, SERVERS, ImageOptions, dockerfile_text, write_image_context
 
 SETTINGS = {"runtime": "onnxruntime", "answers": "base64"}
 HADOLINT = Path(sys.executable).with_name("hadolint")
@@ -65,11 +66,22 @@ def test_the_context_has_all_that_is_copied(folder, wheel, tmp_path):
     sources = [source for sources in copied for source in sources if not source.startswith("--from")]
     assert sources == ["server-requirements.txt", "model/requirements.txt", "wheels/", "/opt/venv", "model/"]
     assert all((tmp_path / "image" / source).exists() for source in sources if source != "/opt/venv")
-    assert "mlflow-trt[cuda,rtx]" in (tmp_path / "image" / "model" / "requirements.txt").read_text()
+    assert "mlflow-trt[cuda-core,rtx]" in (tmp_path / "image" / "model" / "requirements.txt").read_text()
     assert ("EXPOSE", "9000") in instructions(text)
     for name, argument in instructions(text):
         if name == "RUN":
             subprocess.run(["sh", "-n", "-c", argument], check=True)
+
+
+@pytest.mark.parametrize("requirement", ["mlflow-trt[cuda,rtx]==0.1.0", "pycuda>=2024.1  # ours"])
+def test_the_toolkit_is_there_for_a_model_that_wants_pycuda(folder, tmp_path, requirement):
+    model = shutil.copytree(folder, tmp_path / "model")
+    (model / "requirements.txt").write_text(f"--extra-index-url https://example.org\n{requirement}\n")
+    write_image_context(str(model), tmp_path / "image")
+    text = (tmp_path / "image" / "Dockerfile").read_text()
+    assert f"FROM {CUDA_IMAGE.replace('{kind}', 'devel')} AS build" in text
+    assert "g++" in text
+    assert f"FROM {CUDA_IMAGE.replace('{kind}', 'runtime')}\n" in text
 
 
 def test_the_user_of_the_image_may_read_the_model(folder, tmp_path):
@@ -150,7 +162,7 @@ def test_from_the_command_line(folder, tmp_path):
     assert code == 0, errors
     assert ["docker", "build", "--tag", "NAME", str(target)] in [shlex.split(line) for line in output.splitlines()]
     text = (target / "Dockerfile").read_text()
-    assert "FROM my/cuda:1-devel AS build" in text
+    assert "FROM my/cuda:1-runtime AS build" in text
     found = dict(instructions(text))
     cache = dict(item.split("=", 1) for item in shlex.split(found["ENV"]))["MLFLOW_TRT_CACHE_DIR"]
     assert found["VOLUME"] == cache

@@ -90,14 +90,14 @@ class TestLogging:
     def test_requirements_are_explicit(self, store):
         requirements = (local(log().model_uri) / "requirements.txt").read_text().splitlines()
         version = importlib.metadata.version
-        assert f"mlflow-trt[cuda,rtx]=={mlflow_trt.__version__}" in requirements
+        assert f"mlflow-trt[cuda-core,rtx]=={mlflow_trt.__version__}" in requirements
         assert f"tensorrt-rtx=={version('tensorrt-rtx')}" in requirements
         assert f"mlflow=={version('mlflow')}" in requirements
         assert f"onnx=={version('onnx')}" in requirements
 
     def test_what_a_model_needs_by_default_is_what_is_installed(self):
         requirements = mlflow_trt.get_default_pip_requirements()
-        assert f"mlflow-trt[cuda,rtx]=={mlflow_trt.__version__}" in requirements
+        assert f"mlflow-trt[cuda-core,rtx]=={mlflow_trt.__version__}" in requirements
         assert f"tensorrt-rtx=={importlib.metadata.version('tensorrt-rtx')}" in requirements
         assert set(requirements) <= set(mlflow_trt.get_default_conda_env()["dependencies"][-1]["pip"])
 

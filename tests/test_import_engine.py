@@ -7,8 +7,8 @@ import json
 import mlflow
 import networks
 import pytest
+from command_line import run
 from mlflow.models import Model
-from test_cli import run
 
 import mlflow_trt
 from mlflow_trt import ArtifactError, EngineMismatchError, OptionError, RuntimeUnavailableError

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import mlflow
 import networks
 import pytest
+from command_line import run
 from helpers import gpu, log_prepared, prepare, save_prepared
 from mlflow.artifacts import download_artifacts
-from test_cli import run
 from typer.testing import CliRunner
 
 import mlflow_trt
@@ -34,7 +35,7 @@ from mlflow_trt.core.types import Distribution
 from mlflow_trt.deploy.engine_file import save_engine
 from mlflow_trt.pipeline.compile_kernels import check_kernels
 from mlflow_trt.pipeline.options import ConversionOptions
-from mlflow_trt.registry.add_engine import add_engine, extend_version
+from mlflow_trt.registry.add_engine import add_engine, extended_version
 from mlflow_trt.registry.convert_all import convert_all
 from mlflow_trt.registry.convert_version import convert_to_version
 from mlflow_trt.registry.plan import plan_conversion
@@ -43,6 +44,11 @@ from mlflow_trt.store.folder import read_folder
 from mlflow_trt.store.kernel_cache import KernelFile
 from mlflow_trt.store.load import shipped_kernels
 from mlflow_trt.store.record import RECORD_FILE
+
+
+def extend_version(uri, **options):
+    with extended_version(uri, **options) as version:
+        return version
 
 
 class Compiler:
@@ -176,12 +182,13 @@ class TestWhereTheyCannotBeCompiled:
             convert_all("", ConversionOptions(store_kernels=True))
         assert not registered.client.search_model_versions("name = 'p-trt'")
 
-    def test_pycuda_is_missing(self, no_gpu, monkeypatch):
+    def test_nothing_can_call_the_driver(self, no_gpu, monkeypatch):
         monkeypatch.setattr(device, "probe", lambda: Hardware(driver="580", cuda="13.0", gpus=(gpu("sm86"),)))
-        monkeypatch.setitem(__import__("sys").modules, "pycuda", None)
-        with pytest.raises(MissingDependencyError, match=r"store_kernels .*mlflow-trt\[cuda\]") as caught:
+        for package in ("pycuda", "cuda"):
+            monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(MissingDependencyError, match=r"store_kernels .*mlflow-trt\[cuda-core\]") as caught:
             check_kernels(Recipe(), LoadSettings())
-        assert caught.value.packages == ("pycuda",)
+        assert caught.value.packages == ("pycuda", "cuda-bindings")
 
     def test_tensorrt_is_missing(self, monkeypatch):
         monkeypatch.setattr(trt, "installed", lambda: ())

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import networks
 import pytest
-from test_cli import run
+from command_line import run
 
 import mlflow_trt
 from mlflow_trt import ExecutionError

@@ -50,6 +50,7 @@ def registry_state(client):
         },
         {(model.name, tuple(sorted(model.aliases.items()))) for model in client.search_registered_models()},
         {model.model_id for model in client.search_logged_models(experiments)},
+        {run.info.run_id for run in client.search_runs(experiments)},
     )
 
 
@@ -64,9 +65,9 @@ def test_it_is_found_in_both_directions(client):
         "tags.`mlflow_trt.source_name` = 'a' and tags.`mlflow_trt.source_version` = '1'"
     )
     assert len(found) == 2
-    (source,) = client.search_model_versions("tags.`mlflow_trt.converted_to` LIKE '%models:/a-trt/2,%'")
+    (source,) = client.search_model_versions("tags.`mlflow_trt.converted_to.a-trt.2` = 'models:/a-trt/2'")
     assert (source.name, str(source.version)) == ("a", "1")
-    assert source.tags["mlflow_trt.converted_to"] == "models:/a-trt/1, models:/a-trt/2,"
+    assert source.tags["mlflow_trt.converted_to.a-trt.1"] == "models:/a-trt/1"
     record = read_record("models:/a-trt/1")
     assert (record.lineage["name"], record.lineage["version"]) == ("a", "1")
     assert made.tags["mlflow_trt.source_digest"] == record.source.digest
@@ -82,7 +83,9 @@ def test_what_belongs_to_the_source_is_carried_over(client):
 
     made = mlflow_trt.convert_model_version("models:/b/1", "b-trt", batch=(1, 4, 8), tags={"team": "b"})
 
-    assert made.description == "What people need to know."
+    line, empty, text = made.description.splitlines()
+    assert line == "fp32, batch 1:4:8, sm80plus, from models:/b/1, error not measured"
+    assert (empty, text) == ("", "What people need to know.")
     assert (made.tags["stage"], made.tags["team"]) == ("candidate", "b")
     model = mlflow.models.Model.load("models:/b-trt/1")
     assert model.signature == signature
@@ -90,7 +93,7 @@ def test_what_belongs_to_the_source_is_carried_over(client):
     assert np.array_equal(mlflow.pyfunc.load_model("models:/b-trt/1", model_config={"runtime": "onnxruntime"})
                           .input_example["x"], x)  # fmt: skip
     # Neither what MLflow nor what this package wrote about the source.
-    assert not [tag for tag in made.tags if tag.startswith("mlflow.") or tag == "mlflow_trt.converted_to"]
+    assert not [tag for tag in made.tags if tag.startswith(("mlflow.", "mlflow_trt.converted_to"))]
 
 
 def test_the_same_again_is_found(client, messages, monkeypatch):
@@ -139,9 +142,10 @@ def failing(error):
     "step",
     [
         "mlflow.tracking.client.MlflowClient.log_model_artifacts",
-        "mlflow.tracking._model_registry.fluent._register_model",
-        "mlflow_trt.flavor.conversions._tag_version",
-        "mlflow.MlflowClient.update_model_version",
+        "mlflow.MlflowClient.create_registered_model",
+        "mlflow.MlflowClient.create_model_version",
+        "mlflow.MlflowClient.set_logged_model_tags",
+        "mlflow.MlflowClient.search_runs",
         "mlflow_trt.registry.convert_version.point_to",
         "mlflow.MlflowClient.set_registered_model_alias",
     ],
@@ -154,7 +158,7 @@ def test_whatever_fails_the_registry_is_as_it_was(step, error, client, monkeypat
     with monkeypatch.context() as patched:
         patched.setattr(step, failing(error))
         with pytest.raises(type(error)):
-            mlflow_trt.convert_model_version("models:/f/1", "f-trt", batch=4, alias="champion")
+            mlflow_trt.convert_model_version("models:/f/1", "f-trt", batch=4, precision="fp16", alias="champion")
     assert registry_state(client) == before
 
 

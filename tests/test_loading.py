@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import networks
 import pytest
@@ -50,12 +51,13 @@ def test_onnxruntime_runs_the_source_model(cls_folder, magika_folder):
         assert relative_error(session.run(feeds), expected) == 0
 
 
-def test_a_gpu_without_pycuda_is_named(magika_folder, monkeypatch):
+def test_a_gpu_that_nothing_can_call_is_named(magika_folder, monkeypatch):
     monkeypatch.setattr(device, "probe", lambda: Hardware(driver="580", cuda="13.0", gpus=(A_GPU,)))
-    monkeypatch.setitem(__import__("sys").modules, "pycuda", None)
-    with pytest.raises(MissingDependencyError, match=r"pycuda cannot be imported .*mlflow-trt\[cuda\]") as caught:
+    for package in ("pycuda", "cuda"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDependencyError, match=r"pycuda cannot be imported .*mlflow-trt\[cuda-core\]") as caught:
         mlflow_trt.load_model(str(magika_folder))
-    assert caught.value.packages == ("pycuda",)
+    assert caught.value.packages == ("pycuda", "cuda-bindings")
 
 
 def test_a_device_that_is_not_there_is_named(magika_folder, monkeypatch):

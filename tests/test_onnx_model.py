@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+import mlflow_trt
 from mlflow_trt import OnnxModelError
 from mlflow_trt.convert.onnx.model import read_onnx, sha256_of
 
@@ -88,7 +89,6 @@ def of_type(kind):
         (lambda proto: proto.graph.ClearField("node"), "has a graph without nodes"),
         (of_type(99), "input 'x' is of type 99, which TensorRT does not have"),
         (lambda proto: proto.graph.input[0].type.tensor_type.ClearField("shape"), "input 'x' has no shape"),
-        (lambda proto: proto.graph.output[0].type.tensor_type.ClearField("shape"), "output 'y' has no shape"),
     ],
 )
 def test_refuses_models_that_cannot_be_right(change, message, tmp_path):
@@ -96,6 +96,55 @@ def test_refuses_models_that_cannot_be_right(change, message, tmp_path):
     change(proto)
     with pytest.raises(OnnxModelError, match=message):
         read_onnx(proto, tmp_path)
+
+
+def reshaped_to_what_comes_in() -> onnx.ModelProto:
+    """A model whose output has as many dimensions as the input `shape` has values, which varies, too."""
+    model = networks.reshaped()
+    model.graph.input[1].type.tensor_type.shape.dim[0].dim_param = "rank"
+    return model
+
+
+@pytest.mark.parametrize("said", ["shape", "type"])
+@pytest.mark.parametrize("external", [False, True])
+def test_outputs_without_a_shape_get_the_one_that_follows(external, said, tmp_path):
+    proto = networks.product(width=64)
+    proto.graph.output[0].ClearField("type")
+    if said == "shape":
+        proto.graph.output[0].type.tensor_type.elem_type = networks.FLOAT
+    path = tmp_path / "m.onnx"
+    onnx.save_model(proto, path, save_as_external_data=external, location="w.bin", size_threshold=0)
+    model = read_onnx(path, tmp_path)
+    assert [str(spec) for spec in model.outputs] == ["y: float32[batch, 8]"]
+    assert model.path.read_bytes() == path.read_bytes()
+
+
+def test_shapes_that_onnx_does_not_know_are_asked_of_onnxruntime(tmp_path):
+    proto = networks.product()
+    proto.graph.node.append(helper.make_node("Gelu", ["y"], ["z"], domain="com.microsoft"))
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    proto.graph.output.append(onnx.ValueInfoProto(name="z"))
+    assert [str(spec) for spec in read_onnx(proto, tmp_path).outputs] == ["y: float32[batch, 8]", "z: float32[?, 8]"]
+
+
+def test_an_output_of_any_rank_is_refused(tmp_path):
+    proto = reshaped_to_what_comes_in()
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(OnnxModelError, match="output 'y' has no shape.* neither onnx nor ONNX Runtime can tell it"):
+        read_onnx(proto, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_outputs_without_a_shape_are_converted(precision, tmp_path):
+    proto = networks.product(width=64)
+    proto.opset_import[0].version = 11  # which is raised
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    rows = {"x": networks.rows(40, 64)}
+    mlflow_trt.save_model(proto, tmp_path / "model", precision=precision, calibration_data=rows)
+    with mlflow_trt.load_model(str(tmp_path / "model"), runtime="onnxruntime") as session:
+        assert session.outputs[0].shape == ("batch", 8)
+        assert session.run(rows)["y"].shape == (40, 8)  # in pieces: more than the largest batch
 
 
 def test_refuses_sequences(tmp_path):

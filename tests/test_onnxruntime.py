@@ -10,6 +10,8 @@ from helpers import read, reference
 from onnx import helper
 
 from mlflow_trt import ExecutionError, InputError, RuntimeUnavailableError, SessionClosedError
+from mlflow_trt.backends.onnxruntime import saturates
+from mlflow_trt.convert.onnx.reference import reference_outputs
 
 
 def test_runs_every_dtype(tmp_path):
@@ -21,6 +23,25 @@ def test_runs_every_dtype(tmp_path):
     for spec, array in zip(session.outputs, expected, strict=True):
         assert outputs[spec.name].dtype.name == spec.dtype
         assert np.allclose(outputs[spec.name], array, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("fpu sse2 avx2", True), ("avx2 avx512f avx512_vnni", False), ("avx2 avx_vnni", False), (None, False)],
+)
+def test_cpus_whose_integer_kernels_saturate_are_told_apart(flags, expected):
+    line = "" if flags is None else f"flags\t\t: {flags}\n"
+    assert saturates(f"processor\t: 0\nmodel name\t: a CPU\n{line}bugs\t\t: avx512_vnni\n") is expected
+
+
+def test_the_reference_of_what_comes_quantized_is_computed_node_by_node(tmp_path):
+    """The kernels that ONNX Runtime fuses such nodes into saturate on CPUs without VNNI; onnx's reference has none."""
+    model = networks.quantized_twice()
+    model.opset_import[0].version = 21  # the oldest that onnx's reference computes
+    rows = networks.rows(64) * 3
+    (outputs,) = reference_outputs(read(model, tmp_path), [{"x": rows}])
+    (expected,) = onnx.reference.ReferenceEvaluator(model).run(None, {"x": rows})
+    assert np.array_equal(outputs["y"], expected)
 
 
 def test_close_may_be_called_twice_and_ends_use(tmp_path):

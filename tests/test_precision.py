@@ -87,6 +87,109 @@ def test_inputs_and_outputs_keep_their_names_and_types(precision, tmp_path):
     assert 0 < typed.comparison.relative_error < (1e-3 if precision == "fp16" else 1e-2)
 
 
+def product_from_the_left(operator: str, **attributes) -> onnx.ModelProto:
+    """y = (w @ x.T).T, whose weight is the first operand; its output channels have magnitudes of their own."""
+    weights = networks.rows(16) * np.geomspace(0.01, 10, 16, dtype=np.float32)[:, None]
+    stored = weights.T if attributes.get("transA") else weights
+    is_gemm = operator == "Gemm"
+    first = [] if is_gemm else [helper.make_node("Transpose", ["x"], ["columns"], perm=[1, 0])]
+    attributes |= {"transB": 1} if is_gemm else {}
+    return networks.model(
+        [
+            *first,
+            helper.make_node(operator, ["w", "x" if is_gemm else "columns"], ["h"], name="product", **attributes),
+            helper.make_node("Transpose", ["h"], ["y"], perm=[1, 0]),
+        ],
+        [networks.value("x", networks.FLOAT, ["batch", 16])],
+        [networks.value("y", networks.FLOAT, ["batch", 16])],
+        [networks.constant("w", np.ascontiguousarray(stored))],
+    )
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        product_from_the_left("MatMul"),
+        product_from_the_left("Gemm"),
+        product_from_the_left("Gemm", transA=1),
+    ],
+    ids=["MatMul", "Gemm", "transposed"],
+)
+def test_the_weight_of_a_product_may_come_first(model, tmp_path):
+    typed = typed_model(model, tmp_path, "int8", {"x": networks.rows(32)})
+    assert typed.report.share == 1
+    stored = onnx.load(typed.path).graph.initializer
+    assert [list(tensor.dims) for tensor in stored if tensor.name == "w_scale"] == [[16]]
+    # By the norm of each output channel: one scale for all would lose the small ones.
+    runner = CpuModel(typed.path, optimize=False)
+    onnx.save(model, tmp_path / "source.onnx")
+    feeds = {"x": networks.rows(32, seed=1)}
+    actual, expected = (one.run(["y"], feeds)["y"] for one in (runner, CpuModel(tmp_path / "source.onnx")))
+    errors = np.linalg.norm(actual - expected, axis=0) / np.linalg.norm(expected, axis=0)
+    assert errors.max() < 0.02
+
+
+W = (np.random.default_rng(3).standard_normal((16, 16)) / 4).astype(np.float32)
+COMPUTED_WEIGHTS = {
+    "a norm": (
+        [
+            helper.make_node("ReduceL2", ["v"], ["norm"], axes=[0], keepdims=1),
+            helper.make_node("Div", ["v", "norm"], ["direction"]),
+            helper.make_node("Mul", ["direction", "gain"], ["w"]),
+        ],
+        [networks.constant("v", W), networks.constant("gain", np.linspace(1, 2, 16, dtype=np.float32))],
+    ),
+    "a low rank": (
+        [helper.make_node("MatMul", ["a", "b"], ["more"]), helper.make_node("Add", ["base", "more"], ["w"])],
+        [networks.constant("base", W), networks.constant("a", W[:, :2]), networks.constant("b", W[:2])],
+    ),
+    "a constant of a shape": (
+        [
+            helper.make_node(
+                "ConstantOfShape", ["shape"], ["ones"], value=networks.constant("", np.ones(1, np.float32))
+            ),
+            helper.make_node("Mul", ["ones", "base"], ["w"]),
+        ],
+        [networks.constant("shape", np.array([16, 16])), networks.constant("base", W)],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED_WEIGHTS)
+def test_weights_that_are_computed_from_constants_are_quantized(kind, tmp_path):
+    nodes, constants = COMPUTED_WEIGHTS[kind]
+    model = networks.model(
+        [*nodes, helper.make_node("MatMul", ["x", "w"], ["y"], name="product")],
+        [networks.value("x", networks.FLOAT, ["batch", 16])],
+        [networks.value("y", networks.FLOAT, ["batch", 16])],
+        constants,
+    )
+    typed = typed_model(model, tmp_path, "int8", {"x": networks.rows(32)})
+    assert typed.report.share == 1
+    assert 0 < typed.comparison.relative_error < 0.02
+
+
+@pytest.mark.slow
+def test_where_there_is_nothing_to_quantize_the_error_says_so(tmp_path):
+    with pytest.raises(UnsupportedModelError, match="nothing of this model runs in int8: no node is one of Conv"):
+        mlflow_trt.save_model(
+            elementwise("Sin"), tmp_path / "m", precision="int8", calibration_data={"x": networks.rows(8)}
+        )
+
+
+@pytest.mark.parametrize("value", [-np.inf, np.inf])
+def test_infinite_constants_are_not_told_to_be_zero(value, tmp_path):
+    """A mask of minus infinity stays what it is in 16 bits, and has no largest value."""
+    model = elementwise("Max" if value < 0 else "Min", constant=value)
+    model.graph.node[0].input[0] = "h"
+    model.graph.node.insert(0, helper.make_node("MatMul", ["x", "w"], ["h"]))
+    model.graph.initializer.append(networks.constant("w", W))
+    typed = typed_model(model, tmp_path, "fp16", {"x": networks.rows(16)})
+    assert not typed.report.kept
+    assert typed.report.not_finite == {"c": 1}
+    assert "c" not in typed.report.largest
+
+
 def test_the_model_that_was_given_is_not_changed(tmp_path):
     model = networks.product()
     before = model.SerializeToString()
@@ -489,12 +592,14 @@ def test_where_nothing_runs_in_the_precision_that_is_an_error(tmp_path):
 
 
 def test_where_hardly_anything_does_that_is_a_warning(tmp_path):
-    """A product that cannot be quantized, sixteen times as large as the one that can."""
+    """A product of what is computed, which cannot be quantized, sixteen times as large as the one that can."""
     model = networks.model(
         [
             helper.make_node("MatMul", ["x", "w"], ["h"], name="small"),
             helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0]),
-            helper.make_node("MatMul", ["wide", "t"], ["u"], name="large"),
+            helper.make_node("ReduceMean", ["x"], ["shift"], axes=[0]),
+            helper.make_node("Add", ["wide", "shift"], ["moved"]),
+            helper.make_node("MatMul", ["moved", "t"], ["u"], name="large"),
             helper.make_node("ReduceMean", ["u"], ["m"], keepdims=0),
             helper.make_node("Add", ["h", "m"], ["y"]),
         ],

@@ -91,7 +91,7 @@ def test_every_error_is_public():
     ],
 )
 def test_importing_loads_neither_tensorrt_nor_cuda_nor_onnxruntime_nor_the_cli(statement, banned):
-    banned = banned | {"tensorrt", "tensorrt_rtx", "pycuda", "onnxruntime", "mlflow_trt.cli"}
+    banned = banned | {"tensorrt", "tensorrt_rtx", "pycuda", "cuda", "onnxruntime", "mlflow_trt.cli"}
     program = f"{statement}; import sys; print(sorted({banned!r} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import mlflow
 import networks
 import numpy as np
 import pytest
 from compare import relative_error
-from mlflow.models import infer_signature
+from mlflow.models import ModelSignature, infer_signature
 from real_models import MAGIKA
 
 import mlflow_trt
@@ -43,7 +45,9 @@ def test_converts_a_registered_version(uri, source, store):
     assert version.tags["mlflow_trt.source_digest"] == read_record("models:/product.trt/1").source.digest
     assert version.tags["stage"] == "test"
     record = read_record("models:/product.trt/1")
-    assert record.lineage == {
+    kept = record.lineage["signature"]
+    assert ModelSignature.from_dict(json.loads(kept)) == mlflow.models.get_model_info("models:/product/1").signature
+    assert {key: value for key, value in record.lineage.items() if key != "signature"} == {
         "source": "models:/product/1",
         "name": "product",
         "version": "1",
@@ -65,7 +69,10 @@ def test_converts_from_a_run_and_from_a_logged_model(source, store):
 def test_carries_the_signature_over(source, store):
     mlflow_trt.convert_model_version("models:/product/1", "product-trt")
     signature = mlflow.models.get_model_info("models:/product-trt/1").signature
-    assert signature == mlflow.models.get_model_info("models:/product/1").signature
+    own = mlflow.models.get_model_info("models:/product/1").signature
+    for named, unnamed, name in ((signature.inputs, own.inputs, "x"), (signature.outputs, own.outputs, "y")):
+        (tensor,), (before,) = named.inputs, unnamed.inputs
+        assert (tensor.type, tensor.shape, tensor.name) == (before.type, before.shape, name)
 
 
 def test_converts_a_model_of_our_own_again(store):

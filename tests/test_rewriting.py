@@ -7,16 +7,18 @@ import numpy as np
 import onnx
 import pytest
 from compare import relative_error
+from helpers import prepare
 from networks import FLOAT, INT64, constant, value
 from onnx import TensorProto, helper
 from test_precision import typed_model
 
 import mlflow_trt
-from mlflow_trt import UnsupportedModelError
+from mlflow_trt import RecipeError, UnsupportedModelError
 from mlflow_trt.backends.onnxruntime import CpuModel
 from mlflow_trt.convert.checks import check_nodes
 from mlflow_trt.convert.onnx.model import read_onnx
 from mlflow_trt.convert.onnx.rewrite import rewrite
+from mlflow_trt.registry.plan import plan_conversion
 
 node = helper.make_node
 WEIGHTS = (np.random.default_rng(5).standard_normal((16, 16)) / 4).astype(np.float32)
@@ -81,13 +83,174 @@ def types_of(model: onnx.ModelProto) -> set[int]:
         quantized(np.int8(-128)),
         quantized(np.full(16, 5, np.uint8), scale=np.linspace(0.01, 0.03, 16), axis=1),
         quantized(np.uint8(7), outputs=[value("q", TensorProto.UINT8, ["batch", 16])]),
+        quantized(np.int16(0), opset=21, scale=0.0002),
+        quantized(np.uint16(30000), opset=21, scale=0.0002),
+        quantized(None, opset=21, scale=0.0002, output_dtype=TensorProto.INT16),
     ],
-    ids=["zero", "none", "output_dtype", "37", "int8", "channels", "output"],
+    ids=["zero", "none", "output_dtype", "37", "int8", "channels", "output", "int16", "uint16", "int16 by its name"],
 )
 def test_quantization_that_tensorrt_lacks_is_float_arithmetic(model, tmp_path):
     """TensorRT would read uint8 as int8 and cut off at 127: a relative error of 0.15 here."""
     changed = check_same(model, positive(64), tmp_path)
     assert not {"QuantizeLinear", "DequantizeLinear"} & {one.op_type for one in changed.graph.node}
+
+
+@pytest.mark.parametrize("operators", [["Identity"], ["Cast"], ["Identity", "Cast"]])
+def test_a_zero_point_may_come_through_nodes(operators, tmp_path):
+    model = quantized(np.uint8(37))
+    last = "stored"
+    for operator in operators:
+        attributes = {"to": TensorProto.UINT8} if operator == "Cast" else {}
+        model.graph.node.insert(0, node(operator, [last], [f"{last}_{operator}"], **attributes))
+        last = f"{last}_{operator}"
+    kind = np.int32 if "Cast" in operators else np.uint8
+    model.graph.initializer[-1].CopyFrom(constant("stored", kind(37)))
+    model.graph.node.sort(key=lambda one: one.op_type not in operators)
+    for one in model.graph.node:
+        one.input[:] = [last if name == "zero" else name for name in one.input]
+    changed = check_same(model, positive(16), tmp_path)
+    assert "QuantizeLinear" not in {one.op_type for one in changed.graph.node}
+
+
+def inside(operator: str, zero) -> onnx.ModelProto:
+    """Q and DQ in a branch of If, or in the body of a Loop, with what they read from around it."""
+    pair = [
+        node("QuantizeLinear", ["v", "scale", "zero"], ["q"]),
+        node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
+        node("MatMul", ["d", "w"], ["o"]),
+    ]
+    if operator == "If":
+        then = helper.make_graph(pair, "then", [], [value("o", FLOAT, ["batch", 16])])
+        other = helper.make_graph([node("Identity", ["v"], ["p"])], "else", [], [value("p", FLOAT, ["batch", 16])])
+        nodes = [
+            node("Relu", ["x"], ["v"]),
+            node("ReduceMax", ["v"], ["largest"], keepdims=0),
+            node("Less", ["small", "largest"], ["condition"]),
+            node("If", ["condition"], ["y"], then_branch=then, else_branch=other),
+        ]
+    else:
+        body = helper.make_graph(
+            [node("Identity", ["c"], ["goes_on"]), *pair],
+            "body",
+            [value("i", INT64, []), value("c", TensorProto.BOOL, []), value("v", FLOAT, ["batch", 16])],
+            [value("goes_on", TensorProto.BOOL, []), value("o", FLOAT, ["batch", 16])],
+        )
+        nodes = [node("Loop", ["count", "true", "x"], ["y"], body=body)]
+    return networks.model(
+        nodes,
+        [value("x", FLOAT, ["batch", 16])],
+        [value("y", FLOAT, ["batch", 16])],
+        [
+            constant("scale", np.float32(0.05)),
+            constant("zero", zero),
+            constant("w", WEIGHTS),
+            constant("small", np.float32(-1)),
+            constant("count", np.int64(2)),
+            constant("true", np.bool_(True)),
+        ],
+    )
+
+
+@pytest.mark.parametrize("zero", [np.uint8(0), np.uint8(128), np.int8(5)], ids=["zero", "middle", "int8"])
+@pytest.mark.parametrize("operator", ["If", "Loop"])
+def test_quantization_in_graphs_inside_of_nodes(operator, zero, tmp_path):
+    check_same(inside(operator, zero), positive(16), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", ["If", "Loop"])
+def test_engines_are_built_of_quantization_inside_of_nodes(operator, tmp_path):
+    shapes = {"x": ((1, 16), (8, 16), (8, 16))}
+    mlflow_trt.save_model(
+        inside(operator, np.uint8(0)), tmp_path / "model", shapes=shapes, calibration_data=positive(8)
+    )
+    typed = CpuModel(tmp_path / "model" / "typed" / "fp32.onnx").run(["y"], positive(8))
+    onnx.save_model(inside(operator, np.uint8(0)), tmp_path / "source.onnx")
+    assert relative_error(typed, CpuModel(tmp_path / "source.onnx", optimize=False).run(["y"], positive(8))) < 1e-6
+
+
+def in_blocks(kind: int, low: int, high: int, zero: int) -> onnx.ModelProto:
+    """Weights with a scale for each block of four."""
+    random = np.random.default_rng(2)
+    scales = random.uniform(0.02, 0.04, (4, 16)).astype(np.float32)
+    model = networks.model(
+        [
+            node("DequantizeLinear", ["stored", "scale", "zero"], ["w"], axis=0, block_size=4),
+            node("MatMul", ["x", "w"], ["y"], name="product"),
+        ],
+        [value("x", FLOAT, ["batch", 16])],
+        [value("y", FLOAT, ["batch", 16])],
+        [
+            helper.make_tensor("stored", kind, (16, 16), random.integers(low, high, 256).tolist()),
+            constant("scale", scales),
+            helper.make_tensor("zero", kind, (4, 16), [zero] * 64),
+        ],
+    )
+    model.opset_import[0].version, model.ir_version = 21, 10
+    return model
+
+
+BLOCKS = {
+    "int4": in_blocks(TensorProto.INT4, -7, 8, 0),
+    "uint4": in_blocks(TensorProto.UINT4, 0, 16, 8),
+    "int8": in_blocks(TensorProto.INT8, -127, 128, 0),
+    "uint8": in_blocks(TensorProto.UINT8, 0, 256, 128),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_weights_in_blocks(kind, precision, tmp_path):
+    typed = typed_model(BLOCKS[kind], tmp_path, precision, {"x": networks.rows(32)})
+    assert typed.report.share == 1
+    assert 0 < typed.comparison.relative_error < 0.02
+    onnx.checker.check_model(str(typed.path), full_check=True)
+
+
+@pytest.mark.parametrize("opset", [13, 17, 21])
+def test_weights_that_come_quantized_are_quantized_anew_where_what_they_meet_is_not(opset, tmp_path):
+    """That is uint8 with a zero point, which becomes float arithmetic. onnx's reference dequantizes since opset 19."""
+    model = quantized(np.uint8(37), opset=opset)
+    model.graph.node.insert(0, node("DequantizeLinear", ["stored", "scales", "zeros"], ["weights"], axis=1))
+    model.graph.node[-1].input[1] = "weights"
+    model.graph.initializer.extend(
+        [
+            constant("stored", np.random.default_rng(0).integers(-127, 128, (16, 16)).astype(np.int8)),
+            constant("scales", np.linspace(0.01, 0.03, 16).astype(np.float32)),
+            constant("zeros", np.zeros(16, np.int8)),
+        ]
+    )
+    typed = typed_model(model, tmp_path, "int8", positive(32))
+    assert typed.report.share > 0.5
+    assert 0 < typed.comparison.relative_error < 0.02
+
+
+@pytest.mark.parametrize("where", ["output", "between"])
+def test_a_model_that_computes_nothing_quantized_is_quantized(where, tmp_path):
+    """Q/DQ for an output alone, or around what only moves values, leave the product in float."""
+    if where == "output":
+        nodes = [node("MatMul", ["x", "w"], ["h"]), node("QuantizeLinear", ["h", "scale", "zero"], ["y"])]
+    else:
+        nodes = [
+            node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+            node("Reshape", ["q", "shape"], ["moved"]),
+            node("DequantizeLinear", ["moved", "scale", "zero"], ["d"]),
+            node("MatMul", ["d", "w"], ["y"]),
+        ]
+    model = networks.model(
+        nodes,
+        [value("x", FLOAT, ["batch", 16])],
+        [value("y", TensorProto.INT8 if where == "output" else FLOAT, ["batch", 16])],
+        [
+            constant("w", WEIGHTS),
+            constant("scale", np.float32(0.05)),
+            constant("zero", np.int8(0)),
+            constant("shape", np.array([-1, 16])),
+        ],
+    )
+    typed = typed_model(model, tmp_path, "int8", {"x": networks.rows(32)})
+    assert typed.report.share == 1
+    assert 0 < typed.comparison.relative_error < 0.05
 
 
 def test_uint8_around_128_is_int8(tmp_path):
@@ -267,6 +430,36 @@ def test_raising_the_opset_keeps_what_hardmax_looks_at(tmp_path):
     assert typed_model(model, tmp_path, "int8", data).comparison.relative_error < 0.3
 
 
+@pytest.mark.parametrize(("operator", "opset"), [("Upsample", 9), ("Resize", 10), ("Hardmax", 11)])
+def test_raising_the_opset_keeps_what_graphs_inside_of_nodes_compute(operator, opset, tmp_path):
+    size = 6 if operator == "Hardmax" else 12
+    inputs, attributes = (["c"], {"axis": 1}) if operator == "Hardmax" else (["c", "scales"], {"mode": "linear"})
+    branches = {
+        f"{name}_branch": helper.make_graph(
+            [node(operator, inputs, [name], **attributes)], name, [], [value(name, FLOAT, ["batch", 4, size, size])]
+        )
+        for name in ("then", "else")
+    }
+    model = networks.model(
+        [
+            node("Conv", ["x", "k"], ["c"], pads=[1, 1, 1, 1]),
+            node("ReduceMax", ["c"], ["largest"], keepdims=0),
+            node("Less", ["small", "largest"], ["condition"]),
+            node("If", ["condition"], ["y"], **branches),
+        ],
+        [value("x", FLOAT, ["batch", 4, 6, 6])],
+        [value("y", FLOAT, ["batch", 4, size, size])],
+        [
+            constant("k", (np.random.default_rng(2).standard_normal((4, 4, 3, 3)) / 6).astype(np.float32)),
+            constant("scales", np.float32([1, 1, 2, 2])),
+            constant("small", np.float32(-1)),
+        ],
+    )
+    model.opset_import[0].version = opset
+    data = {"x": np.random.default_rng(0).standard_normal((16, 4, 6, 6)).astype(np.float32)}
+    assert typed_model(model, tmp_path, "int8", data).comparison.relative_error < 0.3
+
+
 def test_the_opset_is_raised_with_weights_in_files_and_sizes_that_become_known(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     model = networks.product(width=64)
@@ -279,3 +472,33 @@ def test_the_opset_is_raised_with_weights_in_files_and_sizes_that_become_known(t
     stored = onnx.load(tmp_path / "model" / "typed" / "int8.onnx")
     assert stored.opset_import[0].version == 13
     assert TensorProto.INT8 in types_of(stored)
+
+
+def test_a_plan_is_made_of_what_is_rewritten(tmp_path):
+    """Of uint8 becomes float arithmetic, which int8 has to be calibrated for; and what is refused is refused here."""
+    onnx.save_model(quantized(np.uint8(0)), tmp_path / "m.onnx")
+    plan = plan_conversion(tmp_path / "m.onnx", prepare(precision="fp16"), path=tmp_path / "out")
+    assert "quantize (QuantizeLinear) quantizes to uint8" in plan.remarks[-1]
+    with pytest.raises(RecipeError, match="int8 is calibrated on real inputs"):
+        plan_conversion(tmp_path / "m.onnx", prepare(precision="int8"), path=tmp_path / "out")
+    model = quantized(np.uint8(0))
+    model.graph.node[2].input[0] = "q"
+    model.graph.node[2].op_type = "MatMulInteger"
+    onnx.save_model(model, tmp_path / "m.onnx")
+    with pytest.raises(UnsupportedModelError, match="MatMulInteger"):
+        plan_conversion(tmp_path / "m.onnx", prepare(), path=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("model", "stored_as"),
+    [
+        (BLOCKS["uint4"], TensorProto.INT4),
+        (in_blocks(TensorProto.INT4, 0, 8, 5), TensorProto.INT4),
+        (in_blocks(TensorProto.UINT4, 0, 16, 0), TensorProto.INT8),
+        (in_blocks(TensorProto.UINT8, 0, 256, 0), TensorProto.FLOAT),
+    ],
+    ids=["uint4", "int4 with a zero point", "uint4 from 0", "uint8 from 0"],
+)
+def test_weights_of_4_bits_stay_narrow_where_they_fit(model, stored_as, tmp_path):
+    """TensorRT has int4 with the zero point 0, and no uint4."""
+    assert types_of(check_same(model, positive(8), tmp_path)) <= {TensorProto.FLOAT, stored_as}

@@ -7,6 +7,7 @@ import logging
 import mlflow
 import networks
 import numpy as np
+import onnx
 import pytest
 from helpers import read
 from networks import FLOAT, INT64, constant, value
@@ -54,6 +55,19 @@ def measured(model, tmp_path, data=None, **recipe) -> Profiles:
     return check_rows(source, profiles, choose_samples(given, source, profiles))
 
 
+def dilated(distance: int) -> onnx.ModelProto:
+    """A convolution over time, which is what the axis counts: two steps next to each other do not see each other."""
+    kernel = np.random.default_rng(0).standard_normal((16, 16, 3)).astype(np.float32)
+    return rows_model(
+        node("Transpose", ["x"], ["columns"], perm=[1, 0]),
+        node("Unsqueeze", ["columns", "first"], ["series"]),
+        node("Conv", ["series", "kernel"], ["mixed"], dilations=[distance], pads=[distance, distance]),
+        node("Squeeze", ["mixed", "first"], ["rows"]),
+        node("Transpose", ["rows"], ["y"], perm=[1, 0]),
+        initializers=[constant("first", np.array([0])), constant("kernel", kernel)],
+    )
+
+
 DEPENDENT = {
     "a cloud of points": point_cloud(),
     "a softmax over rows": rows_model(node("Softmax", ["x"], ["y"], axis=0)),
@@ -64,6 +78,8 @@ DEPENDENT = {
         node("BatchNormalization", ["x", *"sbmv"], ["y", "mean", "variance"], training_mode=1),
         initializers=[constant(name, np.ones(16, np.float32)) for name in "sbmv"],
     ),
+    "a step four rows away": dilated(4),
+    "a step eight rows away": dilated(8),
     # Five rows have to be there: two do not run at all, and none runs alone.
     "the largest of the rows": rows_model(
         node("TopK", ["x", "k"], ["largest", "where"], axis=0),

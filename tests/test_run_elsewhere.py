@@ -9,7 +9,7 @@ from pathlib import Path
 
 import networks
 import pytest
-from test_cli import run
+from command_line import run
 
 import mlflow_trt
 from mlflow_trt.core.types import Distribution

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import networks
 import numpy as np
+import onnx
 import pandas as pd
 import pytest
-from helpers import read
+from compare import relative_error
+from helpers import read, reference
 from mlflow.data.numpy_dataset import from_numpy
 from mlflow.data.pandas_dataset import from_pandas
+from onnx import helper
 from real_models import SILERO
 
 import mlflow_trt
@@ -39,6 +42,79 @@ def forms(folder, rows):
     yield from_numpy({"x": rows})
     yield from_numpy(rows)
     yield from_pandas(pd.DataFrame({"x": list(rows)}))
+
+
+def sentences(ids=("D.0", "D.1"), lengths="D.2", result="D.3") -> onnx.ModelProto:
+    """Words looked up in a table, divided by the lengths of their sentences: the axes of the rows have two names."""
+    return networks.model(
+        [
+            helper.make_node("Gather", ["table", "ids"], ["words"]),
+            helper.make_node("Reshape", ["lengths", "shape"], ["column"]),
+            helper.make_node("Cast", ["column"], ["divisor"], to=networks.FLOAT),
+            helper.make_node("Div", ["words", "divisor"], ["mean"]),
+            helper.make_node("MatMul", ["mean", "w"], ["y"]),
+        ],
+        [networks.value("ids", networks.INT64, ids), networks.value("lengths", networks.INT64, [lengths])],
+        [networks.value("y", networks.FLOAT, [result, "D.4", 8])],
+        [
+            networks.constant("table", networks.rows(50)),
+            networks.constant("w", networks.rows(16, 8)),
+            networks.constant("shape", np.array([-1, 1, 1])),
+        ],
+    )
+
+
+def sentence_feeds(count: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(count)
+    return {"ids": random.integers(0, 50, (count, 12)), "lengths": random.integers(4, 12, count)}
+
+
+SENTENCES = {"ids": ((1, 4), (4, 12), (16, 64)), "lengths": ((1,), (4,), (16,))}
+
+
+@pytest.mark.parametrize("batch", [None, (1, 4, 16)])
+def test_rows_are_counted_where_their_axes_have_several_names(batch, tmp_path):
+    model = read(sentences(), tmp_path)
+    profiles = resolve_profiles(model, Recipe(shapes=SENTENCES, batch=batch))
+    assert cut_samples(sentence_feeds(16), ORIGIN, model, profiles).rows == 16
+    assert (profiles.batch_axis is not None) == (batch is not None)
+
+
+@pytest.mark.slow
+def test_such_rows_are_enough_to_calibrate_on(tmp_path):
+    data = sentence_feeds(16)
+    mlflow_trt.save_model(sentences(), tmp_path / "m", precision="int8", shapes=SENTENCES, calibration_data=data)
+    batched = tmp_path / "batched"
+    mlflow_trt.save_model(
+        sentences(), batched, precision="int8", shapes=SENTENCES, batch=(1, 4, 16), calibration_data=data
+    )
+    feeds = sentence_feeds(40)
+    with mlflow_trt.load_model(str(batched), runtime="onnxruntime") as session:
+        answered = session.run(feeds)
+    with reference(read(sentences(), tmp_path)) as session:
+        assert relative_error(answered, session.run(feeds)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("model", "feeds", "rows"),
+    [
+        # One sequence, whatever its length.
+        (sentences(ids=("sequence", "D.1")), sentence_feeds(16), 1),
+        # One mapping, of rows that are not as many as lengths.
+        (sentences(), sentence_feeds(3) | {"lengths": np.array([5])}, 1),
+        # A batch of fixed size: each piece has so many rows.
+        (networks.product(batch=4), {"x": networks.rows(16)}, 16),
+        # Sequences of five steps each, with the batch behind them.
+        (networks.sequences(), {"x": np.zeros((5, 12, 16), np.float32)}, 12),
+        # A matrix of fixed size goes in, and another one comes out: nothing says that they have rows.
+        (networks.mixed_sizes(), {"x": networks.rows(12)}, 3),
+    ],
+    ids=["sequence", "sizes", "fixed", "behind", "matrix"],
+)
+def test_what_counts_as_a_row(model, feeds, rows, tmp_path):
+    source = read(model, tmp_path)
+    shapes = SENTENCES if "ids" in feeds else {"x": ((5, 1, 16), (5, 4, 16), (5, 16, 16))} if rows == 12 else {}
+    assert cut_samples(feeds, ORIGIN, source, resolve_profiles(source, Recipe(shapes=shapes))).rows == rows
 
 
 @pytest.mark.filterwarnings("ignore:.*")  # MLflow guesses at the source of a dataset, and warns of what it tries

@@ -166,6 +166,8 @@ def test_statistics_and_metrics(client, server):
     assert after["inference_stats"]["success"]["count"] - before["inference_stats"]["success"]["count"] == 3
     assert after["inference_stats"]["fail"]["count"] - before["inference_stats"]["fail"]["count"] == 1
     assert after["inference_stats"]["compute_infer"]["ns"] > before["inference_stats"]["compute_infer"]["ns"]
+    assert after["inference_stats"]["queue"]["count"] == after["inference_stats"]["compute_infer"]["count"]
+    assert after["inference_stats"]["queue"]["ns"] > before["inference_stats"]["queue"]["ns"]
     sizes = {batch["batch_size"]: batch["compute_infer"]["count"] for batch in after["batch_stats"]}
     assert sizes[5] >= 3
     assert len(client.get_inference_statistics()["model_stats"]) == len(MODELS)
@@ -182,6 +184,7 @@ def test_statistics_and_metrics(client, server):
     assert samples[of_ranks("mlflow_trt_failures_total", cause="bad_request")] >= 1
     count = samples[of_ranks("mlflow_trt_inference_seconds_count")]
     assert count == after["inference_stats"]["compute_infer"]["count"]
+    assert samples[of_ranks("mlflow_trt_queue_seconds_count")] == count
     assert samples[of_ranks("mlflow_trt_runs_total", rows="5")] == sizes[5]
     assert samples[("mlflow_trt_requests_in_flight",)] == 0
 

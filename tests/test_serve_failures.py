@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 import requests
 import tritonclient.http as triton
+from command_line import run
 from helpers import wait_for
-from test_cli import run
 
 import mlflow_trt
 from examples.serving import ServerProcess, TensorServer, free_port, running
@@ -443,6 +443,7 @@ def test_files_of_keys_that_make_no_sense(content, message, tmp_path):
         ({"drain_seconds": -1}, "drain_seconds is -1; expected seconds, 0 or more"),
         ({"settings": {"runtim": 1}}, "unknown load setting 'runtim'"),
         ({"ssl_keyfile": Path(__file__)}, "give both of ssl_keyfile and ssl_certfile"),
+        ({"ssl_ca_certs": Path(__file__)}, "ssl_ca_certs is for HTTPS"),
         ({"ssl_keyfile": Path("nowhere"), "ssl_certfile": Path("nowhere")}, "ssl_keyfile: nowhere is no file"),
     ],
 )
@@ -486,7 +487,8 @@ class TestStarting:
         self.fails(OptionError, "another version tomorrow", "models:/none/latest")
         self.fails(OptionError, "product, version 1 is there twice", folder, folder)
 
-    def test_what_is_missing(self, folder):
+    def test_what_is_missing(self, folder, monkeypatch):
+        monkeypatch.setitem(sys.modules, "opentelemetry.instrumentation.asgi", None)
         self.fails(OptionError, "follows models like models:/NAME@ALIAS", folder, follow_aliases=5)
         self.fails(MissingDependencyError, "opentelemetry-instrumentation-asgi is not installed", folder, tracing=True)
 

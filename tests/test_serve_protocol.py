@@ -94,8 +94,10 @@ def test_rows_as_bytes():
     for broken in (body[:-1], body[:-14] + b"\xff\xff\xff\xff" + body[-10:]):
         with pytest.raises(InputError, match="'x'"):
             parse(broken, length, of)
-    with pytest.raises(InputDtypeError, match="'x' has the datatype 'BYTES'; expected FP32"):
-        parse(body, length, Signature(inputs=(spec,), outputs=()))
+    assert of.described()["inputs"] == [{"name": "x", "datatype": "BYTES", "shape": [-1]}]
+    plain = Signature(inputs=(spec,), outputs=())
+    assert parse(body, length, plain).feeds["x"].tolist() == [[0, 1, 2], [1, 1, 1]]
+    assert plain.described()["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 3]}]
 
 
 def test_a_type_that_the_protocol_does_not_have():

@@ -1,4 +1,4 @@
-"""The benchmark of serving: a short run of it, and what it makes of what clients see."""
+"""The benchmark of servers: a short run of it, what it makes of what was measured, and a short soak."""
 
 from __future__ import annotations
 
@@ -7,77 +7,73 @@ import subprocess
 import sys
 from pathlib import Path
 
-import networks
-import onnx
 import pytest
-import typer
-from typer.testing import CliRunner
+from rich.console import Console
 
-from benchmarks import serving
-from benchmarks.load import Answer, drive, summarized
-from examples.serving import free_port
-from mlflow_trt.core import wire
+from benchmarks.load import Load
+from benchmarks.serving import HTTP, IMAGE, MLFLOW, ROW, Measured, goals
+from benchmarks.soak import Soak, _report
 
 pytestmark = pytest.mark.server
 
 ROOT = Path(__file__).resolve().parent.parent
+SERVERS = {"mlflow models serve", "mlflow-trt serve", "the same, shared memory"}
 
 
-def test_what_clients_see():
-    first = [Answer(1.0, 1.1, ""), Answer(1.0, 1.2, "")]
-    load = summarized(2, [first, [Answer(11.1, 11.4, ""), Answer(11.2, 12.9, "500: no")]])
-    assert (load.clients, load.requests, load.failures, load.problem) == (2, 3, 1, "500: no")
-    assert load.requests_per_second == pytest.approx(1.5)
-    assert load.p50_ms == pytest.approx(200)
-
-
-def test_clients_that_nobody_answers():
-    request = wire.Request(content=b"", content_type=wire.JSON)
-    load = summarized(3, [drive(f"http://127.0.0.1:{free_port()}", request, 3, 0.05)])
-    assert load.requests == 0
-    assert load.failures >= 3
-    assert "ConnectionRefusedError" in load.problem
+def run(*arguments):
+    command = [sys.executable, "-m", "benchmarks.serving", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def test_a_short_run(tmp_path):
-    onnx.save(networks.product(), tmp_path / "product.onnx")
-    options = {
-        "model": tmp_path / "product.onnx", "runtime": "onnxruntime", "answers": "base64", "images": "1,3",
-        "clients": "1,3", "rounds": "2", "seconds": "0.2", "targets": "floor,mlflow-trt",
-        "output": tmp_path / "result.json",
+    """Each answer is compared before it is measured."""
+    options = ["--clients", "1,3", "--rounds", "1", "--seconds", "0.2", "--output", str(tmp_path / "result.json")]
+    done = run(*options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "result.json").read_text())
+    rows = {(row["case"], row["target"], row["load"]["clients"]) for row in found["rows"]}
+    assert rows == {(case, server, clients) for case in (IMAGE, ROW) for server in SERVERS for clients in (1, 3)}
+    assert all(row["load"]["requests"] > 0 and not row["load"]["failures"] for row in found["rows"])
+    assert "Goals" in done.stdout
+    assert [goal["wanted"] for goal in found["goals"]] == [1, 4]  # of one client; others were not measured
+    assert set(found["own_ms"]) == {IMAGE, ROW}
+
+
+def test_options_that_make_no_sense():
+    assert "expected nothing or resnet50" in run("--model", "bert").stderr
+
+
+def measured(case, target, clients, rate):
+    load = Load(
+        clients=clients, requests=10, failures=0, problem="", requests_per_second=rate, p50_ms=1000 / rate, p99_ms=1
+    )
+    return Measured(case=case, target=target, load=load, cpu_ms=1)
+
+
+def test_goals():
+    rows = [
+        *(measured(IMAGE, MLFLOW, clients, 200) for clients in (8, 64)),
+        *(measured(IMAGE, HTTP, clients, 1500) for clients in (8, 64)),
+        measured(ROW, MLFLOW, 64, 400),
+        measured(ROW, HTTP, 64, 8000),
+    ]
+    found = {goal.name: (goal.found, goal.wanted) for goal in goals(rows, [], "nothing")}
+    assert found == {
+        "8 clients, images": (7.5, 6), "64 clients, images": (7.5, 6), "64 clients, rows of 2 kB": (20, 25),
     }  # fmt: skip
-    command = [sys.executable, "-m", "benchmarks.serving"]
-    for name, value in options.items():
-        command += [f"--{name}", str(value)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "times as fast as JSON" in result.stdout
-    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
-    assert {(row["target"], row["wire"], row["images"], row["load"]["clients"]) for row in rows} == {
-        (target, kind, images, clients)
-        for target in ("floor", "mlflow-trt")
-        for kind in ("json", "parquet")
-        for images in (1, 3)
-        for clients in (1, 3)
-    }
-    assert all(row["load"]["requests"] > 0 and not row["load"]["failures"] for row in rows)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--model", "missing.onnx"], "missing.onnx does not exist; expected an ONNX file"),
-        (["--model", __file__], "test_serving_benchmark.py is no ONNX model"),
-        (["--wires", "json,xml"], "there is no 'xml'; choose from json, parquet"),
-        (["--targets", "triton"], "there is no 'triton'; choose from floor, mlflow-trt, mlflow.onnx"),
-        (["--precision", "fp64"], "unknown precision 'fp64'; choose one of fp32"),
-        (["--runtime", "numpy"], "runtime is 'numpy'; choose one of tensorrt"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused_before_anything_is_served(options, message):
-    app = typer.Typer()
-    app.command()(serving.main)
-    result = CliRunner().invoke(app, options, env={"COLUMNS": "500"})
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert result.stdout == ""
+def test_a_short_soak():
+    done = run("--soak", "6")
+    assert "0 failed or answered wrongly" in done.stdout, done.stdout + done.stderr
+    counts = dict(line.rsplit(": ", 1) for line in done.stdout.splitlines() if line.rsplit(": ", 1)[-1].isdigit())
+    assert len(counts) == 7
+    assert all(int(count) > 0 for count in counts.values())
+
+
+@pytest.mark.parametrize(("last", "problems", "well"), [(300, [], True), (400, [], False), (300, ["x"], False)])
+def test_what_a_soak_is_judged_by(last, problems, well):
+    state = Soak(None)
+    state.resident = [mib << 20 for mib in (200, 300, 300, 300, last, last)]
+    state.problems = problems
+    assert _report(state, 1, Console(quiet=True)) == well

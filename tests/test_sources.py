@@ -140,6 +140,33 @@ class TestSklearn:
         assert relative_error(model.predict(X), {"probabilities": expected}) < 1e-4
 
     @pytest.mark.filterwarnings("ignore")
+    def test_a_classifier_as_a_whole_gives_labels(self, store):
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        frame = pd.DataFrame(X.astype(np.float64), columns=list("abcdef"))
+        labels = np.where(Y > 4, "up", np.where(Y < -4, "down", "level"))
+        estimator = make_pipeline(StandardScaler(), LogisticRegression())
+        self.log(estimator, labels, signature=infer_signature(frame, labels), input_example=frame.iloc[:20])
+        mlflow_trt.convert_model_version("models:/m/1", "m-trt", batch=(1, 8, 64), whole=True)
+        model = mlflow.pyfunc.load_model("models:/m-trt/1", model_config=CPU)
+        assert (model.predict(frame) == estimator.predict(X)).all()
+        assert len(set(model.predict(frame))) == 3
+        assert model.metadata.signature == mlflow.pyfunc.load_model("models:/m/1").metadata.signature
+        probabilities = model.get_raw_model().predict_proba(frame)
+        assert relative_error({"p": probabilities}, {"p": estimator.predict_proba(frame.to_numpy())}) < 1e-4
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_a_regressor_as_a_whole(self, store):
+        from sklearn.linear_model import Ridge
+
+        estimator = self.log(Ridge(), Y, input_example=X[:20])
+        mlflow_trt.convert_model_version("models:/m/1", "m-trt", batch=(1, 8, 64), whole=True)
+        answer = mlflow.pyfunc.load_model("models:/m-trt/1", model_config=CPU).predict(X)
+        assert relative_error({"y": answer}, {"y": estimator.predict(X)}) < 1e-4
+
+    @pytest.mark.filterwarnings("ignore")
     def test_what_tensorrt_cannot_run_is_named(self, store):
         from sklearn.ensemble import RandomForestRegressor
 
@@ -228,27 +255,17 @@ def test_what_is_missing_is_named_with_its_line(flavor, monkeypatch):
 
 
 def test_other_flavors_are_named(store, tmp_path):
-    class Doubles(mlflow.pyfunc.PythonModel):
-        def predict(self, model_input: list[float]) -> list[float]:
-            return [2 * number for number in model_input]
-
-    mlflow.pyfunc.save_model(tmp_path / "doubles", python_model=Doubles(), pip_requirements=[])
+    mlflow.pyfunc.save_model(tmp_path / "other", loader_module="json", pip_requirements=[])
     with pytest.raises(
         ArtifactError, match="flavors python_function; expected onnx or one of pytorch, sklearn, tensorflow, keras"
     ):
-        mlflow_trt.convert_model_version(str(tmp_path / "doubles"), "doubles-trt")
+        mlflow_trt.convert_model_version(str(tmp_path / "other"), "other-trt")
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_what_cannot_be_converted_is_not_downloaded(store, tmp_path):
-    class Doubles(mlflow.pyfunc.PythonModel):
-        def predict(self, model_input: list[float]) -> list[float]:
-            return [2 * number for number in model_input]
-
-    info = mlflow.pyfunc.log_model(
-        name="m", python_model=Doubles(), pip_requirements=[], registered_model_name="doubles"
-    )
+    info = mlflow.pyfunc.log_model(name="m", loader_module="json", pip_requirements=[], registered_model_name="other")
     folder = local_file_uri_to_path(mlflow.get_logged_model(info.model_id).artifact_location)
     (Path(folder) / "huge.bin").symlink_to(tmp_path / "nowhere")  # copying it fails
     with pytest.raises(ArtifactError, match="flavors python_function; expected"):
-        mlflow_trt.convert_model_version("models:/doubles/1", "doubles-trt")
+        mlflow_trt.convert_model_version("models:/other/1", "other-trt")

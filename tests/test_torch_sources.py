@@ -96,7 +96,7 @@ def test_an_axis_that_the_model_fixes_is_an_error(store):
     assert not store.client.search_registered_models("name = 'm-trt'")
 
 
-def test_rows_that_the_model_fixes_are_those_of_its_example(store, messages):
+def test_rows_that_the_model_fixes_are_those_of_its_example(store, messages, tmp_path):
     class FourRows(nn.Module):
         def forward(self, x):
             return x.reshape(4, 6).cumsum(0)
@@ -109,7 +109,7 @@ def test_rows_that_the_model_fixes_are_those_of_its_example(store, messages):
     )  # fmt: skip
     with open_source("models:/m/1") as source:
         assert source.signature is not None
-        mlflow_trt.save_model(source.path, "m-trt")
+        mlflow_trt.save_model(source.path, tmp_path / "m-trt")
     assert "takes 4 rows and no other number" in messages.text
 
 

@@ -13,9 +13,9 @@ import networks
 import numpy as np
 import onnx
 import pytest
+from command_line import run
 from google.protobuf import text_format
 from onnx import TensorProto, helper
-from test_cli import run
 from wheel_files import wheel_file
 
 import mlflow_trt

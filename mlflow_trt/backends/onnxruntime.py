@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from mlflow_trt.core.arrays import Array
 from mlflow_trt.core.optional import is_installed
-from mlflow_trt.errors import ExecutionError, InputError, MissingDependencyError, OutOfMemoryError
+from mlflow_trt.errors import ExecutionError, InputError, MissingDependencyError, OnnxModelError, OutOfMemoryError
 
 _CUDA = "CUDAExecutionProvider"
 _NUMPY_NAMES = {"float": "float32", "double": "float64", "bool": "bool"} | {
     name: name for name in ("float16", "int8", "uint8", "int16", "uint16", "int32", "int64")
 }
 _NUMPY_TYPES: dict[str, np.dtype[Any]] = {f"tensor({name})": np.dtype(numpy) for name, numpy in _NUMPY_NAMES.items()}
+_LARGE = 2**30  # protobuf ends at 2 GB
 _NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "bad allocation")  # it has no exception for this
 
 
@@ -35,6 +39,23 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
+@functools.cache
+def _cpu_information() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def saturates(cpu_information: str) -> bool:
+    """Whether the integer kernels that ONNX Runtime makes of Q/DQ may answer wrongly on this CPU, by its description.
+
+    x86 without VNNI adds up pairs of products in 16 bits, and cuts off what does not fit.
+    """
+    flags = re.search(r"^flags\s*:(.*)$", cpu_information, re.MULTILINE)
+    return flags is not None and not {"avx512_vnni", "avx_vnni"} & set(flags[1].split())
+
+
 class CpuModel:
     """An ONNX file on ONNX Runtime's CPU provider, whatever other providers the installed ONNX Runtime has.
 
@@ -47,6 +68,8 @@ class CpuModel:
         self.version: str = onnxruntime.__version__
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what fails is in the exception, too
+        if saturates(_cpu_information()):
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         cuda = [name for name in onnxruntime.get_available_providers() if prefer_cuda and name == _CUDA]
@@ -83,6 +106,22 @@ class CpuModel:
                 raise OutOfMemoryError(f"ONNX Runtime {self.version} lacks memory: {error}; run fewer rows") from error
             raise ExecutionError(f"ONNX Runtime {self.version} failed: {error}") from error
         return dict(zip(names, results, strict=True))
+
+
+def write_model_of(session: Any, path: Path) -> None:
+    """Write the model that an onnxruntime.InferenceSession was made of, whose weights may lie beside it.
+
+    Raises OnnxModelError where it tells neither its file nor its bytes.
+    """
+    content, file = getattr(session, "_model_bytes", None), getattr(session, "_model_path", None)
+    if content is not None:
+        path.write_bytes(content)
+    elif file is not None and Path(file).is_file():
+        proto = onnx.load(file)  # with its external data, whatever that is called
+        size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+        onnx.save_model(proto, path, save_as_external_data=size > _LARGE)
+    else:
+        raise OnnxModelError(f"an ONNX Runtime session does not tell its model: its file is {str(file)!r}")
 
 
 def calibrated_magnitudes(

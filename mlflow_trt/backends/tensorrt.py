@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 from packaging.version import Version
@@ -92,6 +92,10 @@ def import_distribution(distribution: Distribution) -> TensorRT:
     return TensorRT(distribution, importlib.import_module(distribution.value))
 
 
+class PluginError(Exception):
+    """A library with plugins cannot be loaded; the text says which, and why."""
+
+
 class TensorRT:
     """One imported distribution, typed."""
 
@@ -100,6 +104,7 @@ class TensorRT:
         self.version: str = module.__version__
         self._module = module
         self.log = trt_callbacks.new_logger(module)
+        self._plugins: set[str] = set()
         # Some ONNX operators of the tensorrt distribution are plugins; TensorRT-RTX has none.
         if not self.is_rtx and not module.init_libnvinfer_plugins(self.log, ""):
             raise RuntimeError(f"its plugins cannot be loaded: {self.log.last_error()}")
@@ -115,6 +120,20 @@ class TensorRT:
     @property
     def is_rtx(self) -> bool:
         return self.distribution is Distribution.TENSORRT_RTX
+
+    def load_plugins(self, libraries: Iterable[str]) -> None:
+        """Load libraries with plugins into this process, each once; they stay until it ends.
+
+        Raises PluginError for one that cannot be loaded. Loading executes what is in a library.
+        """
+        for library in libraries:
+            path = os.path.realpath(library)
+            if path in self._plugins:
+                continue
+            registry = cast(trt_api.IPluginRegistry, self._module.get_plugin_registry())
+            if registry.load_library(path) is None:
+                raise PluginError(f"{self} cannot load the plugins in {library}: {self.log.last_error()}")
+            self._plugins.add(path)
 
     # ---- objects
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import signal
 import sys
 from typing import Any, NoReturn
@@ -11,6 +13,8 @@ import typer
 
 from mlflow_trt.cli.add_engine import add_engine
 from mlflow_trt.cli.benchmark import benchmark
+from mlflow_trt.cli.cache import cache
+from mlflow_trt.cli.command import Command
 from mlflow_trt.cli.compare import compare
 from mlflow_trt.cli.convert import convert
 from mlflow_trt.cli.dockerfile import dockerfile
@@ -18,21 +22,11 @@ from mlflow_trt.cli.doctor import doctor
 from mlflow_trt.cli.export_triton import export_triton
 from mlflow_trt.cli.import_engine import import_engine
 from mlflow_trt.cli.inspect import inspect
+from mlflow_trt.cli.kubernetes import kubernetes
+from mlflow_trt.cli.registry import registry
 from mlflow_trt.cli.serve import serve
 from mlflow_trt.cli.verify import verify
 from mlflow_trt.cli.wording import in_own_words
-
-
-class Command(typer.core.TyperCommand):
-    """A command whose help says nothing of the type of a flag, which takes no value."""
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        params = super().get_params(ctx)
-        for param in params:
-            if getattr(param, "is_flag", False):
-                param.metavar = " "
-        return params
-
 
 app = typer.Typer(
     name="mlflow-trt",
@@ -51,10 +45,14 @@ app.command(cls=Command)(compare)
 app.command(cls=Command)(serve)
 app.command(cls=Command)(export_triton)
 app.command(cls=Command)(dockerfile)
+app.command(cls=Command)(kubernetes)
 app.command(cls=Command)(doctor)
+app.add_typer(cache)
+app.add_typer(registry, name="registry")
 
 
 _shows_traceback = False
+_INTERRUPTED = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
 
 @app.callback(invoke_without_command=True)
@@ -85,6 +83,15 @@ def _log_record(*args: Any, **keywords: Any) -> logging.LogRecord:
     return record
 
 
+def _end_now(code: int) -> NoReturn:
+    """End without waiting for threads, such as those in which MLflow uploads and, for minutes, tries again."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none at all
+            stream.flush()
+    os._exit(code)
+
+
 def _print_traceback() -> None:
     if _shows_traceback:
         import traceback
@@ -96,8 +103,14 @@ def main() -> None:
     """Run the command line. Errors that users can act on are printed in a line or a few, without a traceback."""
     signal.signal(signal.SIGTERM, _terminated)
     logging.setLogRecordFactory(_log_record)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+        signal.signal(signal.SIGHUP, _terminated)
     try:
         app()
+    except SystemExit as end:
+        if end.code in _INTERRUPTED:
+            _end_now(int(end.code))
+        raise
     except (OSError, ImportError) as error:  # ImportError: a store that wants a package, such as boto3
         _print_traceback()
         typer.echo(f"Error: {error}", err=True)

@@ -28,21 +28,26 @@ def add_engine(
             help="Compile the kernels of TensorRT-RTX on this machine's GPU, and store them with the engine.",
         ),
     ] = False,
+    dynamic_plugins: Annotated[
+        list[str] | None,
+        typer.Option(help="A library with plugins that the model's engines need; may be repeated. Not TensorRT-RTX."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Make a new version of a model that has an engine for this machine, or other GPUs, too."""
     from mlflow_trt.flavor.fetch import read_record
-    from mlflow_trt.registry.add_engine import add_engine as add
+    from mlflow_trt.registry.add_engine import extended_version
     from mlflow_trt.store.record import record_to_dict
 
-    with results_on_stdout(as_json):
-        version = add(
-            uri,
-            targets=target or (),
-            registered_model_name=register_as or None,
-            alias=alias or None,
-            store_kernels=store_kernels,
-        )
+    extended = extended_version(
+        uri,
+        targets=target or (),
+        registered_model_name=register_as or None,
+        alias=alias or None,
+        store_kernels=store_kernels,
+        plugins=dynamic_plugins or (),
+    )
+    with results_on_stdout(as_json), extended as version:
         made = f"models:/{version.name}/{version.version}"
         record = read_record(made)
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -101,11 +102,16 @@ def convert(
     refit: options.Refit = False,
     strip_weights: options.StripWeights = False,
     weight_streaming: options.WeightStreaming = False,
+    dynamic_plugins: options.DynamicPlugins = None,
     profiling_verbosity: options.ProfilingVerbosity = "",
     calibration_data: Annotated[
         Path | None,
         typer.Option(
-            path_type=Path, help="An .npz or .npy file of real inputs: int8 and fp8 need it, all are compared on it."
+            "--calibration-data",
+            "--data",
+            path_type=Path,
+            help="An .npz or .npy file of real inputs: int8 and fp8 need it, all are compared on it. For a whole "
+            "model a .csv, .jsonl, .parquet or .txt of what it takes, or a folder of images.",
         ),
     ] = None,
     allow_external_data_from: Annotated[
@@ -122,6 +128,20 @@ def convert(
         int | None,
         typer.Option(help="The GPU to build, verify and measure on, of those that CUDA_VISIBLE_DEVICES shows."),
     ] = None,
+    whole: Annotated[
+        bool,
+        typer.Option(
+            "--whole",
+            help="Let the result of a scikit-learn model answer as its predict does, with labels.",
+        ),
+    ] = False,
+    network: Annotated[
+        str, typer.Option(help="Which network of a PythonModel to convert, where it has several: self.encoder.")
+    ] = "",
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Convert a model that brings Python code, which loading it runs."),
+    ] = False,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not compare with the source model, and store no golden sample.")
     ] = False,
@@ -178,6 +198,9 @@ def _options_from(context: typer.Context) -> ConversionOptions:
         verify=not given["no_verify"],
         store_kernels=given["store_kernels"],
         allow_external_data_from=given["allow_external_data_from"],
+        whole=given["whole"],
+        network=given["network"] or None,
+        trust_remote_code=given["trust_remote_code"],
     )
 
 
@@ -185,13 +208,17 @@ def _convert_one(given: dict[str, Any], source: str, conversion: ConversionOptio
     from mlflow_trt.deploy.engine_file import save_engine
     from mlflow_trt.flavor.fetch import read_record
     from mlflow_trt.pipeline.make import prepare_conversion
-    from mlflow_trt.registry.convert_version import convert_to_folder, convert_to_version
+    from mlflow_trt.registry.convert_version import convert_to_folder, converted_version
     from mlflow_trt.store.record import record_to_dict
 
     name, alias, force = given["register_as"], given["alias"] or None, given["force"]
-    with results_on_stdout(given["as_json"]), tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(results_on_stdout(given["as_json"]))
+        workdir = stack.enter_context(tempfile.TemporaryDirectory(prefix="mlflow-trt-"))
         if name:
-            version = convert_to_version(source, name, prepare_conversion(conversion), alias=alias, force=force)
+            prepared = prepare_conversion(conversion)
+            # A version stays only if what comes after it succeeds, too.
+            version = stack.enter_context(converted_version(source, name, prepared, alias=alias, force=force))
             uri = f"models:/{version.name}/{version.version}"
         else:
             path = given["output"] or Path(workdir, "model")

@@ -78,6 +78,10 @@ StripWeights = Annotated[
 WeightStreaming = Annotated[
     bool, typer.Option("--weight-streaming", help="Let weights that do not fit on the GPU stay in host memory.")
 ]
+DynamicPlugins = Annotated[
+    list[str] | None,
+    typer.Option(help="A library with plugins for custom operators; may be repeated. Not TensorRT-RTX."),
+]
 KeepFloat32 = Annotated[
     list[str] | None,
     typer.Option("--keep-float32", help="A node or an operator that stays in float32; may be repeated."),
@@ -117,6 +121,7 @@ def recipe_from(given: Mapping[str, Any]) -> Recipe:
         hardware_compatibility=_compatibility(given["hardware_compatibility_level"]),
         weights=_weights(refit=given["refit"], stripped=given["strip_weights"]),
         weight_streaming=given["weight_streaming"],
+        plugins=given["dynamic_plugins"] or (),
         profiling_verbosity=given["profiling_verbosity"] or "layer_names_only",
     )
 

@@ -12,12 +12,21 @@ from mlflow_trt.cli.tables import print_facts, print_rows, shorten_digest
 from mlflow_trt.cli.wording import in_own_words
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mlflow_trt.convert.recipe import Recipe
     from mlflow_trt.core.selection import Selection
     from mlflow_trt.core.types import BatchAxis, EngineRecord, PrecisionReport, ShapeProfile, TensorSpec
+    from mlflow_trt.core.whole_model import WholeModel
+    from mlflow_trt.registry.check import Finding
     from mlflow_trt.registry.convert_all import Outcome
     from mlflow_trt.registry.plan import Plan
+    from mlflow_trt.store.cache_contents import CacheEntry
     from mlflow_trt.store.record import Record
+
+
+def _whole_fact(whole: WholeModel | None) -> str | None:
+    return None if whole is None else f"{whole.flavor}, of which {whole.network} is the network"
 
 
 def print_record(uri: str, record: Record) -> None:
@@ -32,6 +41,7 @@ def print_record(uri: str, record: Record) -> None:
             "made from": record.lineage.get("source"),
             "exported by": record.lineage.get("exporter"),
             "left out": record.lineage.get("left_out"),
+            "whole model": _whole_fact(record.whole),
             "engines of": record.lineage.get("extends"),
             "made by": f"mlflow-trt {record.mlflow_trt_version}, format {record.format}",
             "remarks": in_own_words("\n".join(record.remarks)),
@@ -134,6 +144,16 @@ def print_outcomes(outcomes: Sequence[Outcome]) -> None:
     print_rows("conversions", ("source", "", "result", "seconds"), rows)
 
 
+def print_findings(subject: str, findings: Sequence[Finding]) -> None:
+    rows = [(one.subject, one.problem, _remedy_of(one), "yes" if one.is_mended else "") for one in findings]
+    nothing = [(subject, "nothing was left behind", "", "")]
+    print_rows("findings", ("what", "problem", "remedy", "mended"), rows or nothing)
+
+
+def _remedy_of(finding: Finding) -> str:
+    return f"--mend: {finding.remedy}" if finding.can_be_mended and not finding.is_mended else finding.remedy
+
+
 def _recipe_facts(recipe: Recipe, batch_axis: BatchAxis | None) -> dict[str, Any]:
     """What was asked for; options at their defaults have no value, and so are not shown."""
     return {
@@ -182,6 +202,22 @@ def print_profiles(profiles: Sequence[ShapeProfile]) -> None:
             for name, limits in profile.ranges.items()
         ],
     )
+
+
+def print_cache(folder: Path, entries: Sequence[CacheEntry], limit: int | None) -> None:
+    rows = [
+        (entry.kind, entry.key[:12], f"{entry.size / 1e6:,.1f}", f"{entry.used:%Y-%m-%d %H:%M}") for entry in entries
+    ]
+    if rows:
+        print_rows("", ("", "key", "MB", "used (UTC)"), rows)
+    total = sum(entry.size for entry in entries)
+    allowed = "no limit" if limit is None else f"up to {limit / 1e6:,.1f} MB are kept"
+    typer.echo(f"{folder}: {len(entries)} entries of {total / 1e6:,.1f} MB; {allowed} (MLFLOW_TRT_CACHE_SIZE)")
+
+
+def print_removed(entries: Sequence[CacheEntry]) -> None:
+    size = sum(entry.size for entry in entries) / 1e6
+    typer.echo(f"Removed {len(entries)} entries of {size:,.1f} MB")
 
 
 def _batch_text(axis: BatchAxis | None) -> str:

@@ -45,7 +45,9 @@ def serve(
     ssl_keyfile_password: Annotated[
         str | None, typer.Option(help="The password of the key.", envvar="MLFLOW_TRT_SSL_KEYFILE_PASSWORD")
     ] = None,
-    ssl_ca_certs: Annotated[Path | None, typer.Option(help="Certificates that clients' are checked with.")] = None,
+    ssl_ca_certs: Annotated[
+        Path | None, typer.Option(help="Ask clients for a certificate that one of these signed.")
+    ] = None,
 ) -> None:
     """Serve models over HTTP: the Open Inference Protocol (V2), and MLflow's /invocations beside it."""
     settings = parse_settings(model_config, "--model-config") or {}

@@ -73,9 +73,10 @@ OPTIONS = (
     Option("--precisionConstraints", "refused", "networks are strongly typed: precisions are in the graph"),
     Option("--inputIOFormats", "refused", "inputs are linear arrays of the dtype that the graph says"),
     Option("--outputIOFormats", "refused", "outputs are linear arrays of the dtype that the graph says"),
-    Option("--plugins", "refused", "plugins are not stored with the model, so it would not load elsewhere"),
-    Option("--staticPlugins", "refused", "plugins are not stored with the model, so it would not load elsewhere"),
-    Option("--dynamicPlugins", "refused", "plugins are not stored with the model, so it would not load elsewhere"),
+    Option("--plugins", "--dynamic-plugins", "whoever loads the model names them again; not TensorRT-RTX"),
+    Option("--staticPlugins", "--dynamic-plugins", "whoever loads the model names them again; not TensorRT-RTX"),
+    Option("--dynamicPlugins", "--dynamic-plugins", "whoever loads the model names them again; not TensorRT-RTX"),
+    Option("--setPluginsToSerialize", "refused", "a library in the plan would be executed by whoever loads it"),
     Option("--useDLACore", "refused", "DLA is not supported"),
     Option("--allowGPUFallback", "refused", "DLA is not supported", flag=True),
     Option("--device", "--device"),
@@ -121,7 +122,7 @@ class Translation:
         values: dict[str, Any] = {}
         for name, value in self.options:
             key = name.removeprefix("--").replace("-", "_")
-            if name in (*_SHAPES, "--target"):
+            if name in (*_SHAPES, "--target", "--dynamic-plugins"):
                 values.setdefault(key, []).append(value)
             else:
                 values[key] = True if value is None else value

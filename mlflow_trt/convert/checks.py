@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 from onnx import ModelProto, NodeProto, TensorProto, shape_inference
 
@@ -68,6 +69,7 @@ def check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
             "`mlflow-trt convert`, which choose it by measuring",
             option="precision",
         )
+    _check_plugins(tensorrt, recipe)
     if tensorrt.is_rtx:
         _check_rtx(tensorrt, recipe)
     elif recipe.targets:
@@ -135,6 +137,18 @@ def weight_only_operators(tensorrt: trt.TensorRT, precision: Precision) -> dict[
         reason = f"{tensorrt} builds no convolutions in int8; TensorRT-RTX 1.7 does"
         return {"Conv": reason, "ConvTranspose": reason}
     return {}
+
+
+def _check_plugins(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
+    if recipe.plugins and tensorrt.is_rtx:
+        raise RecipeError(
+            "TensorRT-RTX has no plugins: its networks have no layer for them (1.6 refuses custom operators, and the "
+            "parser of 1.7 ends its process). Build with the tensorrt distribution, or export the model without them",
+            option="plugins",
+        )
+    for library in recipe.plugins:
+        if not Path(library).is_file():
+            raise RecipeError(f"plugins: {library} does not exist; expected a shared library", option="plugins")
 
 
 def _check_rtx(tensorrt: trt.TensorRT, recipe: Recipe) -> None:

@@ -83,6 +83,8 @@ class Recipe:
             TensorRT-RTX.
         hardware_compatibility: `none`, `ampere_plus` or `same_compute_capability`: on which other GPUs an engine of
             the `tensorrt` distribution may run.
+        plugins: libraries with plugins of TensorRT, which run the model's custom operators. They are loaded where the
+            engine is built; whoever loads the model names them again. Not for TensorRT-RTX, which has no plugins.
         targets: compute capabilities to build for, such as `["sm86", "sm120"]`. TensorRT-RTX only; TensorRT builds for
             the GPU it runs on.
 
@@ -109,6 +111,7 @@ class Recipe:
     tactic_sources: tuple[str, ...] | None = None
     version_compatible: bool = False
     hardware_compatibility: HardwareCompatibility = HardwareCompatibility.NONE
+    plugins: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
 
     if TYPE_CHECKING:
@@ -135,6 +138,7 @@ class Recipe:
             tactic_sources: Sequence[str] | None = ...,
             version_compatible: bool = ...,
             hardware_compatibility: HardwareCompatibility | str = ...,
+            plugins: Sequence[str | os.PathLike[str]] | str | os.PathLike[str] = ...,
             targets: Sequence[str] | str = ...,
         ) -> None: ...
 
@@ -149,6 +153,7 @@ class Recipe:
             "hardware_compatibility": _choice(
                 HardwareCompatibility, self.hardware_compatibility, "hardware_compatibility"
             ),
+            "plugins": _paths(self.plugins, "plugins"),
             "targets": _targets(self.targets),
             "workspace_bytes": _number("workspace_bytes", self.workspace_bytes, 1, None),
             "optimization_level": _number("optimization_level", self.optimization_level, 0, 5),
@@ -299,6 +304,12 @@ def _memory_pools(value: Any) -> dict[str, int]:
             option="memory_pools",
         )
     return {name: _number("memory_pools", size, 1, None) or 0 for name, size in value.items()}
+
+
+def _paths(value: Any, option: str) -> tuple[str, ...]:
+    items = [value] if isinstance(value, (str, os.PathLike)) or not _is_iterable(value) else value
+    paths = [path for item in items if (path := _path(option, item)) is not None]
+    return tuple(dict.fromkeys(paths))
 
 
 def _path(option: str, value: Any) -> str | None:

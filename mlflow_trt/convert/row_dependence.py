@@ -7,7 +7,8 @@ A graph does not tell: points of a cloud and samples of a spectrogram are rows a
 2. each at its place among copies of itself. The number of rows is the same, so that sums are made in the same order: a
    row that does not depend on the others has the same outputs to the bit;
 3. one by one, and beside a copy of the last one, which is what an engine's batch is filled up with. What depends on the
-   number of rows shows there, and so does rounding, which is told apart by its size.
+   number of rows shows there, and so does rounding, which is told apart by its size;
+4. more of them in the second arrangement: a dilated convolution over time reaches rows that are far away.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 
 from mlflow_trt.backends.onnxruntime import CpuModel
 from mlflow_trt.convert.onnx.model import OnnxModel
+from mlflow_trt.convert.onnx.reference import reference_runner
 from mlflow_trt.convert.resolve_profiles import Profiles
 from mlflow_trt.convert.samples import Samples
 from mlflow_trt.core.arrays import Array, Feeds, Outputs
@@ -29,6 +31,9 @@ from mlflow_trt.errors import ExecutionError, InputError, RuntimeUnavailableErro
 _log = get_logger(__name__)
 
 _ROWS = 2
+_MANY_ROWS = 16
+_MANY_BYTES = 8 * 2**20
+"""The most that the inputs of many rows may take, since that tells of the time to run them."""
 _SAME_ORDER = 1e-5
 """The relative error of a row above which others had an effect, where all sums were made in the same order."""
 _OTHER_ORDER = 5e-2
@@ -51,6 +56,9 @@ def check_rows(source: OnnxModel, profiles: Profiles, samples: Samples) -> Profi
     try:
         rows = _Rows.measured_on(source, axis, samples)
         dependence = _dependence(rows)
+        if dependence is None:
+            rows = rows.many(source, axis, samples)
+            dependence = _among_copies(rows)
     except (RuntimeUnavailableError, ExecutionError, InputError) as error:
         return _with_remark(profiles, f"whether rows depend on each other was not measured: {error.message}")
     except _AnswersVaryError:
@@ -93,7 +101,7 @@ class _Rows:
     @classmethod
     def measured_on(cls, source: OnnxModel, axis: BatchAxis, samples: Samples) -> _Rows:
         """As few rows as the model takes: the k largest of all are to be had of k and more."""
-        model = CpuModel(source.path)
+        model = reference_runner(source)
         usual = len(samples.feeds[0][axis.inputs[0]])
         try:
             return cls(model, source, axis, samples, _ROWS)
@@ -101,6 +109,17 @@ class _Rows:
             if usual <= _ROWS:
                 raise
             return cls(model, source, axis, samples, usual)
+
+    def many(self, source: OnnxModel, axis: BatchAxis, samples: Samples) -> _Rows:
+        """More of them, as far as that does not take long; these where the model does not take more."""
+        size = sum(self._feeds[name][0].nbytes for name in self._batched)
+        count = min(_MANY_ROWS, _MANY_BYTES // max(size, 1))
+        if count <= self.count:
+            return self
+        try:
+            return _Rows(self._model, source, axis, samples, count)
+        except (ExecutionError, InputError):
+            return self
 
     def run(self, rows: Iterable[int]) -> Outputs:
         """The outputs for these rows, which may come again, in this order."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mlflow_trt.convert.onnx.batch_axis import count_rows
 from mlflow_trt.convert.onnx.model import OnnxModel
 from mlflow_trt.convert.resolve_profiles import Profiles
 from mlflow_trt.core.arrays import Feeds
@@ -79,7 +80,7 @@ def cut_samples(data: Any, origin: SampleOrigin, model: OnnxModel, profiles: Pro
     """
     try:
         feeds = tuple(_feeds(data, model, profiles))
-        rows = sum(_rows(piece, profiles) for piece in feeds)
+        rows = sum(_rows(piece, model, profiles) for piece in feeds)
         _check_rows(rows)
     except InputError as error:
         raise type(error)(f"{origin}: {error.message}", tensor=error.tensor) from None
@@ -97,7 +98,7 @@ def generate_samples(model: OnnxModel, profiles: Profiles) -> Samples:
     for seed in range(_GENERATED_FEEDS):
         random = np.random.default_rng(seed)
         feeds.append({spec.name: make_noise(spec, profiles.profiles, random) for spec in model.inputs})
-    rows = sum(_rows(piece, profiles) for piece in feeds)
+    rows = sum(_rows(piece, model, profiles) for piece in feeds)
     return Samples(feeds=tuple(feeds), origin=SampleOrigin.GENERATED, rows=rows)
 
 
@@ -168,8 +169,8 @@ def _batch(model: OnnxModel, profiles: Profiles) -> tuple[tuple[str, ...], int]:
     return tuple(leading), max(sizes.pop(), 1)
 
 
-def _rows(feeds: Feeds, profiles: Profiles) -> int:
+def _rows(feeds: Feeds, model: OnnxModel, profiles: Profiles) -> int:
     axis = profiles.batch_axis
-    if axis is None:
-        return 1
-    return int(feeds[axis.inputs[0]].shape[0])
+    if axis is not None:
+        return len(feeds[axis.inputs[0]])
+    return count_rows(model, {name: array.shape for name, array in feeds.items()})

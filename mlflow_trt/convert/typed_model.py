@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from mlflow_trt.convert.onnx.dimension_names import name_dimensions_apart
 from mlflow_trt.convert.onnx.graph import FlatModel, flatten
 from mlflow_trt.convert.onnx.model import OnnxModel, describe, sha256_of, tensors_of
 from mlflow_trt.convert.onnx.opset import OpsetNotRaisedError, opset_of
+from mlflow_trt.convert.onnx.reference import reference_outputs
 from mlflow_trt.convert.onnx.rewrite import RewrittenModel, rewrite
 from mlflow_trt.convert.onnx.weights import write_model
 from mlflow_trt.convert.precision import pass_for
@@ -33,7 +34,7 @@ from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.convert.resolve_profiles import Profiles
 from mlflow_trt.convert.samples import Samples
 from mlflow_trt.core.accuracy import Comparison, Tolerance, compare
-from mlflow_trt.core.arrays import Feeds, Outputs
+from mlflow_trt.core.arrays import Outputs
 from mlflow_trt.core.types import BatchAxis, CalibrationMethod, Precision, PrecisionReport, TensorSpec
 from mlflow_trt.errors import ExecutionError, OutOfMemoryError, RecipeError, UnsupportedModelError
 
@@ -45,8 +46,6 @@ _SAME_RESULTS = 1e-6
 """Relative error of results that smaller masks do not change."""
 _SAME = Tolerance(relative_error=1e-3)
 """What two ways to compute the same in float32 may be apart."""
-_REFERENCE_BYTES = 256 * 2**20
-"""Outputs of the source model are kept for comparing as long as they take no more than this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,22 +131,9 @@ def check_calibration(
     if not samples.is_evidence or samples.rows < _FEWEST_ROWS:
         raise RecipeError(
             f"{recipe.precision} is calibrated on real inputs: pass calibration_data with at least {_FEWEST_ROWS} rows "
-            f"(a hundred and more are usual); there is only {samples}",
+            f"(a hundred and more are usual); given is {samples}",
             option="calibration_data",
         )
-
-
-def reference_outputs(path: Path, names: Iterable[str], feeds: Iterable[Feeds]) -> tuple[Outputs, ...]:
-    """What the source model computes on ONNX Runtime, for as many feeds as there is room for, and at least one."""
-    runner, listed = CpuModel(path), list(names)
-    outputs: list[Outputs] = []
-    size = 0
-    for one in feeds:
-        outputs.append(runner.run(listed, one))
-        size += sum(array.nbytes for array in outputs[-1].values())
-        if size > _REFERENCE_BYTES:
-            break
-    return tuple(outputs)
 
 
 class _Unchanged:
@@ -222,7 +208,7 @@ class _Retyped:
         self._refines = tolerance is not None
         self._names = [spec.name for spec in source.outputs]
         with self._explaining_ignorance():
-            self._reference = reference_outputs(source.path, self._names, samples.feeds)
+            self._reference = reference_outputs(source, samples.feeds)
         self._flat, self._remarks = self._flattened(rewritten, precision_pass)
         self._excluded = _excluded_nodes(self._flat, source.proto, recipe)
         with self._explaining_ignorance():

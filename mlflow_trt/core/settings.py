@@ -58,6 +58,8 @@ class LoadSettings:
             `version_compatible`. Only for engines from a source you trust like your own programs.
         self_test: run the model's golden sample before an engine is first used with a GPU, driver and TensorRT, and
             refuse the engine if it answers wrongly.
+        plugins: libraries with plugins of TensorRT that the model's engine needs. They are loaded because you name them
+            here, so only from a source you trust like your own programs; a model cannot name any itself.
         answers: how outputs leave a scoring server. `lists`: as JSON's numbers, which any client reads. `base64`: with
             dtype and shape, many times faster, for clients that know of it, as `mlflow_trt.client` does.
     """
@@ -71,6 +73,7 @@ class LoadSettings:
     warm_up: WarmUp = "auto"
     allow_engine_host_code: bool = False
     self_test: bool = True
+    plugins: Sequence[str] = ()
     answers: Answers = "lists"
 
     def __post_init__(self) -> None:
@@ -82,6 +85,7 @@ class LoadSettings:
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} is {getattr(self, name)!r}; expected true or false", option=name)
         self._check_device()
+        self._check_plugins()
         delay = self.max_batch_delay_ms
         if isinstance(delay, bool) or not isinstance(delay, (int, float)) or not 0 <= delay < float("inf"):
             raise OptionError(
@@ -99,6 +103,16 @@ class LoadSettings:
             )
         return cls(**(values or {}))
 
+    @classmethod
+    def check_logged(cls, values: Mapping[str, Any] | None) -> None:
+        """Raise OptionError for settings that a model may not bring itself: plugins are executed."""
+        if (values or {}).get("plugins"):
+            raise OptionError(
+                "the model's own settings name plugins, and nothing is loaded because a model says so: whoever loads "
+                "it names them, with model_config={'plugins': [...]}",
+                option="plugins",
+            )
+
     def ordinals(self, visible: Sequence[int]) -> tuple[int, ...]:
         """The CUDA device ordinals meant where the process sees these GPUs, of which `own` may be any."""
         if isinstance(self.device, int):
@@ -112,7 +126,14 @@ class LoadSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON and YAML know them."""
-        return asdict(self) | {"device": list(self.device) if isinstance(self.device, tuple) else self.device}
+        device = list(self.device) if isinstance(self.device, tuple) else self.device
+        return asdict(self) | {"device": device, "plugins": list(self.plugins)}
+
+    def _check_plugins(self) -> None:
+        several = (self.plugins,) if isinstance(self.plugins, str) else self.plugins
+        if not isinstance(several, (list, tuple)) or not all(isinstance(path, str) and path for path in several):
+            raise OptionError(f"plugins is {self.plugins!r}; expected paths of libraries", option="plugins")
+        object.__setattr__(self, "plugins", tuple(several))  # frozen, and hashable whatever sequence came
 
     def _check_device(self) -> None:
         if self.device in (ALL, OWN):

@@ -251,13 +251,21 @@ class KernelsRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PluginLibrary:
+    """A library with plugins of TensorRT: the name of its file, without the folder, and its digest."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineRecord:
     """How an engine was made, where it runs, and the digest of its plan.
 
     `compute_capabilities` lists its targets, empty where TensorRT-RTX was left its default: one engine for Ampere and
     every later architecture that this release knows. `gpu` and `driver` are empty where it was built without a GPU.
     `timing_cache` is the sha256 of the timing cache that it was built with, as it was afterwards. `kernels` are those
-    that were stored with it.
+    that were stored with it. `plugins` are the libraries that were loaded where it was built, which it needs to run.
     """
 
     file: str
@@ -274,6 +282,7 @@ class EngineRecord:
     weights: Weights = Weights.INCLUDED
     timing_cache: str | None = None
     kernels: KernelsRecord | None = None
+    plugins: tuple[PluginLibrary, ...] = ()
 
     @property
     def is_ampere_plus(self) -> bool:

@@ -10,7 +10,7 @@ import base64
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -42,6 +42,7 @@ _QUOTED_DATA = (
     re.compile(r"\AFailed to enforce schema of data '.*' with schema '(?P<schema>.*?)'\. Error: ", re.DOTALL),
 )
 _LONGEST_TEXT = 2000
+_SAYING = ("message", "error", "detail")  # MLflow's, the Open Inference Protocol's, and those of proxies
 
 # An input in the text of a signature, as MLflow writes it: 'x': Tensor('float32', (-1, 3))
 _TENSOR = re.compile(r"""(?P<name>'[^']*'|"[^"]*"): Tensor\('(?P<dtype>\w+)', (?P<shape>\([-\d, ]*\))\)""")
@@ -56,10 +57,13 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """The body of a request and its content type."""
+    """What is sent, and where to. `headers` are those beside the content type."""
 
     content: bytes
     content_type: str
+    method: str = "POST"
+    path: str = "/invocations"
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 def fits_table(inputs: Inputs) -> bool:
@@ -69,7 +73,7 @@ def fits_table(inputs: Inputs) -> bool:
     """
     rows = set()
     for value in inputs.values():
-        if _is_bytes(value):
+        if is_bytes(value):
             rows.add(len(value))
         elif isinstance(value, np.ndarray) and value.ndim > 0 and value.size > 0:
             rows.add(value.shape[0])
@@ -112,7 +116,7 @@ def parquet_request(inputs: Inputs, signature: Mapping[str, Tensor] | None = Non
     wanted = {name: tensor.dtype for name, tensor in (signature or {}).items()}
     columns = {name: _column(name, value, wanted.get(name), pa) for name, value in inputs.items()}
     fields = [pa.field(name, column.type, nullable=False) for name, column in columns.items()]
-    shapes = {name: list(np.shape(value)) for name, value in inputs.items() if not _is_bytes(value)}
+    shapes = {name: list(np.shape(value)) for name, value in inputs.items() if not is_bytes(value)}
     attributes = {"PANDAS_ATTRS": json.dumps({SHAPES_KEY: shapes})}  # as DataFrame.to_parquet writes them
     sink = pa.BufferOutputStream()
     pq.write_table(
@@ -129,7 +133,7 @@ def json_request(inputs: Inputs) -> Request:
     """Inputs of any form as MLflow's `inputs`; with `bytes` among them, as base64 in its `dataframe_split`."""
     columns = {name: _listed(name, value) for name, value in inputs.items()}
     content: dict[str, Any] = {"inputs": columns}
-    if any(map(_is_bytes, inputs.values())):  # MLflow decodes base64 in tables only
+    if any(map(is_bytes, inputs.values())):  # MLflow decodes base64 in tables only
         check_table(inputs)
         content = {"dataframe_split": {"columns": list(columns), "data": list(zip(*columns.values(), strict=True))}}
     return Request(content=json.dumps(content).encode(), content_type=JSON)
@@ -161,8 +165,16 @@ def misshapen(inputs: Inputs, signature: Mapping[str, Tensor]) -> dict[str, str]
     return {
         name: f"input {name!r} has the shape {np.shape(value)}; the model's signature wants {signature[name].shape}"
         for name, value in inputs.items()
-        if name in signature and not _is_bytes(value) and not _has_shape(value, signature[name].shape)
+        if name in signature and not is_bytes(value) and not _has_shape(value, signature[name].shape)
     }
+
+
+def check_shapes(inputs: Inputs, signature: Mapping[str, Tensor]) -> None:
+    """Raise InputShapeError where `misshapen` finds something."""
+    if wrong := misshapen(inputs, signature):
+        from mlflow_trt.errors import InputShapeError
+
+        raise InputShapeError("; ".join(wrong.values()), tensor=next(iter(wrong)))
 
 
 def wants_json(status: int, body: bytes) -> bool:
@@ -184,7 +196,7 @@ def decode_answer(body: bytes, dtypes: Mapping[str, npt.DTypeLike] | None = None
         from mlflow_trt.errors import ServerError
 
         raise ServerError(
-            f"the answer is none of MLflow's scoring server: {_shortened(body)}; check the address", status=200
+            f"the answer is none of MLflow's scoring server: {shortened(body)}; check the address", status=200
         ) from None
 
 
@@ -206,15 +218,15 @@ def error_of(status: int, body: bytes) -> MlflowTrtError:
         return InputError(f"the server refused the input: {text}")
     if status == 429:
         return OutOfMemoryError(f"the server has no room for this now: {text}; send fewer rows, or again later")
-    if status == 504:
+    if status in {408, 504}:
         return ServerTimeoutError(
-            f"the server gave up: {text}; raise MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT there, or send fewer rows",
+            f"the server gave up: {text}; raise its timeout (--timeout of either server), or send fewer rows",
             status=status,
         )
     return ServerError(f"the server answered {status}: {text}", status=status)
 
 
-def _is_bytes(value: Any) -> bool:
+def is_bytes(value: Any) -> bool:
     """Whether it is a sequence of `bytes`, which numpy would make strings of that lose their last zeros."""
     if isinstance(value, np.ndarray):
         return value.dtype == object and value.ndim == 1 and len(value) > 0 and all(map(_is_cell, value))
@@ -231,7 +243,7 @@ def _has_shape(value: Any, wanted: Shape) -> bool:
 
 
 def _column(name: str, value: Any, wanted: str | None, pa: Any) -> Any:
-    if _is_bytes(value):
+    if is_bytes(value):
         return pa.array([bytes(cell) for cell in value], pa.binary())
     array = _native(name, value)
     flat = pa.array(np.ascontiguousarray(array).reshape(-1))
@@ -247,7 +259,7 @@ def _column(name: str, value: Any, wanted: str | None, pa: Any) -> Any:
 
 
 def _listed(name: str, value: Any) -> Any:
-    if _is_bytes(value):
+    if is_bytes(value):
         return [base64.b64encode(cell).decode() for cell in value]
     array = _native(name, value)
     if 0 in array.shape[:-1]:
@@ -298,19 +310,20 @@ def _decoded(value: Any, dtype: npt.DTypeLike | None) -> Array:
 def _message(body: bytes) -> str:
     try:
         answer = json.loads(body)
-        text = answer.get("message") or answer.get("detail") or answer if isinstance(answer, dict) else answer
+        told = [answer[key] for key in _SAYING if answer.get(key)] if isinstance(answer, dict) else []
+        text = told[0] if told else answer
     except ValueError:
-        return _shortened(body)
+        return shortened(body)
     text = str(text).partition("\nInput: \n")[0]
     schema = ""
     for pattern in _QUOTED_DATA:
         if match := pattern.match(text):
             schema = match.groupdict().get("schema") or schema
             text = text[match.end() :]
-    return _shortened(f"{text} The model wants {schema}" if schema else text)
+    return shortened(f"{text} The model wants {schema}" if schema else text)
 
 
-def _shortened(text: str | bytes) -> str:
+def shortened(text: str | bytes) -> str:
     text = text.decode(errors="replace") if isinstance(text, bytes) else text
     text = text.strip() or "(nothing)"
     return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} ..."

@@ -1,10 +1,11 @@
 """A model as the context of a container image: `docker build` on it, with nothing else at hand.
 
-`mlflow models generate-dockerfile` knows nothing of CUDA, so its image has no toolkit to compile pycuda with.
+`mlflow models generate-dockerfile` knows nothing of CUDA, so its image has none.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import InvalidRequirement, Requirement
+
 from mlflow_trt.core.output_folder import check_target, write_aside
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.types import Distribution
@@ -21,7 +24,7 @@ from mlflow_trt.errors import OptionError
 from mlflow_trt.flavor.fetch import open_folder
 
 CUDA_IMAGE = "nvidia/cuda:13.0.1-{kind}-ubuntu24.04"
-"""Where the image starts from: `kind` is `devel`, to compile pycuda, and `runtime`, to run."""
+"""Where the image starts from: `kind` is `runtime`, or `devel` to compile pycuda for a model that wants it."""
 CACHE = "/var/cache/mlflow-trt"
 """Where the image keeps what is made on its host."""
 
@@ -31,12 +34,12 @@ SERVERS = ("mlflow-trt", "mlflow")
 _SERVER_REQUIREMENTS = "mlflow-trt[serve]\n"
 _SERVER_REQUIREMENTS_FILE = "server-requirements.txt"
 
-# Two stages: the toolkit, which is gigabytes, is only needed to compile pycuda.
+# Two stages: what installs packages, and for pycuda the toolkit, which is gigabytes, is not needed to run.
 _TEMPLATE = """\
 FROM {build_image} AS build
 # hadolint ignore=DL3008
 RUN apt-get update \\
- && apt-get install --yes --no-install-recommends g++ python3-dev python3-venv \\
+ && apt-get install --yes --no-install-recommends {build_packages} \\
  && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:/usr/local/cuda/bin:$PATH
@@ -132,7 +135,8 @@ def write_image_context(model_uri: str, path: str | Path, options: ImageOptions 
             shutil.copyfile(wheel, aside / "wheels" / wheel.name)
         (aside / _SERVER_REQUIREMENTS_FILE).write_text(_SERVER_REQUIREMENTS)
         has_constraints = (aside / "model" / "constraints.txt").is_file()
-        (aside / "Dockerfile").write_text(dockerfile_text(options, has_constraints=has_constraints))
+        compiles = _wants_pycuda(aside / "model" / "requirements.txt")
+        (aside / "Dockerfile").write_text(dockerfile_text(options, has_constraints=has_constraints, compiles=compiles))
         engines = folder.record.engines
     remarks = [f"engine for {engine.target}, {engine.distribution.label} {engine.version}" for engine in engines]
     if all(engine.distribution is Distribution.TENSORRT for engine in engines):
@@ -140,8 +144,22 @@ def write_image_context(model_uri: str, path: str | Path, options: ImageOptions 
     return remarks
 
 
-def dockerfile_text(options: ImageOptions, *, has_constraints: bool = False) -> str:
-    """The Dockerfile. The model is at /opt/model, its environment at /opt/venv."""
+def _wants_pycuda(requirements: Path) -> bool:
+    if not requirements.is_file():
+        return False
+    for line in requirements.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(InvalidRequirement):  # an option of pip's, or a comment
+            requirement = Requirement(line.partition("#")[0].strip())
+            if requirement.name == "pycuda" or (requirement.name == "mlflow-trt" and "cuda" in requirement.extras):
+                return True
+    return False
+
+
+def dockerfile_text(options: ImageOptions, *, has_constraints: bool = False, compiles: bool = False) -> str:
+    """The Dockerfile. The model is at /opt/model, its environment at /opt/venv.
+
+    `compiles` brings the CUDA toolkit to where packages are installed.
+    """
     settings = json.dumps(dict(options.model_config)) if options.model_config else ""
     is_ours = options.server == "mlflow-trt"
     listen = ["--host", "0.0.0.0", "--port", str(options.port)]  # noqa: S104  # in a container
@@ -160,7 +178,8 @@ def dockerfile_text(options: ImageOptions, *, has_constraints: bool = False) -> 
     if options.wheels:
         copies.append("COPY wheels/ /tmp/wheels/")
     return _TEMPLATE.format(
-        build_image=options.base.replace("{kind}", "devel"),
+        build_image=options.base.replace("{kind}", "devel" if compiles else "runtime"),
+        build_packages="g++ python3-dev python3-venv" if compiles else "python3-venv",
         image=options.base.replace("{kind}", "runtime"),
         copies="\n".join(copies),
         cache=CACHE,

@@ -81,7 +81,8 @@ def predict_udf(
         model_config: load settings. What Spark assigns to a task comes before `device`.
 
     Raises:
-        UnsupportedModelError: rows of the model's batch are not independent, or Spark lacks the type of an output.
+        UnsupportedModelError: rows of the model's batch are not independent, Spark lacks the type of an output, or it
+            is a whole model.
         OptionError: unknown load settings; when the function is called, columns that do not fit the inputs.
 
         In the tasks: InputError, which names the partition and the row, and what loading raises.
@@ -91,6 +92,11 @@ def predict_udf(
     record = read_record(model_uri)
     settings = LoadSettings.of(model_config)
     given = {name: getattr(settings, name) for name in model_config or {} if name != "answers"}
+    if record.whole is not None:
+        raise UnsupportedModelError(
+            f"{model_uri} is a whole model, which takes what its source takes and not the arrays of its network: use "
+            "mlflow.pyfunc.spark_udf"
+        )
     axis = record.batch_axis
     _check_rows(axis, record.inputs, model_uri)
     model = _Model(

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from packaging.version import Version
 
@@ -15,12 +15,13 @@ from mlflow_trt.backends.onnxruntime import CpuModel
 from mlflow_trt.core.output_folder import check_target, write_aside
 from mlflow_trt.core.types import ComputeCapability, Distribution, EngineRecord, Precision, Weights
 from mlflow_trt.deploy.triton_config import Layout, config_text, largest_batch, max_batch_size, warmup_files
+from mlflow_trt.deploy.triton_python import REMARKS, python_config_text, write_mlflow_model
 from mlflow_trt.errors import EngineMismatchError, ExecutionError, MissingDependencyError, OptionError
 from mlflow_trt.flavor.fetch import open_folder
 from mlflow_trt.store.folder import ModelFolder
 from mlflow_trt.store.record import Record, StoredModel
 
-BACKENDS = ("tensorrt", "onnxruntime")
+BACKENDS = ("tensorrt", "onnxruntime", "mlflow_trt")
 _VERSION_FOLDER = "1"
 # ONNX Runtime has few kernels for these, so it gets the model as it was before.
 _SOURCE_FOR_ONNXRUNTIME = {Precision.BF16, Precision.FP8}
@@ -54,6 +55,7 @@ def export_triton(
     backend: str = "tensorrt",
     instances: int = 1,
     queue_delay: int = 100,
+    model_config: Mapping[str, Any] | None = None,
 ) -> TritonModel:
     """Write a model into a model repository, whole or not at all. No Triton is needed for it.
 
@@ -61,9 +63,12 @@ def export_triton(
         model_uri: any model URI of MLflow, such as `models:/resnet50-trt/2` or a local folder.
         repository: the folder that Triton gets as `--model-repository`; made where there is none.
         name: what the model is called there; None takes the name of the registered model or of the folder.
-        backend: `tensorrt` for the engines, or `onnxruntime` for the ONNX model.
-        instances: how many requests may run at the same time, on each GPU.
-        queue_delay: microseconds for which a request may wait for others to run with.
+        backend: `tensorrt` for the engines, `onnxruntime` for the ONNX model, or `mlflow_trt` for the MLflow model,
+            which this package runs in Triton's Python backend, with engines of TensorRT-RTX, rebuilds and self-tests.
+        instances: how many requests may run at the same time, on each GPU; for `mlflow_trt`, how often the model is
+            loaded there: one runs as many requests as come.
+        queue_delay: microseconds for which a request may wait for others to run with; not for `mlflow_trt`.
+        model_config: load settings, for `mlflow_trt`.
 
     Raises:
         EngineMismatchError: no engine is one that Triton can load; `reasons` says why, for each.
@@ -82,30 +87,46 @@ def export_triton(
     if target.exists():
         raise OptionError(f"{target} exists already; name another repository, or another name=", option="repository")
     check_target(target)
+    if model_config is not None and backend != "mlflow_trt":
+        raise OptionError("model_config is for backend='mlflow_trt'; no other reads it", option="model_config")
     with open_folder(model_uri) as folder, write_aside(target) as aside:
         (aside / _VERSION_FOLDER).mkdir()
-        write = _write_engines if backend == "tensorrt" else _write_onnx
-        record, default_file, files_by_capability, remarks = write(folder, aside / _VERSION_FOLDER)
-        layout = Layout(
-            name=name,
-            backend=backend,
-            default_file=default_file,
-            files_by_capability=files_by_capability,
-            instances=instances,
-            queue_delay=queue_delay,
-        )
-        (aside / "config.pbtxt").write_text(config_text(record, layout))
-        for file, content in warmup_files(record).items():
-            (aside / "warmup").mkdir(exist_ok=True)
-            (aside / "warmup" / file).write_bytes(content)
-        batch, largest = max_batch_size(record, backend), largest_batch(record)
+        if backend == "mlflow_trt":
+            text = python_config_text(folder.record, name, instances, model_config or {})
+            write_mlflow_model(folder, aside / _VERSION_FOLDER)
+            (aside / "config.pbtxt").write_text(text)
+            batch, remarks = 0, REMARKS
+        else:
+            batch, remarks = _write_for(backend, folder, aside, name, instances, queue_delay)
+    files = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
+    return TritonModel(path=target, backend=backend, max_batch_size=batch, files=tuple(files), remarks=remarks)
+
+
+def _write_for(
+    backend: str, folder: ModelFolder, aside: Path, name: str, instances: int, queue_delay: int
+) -> tuple[int, tuple[str, ...]]:
+    """The files for one of Triton's own backends. Returns the largest batch that Triton puts together, and remarks."""
+    write = _write_engines if backend == "tensorrt" else _write_onnx
+    record, default_file, files_by_capability, remarks = write(folder, aside / _VERSION_FOLDER)
+    layout = Layout(
+        name=name,
+        backend=backend,
+        default_file=default_file,
+        files_by_capability=files_by_capability,
+        instances=instances,
+        queue_delay=queue_delay,
+    )
+    (aside / "config.pbtxt").write_text(config_text(record, layout))
+    for file, content in warmup_files(record).items():
+        (aside / "warmup").mkdir(exist_ok=True)
+        (aside / "warmup" / file).write_bytes(content)
+    batch, largest = max_batch_size(record, backend), largest_batch(record)
     if not batch:
         remarks = (*remarks, "Triton will not put requests together: not every input and output has rows from 1 on")
     elif batch < largest:
         limit = f"takes {batch} rows at once, and not {largest}: not every profile takes more, and Triton does not ask"
         remarks = (*remarks, limit)
-    files = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
-    return TritonModel(path=target, backend=backend, max_batch_size=batch, files=tuple(files), remarks=remarks)
+    return batch, remarks
 
 
 def _name_of(model_uri: str) -> str:
@@ -123,8 +144,9 @@ def _write_engines(folder: ModelFolder, target: Path) -> _ModelRepository:
     if not chosen:
         raise EngineMismatchError(
             f"Triton can load none of the engines of this model ({'; '.join(left_out)}). "
-            "backend='onnxruntime' (--backend onnxruntime) exports the ONNX model instead; "
-            "`mlflow-trt add-engine` on a machine with TensorRT and its GPU adds an engine.",
+            "backend='mlflow_trt' (--backend mlflow_trt) runs them in Triton's Python backend, backend='onnxruntime' "
+            "(--backend onnxruntime) exports the ONNX model; `mlflow-trt add-engine` on a machine with TensorRT and "
+            "its GPU adds an engine.",
             reasons=left_out,
         )
     names: dict[str, str] = {}

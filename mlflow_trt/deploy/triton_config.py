@@ -111,8 +111,10 @@ def config_text(record: Record, layout: Layout) -> str:
         "max_batch_size": batch,
         "default_model_filename": layout.default_file,
         "cc_model_filenames": [{"key": key, "value": file} for key, file in layout.files_by_capability.items()],
-        "input": [_tensor(spec, batch, is_shape=tensorrt and spec.name in shape_tensors) for spec in record.inputs],
-        "output": [_tensor(spec, batch) for spec in record.outputs],
+        "input": [
+            tensor_fields(spec, batch, is_shape=tensorrt and spec.name in shape_tensors) for spec in record.inputs
+        ],
+        "output": [tensor_fields(spec, batch) for spec in record.outputs],
         "instance_group": [_instances(record, layout)],
         "model_warmup": list(_warmups(record, batch)),
     }
@@ -121,7 +123,7 @@ def config_text(record: Record, layout: Layout) -> str:
             "preferred_batch_size": _preferred(record, batch),
             "max_queue_delay_microseconds": layout.queue_delay,
         }
-    return "\n".join(_lines(fields)) + "\n"
+    return to_text(fields)
 
 
 def warmup_files(record: Record) -> dict[str, bytes]:
@@ -134,7 +136,8 @@ def warmup_files(record: Record) -> dict[str, bytes]:
     }
 
 
-def _tensor(spec: TensorSpec, batch: int, *, is_shape: bool = False) -> Fields:
+def tensor_fields(spec: TensorSpec, batch: int, *, is_shape: bool = False) -> Fields:
+    """An input or output, without its batch axis where Triton puts together a `batch` of more than 0."""
     dims = [-1 if size is None else size for size in spec.fixed[1 if batch else 0 :]]
     fields: Fields = {"name": spec.name, "data_type": _type(spec), "dims": dims or [1]}
     if batch and not dims:  # Triton has no tensors without dimensions, and no empty reshape without batches
@@ -205,6 +208,11 @@ def _values(spec: TensorSpec, limits: InputRange) -> bytes:
     import numpy as np
 
     return np.asarray(limits.opt[: math.prod(size or 1 for size in spec.fixed)], spec.dtype).tobytes()
+
+
+def to_text(fields: Fields) -> str:
+    """Fields as the text of a config.pbtxt."""
+    return "\n".join(_lines(fields)) + "\n"
 
 
 def _lines(fields: Mapping[str, Any], indent: str = "") -> Iterator[str]:

@@ -32,7 +32,9 @@ from mlflow_trt.core.types import Precision
 from mlflow_trt.flavor.conversions import LoggingOptions, log_conversion, save_conversion
 from mlflow_trt.flavor.fetch import fetch_folder
 from mlflow_trt.flavor.mlmodel import PackagingOptions
+from mlflow_trt.flavor.tracking import check_server
 from mlflow_trt.flavor.undo import undo_on_failure
+from mlflow_trt.flavor.whole.loading import split_config
 from mlflow_trt.pipeline.make import OnnxSource, open_onnx, prepare_conversion
 from mlflow_trt.pipeline.options import ConversionOptions
 from mlflow_trt.runtime.session import Session
@@ -224,6 +226,7 @@ def log_model(
         model_id=model_id,
         validate_serving_input=validate_serving_input,
     )
+    check_server()
     prepared = prepare_conversion(options)
     # First, and so last to end: removing the temporary folders may be interrupted too.
     with undo_on_failure() as undo, open_onnx(onnx_model, options) as source:
@@ -243,6 +246,7 @@ def load_model(
     warm_up: WarmUp | None = None,
     allow_engine_host_code: bool | None = None,
     self_test: bool | None = None,
+    plugins: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Session:
     """Load a model for its native interface, a Session. `mlflow.pyfunc.load_model` loads it the MLflow way.
@@ -251,8 +255,8 @@ def load_model(
         model_uri: any model URI of MLflow, such as `models:/resnet50-trt/1` or a local folder.
         dst_path: an existing folder to download to; a temporary one if left out.
         runtime, on_mismatch, device, kernel_specialization, cuda_graphs, max_batch_delay_ms, warm_up,
-            allow_engine_host_code, self_test: load settings, see LoadSettings; None takes what the environment variable
-            MLFLOW_PYFUNC_INFERENCE_CONFIG says, or else the ones that the model was logged with.
+            allow_engine_host_code, self_test, plugins: load settings, see LoadSettings; None takes what the environment
+            variable MLFLOW_PYFUNC_INFERENCE_CONFIG says, or else the ones that the model was logged with.
         progress: called while an engine is built for this machine; None shows it on standard error.
 
     Raises:
@@ -270,11 +274,15 @@ def load_model(
         "warm_up": warm_up,
         "allow_engine_host_code": allow_engine_host_code,
         "self_test": self_test,
+        "plugins": plugins,
     }
     logged = Model.load(str(folder.path)).flavors[pyfunc.FLAVOR_NAME].get(pyfunc.MODEL_CONFIG) or {}
+    LoadSettings.check_logged(logged)
     wanted = {name: value for name, value in given.items() if value is not None}
     # MLflow's environment variable comes between, as it does for pyfunc.
     defaults = _get_overridden_pyfunc_model_config(logged, {}, _log) or {}
+    if folder.record.whole is not None:
+        defaults, _ = split_config(defaults)
     settings = LoadSettings.of(defaults | wanted)
     with choose_progress("Building a TensorRT engine for this machine", progress) as shown:
         return open_session(folder, settings, shown)

@@ -6,10 +6,8 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from mlflow import MlflowClient
 from mlflow.models import Model
 from mlflow.models.model import ModelInfo
 from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
@@ -18,13 +16,15 @@ from mlflow_trt.convert.onnx.model import OnnxModel
 from mlflow_trt.core.output_folder import check_target
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.errors import MlflowTrtError
+from mlflow_trt.flavor.describe import describe_version
 from mlflow_trt.flavor.metrics import log_metrics
-from mlflow_trt.flavor.mlmodel import PackagingOptions, check_names, move_model, searchable_facts, write_model
-from mlflow_trt.flavor.undo import Undo, undo_logging
+from mlflow_trt.flavor.mlmodel import PackagingOptions, check_names, searchable_facts, write_model
+from mlflow_trt.flavor.register import log_folder, register_version
+from mlflow_trt.flavor.undo import Undo
 from mlflow_trt.pipeline.make import PreparedConversion, convert_and_verify
 from mlflow_trt.pipeline.verify import metrics_of
 from mlflow_trt.runtime.cuda.device import open_device
-from mlflow_trt.store.record import FLAVOR_NAME
+from mlflow_trt.store.record import RECORD_FILE, read_record_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,7 @@ class LoggingOptions:
 
     name: str | None = None
     registered_model_name: str | None = None
+    description: str | None = None
     await_registration_for: int | None = DEFAULT_AWAIT_MAX_SLEEP_SECONDS
     params: Mapping[str, Any] = field(default_factory=dict)
     tags: Mapping[str, Any] = field(default_factory=dict)
@@ -57,7 +58,7 @@ def save_conversion(
 ) -> None:
     """Convert a model and write the result to a new folder. Raises what `save_model` raises."""
     check_target(path)
-    with convert_and_verify(source, prepared, packaging.input_example) as made:
+    with convert_and_verify(source, prepared, packaging.network_example) as made:
         write_model(made, path, packaging, mlflow_model)
 
 
@@ -76,48 +77,43 @@ def log_conversion(
     if validates is None:
         validates = packaging.input_example is not None and _can_run_here(prepared.options.settings)
     with (
-        convert_and_verify(source, prepared, packaging.input_example) as made,
+        convert_and_verify(source, prepared, packaging.network_example) as made,
         tempfile.TemporaryDirectory(prefix="mlflow-trt-") as staging,
     ):
-        note_logged = undo_logging(undo, logging.registered_model_name, keep_model=logging.model_id is not None)
         # Written before MLflow hears of it: what cannot be written leaves no half of a logged model.
         folder = Path(staging) / "model"
         written = write_model(made, folder, packaging)
-
-        def save(path: str, mlflow_model: Model, validate_serving_input: bool) -> None:
-            del validate_serving_input  # Model.log reads it, and passes on all its keywords
-            note_logged(str(mlflow_model.model_id))
-            move_model(written, folder, Path(path), mlflow_model)
-
+        description = describe_version(read_record_file(folder / RECORD_FILE), logging.description)
         facts = searchable_facts(made)
-        tags = {**facts, **logging.tags}
-        info: ModelInfo = Model.log(
-            artifact_path=None,
+        # Where it is from comes first, where tags are listed as they were set.
+        tags = {**logging.tags, **{key: value for key, value in facts.items() if key not in logging.tags}}
+        info = log_folder(
+            undo,
+            folder,
+            written,
             name=logging.name,
-            flavor=SimpleNamespace(__name__=FLAVOR_NAME, save_model=save),
-            registered_model_name=logging.registered_model_name,
-            await_registration_for=logging.await_registration_for,
             params={**facts, **logging.params},
             tags=tags,
+            model_id=logging.model_id,
             model_type=logging.model_type,
             step=logging.step,
-            model_id=logging.model_id,
-            validate_serving_input=validates,
+            validates=validates,
         )
-        if logging.registered_model_name is not None:
-            _tag_version(logging.registered_model_name, str(info.registered_model_version), tags)
         metrics = {} if made.verification is None else metrics_of(made.verification.comparisons)
-        log_metrics({**metrics, **(made.selection.metrics() if made.selection is not None else {})}, info)
+        selected = {} if made.selection is None else made.selection.metrics()
+        log_metrics(undo, {**metrics, **selected}, str(info.model_id))
+        # Last, so that a version that can be seen is complete.
+        if logging.registered_model_name is not None:
+            version = register_version(
+                undo,
+                logging.registered_model_name,
+                str(info.model_id),
+                tags=tags,
+                description=description,
+                await_registration_for=logging.await_registration_for,
+            )
+            info.registered_model_version = version.version
         return info
-
-
-def _tag_version(name: str, version: str, tags: Mapping[str, Any]) -> None:
-    """Give a model version the tags of its logged model, as recent releases of MLflow do by themselves."""
-    client = MlflowClient()
-    present = client.get_model_version(name, version).tags
-    for key, value in tags.items():
-        if key not in present:
-            client.set_model_version_tag(name, version, key, str(value))
 
 
 def _can_run_here(settings: LoadSettings) -> bool:

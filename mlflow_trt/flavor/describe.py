@@ -25,6 +25,17 @@ def describe(record: Record) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def describe_version(record: Record, text: str | None = None) -> str:
+    """The description of a registered version: the line, and below it what its source says of itself."""
+    return "\n\n".join(filter(None, (describe(record), text)))
+
+
+def text_below(record: Record, description: str | None) -> str | None:
+    """What a version's description says below the line of its record."""
+    line, _, text = (description or "").partition("\n\n")
+    return text if line == describe(record) else description
+
+
 def batch_text(axis: BatchAxis | None, profiles: Sequence[ShapeProfile]) -> str | None:
     """Like `1:8:64`; None for a model without a batch axis."""
     if axis is None or not profiles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,11 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mlflow.models import Model
+from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from mlflow_trt.errors import ArtifactError
+from mlflow_trt.flavor.tracking import check_server_of
 from mlflow_trt.store.folder import ModelFolder, read_folder
 from mlflow_trt.store.record import FLAVOR_NAME, RECORD_FILE, Record
 
@@ -36,6 +39,7 @@ def download(model_uri: str, dst_path: str | None) -> Path:
         # Not by MLflow, which takes a per cent sign in a path for that of an escape, also when it reads the copy.
         name = local.resolve().name.replace("%", "_")
         return Path(shutil.copytree(local, Path(dst_path, name), dirs_exist_ok=True))
+    check_server_of(model_uri)
     return Path(_download_artifact_from_uri(model_uri, output_path=dst_path))
 
 
@@ -62,6 +66,7 @@ def read_record(model_uri: str) -> Record:
         return read_folder(local).record
     if local.is_file():
         raise ArtifactError(f"{model_uri} is a file, not a model of MLflow; make one of it with `mlflow-trt convert`")
+    check_server_of(model_uri)
     model = Model.load(model_uri)
     if FLAVOR_NAME not in model.flavors:
         raise ArtifactError(
@@ -73,6 +78,31 @@ def read_record(model_uri: str) -> Record:
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
         repository.download_artifacts(RECORD_FILE, workdir)
         return read_folder(Path(workdir)).record
+
+
+def check_files(model_uri: str) -> Record:
+    """The record of a model in a store, after every file that it names was found to be there, by name and size.
+
+    Nothing else is downloaded. Raises ArtifactError where it is no model of this flavor, or lacks a file.
+    """
+    repository = get_artifact_repository(model_uri)
+    listed: dict[str, dict[str, int | None]] = {}
+
+    def check(name: str, size: int | None = None) -> None:
+        parent = posixpath.dirname(name)
+        if parent not in listed:
+            listed[parent] = {file.path: file.file_size for file in repository.list_artifacts(parent or None)}
+        if name not in listed[parent]:
+            raise ArtifactError(f"{model_uri} lacks its file {name}, which was deleted or never uploaded")
+        if None not in (size, found := listed[parent][name]) and size != found:
+            raise ArtifactError(f"{model_uri}: its file {name} has {found} bytes, and had {size} when it was logged")
+
+    for name in (MLMODEL_FILE_NAME, RECORD_FILE):
+        check(name)
+    record = read_record(model_uri)
+    for name, size in record.file_sizes().items():
+        check(name, size)
+    return record
 
 
 def is_of_this_flavor(model_uri: str) -> bool:

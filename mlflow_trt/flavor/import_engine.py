@@ -6,10 +6,9 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from mlflow.models import Model, ModelSignature
+from mlflow.models import ModelSignature
 from mlflow.models.model import ModelInfo
 
 from mlflow_trt.backends import tensorrt as trt
@@ -20,12 +19,14 @@ from mlflow_trt.core.output_folder import check_target
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.types import BatchAxis, EngineRecord, InputRange, ShapeProfile, TensorSpec
 from mlflow_trt.errors import OptionError, RuntimeUnavailableError
-from mlflow_trt.flavor.mlmodel import PackagingOptions, check_names, move_model, write_engine_model
+from mlflow_trt.flavor.describe import describe_version
+from mlflow_trt.flavor.mlmodel import PackagingOptions, check_names, write_engine_model
+from mlflow_trt.flavor.register import log_folder, register_version
 from mlflow_trt.flavor.tags import SOURCE_TAG, TARGET_TAG, TENSORRT_TAG
-from mlflow_trt.flavor.undo import undo_logging, undo_on_failure
+from mlflow_trt.flavor.undo import undo_on_failure
 from mlflow_trt.runtime.cuda.device import Device, open_device
 from mlflow_trt.store.engine_folder import EngineInterface, engine_record
-from mlflow_trt.store.record import FLAVOR_NAME
+from mlflow_trt.store.record import RECORD_FILE, read_record_file
 
 TensorRequest = Mapping[str, tuple[str, Sequence[int]]]
 """Tensors by name: the dtype as numpy calls it, and the shape, with -1 for what varies."""
@@ -137,26 +138,20 @@ def log_engine(
         engine, interface = _examine(
             content, settings, inputs, outputs, shapes, splits_batches=splits_batches, targets=targets
         )
-        note_logged = undo_logging(undo, registered_model_name)
         written = write_engine_model(content, engine, interface, folder, options, settings)
-
-        def save(path: str, mlflow_model: Model) -> None:
-            note_logged(str(mlflow_model.model_id))
-            move_model(written, folder, Path(path), mlflow_model)
-
+        description = describe_version(read_record_file(folder / RECORD_FILE))
         facts = {
             SOURCE_TAG: source.name,
             TENSORRT_TAG: f"{engine.distribution} {engine.version}",
             TARGET_TAG: engine.target,
         }
-        info: ModelInfo = Model.log(
-            artifact_path=None,
-            name=name,
-            flavor=SimpleNamespace(__name__=FLAVOR_NAME, save_model=save),
-            registered_model_name=registered_model_name,
-            params={**facts, **(params or {})},
-            tags={**facts, **(tags or {})},
-        )
+        wanted = {**facts, **(tags or {})}
+        info = log_folder(undo, folder, written, name=name, params={**facts, **(params or {})}, tags=wanted)
+        if registered_model_name is not None:
+            version = register_version(
+                undo, registered_model_name, str(info.model_id), tags=wanted, description=description
+            )
+            info.registered_model_version = version.version
     return info
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,14 @@ from mlflow.utils.validation import (
     _validate_model_name,
     _validate_model_version_tag,
 )
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
 
 from mlflow_trt._version import __version__
 from mlflow_trt.backends.tensorrt import installed
 from mlflow_trt.convert.conversion import Conversion
 from mlflow_trt.convert.onnx.model import MODEL_FILE
+from mlflow_trt.core.accuracy import Tolerance
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.output_folder import check_target, write_aside
 from mlflow_trt.core.selection import Selection
@@ -60,6 +63,8 @@ from mlflow_trt.flavor.tags import (
     TENSORRT_TAG,
     VERIFICATION_TAG,
 )
+from mlflow_trt.flavor.whole.package import WholeSource, write_whole
+from mlflow_trt.flavor.whole.parity import compare_whole
 from mlflow_trt.pipeline.compile_kernels import store_kernels
 from mlflow_trt.pipeline.make import ConvertedModel
 from mlflow_trt.pipeline.selection_plot import draw_candidates
@@ -78,6 +83,7 @@ def get_default_pip_requirements(record: Record | None = None) -> list[str]:
     Without a record, what a model would need that is logged here, by the TensorRT that is installed.
 
     They are listed, not inferred: MLflow's inference would load and run the model, and never finds the flavor itself.
+    `cuda-core` and not `cuda`, so that an environment is made of wheels, wherever that happens.
     """
     pinned = [f"{name}=={importlib.metadata.version(name)}" for name in ("mlflow", "numpy", "onnx")]
     if record is not None:
@@ -86,7 +92,7 @@ def get_default_pip_requirements(record: Record | None = None) -> list[str]:
         built = {f"{name.requirement}=={importlib.metadata.version(name.requirement)}" for name in installed()[:1]}
     tensorrt = sorted(built)
     extra = "rtx" if any("rtx" in requirement for requirement in tensorrt) else "tensorrt"
-    return [*pinned, f"mlflow-trt[cuda,{extra}]=={__version__}", *tensorrt]
+    return [*pinned, f"mlflow-trt[cuda-core,{extra}]=={__version__}", *tensorrt]
 
 
 def get_default_conda_env() -> dict[str, Any]:
@@ -112,6 +118,12 @@ class PackagingOptions:
     extra_files: list[str] | None = None
     lineage: Mapping[str, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    whole: WholeSource | None = None
+
+    @property
+    def network_example(self) -> Any:
+        """The input example where it is one for the network: that of a whole model is for what surrounds it."""
+        return self.input_example if self.whole is None else None
 
     def __post_init__(self) -> None:
         _validate_env_arguments(self.conda_env, self.pip_requirements, self.extra_pip_requirements)
@@ -121,14 +133,15 @@ class PackagingOptions:
                 "None to derive one, or False for none",
                 option="signature",
             )
-        if isinstance(self.signature, ModelSignature):
+        if isinstance(self.signature, ModelSignature) and self.whole is None:
             signature, params = without_params(self.signature)
             if params:
                 object.__setattr__(self, "signature", False if signature is None else signature)
                 remark = f"the params of the signature ({', '.join(params)}) are left out: no engine can use them"
                 object.__setattr__(self, "remarks", (*self.remarks, remark))
                 _log.warning("%s", remark[0].upper() + remark[1:])
-        if isinstance(self.input_example, tuple) and len(self.input_example) == 2:  # MLflow's form for one with params
+        is_pair = isinstance(self.input_example, tuple) and len(self.input_example) == 2 and self.whole is None
+        if is_pair:  # MLflow's form for one with params
             object.__setattr__(self, "input_example", self.input_example[0])
         if self.input_example is not None:
             _Example(self.input_example)  # refuses what MLflow cannot store
@@ -156,6 +169,7 @@ def write_model(
             folder,
             options.lineage,
             selection=made.selection,
+            whole=None if options.whole is None else write_whole(options.whole, folder, answer_tolerance(made)),
             **_kept(made.verification, options.remarks),
         )
         if made.compiler is not None:
@@ -164,6 +178,8 @@ def write_model(
         if made.selection is not None:
             _draw(made.selection, made.conversion, folder)
         _write_mlmodel(model, folder, record, options, made.settings)
+        if options.whole is not None:
+            compare_whole(folder, model, options.whole, made.settings, answer_tolerance(made))
     return model
 
 
@@ -190,7 +206,10 @@ def _write_mlmodel(
 ) -> None:
     """Write what MLflow wants beside what the record names."""
     code = _validate_and_copy_code_paths(options.code_paths, str(folder))
-    if options.signature is None:
+    if options.whole is not None:
+        # What MLflow's flavor answers is in the signature that it was logged with.
+        model.signature = options.signature if isinstance(options.signature, ModelSignature) else None
+    elif options.signature is None:
         model.signature = output_signature(record.outputs)
     elif options.signature is True:
         model.signature = tensor_signature(record.inputs, record.outputs, record.profiles, record.batch_axis)
@@ -206,7 +225,7 @@ def _write_mlmodel(
         conda_env=_CONDA_ENV_FILE_NAME,
         python_env=_PYTHON_ENV_FILE_NAME,
         code=code,
-        model_config=settings.to_dict(),
+        model_config=settings.to_dict() | (options.whole.other_settings if options.whole else {}),
     )
     if not record.is_engine_only:
         model.add_flavor("onnx", onnx_version=onnx.__version__, data=MODEL_FILE, code=code)
@@ -215,6 +234,14 @@ def _write_mlmodel(
     _write_environment(folder, record, options)
     model.model_size_bytes = get_total_file_size(folder)
     model.save(str(folder / MLMODEL_FILE_NAME))
+
+
+def answer_tolerance(made: ConvertedModel) -> float | None:
+    """What the answers of a whole model may be off by; None where nothing is to be compared."""
+    if made.verification is None:
+        return None
+    usual = Tolerance.default(made.conversion.recipe.precision)
+    return made.verification.tolerance.relative_error or usual.relative_error or 0.0
 
 
 def move_model(written: Model, folder: Path, path: Path, mlflow_model: Model) -> None:
@@ -308,6 +335,21 @@ def flavor_fields(record: Record) -> dict[str, Any]:
     }
 
 
+def with_requirements_of(file: Path, ours: Sequence[str]) -> list[str]:
+    """Our requirements and those of the source of a whole model, whose versions come before ours."""
+    listed = file.read_text().splitlines() if file.is_file() else []
+    theirs = [line.strip() for line in listed if line.strip() and not line.strip().startswith(("#", "-"))]
+    named = {_package_of(line) for line in theirs}
+    return [*theirs, *(line for line in ours if _package_of(line) not in named)]
+
+
+def _package_of(requirement: str) -> str:
+    try:
+        return canonicalize_name(Requirement(requirement).name)
+    except InvalidRequirement:  # a path or a URL
+        return requirement
+
+
 def _described(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
 
@@ -315,6 +357,8 @@ def _described(spec: TensorSpec) -> dict[str, Any]:
 def _write_environment(folder: Path, record: Record, options: PackagingOptions) -> None:
     if options.conda_env is None:
         defaults = get_default_pip_requirements(record) if options.pip_requirements is None else None
+        if defaults is not None and options.whole is not None:
+            defaults = with_requirements_of(options.whole.folder / _REQUIREMENTS_FILE_NAME, defaults)
         conda_env, requirements, constraints = _process_pip_requirements(
             defaults, options.pip_requirements, options.extra_pip_requirements
         )

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from mlflow import pyfunc
+from mlflow.models import Model
 
 from mlflow_trt.core.arrays import Array
 from mlflow_trt.core.frames import feeds_from_frame, frame_from_outputs
@@ -32,8 +34,10 @@ from mlflow_trt.errors import (
     RuntimeUnavailableError,
     SelfTestError,
 )
+from mlflow_trt.flavor.whole.loading import load_whole, split_config
+from mlflow_trt.flavor.whole.self_test import check_whole
 from mlflow_trt.runtime.session import Session
-from mlflow_trt.store.folder import read_folder
+from mlflow_trt.store.folder import ModelFolder, read_folder
 from mlflow_trt.store.load import open_session
 
 _log = get_logger(__name__)
@@ -49,18 +53,48 @@ _PERMANENT = (
 """What keeps a model from loading, however often it is tried."""
 
 
-def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyfuncModel:
-    """What `mlflow.pyfunc.load_model` and `mlflow models serve` call: the model folder and its load settings."""
+def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Any:
+    """What `mlflow.pyfunc.load_model` and `mlflow models serve` call: the model folder and its load settings.
+
+    A PyfuncModel, or for a whole model what its own flavor gives.
+    """
     explain_crashes()
     folder = read_folder(Path(path))
-    settings = LoadSettings.of(model_config)
+    settings, rest = settings_of(folder, model_config)
     try:
         with show_progress("Loading the model") as progress:
-            session = open_session(folder, settings, progress)
+            return pyfunc_of(folder, open_session(folder, settings, progress), settings, rest)
     except _PERMANENT as error:
         end_supervisor(error.message)
         raise
-    return PyfuncModel(session, answers=settings.answers)
+
+
+def settings_of(folder: ModelFolder, model_config: Mapping[str, Any] | None) -> tuple[LoadSettings, dict[str, Any]]:
+    """The load settings in a `model_config`, and for a whole model the rest, which is its source's.
+
+    Raises OptionError for settings that do not exist, and for plugins that the model itself names.
+    """
+    ours, theirs = (dict(model_config or {}), {}) if folder.record.whole is None else split_config(model_config)
+    if ours.get("plugins"):  # the user's, unless the model brings some
+        metadata = Model.load(str(folder.path))
+        LoadSettings.check_logged(metadata.flavors[pyfunc.FLAVOR_NAME].get(pyfunc.MODEL_CONFIG))
+    return LoadSettings.of(ours), theirs
+
+
+def pyfunc_of(folder: ModelFolder, session: Session, settings: LoadSettings, config: Mapping[str, Any]) -> Any:
+    """What MLflow's pyfunc calls: ours, or that of the source of a whole model. Closes the session where that fails."""
+    whole = folder.record.whole
+    if whole is None:
+        return PyfuncModel(session, answers=settings.answers)
+    try:
+        folder.check_whole(whole)
+        impl = load_whole(folder, session, config)
+        if settings.self_test:
+            check_whole(folder, whole, impl, session, config)
+    except BaseException:
+        session.close()
+        raise
+    return impl
 
 
 def _in_spark_task() -> bool:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
-from collections.abc import Callable, Iterator
+import contextvars
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
@@ -14,34 +19,92 @@ from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
 from mlflow_trt.core.log import get_logger
 
+ANSWER_SECONDS = 5.0
+"""How long the answer to a request that was on its way is awaited after an interruption, and that to each step back."""
+
+TOTAL_SECONDS = 15.0
+"""How long taking back may last in all."""
+
+_SILENT_SECONDS = 0.5
 _log = get_logger(__name__)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class _Step:
+    """`what` begins the sentence "... could not be taken back". `is_known`: what is taken back was surely done."""
+
+    what: str
+    take_back: Callable[[], object]
+    is_known: Callable[[], bool]
 
 
 class Undo:
     """Steps that take back what was done, in reverse order.
 
-    Each is added before the thing is done, so that an interruption in between is covered; it must therefore do nothing
-    where there is nothing to take back.
+    What is done is a request to MLflow's server. It is made in a thread, so that whoever interrupts can be told to wait
+    for the answer, and what the answer names is known. Where none comes, what the request may have made is looked for.
+
+    Attributes:
+        token: what is made is tagged with it, to be found again.
     """
 
     def __init__(self) -> None:
-        self._steps: list[tuple[str, Callable[[], object]]] = []
+        self.token = uuid.uuid4().hex
+        self._steps: list[_Step] = []
 
-    def add(self, what: str, step: Callable[[], object]) -> None:
-        """`what` completes the sentence "... could not be taken back"."""
-        self._steps.append((what, step))
+    def make(
+        self,
+        what: str,
+        request: Callable[[], str],
+        *,
+        take_back: Callable[[str], object],
+        look: Callable[[], Iterable[str]],
+    ) -> str:
+        """Make a request that creates something, and return its name.
+
+        `look` finds the names of all that such a request may have made: MLflow's client repeats one whose answer was
+        lost, and then two are made, of which one is taken back at once.
+        """
+        made: list[str] = []
+
+        def back() -> None:
+            for name in made or look():
+                _unless_gone(take_back, name)
+
+        self._steps.append(_Step(what, back, is_known=lambda: bool(made)))
+        _awaited(what, lambda: made.append(request()))
+        for name in look():
+            if name != made[0]:
+                _unless_gone(take_back, name)
+        return made[0]
+
+    def change(self, what: str, request: Callable[[], object], *, restore: Callable[[], object]) -> None:
+        """Make a request that changes something. `restore` does nothing where nothing was changed."""
+        done: list[object] = []
+        self._steps.append(_Step(what, lambda: _unless_gone(restore), is_known=lambda: bool(done)))
+        _awaited(what, lambda: done.append(request()))
 
     def run(self) -> None:
-        for what, step in reversed(self._steps):
-            try:
-                step()
-            except Exception as error:  # noqa: BLE001  # the error that led here is the one to raise
-                _log.warning("%s could not be taken back: %s", what, error)
+        """Take everything back that can be within the time for it, and say what cannot."""
+        end = time.monotonic() + TOTAL_SECONDS
+        left, failed = [], False
+        try:
+            while self._steps:
+                step = self._steps.pop()
+                left = [step, *reversed(self._steps)]
+                failed |= not _taken_back(step, min(ANSWER_SECONDS, end - time.monotonic()))
+                left = left[1:]
+        except BaseException:
+            _log.warning("Interrupted again. Not taken back: %s", ", ".join(step.what for step in left))
+            raise
+        if failed:
+            _log.warning("`mlflow-trt registry check models:/NAME` lists what was left behind")
 
 
 @contextmanager
 def undo_on_failure() -> Iterator[Undo]:
-    """Run the steps that were added to the `Undo` where the block ends in an exception, KeyboardInterrupt included."""
+    """Take back what was done by the `Undo` where the block ends in an exception, KeyboardInterrupt included."""
     undo = Undo()
     try:
         yield undo
@@ -50,35 +113,75 @@ def undo_on_failure() -> Iterator[Undo]:
         raise
 
 
-def undo_logging(undo: Undo, registered_model_name: str | None, *, keep_model: bool = False) -> Callable[[str], None]:
-    """Prepare to take back a logged model and what is registered of it; returns what to call with its id.
+def _taken_back(step: _Step, seconds: float) -> bool:
+    error: object = f"the {TOTAL_SECONDS:.0f} s for all of it are over"
+    if seconds > 0:
+        future = _begun(step.take_back)
+        if _has_ended(future, f"to take back: {step.what}", seconds):
+            error = future.exception()
+        else:
+            error = f"the server did not answer within {seconds:.0f} s"
+    if error is None:
+        return True
+    if step.is_known():
+        _log.warning("%s could not be taken back: %s", step.what, error)
+    else:
+        _log.warning("%s may have been made, which could not be found out: %s", step.what, error)
+    return False
 
-    With `keep_model`, for a logged model that was there before, only what is registered is taken back.
-    """
-    client = MlflowClient()
-    is_new = registered_model_name is not None and not exists(client, registered_model_name)
-    if registered_model_name is not None and is_new:
-        undo.add(
-            f"The registered model {registered_model_name}", lambda: _delete_if_empty(client, registered_model_name)
-        )
 
-    def logged(model_id: str) -> None:
-        if not keep_model:
-            undo.add(f"The logged model {model_id}", lambda: client.delete_logged_model(model_id))
-        if registered_model_name is not None:
-            undo.add(
-                f"The version of {registered_model_name} that was made of {model_id}",
-                lambda: _delete_versions_of(client, registered_model_name, model_id),
-            )
+def _awaited(what: str, request: Callable[[], _T]) -> _T:
+    """The answer to a request. Interrupted, wait for it all the same, for a while, and then go on being interrupted."""
+    future = _begun(request)
+    try:
+        return future.result()
+    except BaseException:
+        if not future.done():
+            _has_ended(future, f"to the request for: {what}", ANSWER_SECONDS)
+        raise
 
-    return logged
+
+def _begun(call: Callable[[], _T]) -> Future[_T]:
+    """Call it in a thread that does not keep the process from ending."""
+    future: Future[_T] = Future()
+    context = contextvars.copy_context()
+
+    def run() -> None:
+        try:
+            future.set_result(context.run(call))
+        except BaseException as error:  # noqa: BLE001  # raised again where the result is wanted
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="mlflow-trt-request", daemon=True).start()
+    return future
+
+
+def _has_ended(future: Future[Any], what: str, seconds: float) -> bool:
+    if not wait([future], min(_SILENT_SECONDS, seconds)).done and seconds > _SILENT_SECONDS:
+        _log.warning("Waiting for the server's answer, at most %.0f s, %s", seconds, what)
+        wait([future], seconds - _SILENT_SECONDS)
+    return future.done()
+
+
+def _unless_gone(call: Callable[..., object], *arguments: object) -> None:
+    """Taking back what somebody else removed meanwhile is no failure."""
+    try:
+        call(*arguments)
+    except MlflowException as error:
+        if not is_missing(error):
+            raise
+
+
+def is_missing(error: MlflowException) -> bool:
+    """Whether MLflow says that something does not exist."""
+    return bool(error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST))
 
 
 def exists(client: MlflowClient, registered_model_name: str) -> bool:
     try:
         client.get_registered_model(registered_model_name)
     except MlflowException as error:
-        if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+        if is_missing(error):
             return False
         raise
     return True
@@ -95,42 +198,3 @@ def versions_of(client: MlflowClient, registered_model_name: str, condition: str
         token = page.token
         if not token:
             return
-
-
-def restore_tag(client: MlflowClient, version: ModelVersion, key: str) -> None:
-    """Give a model version the value of a tag that it had when `version` was read."""
-    if key in version.tags:
-        client.set_model_version_tag(version.name, str(version.version), key, version.tags[key])
-    elif key in client.get_model_version(version.name, str(version.version)).tags:
-        client.delete_model_version_tag(version.name, str(version.version), key)
-
-
-def set_alias(undo: Undo, registered_model_name: str, alias: str, version: str) -> None:
-    """Point an alias at a version. Taken back, it points to where it did before."""
-    client = MlflowClient()
-    before = client.get_registered_model(registered_model_name).aliases.get(alias)
-
-    def restore() -> None:
-        if before is not None:
-            client.set_registered_model_alias(registered_model_name, alias, str(before))
-        else:
-            with contextlib.suppress(MlflowException):
-                client.delete_registered_model_alias(registered_model_name, alias)
-
-    undo.add(f"The alias {alias}", restore)
-    client.set_registered_model_alias(registered_model_name, alias, version)
-
-
-def _delete_if_empty(client: MlflowClient, registered_model_name: str) -> None:
-    """Somebody else may have put a version into it meanwhile."""
-    if exists(client, registered_model_name) and next(versions_of(client, registered_model_name), None) is None:
-        client.delete_registered_model(registered_model_name)
-
-
-def _delete_versions_of(client: MlflowClient, registered_model_name: str, model_id: str) -> None:
-    if not exists(client, registered_model_name):
-        return
-    for version in list(versions_of(client, registered_model_name)):
-        # A search over HTTP leaves the model_id out; the source is a URI that ends in it, or a path that holds it.
-        if version.model_id == model_id or model_id in re.split(r"[/\\]", version.source or ""):
-            client.delete_model_version(registered_model_name, str(version.version))

@@ -18,7 +18,6 @@ from mlflow_trt.backends import tensorrt as trt
 from mlflow_trt.convert.conversion import Conversion, ConversionTask, convert_source
 from mlflow_trt.convert.onnx.model import read_onnx
 from mlflow_trt.convert.recipe import Recipe
-from mlflow_trt.core.optional import is_installed
 from mlflow_trt.errors import ExecutionError, MlflowTrtError
 from mlflow_trt.store import cache
 
@@ -51,7 +50,7 @@ def examine() -> Diagnosis:
     checks = [Check(name="Python", ok=True, detail=platform.python_version())]
     checks.append(Check(name="mlflow-trt", ok=True, detail=__version__))
     checks += [_package(name) for name in ("mlflow", "onnx", "numpy")]
-    checks += [_onnxruntime(), *_tensorrt(), *_hardware(), _pycuda()]
+    checks += [_onnxruntime(), *_tensorrt(), *_hardware(), _cuda_package()]
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
         build, conversion = _try_build(Path(workdir))
         run = _try_tensorrt(conversion)
@@ -106,10 +105,15 @@ def _hardware() -> list[Check]:
     return checks
 
 
-def _pycuda() -> Check:
-    if not is_installed("pycuda"):
-        return Check(name="pycuda", ok=False, detail="not installed: pip install 'mlflow-trt[cuda]' (needs nvcc)")
-    return _package("pycuda")
+def _cuda_package() -> Check:
+    """What calls the CUDA driver."""
+    from mlflow_trt.runtime.cuda.driver import load_driver
+
+    try:
+        package, _ = load_driver()
+    except MlflowTrtError as error:
+        return Check(name="CUDA calls", ok=False, detail=error.message)
+    return Check(name="CUDA calls", ok=True, detail=f"{package} {_package(package).detail}")
 
 
 def _small_model() -> onnx.ModelProto:

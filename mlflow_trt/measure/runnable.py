@@ -88,7 +88,8 @@ def open_source_of(model_uri: str) -> Iterator[Runnable]:
                 profiles=(),
                 batch_axis=BatchAxis(inputs=axes, splits=False, declared=False) if axes else None,
                 digest=model.digest,
-                example=source.input_example,
+                # That of a whole model is for what surrounds the network.
+                example=source.samples[0] if source.samples else source.input_example,
             )
 
 
@@ -123,10 +124,18 @@ def open_runnable(
                 profiles=record.profiles,
                 batch_axis=record.batch_axis,
                 digest=digest,
-                example=Model.load(str(folder.path)).load_input_example(str(folder.path)),
+                example=_example_of(folder),
                 problem=problem,
                 is_timed=problem is None or not emulates,
             )
+
+
+def _example_of(folder: ModelFolder) -> Any:
+    """The input example of a model; the golden sample of a whole model, whose example is not for its network."""
+    record = folder.record
+    if record.whole is not None:
+        return None if record.golden is None else folder.read_golden(record.golden).feeds
+    return Model.load(str(folder.path)).load_input_example(str(folder.path))
 
 
 def _stand_in(folder: ModelFolder, workdir: Path, *, emulates: bool) -> tuple[Session, str]:

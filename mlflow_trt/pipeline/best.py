@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from mlflow_trt.backends import tensorrt as trt
 from mlflow_trt.backends.onnxruntime import import_onnxruntime
 from mlflow_trt.convert.checks import FIRST_WITH_FP8
 from mlflow_trt.convert.conversion import Conversion, ConversionTask, convert_source, runs_in_precision
-from mlflow_trt.convert.onnx.model import OnnxModel
+from mlflow_trt.convert.onnx.reference import reference_outputs
+from mlflow_trt.convert.onnx.rewrite import rewrite
 from mlflow_trt.convert.precision.quantized import is_quantized
 from mlflow_trt.convert.recipe import Recipe
-from mlflow_trt.convert.typed_model import reference_outputs
 from mlflow_trt.core.accuracy import Comparison, Tolerance, Verdict
+from mlflow_trt.core.arrays import Feeds
 from mlflow_trt.core.compatibility import check_targets
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.progress_event import BuildProgress, Progress
@@ -33,6 +35,7 @@ from mlflow_trt.errors import (
     ExecutionError,
     InputError,
     MlflowTrtError,
+    OutOfMemoryError,
     RecipeError,
     RuntimeUnavailableError,
     UnsupportedModelError,
@@ -123,7 +126,8 @@ def convert_best(task: ConversionTask, bench: Bench, settings: LoadSettings) -> 
     if task.data is not None and isinstance(task.data.arrays, Iterator):
         # Every candidate reads it.
         task = replace(task, data=replace(task.data, arrays=list(task.data.arrays)))
-    plan = _plan_candidates(task.source, task.recipe, bench.gpu)
+    rewritten = rewrite(task.source.proto, task.source.path.parent, task.workdir)
+    plan = _plan_candidates(task.recipe, bench.gpu, brings_quantized=is_quantized(rewritten.proto))
     steps = len([reason for reason in plan.values() if reason is None]) + 1
     trials: list[Trial] = []
     for precision, reason in plan.items():
@@ -146,7 +150,7 @@ def convert_best(task: ConversionTask, bench: Bench, settings: LoadSettings) -> 
     return _choose_winner(trials, bench, shapes, demanded=task.tolerance is not None)
 
 
-def _plan_candidates(source: OnnxModel, recipe: Recipe, gpu: Gpu) -> dict[Precision, str | None]:
+def _plan_candidates(recipe: Recipe, gpu: Gpu, *, brings_quantized: bool) -> dict[Precision, str | None]:
     """The candidates, with the reason why one is left out. The builder and the calibration may add more reasons."""
     tensorrt = trt.load()
     reasons: dict[Precision, str] = {}
@@ -156,7 +160,7 @@ def _plan_candidates(source: OnnxModel, recipe: Recipe, gpu: Gpu) -> dict[Precis
         reasons[Precision.TF32] = "allow_tf32=False forbids it"
     if not tensorrt.is_rtx and gpu.compute_capability < FIRST_WITH_FP8:
         reasons[Precision.FP8] = f"{gpu} cannot execute fp8, which came with {FIRST_WITH_FP8}"
-    if is_quantized(source.proto):
+    if brings_quantized:
         reasons |= dict.fromkeys(_QUANTIZED, "the model brings its own QuantizeLinear nodes, and fp32 keeps them")
     return {precision: reasons.get(precision) for precision in CANDIDATES}
 
@@ -205,9 +209,8 @@ def _convert_attempt(attempt: ConversionTask) -> Conversion | Trial:
 
 def _check_reference(conversion: Conversion) -> None:
     """Raise AccuracyError where the source model cannot be run, so that nothing can be compared with it."""
-    names = [spec.name for spec in conversion.source.outputs]
     try:
-        reference_outputs(conversion.source.path, names, conversion.samples.feeds[:1])
+        reference_outputs(conversion.source, conversion.samples.feeds[:1])
     except (ExecutionError, InputError) as error:
         raise AccuracyError(
             "precision 'best' compares engines with the source model on ONNX Runtime, which cannot run it: "
@@ -242,23 +245,38 @@ def _find_objection(comparison: Comparison, precision: Precision, demanded: bool
 
 
 def _time_engines(trials: Sequence[Trial], bench: Bench, progress: Progress) -> Mapping[str, Shape]:
-    """Time every engine, round after round, each time beginning with another; returns the shapes of the inputs.
-
-    All are loaded at the same time: loading takes longer than a round, and what happens to the machine between two
-    rounds happens to all of them.
-    """
+    """Time every engine for `ROUNDS` rounds; returns the shapes of the inputs."""
     runnable = [trial for trial in trials if trial.conversion is not None]
     if not any(trial.candidate.fate is Fate.PASSED for trial in runnable):
         return {}
-    shapes: dict[str, Shape] = {}
+    feeds = {trial.candidate.precision: usual_feeds(trial.conversion) for trial in runnable if trial.conversion}
+    try:
+        _time_together(runnable, feeds, bench, progress)
+    except OutOfMemoryError as error:
+        _log.warning("The GPU has no room for all engines at once, so each is timed by itself: %s", error.message)
+        _time_in_turns(runnable, feeds, bench, progress)
+    last = feeds[runnable[-1].candidate.precision]
+    return {name: array.shape for name, array in last.items()}
+
+
+_FeedsByPrecision = Mapping[Precision, Feeds]
+
+
+def _time_together(runnable: Sequence[Trial], feeds: _FeedsByPrecision, bench: Bench, progress: Progress) -> None:
+    """Round after round, each time beginning with another engine.
+
+    All are loaded at the same time: loading takes longer than a round, and what happens to the machine between two
+    rounds happens to all of them.
+
+    Raises OutOfMemoryError where there is no room for all.
+    """
     with contextlib.ExitStack() as stack:
         rounds: list[tuple[Trial, Round]] = []
         for trial in runnable:
-            assert trial.conversion is not None  # noqa: S101  # filtered above
-            feeds = usual_feeds(trial.conversion)
-            shapes = {name: array.shape for name, array in feeds.items()}
             try:
-                rounds.append((trial, stack.enter_context(bench.load_engine(trial.conversion, feeds))))
+                rounds.append((trial, stack.enter_context(_loaded(trial, feeds, bench))))
+            except OutOfMemoryError:
+                raise
             except (ExecutionError, EngineMismatchError) as error:
                 trial.mark_not_run(error)
         for number in range(ROUNDS):
@@ -267,12 +285,32 @@ def _time_engines(trials: Sequence[Trial], bench: Bench, progress: Progress) -> 
             for trial, run in [*rounds[first:], *rounds[:first]]:
                 try:
                     times = (*trial.candidate.milliseconds, run())
+                except OutOfMemoryError:
+                    raise
                 except ExecutionError as error:
                     trial.mark_not_run(error)
                     rounds = [other for other in rounds if other[0] is not trial]
                 else:
                     trial.candidate = replace(trial.candidate, milliseconds=times)
-    return shapes
+
+
+def _time_in_turns(runnable: Sequence[Trial], feeds: _FeedsByPrecision, bench: Bench, progress: Progress) -> None:
+    """One engine after the other, each alone on the GPU: what happens to the machine meanwhile counts for one of them.
+
+    One that finds no room by itself either cannot be run.
+    """
+    for number, trial in enumerate(runnable):
+        progress(BuildProgress(phase=f"measuring {trial.candidate.precision}", fraction=number / len(runnable)))
+        try:
+            with _loaded(trial, feeds, bench) as run:
+                trial.candidate = replace(trial.candidate, milliseconds=tuple(run() for _ in range(ROUNDS)))
+        except (ExecutionError, EngineMismatchError) as error:
+            trial.mark_not_run(error)
+
+
+def _loaded(trial: Trial, feeds: _FeedsByPrecision, bench: Bench) -> AbstractContextManager[Round]:
+    assert trial.conversion is not None  # noqa: S101  # only those with one are timed
+    return bench.load_engine(trial.conversion, feeds[trial.candidate.precision])
 
 
 def _choose_winner(

@@ -25,7 +25,7 @@ class ConversionOptions:
     """Everything that decides about a conversion besides its source; the keywords of `save_model` explain each.
 
     `bench` is where the candidates for `best` are measured, and `compiler` where kernels are compiled; None takes the
-    GPU of this machine for both.
+    GPU of this machine for both. `whole`, `network` and `trust_remote_code` are for whole models.
 
     Raises OptionError for a `verify` that is neither a bool nor a Tolerance, for load settings that do not exist,
     for external data from what is no folder, and for a calibration cache of a precision that is not calibrated.
@@ -41,11 +41,15 @@ class ConversionOptions:
     progress: Progress | None = None
     bench: Bench | None = None
     compiler: KernelCompiler | None = None
+    whole: bool = False
+    network: str | None = None
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.verify, (bool, Tolerance)):
             raise OptionError(f"verify is {self.verify!r}; expected True, False or a Tolerance", option="verify")
         LoadSettings.of(self.model_config)
+        LoadSettings.check_logged(self.model_config)
         folder = self.external_data_folder
         if folder is not None and not folder.is_dir():
             raise OptionError(

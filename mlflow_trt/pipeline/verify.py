@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from mlflow_trt.backends import tensorrt as trt
 from mlflow_trt.convert.conversion import Conversion
 from mlflow_trt.convert.engine.output_shapes import check_output_shapes
+from mlflow_trt.convert.onnx.reference import reference_outputs
 from mlflow_trt.convert.samples import Samples
-from mlflow_trt.convert.typed_model import reference_outputs
 from mlflow_trt.core.accuracy import Comparison, Tolerance, Verdict, compare
 from mlflow_trt.core.arrays import Feeds, Outputs
 from mlflow_trt.core.compatibility import why_not
@@ -22,6 +22,7 @@ from mlflow_trt.runtime.cuda.device import open_device
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.store.golden import Golden, golden_of
 from mlflow_trt.store.load import kernel_file, session_on
+from mlflow_trt.store.plugins import load_plugins
 
 if TYPE_CHECKING:
     from mlflow_trt.runtime.tensorrt_session import TensorRTSession
@@ -73,11 +74,8 @@ def measure_conversion(
     """The numbers of `verify_conversion`, without its judgement."""
     remarks: list[str] = []
     comparisons = [] if conversion.typed.comparison is None else [conversion.typed.comparison]
-    names = [spec.name for spec in conversion.source.outputs]
     try:
-        reference = conversion.typed.reference or reference_outputs(
-            conversion.source.path, names, conversion.samples.feeds
-        )
+        reference = conversion.typed.reference or reference_outputs(conversion.source, conversion.samples.feeds)
     except (RuntimeUnavailableError, ExecutionError, InputError) as error:
         if demanded:
             raise
@@ -190,6 +188,7 @@ def why_not_here(conversion: Conversion, settings: LoadSettings) -> str | None:
 def engine_session(conversion: Conversion, settings: LoadSettings) -> TensorRTSession:
     """A session on the engine of a conversion, which this machine can run. Raises what TensorRTSession raises."""
     tensorrt = trt.load(conversion.engine.distribution)
+    load_plugins(tensorrt, conversion.recipe.plugins)
     device = open_device(settings.first_device)
     return session_on(
         conversion.plan.read_bytes(),

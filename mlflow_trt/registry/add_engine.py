@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
@@ -29,16 +28,19 @@ from mlflow_trt.core.progress_event import Progress
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.types import EngineRecord, Gpu, HardwareCompatibility, Interface
 from mlflow_trt.errors import EngineMismatchError, OptionError, RecipeError, RuntimeUnavailableError
+from mlflow_trt.flavor.describe import describe_version, text_below
 from mlflow_trt.flavor.fetch import fetch_folder
-from mlflow_trt.flavor.mlmodel import check_names, flavor_fields, move_model
-from mlflow_trt.flavor.tags import CONVERTED_TAG, EXTENDS_TAG, PREFIX, TARGET_TAG
-from mlflow_trt.flavor.undo import set_alias, undo_logging, undo_on_failure
+from mlflow_trt.flavor.mlmodel import check_names, flavor_fields
+from mlflow_trt.flavor.register import log_folder, register_version, set_alias
+from mlflow_trt.flavor.tags import CONVERSION_TAG, CONVERTED_TAG, EXTENDS_TAG, PREFIX, TARGET_TAG
+from mlflow_trt.flavor.undo import Undo, undo_on_failure
 from mlflow_trt.pipeline import compile_kernels as kernels
 from mlflow_trt.registry.convert_version import logged_model_name
 from mlflow_trt.registry.lineage import point_to
 from mlflow_trt.registry.sources.open import registered_version
 from mlflow_trt.store.folder import ModelFolder, read_folder
 from mlflow_trt.store.load import open_tensorrt
+from mlflow_trt.store.plugins import check_plugins
 from mlflow_trt.store.record import FLAVOR_NAME, Record
 from mlflow_trt.store.write_folder import add_engine_file, mark_extended
 
@@ -52,6 +54,7 @@ def add_engine(
     registered_model_name: str | None = None,
     alias: str | None = None,
     store_kernels: bool = False,
+    plugins: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> ModelVersion:
     """Build an engine from a model's typed model, by its recipe, and register a new version that holds it as well.
@@ -63,6 +66,7 @@ def add_engine(
         alias: set on the new version, after everything else succeeded.
         store_kernels: compile the kernels of TensorRT-RTX on this machine's GPU, and store them with the engine, also
             with one that is there and has none for it.
+        plugins: the libraries with the plugins that the model's engines were built with, or these compiled for here.
         progress: called while the engine is built; None shows it on standard error.
 
     Returns:
@@ -75,17 +79,20 @@ def add_engine(
         SelfTestError: the new engine answers wrongly on this machine.
         Everything that a build raises. After any failure or interruption the registry is as it was before.
     """
-    return extend_version(
+    with extended_version(
         model_uri,
         targets=targets,
         registered_model_name=registered_model_name,
         alias=alias,
         store_kernels=store_kernels,
+        plugins=plugins,
         progress=progress,
-    )
+    ) as version:
+        return version
 
 
-def extend_version(
+@contextmanager
+def extended_version(
     model_uri: str,
     *,
     targets: Sequence[str] | str,
@@ -93,9 +100,13 @@ def extend_version(
     alias: str | None = None,
     store_kernels: bool = False,
     compiler: kernels.KernelCompiler | None = None,
+    plugins: Sequence[str] = (),
     progress: Progress | None = None,
-) -> ModelVersion:
-    """`add_engine`; with a `compiler`, kernels are compiled there and not on this machine's GPU."""
+) -> Iterator[ModelVersion]:
+    """`add_engine`, taken back as well where the block fails that does something with the version.
+
+    With a `compiler`, kernels are compiled there and not on this machine's GPU.
+    """
     version = registered_version(model_uri)
     if version is None:
         raise OptionError(f"{model_uri} is no registered version; expected models:/name/version or models:/name@alias")
@@ -109,11 +120,13 @@ def extend_version(
         uri = f"models:/{version.name}/{version.version}"
         folder = fetch_folder(uri, workdir)
         tensorrt = trt.load()
-        recipe, gpu = _recipe_here(folder.record.recipe, tensorrt, targets)
+        check_plugins(folder.record.engines, plugins)
+        recipe, gpu = _recipe_here(replace(folder.record.recipe, plugins=tuple(plugins)), tensorrt, targets)
         there = _engine_that_serves(folder.record, tensorrt, recipe, gpu)
         if there is not None and (compiler is None or kernels.has_kernels(folder.record, compiler.gpu)):
             _log.info("%s has an engine for this already: %s", uri, there)
-            return version
+            yield version
+            return
         engine = _built(folder, tensorrt, recipe, Path(workdir), progress) if there is None else None
         # Written by MLflow when it downloads, about the version that was downloaded.
         (folder.path / "registered_model_meta").unlink(missing_ok=True)
@@ -124,20 +137,17 @@ def extend_version(
         if compiler is not None:
             extended = kernels.store_kernels(folder.path, compiler)
         if gpu is not None:
-            _try(folder.path)
+            _try(folder.path, plugins)
         tags = {key: value for key, value in version.tags.items() if not key.startswith("mlflow.")}
         tags = {**tags, TARGET_TAG: ", ".join(e.target for e in extended.engines), EXTENDS_TAG: uri}
-        tags.pop(CONVERTED_TAG, None)
-        logged = undo_logging(undo, name)
-        made = _logged(folder.path, extended, name, tags, logged)
-        client = MlflowClient()
-        if version.description:
-            client.update_model_version(name, made, version.description)
+        tags = {key: value for key, value in tags.items() if not key.startswith((CONVERTED_TAG, CONVERSION_TAG))}
+        text = text_below(folder.record, version.description)
+        made = _logged(undo, folder.path, extended, name, tags, describe_version(extended, text))
         lineage = {"source": uri, "name": version.name, "version": str(version.version)}
-        point_to(undo, lineage, client.get_model_version(name, made))
+        point_to(undo, lineage, made)
         if alias is not None:
-            set_alias(undo, name, alias, made)
-        return client.get_model_version(name, made)
+            set_alias(undo, name, alias, str(made.version))
+        yield MlflowClient().get_model_version(name, str(made.version))
 
 
 def _recipe_here(recipe: Recipe, tensorrt: trt.TensorRT, targets: Sequence[str] | str) -> tuple[Recipe, Gpu | None]:
@@ -190,41 +200,26 @@ def _built(
     return built.engine
 
 
-def _try(path: Path) -> None:
+def _try(path: Path, plugins: Sequence[str]) -> None:
     """Run the golden sample on the new engine, where this machine has what that needs. Raises SelfTestError."""
     try:
-        open_tensorrt(read_folder(path), LoadSettings(on_mismatch="error")).close()
+        open_tensorrt(read_folder(path), LoadSettings(on_mismatch="error", plugins=plugins)).close()
     except (RuntimeUnavailableError, EngineMismatchError) as error:
         _log.warning("The new engine was not tested here: %s", error.message)
 
 
-def _logged(folder: Path, record: Record, name: str, tags: Mapping[str, str], logged: Any) -> str:
-    """Log the folder as a model and register it; returns the version."""
+def _logged(
+    undo: Undo, folder: Path, record: Record, name: str, tags: Mapping[str, str], description: str | None
+) -> ModelVersion:
+    """Log the folder as a model and register it."""
     written = Model.load(str(folder))
     written.flavors[FLAVOR_NAME] |= flavor_fields(record)
     _widen_requirements(folder, record)
     written.model_size_bytes = get_total_file_size(folder)
-
-    def save(path: str, mlflow_model: Model, validate_serving_input: bool) -> None:
-        del validate_serving_input  # Model.log reads it, and passes on all its keywords
-        logged(str(mlflow_model.model_id))
-        (folder / MLMODEL_FILE_NAME).unlink()
-        move_model(written, folder, Path(path), mlflow_model)
-
-    info = Model.log(
-        artifact_path=None,
-        name=logged_model_name(name),
-        flavor=SimpleNamespace(__name__=FLAVOR_NAME, save_model=save),
-        registered_model_name=name,
-        tags=dict(tags),
-        params={key: value for key, value in tags.items() if key.startswith(PREFIX)},
-        validate_serving_input=False,
-    )
-    made = str(info.registered_model_version)
-    client = MlflowClient()
-    for key in set(tags) - set(client.get_model_version(name, made).tags):
-        client.set_model_version_tag(name, made, key, tags[key])
-    return made
+    (folder / MLMODEL_FILE_NAME).unlink()
+    params = {key: value for key, value in tags.items() if key.startswith(PREFIX)}
+    info = log_folder(undo, folder, written, name=logged_model_name(name), params=params, tags=tags)
+    return register_version(undo, name, str(info.model_id), tags=tags, description=description)
 
 
 def _widen_requirements(folder: Path, record: Record) -> None:

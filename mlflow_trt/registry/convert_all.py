@@ -14,6 +14,7 @@ from mlflow_trt.core.log import get_logger
 from mlflow_trt.errors import OptionError
 from mlflow_trt.flavor.mlmodel import check_names
 from mlflow_trt.flavor.tags import TENSORRT_TAG
+from mlflow_trt.flavor.tracking import check_server
 from mlflow_trt.flavor.undo import exists, versions_of
 from mlflow_trt.pipeline.make import PreparedConversion, prepare_conversion
 from mlflow_trt.pipeline.options import ConversionOptions
@@ -67,6 +68,7 @@ def convert_all(
             option="register_as",
         )
     check_names(None, alias=alias)
+    check_server()
     prepared = prepare_conversion(options)
     outcomes = []
     for model in list(_matching(filter_string)):

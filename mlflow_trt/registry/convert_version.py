@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlflow
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
@@ -20,13 +24,20 @@ from mlflow_trt.core.output_folder import check_target
 from mlflow_trt.core.progress_event import Progress
 from mlflow_trt.core.types import Precision
 from mlflow_trt.flavor.conversions import LoggingOptions, log_conversion, save_conversion
+from mlflow_trt.flavor.describe import describe_version
+from mlflow_trt.flavor.fetch import read_record
+from mlflow_trt.flavor.metrics import complete_metrics
 from mlflow_trt.flavor.mlmodel import PackagingOptions, check_names
+from mlflow_trt.flavor.register import complete_version, set_alias
 from mlflow_trt.flavor.signatures import with_graph_names
-from mlflow_trt.flavor.undo import set_alias, undo_on_failure
+from mlflow_trt.flavor.tracking import check_server
+from mlflow_trt.flavor.undo import undo_on_failure
 from mlflow_trt.pipeline.make import PreparedConversion, open_onnx, prepare_conversion
 from mlflow_trt.pipeline.options import ConversionOptions
 from mlflow_trt.registry.lineage import copied_tags, find_twin, point_to, recipe_digest, tags_of
 from mlflow_trt.registry.sources.open import SourceModel, open_source
+from mlflow_trt.registry.sources.whole.convert import WholeOptions
+from mlflow_trt.store import cache
 
 _log = get_logger(__name__)
 
@@ -49,15 +60,18 @@ def convert_model_version(
     tags: Mapping[str, Any] | None = None,
     alias: str | None = None,
     force: bool = False,
+    whole: bool = False,
+    network: str | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> ModelVersion:
     """Convert a model and register the result as a new version of `registered_model_name`.
 
     The new version gets the source's signature, with the names of the graph where it has none, its input example,
-    description, metadata and tags. Its tags
-    `mlflow_trt.source`, `.source_name`, `.source_version` and `.source_digest`, and its record, name the source, whose
-    own tag `mlflow_trt.converted_to` lists what was made of it. What was made before, of the same source by the same
-    recipe and TensorRT, is found and returned instead of made again.
+    description, metadata and tags; its description begins with a line of its own. Its tags
+    `mlflow_trt.source`, `.source_name`, `.source_version` and `.source_digest`, and its record, name the source, which
+    has a tag `mlflow_trt.converted_to.<name>.<version>` for each version that was made of it. What was made before, of
+    the same source by the same recipe and TensorRT, is found and returned instead of made again, if it can be loaded.
 
     Args:
         model_uri: `models:/name/version`, `models:/name@alias`, `runs:/...`, or any other URI of an MLflow model; the
@@ -67,6 +81,10 @@ def convert_model_version(
         tags: more tags of the new version; they come before those of the source.
         alias: set on the version once everything else succeeded.
         force: make a new version, even where there is one of the same source and recipe.
+        whole: let the result of a scikit-learn model answer as its `predict` does, with labels and not probabilities.
+            Models of transformers and sentence_transformers and PythonModels are always converted as a whole.
+        network: which network of a PythonModel to convert, where it has several: `self.encoder`.
+        trust_remote_code: convert a model that brings Python code of its own beside its weights, which loading it runs.
 
     Returns:
         The new version, or the one that was found.
@@ -84,6 +102,9 @@ def convert_model_version(
         model_config=model_config,
         allow_external_data_from=allow_external_data_from,
         progress=progress,
+        whole=whole,
+        network=network,
+        trust_remote_code=trust_remote_code,
     )
     check_names(registered_model_name, tags, alias)
     prepared = prepare_conversion(options)
@@ -100,46 +121,115 @@ def convert_to_version(
     force: bool = False,
 ) -> ModelVersion:
     """`convert_model_version`, with options that were checked before."""
+    with converted_version(model_uri, registered_model_name, prepared, tags=tags, alias=alias, force=force) as version:
+        return version
+
+
+@contextmanager
+def converted_version(
+    model_uri: str | os.PathLike[str],
+    registered_model_name: str,
+    prepared: PreparedConversion,
+    *,
+    tags: Mapping[str, Any] | None = None,
+    alias: str | None = None,
+    force: bool = False,
+) -> Iterator[ModelVersion]:
+    """`convert_to_version`, for what is only done once the block has done what it has to do with the version."""
     check_names(registered_model_name, tags, alias)
+    check_server()
     client = MlflowClient()
     # First, and so last to end: removing the temporary folders may be interrupted too.
     with (
         undo_on_failure() as undo,
-        open_source(model_uri) as source,
+        open_source(model_uri, whole_options(prepared.options)) as source,
         open_onnx(source.path, prepared.options) as model,
     ):
-        digest = recipe_digest(prepared)
-        version = None
-        if not force:
-            version = find_twin(client, registered_model_name, source.lineage, model.digest, digest)
-        if version is not None:
-            _log.info(
-                "models:/%s/%s was made of the same source by the same recipe; force makes another version",
-                version.name,
-                version.version,
-            )
-        else:
-            logging = LoggingOptions(
-                name=logged_model_name(registered_model_name),
-                registered_model_name=registered_model_name,
-                tags={**copied_tags(source.tags), **tags_of(source.lineage, digest), **(tags or {})},
-            )
-            info = log_conversion(model, prepared, _packaging_of(source, model), logging, undo)
-            version = client.get_model_version(registered_model_name, str(info.registered_model_version))
-            if source.description:
-                client.update_model_version(version.name, str(version.version), source.description)
+        digest = recipe_digest(prepared, source.whole)
+        wanted = {**tags_of(source.lineage, digest), **copied_tags(source.tags), **(tags or {})}
+        find = partial(find_twin, client, registered_model_name, source.lineage, model.digest, digest)
+        with nullcontext() if force else _alone(registered_model_name, source.lineage, model.digest, digest):
+            version = None if force else find()
+            if version is None:
+                logging = LoggingOptions(
+                    name=logged_model_name(registered_model_name),
+                    registered_model_name=registered_model_name,
+                    description=source.description,
+                    tags=wanted,
+                )
+                packaging = _packaging_of(source, model)
+                info = log_conversion(model, with_network_of(prepared, source), packaging, logging, undo)
+                version = client.get_model_version(registered_model_name, str(info.registered_model_version))
+                # The lock is this machine's: somebody elsewhere may have been a moment earlier, and then keeps it.
+                earlier = None if force else find(before=int(version.version))
+                if earlier is not None:
+                    undo.run()
+                    version = earlier
+                    _tell_found(version)
+            else:
+                _tell_found(version)
+                record = read_record(f"models:/{version.name}/{version.version}")
+                complete_version(undo, client, version, wanted, describe_version(record, source.description))
+                complete_metrics(undo, client, version)
             point_to(undo, source.lineage, version)
-        if alias is not None:
-            set_alias(undo, registered_model_name, alias, str(version.version))
-    return client.get_model_version(registered_model_name, str(version.version))
+            if alias is not None:
+                set_alias(undo, registered_model_name, alias, str(version.version))
+            yield client.get_model_version(registered_model_name, str(version.version))
+
+
+def _alone(
+    registered_model_name: str, lineage: Mapping[str, str], source_digest: str, digest: str
+) -> AbstractContextManager[None]:
+    """One conversion at a time, on this machine, of one source by one recipe to one name in one registry."""
+    return cache.lock_key(
+        cache.key_of(
+            {
+                "registry": mlflow.get_registry_uri(),
+                "name": registered_model_name,
+                "source": [lineage.get("name"), lineage.get("version"), source_digest],
+                "recipe": digest,
+            }
+        )
+    )
+
+
+def _tell_found(version: ModelVersion) -> None:
+    _log.info(
+        "models:/%s/%s was made of the same source by the same recipe; force makes another version",
+        version.name,
+        version.version,
+    )
 
 
 def convert_to_folder(model_uri: str | os.PathLike[str], path: Path, options: ConversionOptions) -> None:
     """Convert a model and write the result to a new folder, with all that `convert_model_version` carries over."""
     check_target(path)
     prepared = prepare_conversion(options)
-    with open_source(model_uri) as source, open_onnx(source.path, options) as model:
-        save_conversion(model, path, prepared, _packaging_of(source, model))
+    with open_source(model_uri, whole_options(options)) as source, open_onnx(source.path, options) as model:
+        save_conversion(model, path, with_network_of(prepared, source), _packaging_of(source, model))
+
+
+def whole_options(options: ConversionOptions) -> WholeOptions:
+    """What the options of a conversion say of a whole model."""
+    return WholeOptions(
+        whole=options.whole,
+        network=options.network,
+        data=options.calibration_data,
+        recipe=options.recipe,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def with_network_of(prepared: PreparedConversion, source: SourceModel) -> PreparedConversion:
+    """The options for the network of a whole model: the data are what it was called with, and so are the shapes.
+
+    For any other source they are what they were.
+    """
+    if source.whole is None:
+        return prepared
+    options = prepared.options
+    recipe = options.recipe if options.recipe.shapes else replace(options.recipe, shapes=tuple(source.shapes))
+    return replace(prepared, options=replace(options, recipe=recipe, calibration_data=source.samples))
 
 
 def _packaging_of(source: SourceModel, model: OnnxModel) -> PackagingOptions:
@@ -148,7 +238,11 @@ def _packaging_of(source: SourceModel, model: OnnxModel) -> PackagingOptions:
     Where its signature gets the names of the graph, the lineage keeps it as it was.
     """
     before, lineage = source.signature, source.lineage
-    signature = None if before is None else with_graph_names(before, model.inputs, model.outputs)
+    signature = before
+    if (
+        before is not None and source.whole is None
+    ):  # which takes and gives what the source does, not what the graph does
+        signature = with_graph_names(before, model.inputs, model.outputs)
     if before is not None and signature != before:
         lineage = {**lineage, "signature": json.dumps(before.to_dict())}
     return PackagingOptions(
@@ -156,6 +250,8 @@ def _packaging_of(source: SourceModel, model: OnnxModel) -> PackagingOptions:
         input_example=source.input_example,
         metadata=source.metadata,
         lineage=lineage,
+        whole=source.whole,
+        remarks=source.whole.remarks if source.whole is not None else (),
     )
 
 

@@ -1,8 +1,8 @@
 """Where a version came from, what was made of it, and whether that was done before.
 
 A version that was made carries `mlflow_trt.source` (the URI of the version that it was made from), `.source_name`,
-`.source_version`, `.source_digest` and `.recipe_digest`. The source version carries `mlflow_trt.converted_to`, which
-lists the URIs of what was made of it.
+`.source_version`, `.source_digest` and `.recipe_digest`. The source version carries a tag
+`mlflow_trt.converted_to.<name>.<version>` for each version that was made of it, whose value is its URI.
 """
 
 from __future__ import annotations
@@ -23,28 +23,36 @@ from mlflow.entities.model_registry import ModelVersion
 
 from mlflow_trt.backends import cuda_driver as hardware
 from mlflow_trt.backends import tensorrt as trt
+from mlflow_trt.convert.engine.builder import describe_plugins
 from mlflow_trt.convert.onnx.model import sha256_of
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.core.accuracy import Tolerance
+from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.types import Precision
+from mlflow_trt.errors import ArtifactError
+from mlflow_trt.flavor.register import check_version
 from mlflow_trt.flavor.tags import (
-    CONVERTED_TAG,
     PREFIX,
     RECIPE_DIGEST_TAG,
     SOURCE_DIGEST_TAG,
     SOURCE_NAME_TAG,
     SOURCE_TAG,
     SOURCE_VERSION_TAG,
+    converted_tag,
 )
-from mlflow_trt.flavor.undo import Undo, exists, restore_tag, versions_of
+from mlflow_trt.flavor.undo import Undo, exists, versions_of
+from mlflow_trt.flavor.whole.package import WholeSource
 from mlflow_trt.pipeline.make import PreparedConversion
 from mlflow_trt.store import cache
 
 _NOT_IN_DIGEST = frozenset({"timing_cache"})  # how fast an engine is built, not what it is
+_log = get_logger(__name__)
 
 
-def recipe_digest(prepared: PreparedConversion) -> str:
+def recipe_digest(prepared: PreparedConversion, whole: WholeSource | None = None) -> str:
     """The sha256 of what makes two conversions of one source twins: the recipe, TensorRT, and the other options.
+
+    For a whole model it is also that of everything around its network.
 
     Options at their defaults are left out, so that a release with more options still finds what older ones made.
     """
@@ -55,6 +63,8 @@ def recipe_digest(prepared: PreparedConversion) -> str:
         for name, value in asdict(recipe).items()
         if name not in _NOT_IN_DIGEST and value != getattr(defaults, name)
     }
+    if recipe.plugins:
+        changed["plugins"] = [plugin.sha256 for plugin in describe_plugins(recipe.plugins)]
     is_chosen_here = recipe.precision is Precision.BEST
     gpus = () if tensorrt.is_rtx and not is_chosen_here else hardware.probe().gpus
     verify, compiler = options.verify, prepared.compiler
@@ -63,6 +73,9 @@ def recipe_digest(prepared: PreparedConversion) -> str:
         "calibration_data": _data_digest(options.calibration_data),
         "calibration_cache": _data_digest(options.calibration_cache),
         "verify": asdict(verify) if isinstance(verify, Tolerance) else None if verify else False,
+        "as_a_whole": options.whole or None,
+        "network": options.network,
+        "whole": None if whole is None else whole.digest,
         "kernels_for": None if compiler is None else str(compiler.gpu.compute_capability),
     }
     return cache.key_of(
@@ -118,21 +131,42 @@ def copied_tags(tags: Mapping[str, str]) -> dict[str, str]:
 
 
 def find_twin(
-    client: MlflowClient, registered_model_name: str, lineage: Mapping[str, str], source_digest: str, digest: str
+    client: MlflowClient,
+    registered_model_name: str,
+    lineage: Mapping[str, str],
+    source_digest: str,
+    digest: str,
+    *,
+    before: int | None = None,
 ) -> ModelVersion | None:
-    """The newest version that was made of the same source by the same recipe."""
+    """The newest usable version that was made of the same source by the same recipe.
+
+    With `before`, the oldest with a lower number: of several that were made at the same time, everyone takes that one.
+    """
     if not exists(client, registered_model_name):
         return None
     condition = f"tags.`{RECIPE_DIGEST_TAG}` = '{digest}'"
-    for version in versions_of(client, registered_model_name, condition):
+    found = list(versions_of(client, registered_model_name, condition))
+    if before is not None:
+        found = [version for version in reversed(found) if int(version.version) < before]
+    for version in found:
         tags = version.tags
         same_version = (tags.get(SOURCE_NAME_TAG), tags.get(SOURCE_VERSION_TAG)) == (
             lineage.get("name"),
             lineage.get("version"),
         )
-        if same_version and tags.get(SOURCE_DIGEST_TAG) == source_digest and version.status == "READY":
+        if same_version and tags.get(SOURCE_DIGEST_TAG) == source_digest and _is_usable(client, version):
             return version
     return None
+
+
+def _is_usable(client: MlflowClient, version: ModelVersion) -> bool:
+    try:
+        check_version(client, version)
+    except ArtifactError as error:
+        _log.warning("A version of the same source and recipe cannot be loaded, and is not used: %s", error.message)
+        return False
+    return True
 
 
 def point_to(undo: Undo, lineage: Mapping[str, str], made: ModelVersion) -> None:
@@ -140,10 +174,19 @@ def point_to(undo: Undo, lineage: Mapping[str, str], made: ModelVersion) -> None
     if "version" not in lineage:
         return
     client = MlflowClient()
-    source = client.get_model_version(lineage["name"], lineage["version"])
-    before = source.tags.get(CONVERTED_TAG, "")
-    uri = f"models:/{made.name}/{made.version}"
-    if f"{uri}," in before.split(" "):
-        return
-    undo.add(f"The tag {CONVERTED_TAG} of {lineage['source']}", lambda: restore_tag(client, source, CONVERTED_TAG))
-    client.set_model_version_tag(source.name, str(source.version), CONVERTED_TAG, f"{before} {uri},".strip())
+    name, number = lineage["name"], lineage["version"]
+    key, uri = converted_tag(made.name, str(made.version)), f"models:/{made.name}/{made.version}"
+
+    def pointed() -> bool:
+        return client.get_model_version(name, number).tags.get(key) == uri
+
+    def restore() -> None:
+        if pointed():
+            client.delete_model_version_tag(name, number, key)
+
+    if not pointed():
+        undo.change(
+            f"The tag {key} of {lineage['source']}",
+            lambda: client.set_model_version_tag(name, number, key, uri),
+            restore=restore,
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,14 +12,17 @@ from mlflow import MlflowClient
 from mlflow_trt.backends import tensorrt as trt
 from mlflow_trt.convert.checks import check_nodes, check_recipe
 from mlflow_trt.convert.conversion import choose_samples
+from mlflow_trt.convert.onnx.rewrite import rewrite
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.convert.resolve_profiles import resolve_profiles
+from mlflow_trt.convert.row_dependence import check_rows
 from mlflow_trt.convert.typed_model import check_calibration, open_calibration_cache
 from mlflow_trt.core.output_folder import check_target
 from mlflow_trt.core.types import BatchAxis, Precision, ShapeProfile, TensorSpec
 from mlflow_trt.flavor.mlmodel import check_names
 from mlflow_trt.pipeline.make import PreparedConversion, open_onnx
 from mlflow_trt.pipeline.user_samples import example_shapes, sample_data_of
+from mlflow_trt.registry.convert_version import whole_options, with_network_of
 from mlflow_trt.registry.lineage import find_twin, recipe_digest
 from mlflow_trt.registry.sources.open import open_source
 
@@ -62,18 +66,28 @@ def plan_conversion(
         check_recipe(tensorrt, replace(recipe, precision=Precision.FP32))
     else:
         check_recipe(tensorrt, recipe)
-    with open_source(model_uri) as source, open_onnx(source.path, options) as model:
+    with (
+        open_source(model_uri, whole_options(options)) as source,
+        open_onnx(source.path, options) as model,
+        tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir,
+    ):
+        of_network = with_network_of(prepared, source)
+        options, recipe = of_network.options, of_network.options.recipe
+        example = source.input_example if source.whole is None else None
         check_nodes(model.proto)
-        profiles = resolve_profiles(model, recipe, example_shapes(source.input_example, model.inputs))
-        twin = None
+        profiles = resolve_profiles(model, recipe, example_shapes(example, model.inputs))
+        twin, digest = None, recipe_digest(prepared, source.whole)
         if registered_model_name is not None and not force:
-            twin = find_twin(
-                MlflowClient(), registered_model_name, source.lineage, model.digest, recipe_digest(prepared)
-            )
+            twin = find_twin(MlflowClient(), registered_model_name, source.lineage, model.digest, digest)
+        remarks: tuple[str, ...] = ()
         if twin is None:
-            data = sample_data_of(options.calibration_data, source.input_example, model.inputs)
+            data = sample_data_of(options.calibration_data, example, model.inputs)
+            samples = choose_samples(data, model, profiles)
+            profiles = check_rows(model, profiles, samples)
+            rewritten = rewrite(model.proto, model.path.parent, Path(workdir))
             cache = open_calibration_cache(options.calibration_cache_file, model, recipe)
-            check_calibration(model.proto, recipe, choose_samples(data, model, profiles), cache)
+            check_calibration(rewritten.proto, recipe, samples, cache)
+            remarks = rewritten.remarks
         return Plan(
             source=source.lineage["source"],
             source_digest=model.digest,
@@ -83,7 +97,7 @@ def plan_conversion(
             outputs=model.outputs,
             profiles=profiles.profiles,
             batch_axis=profiles.batch_axis,
-            remarks=profiles.remarks,
+            remarks=(*profiles.remarks, *remarks),
             destination=str(path) if registered_model_name is None else f"a version of {registered_model_name}",
             existing=None if twin is None else f"models:/{twin.name}/{twin.version}",
         )

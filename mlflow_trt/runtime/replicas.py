@@ -122,7 +122,10 @@ class Replicas:
         size = sum(array.nbytes for array in feeds.values())
         ordinal = self._take_least_busy(self._usable_devices(failures), size)
 
+        submissions: list[Submission] = []
+
         def done(outputs: Outputs | None, error: Exception | None) -> None:
+            answer.begun = submissions[0].begun if submissions else None
             self._give_back(ordinal, size)
             if not isinstance(error, ExecutionError):
                 answer.give(outputs, error)
@@ -135,7 +138,7 @@ class Replicas:
                 answer.give(None, failure)
 
         try:
-            self._runners[ordinal].submit(feeds, done)
+            submissions.append(self._runners[ordinal].submit(feeds, done))
         except BaseException:
             self._give_back(ordinal, size)
             raise

@@ -24,6 +24,15 @@ from mlflow_trt.core.file_lock import lock_file
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.scratch import scratch_folder
 from mlflow_trt.core.types import EngineRecord
+from mlflow_trt.store.cache_contents import (
+    SIZE_VARIABLE,
+    CacheEntry,
+    forget_self_tests,
+    limit,
+    mark_used,
+    remove_beyond,
+    remove_unused_since,
+)
 from mlflow_trt.store.private_folder import (
     NotPrivateError,
     check_private_folder,
@@ -49,13 +58,18 @@ def directory() -> Path:
     return Path(configured) if configured else platformdirs.user_cache_path("mlflow-trt")
 
 
+def root() -> Path:
+    """The folder in which this user's things are kept. Raises OSError where there is none."""
+    return private_root(directory())
+
+
 def folder_of(kind: str) -> Path:
     """The folder for one kind of thing, made where it is missing; nobody but this user has put anything there.
 
     Raises OSError where there is none; a NotPrivateError was told to the user, too.
     """
     try:
-        return private_child(private_root(directory()), kind)
+        return private_child(root(), kind)
     except NotPrivateError as error:
         _warn_of_foreign(error)
         raise
@@ -64,7 +78,7 @@ def folder_of(kind: str) -> Path:
 def problem() -> str | None:
     """Why nothing can be kept, or None where it can."""
     try:
-        with tempfile.TemporaryFile(dir=private_root(directory())):
+        with tempfile.TemporaryFile(dir=root()):
             return None
     except OSError as error:
         return f"{directory()} cannot be written to: {error.strerror}"
@@ -134,6 +148,7 @@ def find_engine(key: str) -> tuple[EngineRecord, bytes] | None:
         _log.warning("The cached engine in %s is damaged and is built again", folder)
         shutil.rmtree(folder, ignore_errors=True)
         return None
+    mark_used(folder)
     return record, plan
 
 
@@ -148,6 +163,7 @@ def store_engine(key: str, record: EngineRecord, plan: Path) -> None:
             shutil.copyfile(plan, aside / _PLAN)
             (aside / _RECORD).write_bytes(_records.dump_json(record, indent=2))
             aside.rename(folder)
+        keep_within_limit(key)
     except OSError as error:
         if not folder.is_dir():  # else another process was first, with an engine of the same key
             _log.warning(
@@ -156,6 +172,31 @@ def store_engine(key: str, record: EngineRecord, plan: Path) -> None:
                 error.strerror,
                 DIRECTORY_VARIABLE,
             )
+
+
+def prune_cache(size: int | None, *, unused_for: float | None = None, everything: bool = False) -> list[CacheEntry]:
+    """Remove what was not used for so many days, then what was not used for longest beyond `size` bytes.
+
+    None takes the limit of the cache. `everything` leaves nothing, not even that self-tests passed. Returns what was
+    removed. Raises OSError where the cache cannot be looked into.
+    """
+    folder = root()
+    removed = [] if unused_for is None else remove_unused_since(folder, unused_for * 86400)
+    removed += remove_beyond(folder, 0 if everything else limit() if size is None else size)
+    if everything:
+        forget_self_tests(folder)
+    return removed
+
+
+def keep_within_limit(key: str) -> None:
+    """Remove what was not used for longest where the cache has grown too large, but for what is kept under `key`."""
+    for entry in remove_beyond(root(), limit(), spared=(key,)):
+        _log.info(
+            "Removed %s %s from the cache, which had become too large (see %s)",
+            entry.kind,
+            entry.key[:12],
+            SIZE_VARIABLE,
+        )
 
 
 def _warn_of_foreign(error: NotPrivateError) -> None:

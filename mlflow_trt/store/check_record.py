@@ -61,6 +61,8 @@ def files_of(record: Record) -> dict[str, str]:
             files[engine.kernels.file] = engine.kernels.sha256
     if record.golden is not None:
         files[record.golden.file] = record.golden.sha256
+    if record.whole is not None:
+        files |= record.whole.files
     return files
 
 

@@ -5,6 +5,7 @@
     engines/<distribution>-<version>-<target>.plan  raw plans
     runtime_cache/<engine>.kernels                  kernels of an engine, as TensorRT-RTX serialized them
     golden.npz                                      the golden sample, which engines are tested with at load
+    whole/...                                       the source of a whole model, without the weights of its network
     mlflow_trt.json                                 the record
 
 The files of MLflow itself (MLmodel, requirements.txt, ...) are written by `flavor.mlmodel`.
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from mlflow_trt.convert.onnx.model import sha256_of
 from mlflow_trt.core.types import EngineRecord, KernelsRecord
+from mlflow_trt.core.whole_model import WholeModel
 from mlflow_trt.errors import ArtifactError, IntegrityError
 from mlflow_trt.store.golden import Golden, from_npz
 from mlflow_trt.store.record import RECORD_FILE, Record, StoredGolden, StoredModel, read_record_file
@@ -59,6 +61,21 @@ class ModelFolder:
             return from_npz(content)
         except ValueError as error:
             raise ArtifactError(f"{self.path / golden.file} is no golden sample: {error}", path=self.path) from error
+
+    def check_whole(self, whole: WholeModel) -> None:
+        """Compare every file of a whole model with its digest, before any of them is loaded or run.
+
+        Raises IntegrityError for one that differs, and for one that the record does not list.
+        """
+        for name, expected in whole.files.items():
+            self._compare(name, sha256_of(self._existing(name)), expected)
+        for file in (self.path / "whole").rglob("*"):
+            name = file.relative_to(self.path).as_posix()
+            if not file.is_dir() and name not in whole.files and file.suffix != ".pyc":
+                raise IntegrityError(
+                    f"{file} is not among the files that were logged; it is not used. Download the model again",
+                    path=file,
+                )
 
     def _checked(self, name: str, sha256: str) -> bytes:
         content = self._existing(name).read_bytes()

@@ -15,6 +15,7 @@ from pathlib import Path
 from mlflow_trt.core.files import write_whole
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.store import cache
+from mlflow_trt.store.cache_contents import mark_used
 
 _HASH_BYTES = hashlib.sha256().digest_size
 _log = get_logger(__name__)
@@ -49,6 +50,7 @@ class KernelFile:
                 return
             try:
                 write_whole(self.path, hashlib.sha256(kernels).digest() + kernels)
+                cache.keep_within_limit(self._key)
             except OSError as error:
                 _log.debug("Compiled kernels cannot be kept in %s: %s", cache.directory(), error.strerror)
 
@@ -63,4 +65,5 @@ class KernelFile:
             with contextlib.suppress(OSError):
                 self.path.unlink()
             return []
+        mark_used(self.path)
         return [kernels]

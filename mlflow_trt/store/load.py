@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from mlflow_trt._version import __version__
 from mlflow_trt.backends import tensorrt as trt
 from mlflow_trt.backends.cuda_driver import probe
-from mlflow_trt.convert.engine.builder import build_engine
+from mlflow_trt.convert.engine.builder import build_engine, describe_plugins
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.core.compatibility import kernels_fit, why_not
 from mlflow_trt.core.log import get_logger
@@ -30,6 +30,7 @@ from mlflow_trt.core.types import (
     Gpu,
     HardwareCompatibility,
     Interface,
+    PluginLibrary,
     TensorSpec,
     Weights,
 )
@@ -46,6 +47,7 @@ from mlflow_trt.store import cache, self_test
 from mlflow_trt.store.folder import ModelFolder
 from mlflow_trt.store.gpu_lease import own_gpu
 from mlflow_trt.store.kernel_cache import KernelFile
+from mlflow_trt.store.plugins import check_plugins, load_plugins
 from mlflow_trt.store.record import Record
 
 if TYPE_CHECKING:
@@ -134,7 +136,9 @@ def _open_on(ordinal: int, folder: ModelFolder, settings: LoadSettings, progress
     """A session on one GPU."""
     record = folder.record
     tensorrt = trt.load(_distribution_for(folder))
+    plugins = check_plugins(record.engines, settings.plugins)
     device = open_device(ordinal)
+    load_plugins(tensorrt, settings.plugins)
 
     def session(engine: EngineRecord, plan: bytes, kernels: tuple[bytes, ...] = ()) -> Session:
         store = kernel_file(engine, tensorrt, device, shipped=kernels)
@@ -142,7 +146,7 @@ def _open_on(ordinal: int, folder: ModelFolder, settings: LoadSettings, progress
         opened.plan_sha256 = engine.sha256
         try:
             if settings.self_test:
-                self_test.check(opened, folder, _identity(engine, kernels, tensorrt, device, settings))
+                self_test.check(opened, folder, _identity(engine, kernels, tensorrt, device, settings, plugins))
             if _warm_up(settings) == "on":
                 opened.warm_up()
         except BaseException:
@@ -164,7 +168,7 @@ def _open_on(ordinal: int, folder: ModelFolder, settings: LoadSettings, progress
         reasons.append(f"{engine.file}: {reason}")
     problem = f"No stored engine fits {device.gpu} and {tensorrt} ({'; '.join(reasons)})"
     _check_rebuild(record, settings, problem, reasons)
-    return session(*_rebuilt(folder, tensorrt, device, problem, progress))
+    return session(*_rebuilt(folder, tensorrt, device, problem, progress, settings.plugins))
 
 
 def _check_rebuild(record: Record, settings: LoadSettings, problem: str, reasons: Sequence[str]) -> None:
@@ -277,7 +281,12 @@ def kernel_file(
 
 
 def _identity(
-    engine: EngineRecord, kernels: tuple[bytes, ...], tensorrt: trt.TensorRT, device: Device, settings: LoadSettings
+    engine: EngineRecord,
+    kernels: tuple[bytes, ...],
+    tensorrt: trt.TensorRT,
+    device: Device,
+    settings: LoadSettings,
+    plugins: tuple[PluginLibrary, ...],
 ) -> dict[str, object]:
     """Everything that may make the same model answer differently."""
     return {
@@ -288,6 +297,7 @@ def _identity(
         "kernel_specialization": settings.kernel_specialization,
         "cuda_graphs": settings.cuda_graphs,
         "kernels": [hashlib.sha256(shipped).hexdigest() for shipped in kernels],
+        "plugins": [plugin.sha256 for plugin in plugins],
     }
 
 
@@ -298,15 +308,23 @@ def _distribution_for(folder: ModelFolder) -> Distribution | None:
 
 
 def _rebuilt(
-    folder: ModelFolder, tensorrt: trt.TensorRT, device: Device, problem: str, progress: Progress | None
+    folder: ModelFolder,
+    tensorrt: trt.TensorRT,
+    device: Device,
+    problem: str,
+    progress: Progress | None,
+    plugins: Sequence[str],
 ) -> tuple[EngineRecord, bytes]:
+    if plugins and tensorrt.is_rtx:
+        raise RuntimeUnavailableError(f"{problem}, and {tensorrt}, which has no plugins, cannot rebuild it.")
     record = folder.record
-    recipe = _adapt_recipe(record.recipe, tensorrt, device)
+    recipe = replace(_adapt_recipe(record.recipe, tensorrt, device), plugins=tuple(plugins))
     key = cache.key_of(
         {
             "mlflow_trt": __version__,
             "typed": record.typed.digest,
-            "recipe": asdict(recipe),
+            "recipe": asdict(replace(recipe, plugins=())),
+            "plugins": [plugin.sha256 for plugin in describe_plugins(plugins)],
             "profiles": [asdict(profile) for profile in record.profiles],
             "tensorrt": str(tensorrt),
             "gpu": str(device.gpu),

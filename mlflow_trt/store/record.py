@@ -15,6 +15,7 @@ from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.core.accuracy import Comparison, Tolerance
 from mlflow_trt.core.selection import Selection
 from mlflow_trt.core.types import BatchAxis, EngineRecord, PrecisionReport, ShapeProfile, TensorSpec
+from mlflow_trt.core.whole_model import WholeModel
 from mlflow_trt.errors import ArtifactError, FormatError
 from mlflow_trt.store.check_record import check_record, read_json
 
@@ -58,7 +59,8 @@ class Record:
     `inputs` and `outputs` are those of the typed model, which equals the source model where the precision pass changed
     nothing. `comparisons` has the numbers of its verification, `remarks` what the user was told about choices made for
     them. `lineage` tells where the source model came from, for one that was converted from the registry. `selection`
-    tells how the precision of `recipe` was chosen, where `best` was asked for.
+    tells how the precision of `recipe` was chosen, where `best` was asked for. `whole` is what surrounds the network of
+    a whole model.
     """
 
     format: int
@@ -77,11 +79,24 @@ class Record:
     comparisons: tuple[Comparison, ...] = ()
     golden: StoredGolden | None = None
     selection: Selection | None = None
+    whole: WholeModel | None = None
 
     @property
     def is_engine_only(self) -> bool:
         """Whether it is a plan that was imported, without the model that it was made of."""
         return self.source == NO_MODEL
+
+    def file_sizes(self) -> dict[str, int | None]:
+        """Every file that the record names, with its size where it tells."""
+        around = () if self.whole is None else self.whole.files
+        sizes: dict[str, int | None] = dict.fromkeys((*self.source.files, *self.typed.files, *around))
+        for engine in self.engines:
+            sizes[engine.file] = engine.size
+            if engine.kernels is not None:
+                sizes[engine.kernels.file] = engine.kernels.size
+        if self.golden is not None:
+            sizes[self.golden.file] = None
+        return sizes
 
 
 _records = TypeAdapter(Record)

@@ -15,6 +15,7 @@ from mlflow_trt.convert.onnx.model import MODEL_FILE, copy_files
 from mlflow_trt.core.accuracy import Comparison, Tolerance
 from mlflow_trt.core.selection import Selection
 from mlflow_trt.core.types import EngineRecord, Gpu, KernelsRecord
+from mlflow_trt.core.whole_model import WholeModel
 from mlflow_trt.store.folder import read_folder
 from mlflow_trt.store.golden import GOLDEN_FILE, Golden, to_npz
 from mlflow_trt.store.record import FORMAT, Record, StoredGolden, StoredModel, write_record_file
@@ -30,6 +31,7 @@ def write_folder(
     tolerance: Tolerance | None = None,
     remarks: Sequence[str] = (),
     selection: Selection | None = None,
+    whole: WholeModel | None = None,
 ) -> Record:
     """Write the source model, the typed model, the engine and the record into `folder`, which exists.
 
@@ -47,7 +49,7 @@ def write_folder(
         mlflow_trt_version=__version__,
         source=stored_source,
         typed=_write_typed(conversion, folder) or stored_source,
-        recipe=conversion.recipe,
+        recipe=replace(conversion.recipe, plugins=tuple(plugin.name for plugin in engine.plugins)),
         inputs=conversion.typed.inputs,
         outputs=conversion.typed.outputs,
         profiles=conversion.profiles.profiles,
@@ -59,6 +61,7 @@ def write_folder(
         golden=_write_golden(golden, folder, tolerance or Tolerance()),
         lineage=dict(lineage or {}),
         selection=selection,
+        whole=whole,
     )
     return _replace_record(folder, record)
 

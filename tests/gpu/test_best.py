@@ -6,9 +6,9 @@ import mlflow
 import networks
 import numpy as np
 import pytest
+from command_line import run
 from compare import relative_error
 from real_models import MAGIKA, TRANSFORMER, calibration_data
-from test_cli import run
 
 import mlflow_trt
 from mlflow_trt import Precision, RecipeError, Tolerance

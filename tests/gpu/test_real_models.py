@@ -33,7 +33,8 @@ def folder(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(folder):
     started = time.perf_counter()
-    model = mlflow.pyfunc.load_model(str(folder.path))
+    # The sizes that a batch is cut into depend on time while they are compiled in the background.
+    model = mlflow.pyfunc.load_model(str(folder.path), model_config={"warm_up": "off"})
     yield model, time.perf_counter() - started
     model.get_raw_model().close()
 

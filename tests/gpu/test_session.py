@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import ctypes
 import os
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from mlflow_trt import (
     SessionClosedError,
 )
 from mlflow_trt.backends import tensorrt as trt
+from mlflow_trt.backends.cuda_driver import DriverLibrary
 from mlflow_trt.runtime.batching.scheduler import MOST_SLOTS
 from mlflow_trt.runtime.cuda.device import open_device
 from mlflow_trt.runtime.engine import contexts as bindings
@@ -66,14 +68,16 @@ def opened(tmp_path):
 @contextlib.contextmanager
 def left_free(nbytes):
     """Somebody else takes the GPU's memory, but for so much."""
-    import pycuda.driver as cuda
-
-    with open_device(0).current():
-        hog = cuda.mem_alloc(cuda.mem_get_info()[0] - nbytes)
+    device = open_device(0)
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    with device.current():
+        DriverLibrary().call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        hog = device.device_buffer()
+        hog.reserve(free.value - nbytes)
     try:
         yield
     finally:
-        with open_device(0).current():
+        with device.current():
             hog.free()
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from mlflow_trt.convert.engine.worker import Job
 from mlflow_trt.convert.onnx.model import sha256_of
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.core.progress_event import BuildProgress, Progress
-from mlflow_trt.core.types import Distribution, EngineRecord, Interface, Precision, Shape, ShapeProfile
+from mlflow_trt.core.types import Distribution, EngineRecord, Interface, PluginLibrary, Precision, Shape, ShapeProfile
 from mlflow_trt.errors import BuildError, RecipeError, RuntimeUnavailableError, UnsupportedModelError
 
 _WORKER = """
@@ -69,6 +69,7 @@ def build_engine(
     """
     tensorrt = trt.load(distribution)
     check_recipe(tensorrt, recipe)
+    plugins = tuple(describe_plugins(recipe.plugins))
     job = _job(model, plan, recipe, profiles, interface, tensorrt.distribution)
     with _worker(job, gpu) as worker:
         outcome = _follow(worker, progress)
@@ -91,6 +92,7 @@ def build_engine(
         build_seconds=round(outcome["seconds"], 3),
         weights=recipe.weights,
         timing_cache=outcome["timing_cache"],
+        plugins=plugins,
     )
     return Built(engine, {name: tuple(shape) for name, shape in outcome["shapes"].items()})
 
@@ -113,6 +115,12 @@ def read_network(
         _raise(tensorrt, outcome, words)
     layers: list[dict[str, Any]] = outcome["layers"]
     return layers
+
+
+def describe_plugins(libraries: Iterable[str]) -> Iterator[PluginLibrary]:
+    """The names and digests of libraries. Raises OSError for one that cannot be read."""
+    for library in libraries:
+        yield PluginLibrary(name=Path(library).name, sha256=sha256_of(Path(library)))
 
 
 def _job(
@@ -143,6 +151,7 @@ def _job(
         tactic_sources=None if recipe.tactic_sources is None else list(recipe.tactic_sources),
         version_compatible=recipe.version_compatible,
         hardware_compatibility=recipe.hardware_compatibility.value,
+        plugins=[str(Path(library).absolute()) for library in recipe.plugins],
         targets=list(recipe.targets),
         inputs=[[spec.name, spec.dtype] for spec in interface.inputs],
         outputs=[[spec.name, spec.dtype] for spec in interface.outputs],
@@ -234,10 +243,11 @@ def _raise(tensorrt: trt.TensorRT, outcome: dict[str, Any], words: Sequence[str]
         nodes = outcome["nodes"]
         which = f" {len(nodes)} node(s), {', '.join(nodes[:10])}" if nodes else " the model"
         said = f" ({' | '.join(words)})" if words else ""
-        if "Plugin not found" in message:
+        if "Plugin not found" in message or "is not supported in TensorRT-RTX" in message:
             said += (
-                ". Operators that are not of ONNX are custom operators, which TensorRT runs as plugins, and plugins "
-                "are not loaded here: export the model with operators of ONNX, or log it with mlflow.onnx"
+                ". Operators that are not of ONNX are custom operators, which TensorRT runs as plugins: name their "
+                "libraries with Recipe(plugins=[...]) or --dynamic-plugins, for the tensorrt distribution, since "
+                "TensorRT-RTX has no plugins. Or export the model with operators of ONNX, or log it with mlflow.onnx"
             )
         raise UnsupportedModelError(f"{tensorrt} cannot run{which}: {message}{said}", nodes=nodes, log=log)
     if kind == "interface":

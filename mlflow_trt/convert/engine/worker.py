@@ -19,7 +19,7 @@ from typing import Any
 
 from mlflow_trt.backends import tensorrt_api as trt_api
 from mlflow_trt.backends.cuda_driver import probe
-from mlflow_trt.backends.tensorrt import TensorRT, import_distribution
+from mlflow_trt.backends.tensorrt import PluginError, TensorRT, import_distribution
 from mlflow_trt.convert.engine.timing_cache import TimingCacheError, TimingCacheFile
 from mlflow_trt.core.files import write_whole
 from mlflow_trt.core.types import ComputeCapability, Distribution, HardwareCompatibility, ProfilingVerbosity, Weights
@@ -53,6 +53,7 @@ class Job:
     tactic_sources: list[str] | None
     version_compatible: bool
     hardware_compatibility: str
+    plugins: list[str]
     targets: list[str]
     inputs: list[list[str]]
     outputs: list[list[str]]
@@ -81,7 +82,7 @@ def main(reports_descriptor: int) -> None:
         report(build(tensorrt, job, report))
     except BuildFailure as failure:
         report(failure.event)
-    except TimingCacheError as error:
+    except (PluginError, TimingCacheError) as error:
         report(BuildFailure("option", str(error)).event)
     except Exception as error:  # noqa: BLE001  # whatever it is, the one that asked has to hear of it
         log = tensorrt.log.errors()
@@ -101,6 +102,7 @@ def build(tensorrt: TensorRT, job: Job, report: Any) -> dict[str, Any]:
     hardware = probe()
     if not tensorrt.is_rtx and hardware.problem is not None:
         raise BuildFailure("no_gpu", hardware.problem)
+    tensorrt.load_plugins(job.plugins)
     builder = tensorrt.builder()
     network = tensorrt.network(builder)
     parser = tensorrt.parser(network)

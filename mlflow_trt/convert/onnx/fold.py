@@ -11,17 +11,25 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from mlflow_trt.convert.onnx.model import copy_of
+from mlflow_trt.convert.onnx.scales import dequantize
 from mlflow_trt.convert.onnx.weights import WeightFile, read_weights
 
 _FOLDED = frozenset(
-    """Add Cast Concat Div Flatten Identity Mul Neg Reshape Slice Split Sqrt Squeeze Sub Transpose
+    """Abs Add Cast Concat ConstantOfShape Div Exp Expand Flatten Gather Identity MatMul Mul Neg Pow Reciprocal ReduceL2
+    ReduceMean ReduceSum ReduceSumSquare Reshape Slice Split Sqrt Squeeze Sub Tile Transpose
     Unsqueeze""".split()  # noqa: SIM905  # easier to read than a list of quotes
 )
-"""Operators that exporters leave between a weight and the node that reads it; none makes much of little."""
+"""Operators that exporters leave between a weight and the node that reads it: what they could not fold, the norms of
+weights, low-rank additions."""
 _TYPES: frozenset[int] = frozenset(
     {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL}
 )
-_QUANTIZED: frozenset[int] = frozenset({TensorProto.INT8, TensorProto.UINT8})
+_QUANTIZED: frozenset[int] = frozenset(
+    {
+        TensorProto.INT4, TensorProto.INT8, TensorProto.INT16, TensorProto.UINT4, TensorProto.UINT8,
+        TensorProto.UINT16, TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2,
+    }
+)  # fmt: skip
 _GROWTH = 4
 """Up to how many times as large as what it is computed from a result may be: broadcasting can make a lot."""
 
@@ -73,6 +81,8 @@ def _compute(
     node: NodeProto, model: ModelProto, tensors: dict[str, TensorProto], folder: Path
 ) -> list[npt.NDArray[np.generic]] | None:
     feeds = {name: read_weights(tensor, folder) for name, tensor in tensors.items()}
+    if node.op_type == "DequantizeLinear":
+        return _dequantize(node, feeds)
     inputs = [
         helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims)) for name, tensor in tensors.items()
     ]
@@ -87,3 +97,15 @@ def _compute(
     size = sum(array.nbytes for array in feeds.values())
     supported = all(helper.np_dtype_to_tensor_dtype(result.dtype) in _TYPES for result in results)
     return results if supported and sum(result.nbytes for result in results) <= _GROWTH * max(size, 1024) else None
+
+
+def _dequantize(node: NodeProto, feeds: dict[str, npt.NDArray[np.generic]]) -> list[npt.NDArray[np.generic]] | None:
+    """Onnx's reference has no DequantizeLinear of the opsets before 19, in which most models bring it."""
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    stored, scale = feeds[node.input[0]], feeds[node.input[1]]
+    zero = feeds[node.input[2]] if any(node.input[2:]) else None
+    kind = attributes.get("output_dtype") or helper.np_dtype_to_tensor_dtype(scale.dtype)
+    if kind not in _TYPES:
+        return None
+    numbers = dequantize(stored, scale, zero, axis=attributes.get("axis", 1), block=attributes.get("block_size", 0))
+    return [numbers.astype(helper.tensor_dtype_to_np_dtype(kind))]

@@ -18,10 +18,18 @@ def label(node: ir.Node) -> str:
 
 
 def constant_of(value: ir.Value | None) -> npt.NDArray[np.generic] | None:
-    """The numbers of an initializer; None for what is computed, or comes in."""
-    if value is None or value.const_value is None or value.is_graph_input():
+    """The numbers of an initializer, also through Identity and Cast; None for what is computed, or comes in."""
+    import onnx_ir as ir
+
+    if value is None or value.is_graph_input():
         return None
-    return value.const_value.numpy()
+    producer = value.producer()
+    if producer is not None and producer.op_type in ("Identity", "Cast") and not producer.domain:
+        numbers = constant_of(producer.inputs[0])
+        if numbers is None or producer.op_type == "Identity":
+            return numbers
+        return numbers.astype(ir.DataType(producer.attributes["to"].as_int()).numpy())
+    return None if value.const_value is None else value.const_value.numpy()
 
 
 def insert_constant(node: ir.Node, values: npt.ArrayLike) -> ir.Value:

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError, EncodeError
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from mlflow_trt.convert.onnx.external_data import check_external_data, without_links
+from mlflow_trt.convert.onnx.missing_shapes import add_missing_shapes
 from mlflow_trt.core.types import LARGEST_DIMENSION, Dim, TensorSpec
 from mlflow_trt.errors import OnnxModelError
 
@@ -109,8 +110,9 @@ def read_onnx(
     _check_text(proto, path)
     external_files = check_external_data(tensors_of(proto), path, allow_external_data_from)
     path = without_links(path, external_files, workdir)
+    is_completed = add_missing_shapes(proto, path)
     inputs, outputs = describe(proto, path)
-    _check(path, proto, workdir)
+    _check(path, proto, workdir, is_completed=is_completed)
     return OnnxModel(
         path=path,
         proto=proto,
@@ -259,17 +261,23 @@ _DEPRECATED = "GroupNormalization"
 """Of opset 18 to 20: ONNX Runtime runs it, and `rewrite` says it in other words to TensorRT."""
 
 
-def _check(path: Path, proto: ModelProto, workdir: Path) -> None:
+def _check(path: Path, proto: ModelProto, workdir: Path, *, is_completed: bool) -> None:
+    """`is_completed` tells that `proto` has shapes that the file lacks, without which the checker refuses it."""
     try:
-        onnx.checker.check_model(str(path))
-    except (onnx.checker.ValidationError, UnicodeDecodeError) as error:
-        if _DEPRECATED in str(error) and "deprecated" in str(error):
-            _check_without_deprecated(path, proto, workdir)
+        if is_completed:
+            _check_copy(proto, workdir)
             return
+        try:
+            onnx.checker.check_model(str(path))
+        except onnx.checker.ValidationError as error:
+            if _DEPRECATED not in str(error) or "deprecated" not in str(error):
+                raise
+            _check_copy(proto, workdir)
+    except (onnx.checker.ValidationError, UnicodeDecodeError) as error:
         raise OnnxModelError(f"{path} is no valid ONNX model: {str(error).strip()}", path=path) from error
 
 
-def _check_without_deprecated(path: Path, proto: ModelProto, workdir: Path) -> None:
+def _check_copy(proto: ModelProto, workdir: Path) -> None:
     """Check all but the deprecated nodes: with an operator of the same inputs in their place.
 
     Initializers are inputs here: the checker would look for the files of external ones.
@@ -291,10 +299,7 @@ def _check_without_deprecated(path: Path, proto: ModelProto, workdir: Path) -> N
     copy.graph.ClearField("initializer")
     checked = workdir / "checked.onnx"
     onnx.save_model(copy, checked)
-    try:
-        onnx.checker.check_model(str(checked))
-    except onnx.checker.ValidationError as error:
-        raise OnnxModelError(f"{path} is no valid ONNX model: {str(error).strip()}", path=path) from error
+    onnx.checker.check_model(str(checked))
 
 
 def _describe(value: ValueInfoProto, role: str, path: Path) -> TensorSpec:
@@ -314,8 +319,9 @@ def _describe(value: ValueInfoProto, role: str, path: Path) -> TensorSpec:
         )
     if not tensor.HasField("shape"):
         raise OnnxModelError(
-            f"{path}: the {role} {value.name!r} has no shape, not even a number of dimensions; "
-            "export the model with shapes, or run onnx.shape_inference on it",
+            f"{path}: the {role} {value.name!r} has no shape, not even a number of dimensions"
+            + ("" if role == "input" else ", and neither onnx nor ONNX Runtime can tell it")
+            + "; export the model with shapes",
             path=path,
         )
     shape = tuple(_dim(dim) for dim in tensor.shape.dim)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import onnx
 import onnx.version_converter
-from onnx import ModelProto, NodeProto, TensorProto, TypeProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, helper
 
-from mlflow_trt.convert.onnx.model import attribute_of, copy_of
+from mlflow_trt.convert.onnx.model import attribute_of, copy_of, graphs_below
 
 _RESIZE_WITH_MODES = 11
 """Since this opset, Resize has a mode for its coordinates, and its default is not what it did before."""
@@ -40,7 +40,8 @@ def raise_opset(model: ModelProto, opset: int, workdir: Path) -> ModelProto:
     copy = ModelProto()
     copy.CopyFrom(model)
     if before < _PER_AXIS <= opset:
-        _flatten_hardmax(copy)
+        for graph in _graphs_of(copy)[::-1]:  # those inside first: nodes are copied with the graphs in them
+            _flatten_hardmax(graph)
     if before < _RESIZE_WITH_MODES <= opset:
         copy = _convert(copy, _RESIZE_WITH_MODES)
         _name_resize_modes(copy)
@@ -84,13 +85,18 @@ def _is_same(before: TypeProto.Tensor, after: TypeProto.Tensor) -> bool:
     return before.elem_type == after.elem_type and (not ranked or len(before.shape.dim) == len(after.shape.dim))
 
 
+def _graphs_of(model: ModelProto) -> list[GraphProto]:
+    """The graph, and those inside of its nodes."""
+    return [model.graph, *graphs_below(model.graph.node)]
+
+
 def _name_resize_modes(model: ModelProto) -> None:
     """Before opset 11, Resize divided coordinates by the scale, and rounded down where it enlarges."""
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    constants |= {
-        node.output[0]: attribute_of(node, "value").t for node in model.graph.node if node.op_type == "Constant"
-    }
-    for node in model.graph.node:
+    graphs = _graphs_of(model)
+    constants = {tensor.name: tensor for graph in graphs for tensor in graph.initializer}
+    nodes = [node for graph in graphs for node in graph.node]
+    constants |= {node.output[0]: attribute_of(node, "value").t for node in nodes if node.op_type == "Constant"}
+    for node in nodes:
         if node.op_type != "Resize" or node.domain or attribute_of(node, "coordinate_transformation_mode").s:
             continue
         node.attribute.append(helper.make_attribute("coordinate_transformation_mode", "asymmetric"))
@@ -103,10 +109,10 @@ def _shrinks(scales: TensorProto | None) -> bool:
     return scales is not None and bool((onnx.numpy_helper.to_array(scales) < 1).any())
 
 
-def _flatten_hardmax(model: ModelProto) -> None:
+def _flatten_hardmax(graph: GraphProto) -> None:
     """Make all axes from `axis` on one, as Hardmax did before opset 13, and give the result its shape back."""
     nodes: list[NodeProto] = []
-    for node in model.graph.node:
+    for node in graph.node:
         if node.op_type != "Hardmax" or node.domain:
             nodes.append(node)
             continue
@@ -121,5 +127,5 @@ def _flatten_hardmax(model: ModelProto) -> None:
             helper.make_node("Reshape", [hard, shape], [result], name=f"{name}_reshape"),
         ]
     kept = [copy_of(node) for node in nodes]
-    del model.graph.node[:]
-    model.graph.node.extend(kept)
+    del graph.node[:]
+    graph.node.extend(kept)

@@ -1,7 +1,7 @@
 """Say in int8 and float32 what a model says in other ways around its QuantizeLinear and DequantizeLinear nodes.
 
-TensorRT's parser reads uint8 as int8, so that everything above 127 is cut off; it has no zero points but 0, and no
-DequantizeLinear of int32.
+TensorRT's parser reads uint8 as int8, so that everything above 127 is cut off; it has no zero points but 0, no 16 bits
+in Q/DQ, and no DequantizeLinear of int32.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from mlflow_trt.convert.onnx.insert import constant_of, insert_constant, insert_node, label, remove, replace
+from mlflow_trt.convert.onnx.scales import spread
 from mlflow_trt.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -31,13 +33,13 @@ def is_quantizing(node: ir.Node) -> bool:
 
 
 def rewrite_quantized(model: ir.Model) -> Iterator[str]:
-    """Take uint8, int32 and zero points out of Q/DQ, in place, and tell of what this was done.
+    """Take uint8, 16 bits, int32 and zero points out of Q/DQ, in place, and tell of what this was done.
 
     1. A constant that is quantized to uint8, or dequantized from it, becomes int8 where all its values fit once the
        zero point is taken off, and float elsewhere; one that is dequantized from int32 becomes float.
     2. A pair of uint8 with the zero point 128 becomes one of int8 with the zero point 0, and computes exactly the same.
-    3. A pair of uint8 or int8 with another zero point is written as the float arithmetic by which ONNX defines it,
-       which gives the same numbers; what reads it computes in float.
+    3. A pair of uint8 or int8 with another zero point, or of 16 bits, is written as the float arithmetic by which ONNX
+       defines it, which gives the same numbers; what reads it computes in float.
 
     Raises UnsupportedModelError for a node of which none of this can be done.
     """
@@ -71,10 +73,12 @@ def _is_foreign(node: ir.Node, kind: ir.DataType | None) -> bool:
     """Whether TensorRT misreads or refuses what it quantizes to, or dequantizes from."""
     import onnx_ir as ir
 
-    if kind == ir.DataType.UINT8:
+    if kind in (ir.DataType.UINT4, ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16):
+        return True
+    if kind == ir.DataType.INT4 and node.op_type == "QuantizeLinear":
         return True
     zero = constant_of(node.inputs[2]) if len(node.inputs) > 2 else None
-    return kind == ir.DataType.INT8 and zero is not None and bool(zero.any())
+    return kind in (ir.DataType.INT4, ir.DataType.INT8) and zero is not None and bool(zero.any())
 
 
 def _store_quantized(node: ir.Node, values: npt.NDArray[np.generic]) -> None:
@@ -94,7 +98,7 @@ def _rewrite_pair(node: ir.Node, opset: int) -> tuple[str, set[ir.Node]]:
     forms = [_ScaleAndZeroPoint.of(one) for one in (node, *readers)]
     if not result.is_graph_output() and all(form.is_centered for form in forms):
         for one, form in zip((node, *readers), forms, strict=True):
-            _write_as_int8(one, form)
+            _write_around_zero(one, form, np.int8)
         return (
             f"{label(node)} quantizes to uint8 around 128: it is written as int8 around 0, the same",
             set(),
@@ -109,10 +113,15 @@ def _rewrite_pair(node: ir.Node, opset: int) -> tuple[str, set[ir.Node]]:
     else:
         remove(node)
     told = (
-        f"{label(node)} quantizes to {forms[0].zero.dtype} with a zero point that TensorRT does not have: it is "
-        "written as float arithmetic, which gives the same numbers, and what reads it computes in float"
+        f"{label(node)} quantizes to {forms[0].zero.dtype} with {_lacking(forms[0])} that TensorRT does not have: it "
+        "is written as float arithmetic, which gives the same numbers, and what reads it computes in float"
     )
     return told, {node, *readers}
+
+
+def _lacking(form: _ScaleAndZeroPoint) -> str:
+    bits = {"int4": 4, "uint4": 4, "int16": 16, "uint16": 16}.get(form.zero.dtype.name)
+    return "a zero point" if bits is None else f"{bits} bits"
 
 
 def _rewrite_reader(node: ir.Node) -> str:
@@ -122,10 +131,14 @@ def _rewrite_reader(node: ir.Node) -> str:
         replace(node, _emulate_dequantizing(node, form, value))
         return f"{label(node)} dequantizes what is not constant: it is written as float arithmetic, the same"
     shifted = stored.astype(np.int32) - form.spread(form.zero, stored.shape).astype(np.int32)
-    if shifted.min(initial=0) >= -128 and shifted.max(initial=0) <= 127:
-        node.replace_input_with(0, insert_constant(node, shifted.astype(np.int8)))
-        _write_as_int8(node, form)
-        return f"{label(node)} dequantizes constants with a zero point: they are stored as int8 with 0, the same"
+    narrow = ml_dtypes.int4 if form.zero.dtype in (ml_dtypes.int4, ml_dtypes.uint4) else np.int8
+    for dtype in dict.fromkeys((narrow, np.int8)):
+        low, high = _ends_of(dtype)
+        if shifted.min(initial=0) >= low and shifted.max(initial=0) <= high:
+            node.replace_input_with(0, insert_constant(node, shifted.astype(dtype)))
+            _write_around_zero(node, form, dtype)
+            name = np.dtype(dtype).name
+            return f"{label(node)} dequantizes constants with a zero point: they are stored as {name} with 0, the same"
     _store_numbers(node, form, shifted)
     return (
         f"{label(node)} dequantizes constants that do not fit in int8 with the zero point 0, the only one that "
@@ -135,7 +148,7 @@ def _rewrite_reader(node: ir.Node) -> str:
 
 def _rewrite_int32_reader(node: ir.Node) -> str:
     """ONNX Runtime's quantizer stores the biases of convolutions and matrix products like that."""
-    form, stored = _ScaleAndZeroPoint.of(node, default=np.int32), constant_of(node.inputs[0])
+    form, stored = _ScaleAndZeroPoint.of(node), constant_of(node.inputs[0])
     if stored is None:
         value = insert_node(node, "Cast", [node.inputs[0]], to=1)
         replace(node, _emulate_dequantizing(node, form, value))
@@ -173,7 +186,7 @@ def _store_numbers(node: ir.Node, form: _ScaleAndZeroPoint, integers: npt.NDArra
     replace(node, insert_constant(node, numbers.astype(_dequantized_type(node).numpy())))
 
 
-def _write_as_int8(node: ir.Node, form: _ScaleAndZeroPoint) -> None:
+def _write_around_zero(node: ir.Node, form: _ScaleAndZeroPoint, dtype: npt.DTypeLike) -> None:
     import onnx_ir as ir
 
     node.domain = ""
@@ -181,7 +194,17 @@ def _write_as_int8(node: ir.Node, form: _ScaleAndZeroPoint) -> None:
         node.attributes.pop("output_dtype", None)
         node.outputs[0].type = ir.TensorType(ir.DataType.INT8)
     node.resize_inputs(3)
-    node.replace_input_with(2, insert_constant(node, np.zeros(form.scale.shape, np.int8)))
+    node.replace_input_with(2, insert_constant(node, np.zeros(form.scale.shape, dtype)))
+
+
+def _stored_type(node: ir.Node) -> ir.DataType:
+    """The type on the quantized side of a node."""
+    import onnx_ir as ir
+
+    if node.op_type == "QuantizeLinear":
+        return _quantized_type(node)
+    kind = node.inputs[0].dtype if node.inputs[0] is not None else None
+    return kind or ir.DataType.UINT8
 
 
 def _quantized_type(node: ir.Node) -> ir.DataType:
@@ -204,6 +227,11 @@ def _dequantized_type(node: ir.Node) -> ir.DataType:
     return scale.dtype if scale is not None and scale.dtype is not None else ir.DataType.FLOAT
 
 
+def _ends_of(dtype: npt.DTypeLike) -> tuple[int, int]:
+    ends = ml_dtypes.iinfo(dtype)  # type: ignore[no-untyped-call]  # ships no types; numpy's does not know 4 bits
+    return int(ends.min), int(ends.max)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _ScaleAndZeroPoint:
     """Scale and zero point of a node: scalars, one value for each index of `axis`, or one for each block along it."""
@@ -215,11 +243,11 @@ class _ScaleAndZeroPoint:
     block: int
 
     @classmethod
-    def of(cls, node: ir.Node, default: npt.DTypeLike = np.uint8) -> _ScaleAndZeroPoint:
+    def of(cls, node: ir.Node) -> _ScaleAndZeroPoint:
         """Raises UnsupportedModelError where one of them is computed."""
         given = node.inputs[2] if len(node.inputs) > 2 else None
         scale = constant_of(node.inputs[1])
-        zero = np.zeros((), default) if given is None else constant_of(given)
+        zero = np.zeros((), _stored_type(node).numpy()) if given is None else constant_of(given)
         if scale is None or zero is None:
             _refuse(node, "its scale or its zero point is computed, and not a constant")
         axis, block = node.attributes.get("axis"), node.attributes.get("block_size")
@@ -233,29 +261,25 @@ class _ScaleAndZeroPoint:
 
     @property
     def limits(self) -> tuple[int, int]:
-        return (-128, 127) if self.zero.dtype == np.int8 else (0, 255)
+        return _ends_of(self.zero.dtype)
 
     @property
     def is_centered(self) -> bool:
         """Whether it is the same as int8 with the zero point 0."""
-        return bool((self.zero == (0 if self.zero.dtype == np.int8 else _MIDDLE)).all())
+        middle = {"int8": 0, "uint8": _MIDDLE}.get(self.zero.dtype.name)
+        return middle is not None and bool((self.zero == middle).all())
 
     def spread(self, values: npt.NDArray[np.generic], shape: tuple[int, ...] | None = None) -> npt.NDArray[np.float32]:
         """In float32, and in a shape that broadcasts with the node's input, whose shape may be given.
 
         Raises UnsupportedModelError where that shape is needed and not known.
         """
-        numbers = values.astype(np.float32)
-        if numbers.size == 1:
-            return numbers.reshape(())
+        if values.size == 1:
+            return spread(values, (), 0, 0)
         known = self.node.inputs[0].shape if self.node.inputs[0] is not None else None
         if shape is None and (self.block or known is None):
             _refuse(self.node, "it has a scale for each channel or block, and the shape of its input is not known")
-        rank = len(shape if shape is not None else known or ())
-        axis = self.axis % rank
-        if self.block and shape is not None:
-            return np.repeat(numbers, self.block, axis).take(np.arange(shape[axis]), axis)
-        return numbers.reshape([-1 if index == axis else 1 for index in range(rank)])
+        return spread(values, shape if shape is not None else (1,) * len(known or ()), self.axis, self.block)
 
 
 def _refuse(node: ir.Node, why: str) -> NoReturn:

@@ -11,7 +11,7 @@ biases stay float32. Source: "Working with Quantized Types" in TensorRT's docume
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import ml_dtypes
@@ -24,12 +24,14 @@ from mlflow_trt.convert.onnx.model import attribute_of, bodies_of, copy_of
 from mlflow_trt.convert.onnx.weights import WeightFile
 from mlflow_trt.convert.precision.ranges import Evidence
 from mlflow_trt.convert.precision.report import report_of
+from mlflow_trt.convert.precision.share import MOVING
 from mlflow_trt.convert.precision.typed_graph import TypedGraph
 from mlflow_trt.core.types import CalibrationMethod, Precision
 
 QUANTIZABLE = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _FLOAT16_SCALES = 19
 """Since this opset, what is quantized may be float16."""
+_NOTHING = f"no node is one of {', '.join(sorted(QUANTIZABLE))}, whose operands are what is quantized"
 _SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)
 
 
@@ -65,7 +67,7 @@ FP8_FORMAT = QuantizedFormat(
 
 @dataclass(frozen=True)
 class QuantizingPass:
-    """Quantizes the nodes of QUANTIZABLE operators whose weight is a constant.
+    """Quantizes the nodes of QUANTIZABLE operators whose weight, which may come first in a product, is a constant.
 
     1. A node stays as it is where `kept` gives a reason, its weight is computed (as in attention), what it reads is
        neither float32 nor float16, or its weight is not finite or all 0.
@@ -91,7 +93,8 @@ class QuantizingPass:
         weights_alone: dict[str, str] = {}
         for node in candidates:
             reason = _reason(node, model, evidence)
-            partial = self.weight_only.get(node.op_type) or _uncalibrated(node.input[0], model, evidence, self.target)
+            activation = node.input[1 - _weight_position(node, model)]
+            partial = self.weight_only.get(node.op_type) or _uncalibrated(activation, model, evidence, self.target)
             if reason is None and partial is not None and self.target.precision is not Precision.INT8:
                 reason = partial
             if reason is not None:
@@ -114,7 +117,7 @@ class QuantizingPass:
                 kept=reasons,
                 weight_only=partly,
                 method=self.method,
-                remarks=_remark_on_weights(partly, self.target),
+                remarks=(_remark_on_weights(partly, self.target) if candidates else (_NOTHING,)),
             )
             return TypedGraph(proto=proto, emulation=proto, report=report, changed=changed)
 
@@ -122,21 +125,44 @@ class QuantizingPass:
 
 
 def is_quantized(model: ModelProto) -> bool:
-    """Whether a model brings its own Q/DQ, also in its functions and in graphs inside of its nodes."""
-    return any(node.op_type == "QuantizeLinear" for body in bodies_of(model) for node in body.node)
+    """Whether a model brings its own Q/DQ: something in it, be it in a function or in a graph inside, computes with it.
+
+    A QuantizeLinear for an output alone, say, leaves everything else in float.
+    """
+    return any(_computes_quantized(body.node) for body in bodies_of(model))
+
+
+def _computes_quantized(nodes: Iterable[NodeProto]) -> bool:
+    listed = list(nodes)
+    dequantized = {name for node in listed if node.op_type == "DequantizeLinear" for name in node.output}
+    quantizes = any(node.op_type == "QuantizeLinear" for node in listed)
+    return quantizes and any(
+        node.op_type not in MOVING and any(node.input) and dequantized.issuperset(filter(None, node.input[:2]))
+        for node in listed
+    )
 
 
 def _reason(node: NodeProto, model: FlatModel, evidence: Evidence) -> str | None:
-    activation, weight = node.input[0], node.input[1]
+    position = _weight_position(node, model)
+    activation, weight = node.input[1 - position], node.input[position]
     kinds = {model.types.get(activation), model.types.get(weight)}
     if kinds not in ({TensorProto.FLOAT}, {TensorProto.FLOAT16}):
         return "it does not compute in float32 or float16"
-    if activation in model.constants or weight not in model.constants:
+    if weight not in model.constants:
         return f"its weight {weight} is computed, not constant"
+    if activation in model.constants:
+        return "both of its operands are constant"
     if evidence.not_finite.get(weight) or not evidence.largest.get(weight):
         seen = "values that are not finite" if evidence.not_finite.get(weight) else "no value but 0"
         return f"{weight} has no range: it has {seen}"
     return None
+
+
+def _weight_position(node: NodeProto, model: FlatModel) -> int:
+    """Which operand is the weight: the second, or the first of a product whose first one alone is constant."""
+    first, second = node.input[0], node.input[1]
+    is_product = node.op_type in ("MatMul", "Gemm")
+    return 0 if is_product and first in model.constants and second not in model.constants else 1
 
 
 def _uncalibrated(activation: str, model: FlatModel, evidence: Evidence, target: QuantizedFormat) -> str | None:
@@ -198,10 +224,12 @@ class _Quantization:
     def _nodes(self, node: NodeProto) -> Iterator[NodeProto]:
         changed = copy_of(node)
         if node.name in self._changed:
-            operands = ((0, self._activation), (1, self._weight))
+            weight = _weight_position(node, self._model)
+            operands = ((1 - weight, self._activation), (weight, self._weight))
             for position, make in operands[1:] if node.name in self._weight_only else operands:
                 tensor = node.input[position]
-                axis = _channel_axis(node, self._model.constants[tensor].ndim) if position else None
+                is_weight = position == weight
+                axis = _channel_axis(node, position, self._model.constants[tensor].ndim) if is_weight else None
                 key = (tensor, axis)
                 if key not in self._dequantized:
                     self._dequantized[key] = self._name(f"{tensor}_dequantized")
@@ -281,12 +309,13 @@ class _QuantizedWeights:
         return self._file.add(f"{tensor}_{self._target.name}", values, self._target.onnx_type), scales
 
 
-def _channel_axis(node: NodeProto, dimensions: int) -> int | None:
-    """The axis of a node's weight along which its output channels lie."""
+def _channel_axis(node: NodeProto, position: int, dimensions: int) -> int | None:
+    """The axis of a node's weight, which is its operand at `position`, along which its output channels lie."""
     if node.op_type == "Conv":
         return 0
     if node.op_type == "ConvTranspose":
         return 1
     if node.op_type == "Gemm":
-        return 0 if attribute_of(node, "transB").i else 1
-    return 1 if dimensions == 2 else None
+        is_transposed = attribute_of(node, "transB" if position else "transA").i
+        return position ^ bool(is_transposed)
+    return position if dimensions == 2 else None

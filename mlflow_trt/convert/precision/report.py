@@ -37,7 +37,9 @@ def report_of(
     weight_only = weight_only or {}
     operators = {node.name: node.op_type for node in model.proto.graph.node}
     samples, sha256 = evidence.seen_on or (str(evidence.samples), evidence.samples.sha256)
-    largest = sorted(evidence.largest.items(), key=lambda item: -item[1])[:_RANGES_LISTED]
+    # What is infinite throughout, as masks are, has no largest value; it is among those that are not finite.
+    finite = ((name, seen) for name, seen in evidence.largest.items() if seen or name not in evidence.not_finite)
+    largest = sorted(finite, key=lambda item: -item[1])[:_RANGES_LISTED]
     node_types = {type_name: len(changed), f"{type_name} weights": len(weight_only), "float32": len(kept)}
     return PrecisionReport(
         precision=precision,

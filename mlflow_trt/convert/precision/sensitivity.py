@@ -169,7 +169,8 @@ class Sensitivity:
         array = self._constants[tensor]
         largest = self._seen(tensor)
         if largest > self._format.largest:
-            yield f"the constant {tensor} has {largest:.4g}, and {self._format.name} ends at {self._format.largest:.4g}"
+            beyond = array[np.isfinite(array) & (np.abs(array) == largest)][0]
+            yield f"the constant {tensor} has {beyond:.4g}, and {self._format.name} ends at {self._format.largest:.4g}"
         with np.errstate(over="ignore"):
             rounded = array.astype(self._format.dtype).astype(np.float32)
         vanishing = array[(array != 0) & (rounded == 0)]

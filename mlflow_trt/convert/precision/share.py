@@ -16,7 +16,7 @@ from mlflow_trt.core.arrays import Feeds
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _RECURRENT = frozenset({"GRU", "LSTM", "RNN"})
-_MOVING = frozenset(
+MOVING = frozenset(
     """Cast Concat DepthToSpace DequantizeLinear Expand Flatten Gather GatherElements GatherND Identity QuantizeLinear
     Reshape Shape Slice SpaceToDepth Split Squeeze Tile Transpose Unsqueeze""".split()  # noqa: SIM905  # easier to read
 )
@@ -52,13 +52,13 @@ def quantized_nodes(model: FlatModel) -> frozenset[str]:
     found = set()
     for node in model.proto.graph.node:
         operands = [name for name in node.input[:2] if name and model.types.get(name) in _FLOATS]
-        if node.op_type not in _MOVING and operands and all(is_quantized(name) for name in operands):
+        if node.op_type not in MOVING and operands and all(is_quantized(name) for name in operands):
             found.add(node.name)
     return frozenset(found)
 
 
 def _computes_floats(node: NodeProto, model: FlatModel) -> bool:
-    return node.op_type not in _MOVING and any(model.types.get(name) in _FLOATS for name in (*node.input, *node.output))
+    return node.op_type not in MOVING and any(model.types.get(name) in _FLOATS for name in (*node.input, *node.output))
 
 
 def _shapes_for(model: FlatModel, feeds: Feeds) -> Mapping[str, tuple[int, ...]]:

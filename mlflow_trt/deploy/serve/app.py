@@ -119,7 +119,7 @@ class App:
         if action == "infer":
             await self._calls.infer(exchange, model)
         elif action == "ready":
-            await self._pages.ready(exchange)
+            await self._pages.model_ready(exchange, model)
         elif action == "stats":
             versions = [version] if version else self._repository.versions(name)
             await self._pages.statistics(exchange, [self._repository.find(name, one) for one in versions])

@@ -81,13 +81,16 @@ class Inference:
         if request.timeout is not None:
             deadline.cut(request.timeout)
         parsed = time.monotonic()
-        written = await self._run(model, exchange, request)
+        written, begun = await self._run(model, exchange, request)
         answered = time.monotonic()
         await exchange.answer_tensors(*written.answer)
-        times = Times(arrived, parsed, written.ended, answered)
+        times = Times(arrived, parsed, begun or parsed, written.ended, answered)
         model.statistics.succeeded(times, written.rows)
 
-    async def _run(self, model: ServedModel, exchange: Exchange, request: InferRequest) -> _WrittenOutputs:
+    async def _run(
+        self, model: ServedModel, exchange: Exchange, request: InferRequest
+    ) -> tuple[_WrittenOutputs, float | None]:
+        """What is to be answered, and when the run began."""
         future: asyncio.Future[_WrittenOutputs] = self._loop.create_future()
         mailbox = self._mailbox
 
@@ -108,7 +111,7 @@ class Inference:
         submission = model.session.submit(request.feeds, done)
         watch = _Watch(self._loop, exchange, future)
         try:
-            return await future
+            return await future, submission.begun
         except asyncio.CancelledError:
             submission.cancel()
             if watch.is_gone:

@@ -19,15 +19,13 @@ _MODEL = ("model", "version")
 _SECONDS: dict[str, tuple[str, Callable[[Statistics], Histogram]]] = {
     "request": ("From the whole request to the beginning of its answer.", lambda of: of.total),
     "read": ("Reading the tensors of a request.", lambda of: of.reading),
-    "inference": (
-        "Waiting for a turn and running, with the copies to the GPU and back.",
-        lambda of: of.inference,
-    ),
+    "queue": ("Waiting for a turn, and for others to run with.", lambda of: of.waiting),
+    "inference": ("Running, with the copies to the GPU and back.", lambda of: of.inference),
     "write": ("Writing the tensors of an answer.", lambda of: of.writing),
 }
 
 
-class Metrics:
+class Metrics(Collector):
     """The text that Prometheus reads.
 
     Args:
@@ -44,26 +42,16 @@ class Metrics:
         refused: Mapping[Cause, int],
         gpu_memory: Callable[[], dict[str, tuple[int, int]]],
     ) -> None:
-        self._registry = CollectorRegistry()
-        ProcessCollector(registry=self._registry)
-        self._registry.register(_Models(repository, admission, refused, gpu_memory))
-
-    def text(self) -> bytes:
-        return generate_latest(self._registry)
-
-
-class _Models(Collector):
-    def __init__(
-        self,
-        repository: ModelRepository,
-        admission: Admission,
-        refused: Mapping[Cause, int],
-        gpu_memory: Callable[[], dict[str, tuple[int, int]]],
-    ) -> None:
         self._repository = repository
         self._admission = admission
         self._refused = refused
         self._gpu_memory = gpu_memory
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        self._registry.register(self)
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
         info = GaugeMetricFamily(

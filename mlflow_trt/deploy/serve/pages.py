@@ -42,7 +42,7 @@ class Pages:
         self.by_address: dict[tuple[str, str], Page] = {
             ("GET", "/v2"): self._server,
             ("GET", "/v2/health/live"): self._live,
-            ("GET", "/v2/health/ready"): self.ready,
+            ("GET", "/v2/health/ready"): self._ready,
             ("GET", "/v2/models/stats"): self._all_statistics,
             ("POST", "/v2/repository/index"): self._index,
             ("GET", "/metrics"): self._tell_metrics,
@@ -51,12 +51,10 @@ class Pages:
             ("GET", "/version"): self._mlflow_version,
         }
 
-    async def ready(self, exchange: Exchange) -> None:
-        """200 with nothing, or an error."""
-        problem = self._unready()
-        if problem is not None:
-            raise problem
-        await exchange.answer(200, [])
+    async def model_ready(self, exchange: Exchange, model: ServedModel) -> None:
+        """Whether requests for the model may come: 200, or an error."""
+        self._check_ready()
+        await exchange.answer_json({"name": model.name, "ready": True})
 
     async def model(self, exchange: Exchange, model: ServedModel, version: str | None) -> None:
         """What a model takes and gives."""
@@ -72,7 +70,16 @@ class Pages:
         await exchange.answer_json({"name": "mlflow-trt", "version": __version__, "extensions": self._extensions})
 
     async def _live(self, exchange: Exchange) -> None:
-        await exchange.answer(200, [])
+        await exchange.answer_json({"live": True})
+
+    async def _ready(self, exchange: Exchange) -> None:
+        self._check_ready()
+        await exchange.answer_json({"ready": True})
+
+    def _check_ready(self) -> None:
+        problem = self._unready()
+        if problem is not None:
+            raise problem
 
     async def _all_statistics(self, exchange: Exchange) -> None:
         await self.statistics(exchange, self._repository)
@@ -84,9 +91,7 @@ class Pages:
         await exchange.answer(200, [self._metrics.text()], CONTENT_TYPE)
 
     async def _ping(self, exchange: Exchange) -> None:
-        problem = self._unready()
-        if problem is not None:
-            raise problem
+        self._check_ready()
         await exchange.answer(200, [b"\n"])
 
     async def _mlflow_version(self, exchange: Exchange) -> None:

@@ -61,7 +61,8 @@ class Answer(NamedTuple):
 class Signature:
     """A model's inputs and outputs as the protocol has them.
 
-    `binary` names inputs whose rows may come as BYTES: the numbers themselves, as binary columns of a DataFrame do.
+    Rows of any input may come as BYTES, the numbers themselves, as binary columns of a DataFrame do; `binary` names
+    those that are described so.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -136,7 +137,7 @@ def parse_request(
         spec = signature.input(tensor.get("name"))
         if spec.name in feeds:
             raise InputError(f"input {spec.name!r} is there twice", tensor=spec.name)
-        feeds[spec.name] = _input(tensor, spec, signature, rest, regions)
+        feeds[spec.name] = _input(tensor, spec, rest, regions)
     rest.check_read()
     seen: set[str] = set()
     outputs = tuple([_wanted(tensor, signature, seen, regions) for tensor in _objects(request, "outputs")])
@@ -238,16 +239,14 @@ def _timeout(parameters: Mapping[str, Any]) -> float | None:
     return value / _MICROSECONDS if value else None
 
 
-def _input(
-    tensor: Mapping[str, Any], spec: TensorSpec, signature: Signature, rest: _Rest, regions: Regions | None
-) -> Array:
+def _input(tensor: Mapping[str, Any], spec: TensorSpec, rest: _Rest, regions: Regions | None) -> Array:
     name = f"input {spec.name!r}"
     shape = tensor.get("shape")
     if not oip.is_shape(shape):
         raise InputShapeError(f"{name} has no shape: expected a list of sizes", tensor=spec.name)
     assert isinstance(shape, list)  # noqa: S101  # for the type checker
     datatype = tensor.get("datatype")
-    is_cells = datatype == oip.BYTES and spec.name in signature.binary
+    is_cells = datatype == oip.BYTES  # as in a column of bytes, whatever the signature says
     if datatype != oip.DATATYPES[spec.dtype] and not is_cells:
         raise InputDtypeError(
             f"{name} has the datatype {quoted(datatype)}; expected {oip.DATATYPES[spec.dtype]}", tensor=spec.name

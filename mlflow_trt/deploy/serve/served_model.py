@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -10,12 +11,11 @@ from mlflow import pyfunc
 from mlflow.models import Model
 from mlflow.types import DataType
 
-from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.deploy.serve.model_source import ModelSource
 from mlflow_trt.deploy.serve.protocol import Signature
 from mlflow_trt.deploy.serve.statistics import Statistics
 from mlflow_trt.flavor.fetch import open_folder
-from mlflow_trt.flavor.pyfunc import PyfuncModel
+from mlflow_trt.flavor.pyfunc import pyfunc_of, settings_of
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.store.load import open_session
 
@@ -28,7 +28,7 @@ class ServedModel:
         retired: no request comes to it any more, and the last one that holds it closes it.
     """
 
-    def __init__(self, source: ModelSource, session: Session, metadata: Model, *, answers: str) -> None:
+    def __init__(self, source: ModelSource, session: Session, metadata: Model, impl: Any) -> None:
         self.name = source.name
         self.version = source.version
         self.source = source
@@ -39,7 +39,8 @@ class ServedModel:
         self.statistics = Statistics()
         self.users = 0
         self.retired = False
-        self.pyfunc = pyfunc.PyFuncModel(model_meta=metadata, model_impl=PyfuncModel(session, answers=answers))
+        self.pyfunc = pyfunc.PyFuncModel(model_meta=metadata, model_impl=impl)
+        self._files = contextlib.ExitStack()
 
     def __str__(self) -> str:
         return f"{self.name}, version {self.version}: {self.session.description}"
@@ -61,6 +62,11 @@ class ServedModel:
     def close(self) -> None:
         """Free the GPU, after the calls that run."""
         self.session.close()
+        self._files.close()
+
+    def keep(self, files: contextlib.ExitStack) -> None:
+        """Close files that the model reads when it likes, after it was closed itself."""
+        self._files = files
 
     def _close_if_unused(self) -> None:
         if self.retired and not self.users:
@@ -68,20 +74,27 @@ class ServedModel:
 
 
 def load_served_model(source: ModelSource, settings: Mapping[str, Any]) -> ServedModel:
-    """Load a model, with every batch size warmed up; what was downloaded for that is deleted.
+    """Load a model, with every batch size warmed up.
+
+    What was downloaded for that is deleted, but for a whole model, whose code may read its files at any time.
 
     Raises what `mlflow_trt.load_model` raises.
     """
-    with open_folder(source.uri) as folder:
+    with contextlib.ExitStack() as files:
+        folder = files.enter_context(open_folder(source.uri))
         metadata = Model.load(str(folder.path))
         logged = metadata.flavors[pyfunc.FLAVOR_NAME].get(pyfunc.MODEL_CONFIG) or {}
-        chosen = LoadSettings.of({**logged, **settings})
+        chosen, rest = settings_of(folder, {**logged, **settings})
         session = open_session(folder, chosen)
-    try:
-        return ServedModel(source, session, metadata, answers=chosen.answers)
-    except BaseException:
-        session.close()
-        raise
+        try:
+            impl = pyfunc_of(folder, session, chosen, rest)
+            model = ServedModel(source, session, metadata, impl)
+        except BaseException:
+            session.close()
+            raise
+        if folder.record.whole is not None:
+            model.keep(files.pop_all())
+    return model
 
 
 def _binary_columns(metadata: Model) -> list[str]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,7 +62,8 @@ class ServeOptions:
         shared_memory_prefix: what the names of shared memory begin with that clients may register; None for none.
         access_log: print a line of JSON for each request.
         tracing: by OpenTelemetry's ASGI instrumentation, which has to be installed.
-        ssl_keyfile, ssl_certfile, ssl_keyfile_password, ssl_ca_certs: as uvicorn has them.
+        ssl_keyfile, ssl_certfile, ssl_keyfile_password: as uvicorn has them.
+        ssl_ca_certs: who has to have signed the certificate that each client brings, probes, too; None asks for none.
 
     Raises:
         OptionError: an option makes no sense.
@@ -90,6 +92,8 @@ class ServeOptions:
         for option in ("follow_aliases", "drain_seconds"):
             if not 0 <= getattr(self, option) < float("inf"):
                 raise OptionError(f"{option} is {getattr(self, option)}; expected seconds, 0 or more", option=option)
+        if self.ssl_ca_certs is not None and self.ssl_certfile is None:
+            raise OptionError("ssl_ca_certs is for HTTPS, which ssl_certfile makes it", option="ssl_ca_certs")
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise OptionError("give both of ssl_keyfile and ssl_certfile, or none", option="ssl_keyfile")
         for option in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
@@ -198,6 +202,8 @@ def _config(app: Any, options: ServeOptions) -> uvicorn.Config:
         ssl_certfile=options.ssl_certfile,
         ssl_keyfile_password=options.ssl_keyfile_password,
         ssl_ca_certs=str(options.ssl_ca_certs) if options.ssl_ca_certs else None,
+        # Without it, the certificates of clients would not be looked at.
+        ssl_cert_reqs=ssl.CERT_REQUIRED if options.ssl_ca_certs else ssl.CERT_NONE,
     )
 
 
@@ -242,7 +248,7 @@ def _tracing() -> Callable[[App], Any]:
         from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
     except ImportError as error:
         raise MissingDependencyError(
-            "opentelemetry-instrumentation-asgi is not installed, which tracing needs",
+            "opentelemetry-instrumentation-asgi is not installed: `pip install 'mlflow-trt[tracing]'`",
             packages=("opentelemetry-instrumentation-asgi",),
         ) from error
     return lambda app: OpenTelemetryMiddleware(app, excluded_urls="health,ping,metrics")

@@ -17,10 +17,14 @@ BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1
 
 
 class Times(NamedTuple):
-    """When a request was read, and its tensors were; when it had run, and was answered: in seconds of one clock."""
+    """When a request was read, and its tensors were; when it had its turn, had run, and was answered.
+
+    In seconds of one clock. A turn that is not known counts as one at once.
+    """
 
     arrived: float
     parsed: float
+    begun: float
     ended: float
     answered: float
 
@@ -60,6 +64,7 @@ class Statistics:
     def __init__(self) -> None:
         self.total = Histogram()
         self.reading = Histogram()
+        self.waiting = Histogram()
         self.inference = Histogram()
         self.writing = Histogram()
         self.failed = Histogram()
@@ -70,7 +75,8 @@ class Statistics:
     def succeeded(self, times: Times, rows: int) -> None:
         self.total.observe(times.answered - times.arrived)
         self.reading.observe(times.parsed - times.arrived)
-        self.inference.observe(times.ended - times.parsed)
+        self.waiting.observe(times.begun - times.parsed)
+        self.inference.observe(times.ended - times.begun)
         self.writing.observe(times.answered - times.ended)
         self.rows += rows
         self.last = time.time()
@@ -87,8 +93,7 @@ class Statistics:
     def told(self, name: str, version: str, runs: dict[int, int]) -> dict[str, Any]:
         """As Triton's extension `statistics` tells it.
 
-        How long a request waited for its turn is part of `compute_infer`. Of a batch, only how often its size was run
-        is known.
+        Of a batch, only how often its size was run is known.
         """
         nothing = {"count": 0, "ns": 0}
         return {
@@ -100,7 +105,7 @@ class Statistics:
             "inference_stats": {
                 "success": self.total.told(),
                 "fail": self.failed.told(),
-                "queue": nothing,
+                "queue": self.waiting.told(),
                 "compute_input": self.reading.told(),
                 "compute_infer": self.inference.told(),
                 "compute_output": self.writing.told(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +17,21 @@ from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.store.artifact.utils.models import get_model_name_and_version
 
+from mlflow_trt.convert.recipe import ShapeRequest
+from mlflow_trt.core.arrays import Feeds
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.errors import ArtifactError
 from mlflow_trt.flavor.fetch import download, local_path
+from mlflow_trt.flavor.tracking import check_server
+from mlflow_trt.flavor.whole.package import WholeSource
 from mlflow_trt.registry.sources.exporting import Export
+from mlflow_trt.registry.sources.whole.convert import NEEDS as NEEDS_OF_WHOLE
+from mlflow_trt.registry.sources.whole.convert import OpenedWhole, WholeOptions, open_whole
+from mlflow_trt.registry.sources.whole.estimators import SKLEARN, open_estimator
+from mlflow_trt.registry.sources.whole.find import check_flavor_conf, whole_flavor
 
 ONNX = "onnx"
+EXPORTED = "exported"
 EXPORTERS = {"pytorch": "pytorch", "sklearn": "sklearn", "tensorflow": "tensorflow", "keras": "tensorflow"}
 """The flavors that are exported to ONNX first, and the modules here that do it."""
 
@@ -34,6 +43,8 @@ class SourceModel:
     """An ONNX file, and what the MLflow model that it is from carries over to what is made of it.
 
     `lineage` says where it came from, for the record. `tags` and `description` are those of a registered version.
+    `whole` is what surrounds the network of a whole model, whose `shapes` are to be built for where nobody says
+    otherwise, and `samples` are what it was seen to be called with.
     """
 
     path: Path
@@ -43,14 +54,17 @@ class SourceModel:
     metadata: dict[str, Any] | None = None
     description: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
+    whole: WholeSource | None = None
+    shapes: Sequence[ShapeRequest] = ()
+    samples: Sequence[Feeds] | None = None
 
 
 @contextmanager
-def open_source(source: str | os.PathLike[str]) -> Iterator[SourceModel]:
+def open_source(source: str | os.PathLike[str], options: WholeOptions | None = None) -> Iterator[SourceModel]:
     """An MLflow model, downloaded for the length of the block and exported to ONNX if need be, or an ONNX file.
 
-    Raises ArtifactError for an MLflow model of no flavor that can be converted, MissingDependencyError where its
-    exporter is not installed, OnnxModelError where that fails.
+    `options` are for whole models. Raises ArtifactError for an MLflow model of no flavor that can be converted,
+    MissingDependencyError where its exporter is not installed, OnnxModelError where that fails.
     """
     source = os.fspath(source)
     local = local_path(source)
@@ -65,7 +79,7 @@ def open_source(source: str | os.PathLike[str]) -> Iterator[SourceModel]:
         folder = download(lineage["source"], workdir)
         model = Model.load(str(folder))
         identity = {key: value for key in ("model_id", "run_id") if (value := getattr(model, key))}
-        path, exported = _onnx_file(source, model, folder)
+        path, exported, whole = _onnx_file(source, model, folder, options or WholeOptions())
         signature = model.signature
         if signature is not None and "left_out" in exported:
             signature = ModelSignature(inputs=signature.inputs, params=signature.params)
@@ -77,19 +91,32 @@ def open_source(source: str | os.PathLike[str]) -> Iterator[SourceModel]:
             metadata=model.metadata or None,
             description=description,
             tags=tags,
+            whole=whole.source if whole is not None else None,
+            shapes=whole.shapes if whole is not None else (),
+            samples=whole.samples if whole is not None else None,
         )
 
 
-def _onnx_file(source: str, model: Model, folder: Path) -> tuple[Path, dict[str, str]]:
-    """The ONNX file of a downloaded model, exported where it has none, and what the lineage says about the export."""
+def _onnx_file(
+    source: str, model: Model, folder: Path, options: WholeOptions
+) -> tuple[Path, dict[str, str], OpenedWhole | None]:
+    """The ONNX file of a downloaded model, exported where it has none, and what the lineage says about the export.
+
+    For a whole model it is that of its network, and what surrounds that is there, too.
+    """
     flavor = _check_flavor(source, model)
     if flavor == ONNX:
-        return folder / model.flavors[ONNX]["data"], {}
-    exporter = _exporter_of(flavor)
-    target = folder / "exported"
+        return folder / model.flavors[ONNX]["data"], {}, None
+    target = folder / EXPORTED
     target.mkdir()
-    export: Export = exporter.export(model, folder, target)
-    return export.path, export.lineage(flavor)
+    if flavor == SKLEARN and options.whole:
+        opened = open_estimator(model, folder, target, options)
+        return opened.export.path, opened.export.lineage(flavor), opened
+    if flavor == whole_flavor(model):
+        opened = open_whole(source, model, folder, target, flavor, options)
+        return opened.export.path, opened.export.lineage(flavor), opened
+    export: Export = _exporter_of(flavor).export(model, folder, target)
+    return export.path, export.lineage(flavor), None
 
 
 def _check_flavor(source: str, model: Model) -> str:
@@ -97,14 +124,18 @@ def _check_flavor(source: str, model: Model) -> str:
 
     Raises ArtifactError where there is none, MissingDependencyError where its exporter is not installed.
     """
-    flavor = next((flavor for flavor in (ONNX, *EXPORTERS) if flavor in model.flavors), None)
+    flavor = next((flavor for flavor in (ONNX, *EXPORTERS) if flavor in model.flavors), None) or whole_flavor(model)
     if flavor is None:
         raise ArtifactError(
-            f"{source} has the flavors {', '.join(model.flavors)}; expected onnx or one of {', '.join(EXPORTERS)}. "
+            f"{source} has the flavors {', '.join(model.flavors)}; expected onnx or one of {', '.join(EXPORTERS)}, "
+            "transformers, sentence_transformers, or a PythonModel with a network in it. "
             "Export the model to ONNX and log it with mlflow.onnx.log_model, or convert the ONNX file itself."
         )
-    if flavor != ONNX:
+    if flavor in EXPORTERS:
         _exporter_of(flavor).NEEDS.check(source)
+    elif flavor in NEEDS_OF_WHOLE:
+        check_flavor_conf(model, source)
+        NEEDS_OF_WHOLE[flavor].check(source)
     return flavor
 
 
@@ -126,6 +157,7 @@ def registered_version(uri: str) -> ModelVersion | None:
     """The registered version that a URI names, if it names one: `models:/` may be followed by a logged model's id."""
     if not uri.startswith("models:/"):
         return None
+    check_server()
     client = MlflowClient()
     found = get_model_name_and_version(client, uri)
     return client.get_model_version(*map(str, found)) if len(found) == 2 else None

@@ -149,7 +149,8 @@ def _exported(
 
 
 def _first_lines(error: BaseException | None) -> str:
-    return (str(error).strip() or repr(error))[:2000]
+    text = str(error).strip() or repr(error)
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)[:2000]  # without the colours that torch writes
 
 
 def _fixed_symbols(program: Any) -> dict[str, int]:

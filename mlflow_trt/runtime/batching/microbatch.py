@@ -26,7 +26,7 @@ from mlflow_trt.runtime.batching.slots import AnySlot, Slots
 class QueuedCall:
     """One caller's batch. Requests with the same `key` may run together; they have one profile and its sizes."""
 
-    __slots__ = ("batch", "error", "feeds", "key", "no_room", "outputs", "profile", "rows", "sizes", "wake")
+    __slots__ = ("batch", "begun", "error", "feeds", "key", "no_room", "outputs", "profile", "rows", "sizes", "wake")
 
     def __init__(self, feeds: Feeds, rows: int, profile: int, sizes: Sizes, key: Hashable) -> None:
         self.feeds = feeds
@@ -35,6 +35,7 @@ class QueuedCall:
         self.sizes = sizes
         self.key = key
         self.batch: Batch | None = None
+        self.begun: float | None = None  # when its batch had been closed and had a slot, by time.monotonic
         self.no_room = ""  # for the whole batch: what was said
         self.outputs: Outputs | None = None
         self.error: Exception | None = None  # its own: nobody else was in the batch
@@ -214,6 +215,8 @@ class MicroBatcher(Generic[AnySlot]):
                 requests = [request for request in batch.requests if request.is_wanted]
                 if not requests:
                     return
+                for request in requests:
+                    request.begun = begun
                 size = first.sizes.hold(sum(request.rows for request in requests))
                 slot.launch(BatchRows([request.feeds for request in requests], self._axis, size), first.profile)
                 launched = self._launched = time.monotonic()

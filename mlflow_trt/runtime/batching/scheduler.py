@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Generic
 
@@ -107,6 +108,7 @@ class Scheduler(Generic[AnySlot]):
                 return self._run_without_rows(feeds, plan, error)
 
         def end(request: SubmittedRequest) -> None:
+            answer.begun = request.begun
             if request.outputs is not None or request.error is not None or not answer.is_wanted:
                 self._answer(answer, plan, lambda: result(request))
                 return
@@ -128,6 +130,8 @@ class Scheduler(Generic[AnySlot]):
     def _answer(self, answer: PendingAnswer, plan: Plan, result: Callable[[], Outputs]) -> None:
         """Tell what came of a submission, and count it off before, since who is told may send the next one."""
         outputs, failure = None, None
+        if answer.begun is None:
+            answer.begun = time.monotonic()
         try:
             if answer.is_wanted:
                 outputs = result()

@@ -25,7 +25,13 @@ _log = get_logger(__name__)
 
 
 class Submission(Protocol):
-    """A request that was submitted."""
+    """A request that was submitted.
+
+    Attributes:
+        begun: when it had its turn, by `time.monotonic`; None before, and where it is not known.
+    """
+
+    begun: float | None
 
     def cancel(self) -> bool:
         """Forget it: `done` is not called any more, and what is not running yet does not run for it.
@@ -37,9 +43,10 @@ class Submission(Protocol):
 class PendingAnswer:
     """Calls `done` once, unless it was cancelled before."""
 
-    __slots__ = ("_done", "_lock")
+    __slots__ = ("_done", "_lock", "begun")
 
     def __init__(self, done: Done) -> None:
+        self.begun: float | None = None
         self._done: Done | None = done
         self._lock = threading.Lock()
 

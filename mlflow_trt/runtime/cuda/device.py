@@ -1,8 +1,8 @@
-"""CUDA: the primary context, streams, and buffers. The only module that imports pycuda.
+"""CUDA: the primary context, streams, and buffers.
 
-pycuda keeps a stack of contexts for each thread, and a process that ends with one still pushed aborts. So there is one
-primary context for each GPU and process, and every use of it stands in `with device.current():`, which pushes it for
-the calling thread and pops it again. Memory is allocated and freed only inside such a block, and freed explicitly.
+The driver keeps a stack of contexts for each thread, and a process that ends with one still pushed aborts. So there is
+one primary context for each GPU and process, and every use of it stands in `with device.current():`, which pushes it
+for the calling thread and pops it again. Memory is allocated and freed only inside such a block, and freed explicitly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from mlflow_trt.backends.cuda_driver import Hardware, probe
 from mlflow_trt.core.types import Gpu
-from mlflow_trt.errors import ExecutionError, MissingDependencyError, OutOfMemoryError, RuntimeUnavailableError
+from mlflow_trt.errors import ExecutionError, OutOfMemoryError, RuntimeUnavailableError
+from mlflow_trt.runtime.cuda.driver import Driver, load_driver
 from mlflow_trt.runtime.cuda.graphs import DriverGraphs, Graph, Graphs
 
 _devices: dict[int, Device] = {}
@@ -27,12 +28,14 @@ _devices_lock = threading.Lock()
 def open_device(ordinal: int) -> Device:
     """The GPU of that CUDA ordinal; the same object for every caller in this process.
 
-    Raises RuntimeUnavailableError where there is no such GPU, MissingDependencyError where pycuda is not installed.
+    Raises RuntimeUnavailableError where there is no such GPU, MissingDependencyError where no package
+    is installed that calls the driver.
     """
     with _devices_lock:
         if ordinal not in _devices:
             hardware = probe()
-            _devices[ordinal] = Device(_find(hardware, ordinal), hardware, _import_pycuda(), DriverGraphs())
+            gpu = _find(hardware, ordinal)
+            _devices[ordinal] = Device(gpu, hardware, load_driver()[1], DriverGraphs())
         return _devices[ordinal]
 
 
@@ -46,18 +49,6 @@ def _find(hardware: Hardware, ordinal: int) -> Gpu:
     raise RuntimeUnavailableError(f"there is no CUDA device {ordinal}; this process sees {known}")
 
 
-def _import_pycuda() -> Any:
-    try:
-        import pycuda.driver  # noqa: TID251  # the one place
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"there is a GPU, but pycuda cannot be imported ({error}): `pip install 'mlflow-trt[cuda]'`. "
-            "It is compiled on installation and needs the CUDA toolkit (nvcc).",
-            packages=("pycuda",),
-        ) from error
-    return pycuda.driver
-
-
 class Device:
     """One GPU and its primary context in this process. Get it from `open_device`.
 
@@ -68,7 +59,7 @@ class Device:
 
     allocating: ClassVar[threading.RLock] = threading.RLock()
 
-    def __init__(self, gpu: Gpu, hardware: Hardware, driver: Any, graphs: Graphs) -> None:
+    def __init__(self, gpu: Gpu, hardware: Hardware, driver: Driver, graphs: Graphs) -> None:
         self.gpu = gpu
         self.hardware = hardware
         self._driver = driver
@@ -80,11 +71,11 @@ class Device:
             raise (self.translate_error(error) or error) from error
 
     def current(self) -> Current:
-        """A block in which this GPU is the calling thread's, and pycuda's errors become ours."""
+        """A block in which this GPU is the calling thread's, and the driver's errors become ours."""
         return Current(self)
 
     def translate_error(self, error: BaseException) -> Exception | None:
-        """Our error for one of pycuda's, None for any other."""
+        """Our error for one of the driver's, None for any other."""
         if isinstance(error, self._driver.MemoryError):
             return OutOfMemoryError(
                 f"{self.gpu.name} is out of memory ({error}): send smaller batches, or free memory on the GPU"
@@ -168,7 +159,7 @@ class Current:
 class Stream:
     """A CUDA stream of its own, not the default one, and the copies on it."""
 
-    def __init__(self, stream: Any, driver: Any, graphs: Graphs) -> None:
+    def __init__(self, stream: Any, driver: Driver, graphs: Graphs) -> None:
         self.handle = int(stream.handle)
         self._stream = stream
         self._driver = driver
@@ -241,7 +232,7 @@ class Moves:
 class DeviceBuffer:
     """Memory on the GPU that grows when more is needed and is kept for the next call."""
 
-    def __init__(self, driver: Any, moves: Moves | None = None) -> None:
+    def __init__(self, driver: Driver, moves: Moves | None = None) -> None:
         self.address = 0
         self._driver = driver
         self._moves = moves or Moves()
@@ -271,7 +262,7 @@ class DeviceBuffer:
 class PinnedBuffer:
     """Page-locked host memory, which the GPU copies from and to at full speed; grows like DeviceBuffer."""
 
-    def __init__(self, driver: Any, moves: Moves) -> None:
+    def __init__(self, driver: Driver, moves: Moves) -> None:
         self.address = 0
         self._driver = driver
         self._moves = moves

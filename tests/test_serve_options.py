@@ -1,0 +1,240 @@
+"""`mlflow-trt serve` with HTTPS, several processes on one port, and tracing; and asked by KServe's client."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import networks
+import numpy as np
+import pytest
+import requests
+from helpers import wait_for
+from installed import installed
+
+import mlflow_trt
+from examples.serving import ServerProcess, TensorServer, free_port, running
+from mlflow_trt.client import Client
+from mlflow_trt.errors import ServerUnavailableError
+
+pytestmark = pytest.mark.server
+
+CPU = {"runtime": "onnxruntime"}
+PASSWORD = "a password"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("product") / "product"
+    mlflow_trt.save_model(networks.product(), folder, batch=(1, 4, 8), verify=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(folder):
+    with mlflow_trt.load_model(str(folder), runtime="onnxruntime") as session:
+        return session.run({"x": np.eye(16, dtype=np.float32)})["y"]
+
+
+def openssl(*arguments):
+    subprocess.run(["openssl", *map(str, arguments)], capture_output=True, check=True)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """An authority, and what it signed for the server, whose key has a password, and for a client."""
+    at = tmp_path_factory.mktemp("certificates")
+    subject = ["-subj", "/CN=mlflow-trt"]
+    openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", at / "ca.key", "-out", at / "ca.pem",
+            "-subj", "/CN=tests", "-days", 2)  # fmt: skip
+    (at / "names").write_text("subjectAltName=IP:127.0.0.1\n")
+    for who, secret in (("server", ["-passout", f"pass:{PASSWORD}"]), ("client", ["-nodes"])):
+        key, wish = at / f"{who}.key", at / f"{who}.csr"
+        openssl("req", "-newkey", "rsa:2048", *secret, "-keyout", key, "-out", wish, *subject)
+        openssl("x509", "-req", "-in", wish, "-CA", at / "ca.pem", "-CAkey", at / "ca.key", "-CAcreateserial",
+                "-out", at / f"{who}.pem", "-days", 2, "-extfile", at / "names")  # fmt: skip
+    return at
+
+
+class TestHttps:
+    def server(self, folder, certificates, *more):
+        options = [
+            "--ssl-keyfile",
+            str(certificates / "server.key"),
+            "--ssl-certfile",
+            str(certificates / "server.pem"),
+        ]
+        server = TensorServer(
+            str(folder), model_config=CPU, options=[*options, *more],
+            environment={"MLFLOW_TRT_SSL_KEYFILE_PASSWORD": PASSWORD},
+        )  # fmt: skip
+        server.address = server.address.replace("http", "https")
+        server._ready = server._ready.replace("http", "https")
+        return server
+
+    @pytest.fixture(autouse=True)
+    def _known_authority(self, certificates, monkeypatch):
+        for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+            monkeypatch.setenv(name, str(certificates / "ca.pem"))
+
+    def test_a_server_with_a_certificate(self, folder, certificates, weights, monkeypatch):
+        x = networks.rows(3)
+        server = self.server(folder, certificates)
+        with running(server):
+            with Client(server.address) as client:
+                assert np.allclose(client.predict({"x": x})["y"], x @ weights, atol=1e-4)
+            with pytest.raises(requests.ConnectionError):
+                requests.get(server.address.replace("https", "http"), timeout=10)
+            monkeypatch.delenv("SSL_CERT_FILE")  # nobody that it knows signed it
+            with (
+                Client(server.address, retries=0) as client,
+                pytest.raises(ServerUnavailableError, match="CERTIFICATE"),
+            ):
+                client.predict({"x": x})
+
+    def test_clients_with_a_certificate(self, folder, certificates):
+        """Who brings none is not answered, probes neither."""
+        server = self.server(folder, certificates, "--ssl-ca-certs", str(certificates / "ca.pem"))
+        try:
+            wait_for(lambda: "Serving at https" in server.log())
+            theirs = (str(certificates / "client.pem"), str(certificates / "client.key"))
+            assert requests.get(f"{server.address}/v2/health/ready", cert=theirs, timeout=30).ok
+            with pytest.raises(requests.ConnectionError):
+                requests.get(f"{server.address}/v2/health/ready", timeout=30)
+        finally:
+            server.stop()
+
+
+def test_two_processes_on_one_port(folder, weights):
+    """As for two GPUs: the kernel shares out connections, and when one is killed, its clients find the other."""
+    first = TensorServer(str(folder), model_config=CPU, options=["--reuse-port", "--access-log"])
+    second = TensorServer(
+        str(folder), model_config=CPU, options=["--reuse-port", "--access-log", "--port", str(first.port)]
+    )
+    answered, ended = [], threading.Event()
+
+    def ask(seed):
+        x = networks.rows(3, seed=seed)
+        while not ended.is_set():
+            with Client(first.address, retries=5, backoff=0.01) as client:  # a new connection each time
+                answered.append(np.allclose(client.predict({"x": x})["y"], x @ weights, atol=1e-4))
+
+    def has_answered(server):
+        return "/v2/models/product/infer" in server.log()
+
+    with running(first), ThreadPoolExecutor(4) as pool:
+        try:
+            wait_for(lambda: "Serving at" in second.log())
+            asking = [pool.submit(ask, seed) for seed in range(4)]
+            try:
+                wait_for(lambda: has_answered(first) and has_answered(second))
+                os.kill(second.pid, signal.SIGKILL)
+                before = len(answered)
+                wait_for(lambda: len(answered) > before + 20)
+            finally:
+                ended.set()
+            for one in asking:
+                one.result()
+        finally:
+            second.stop()
+    assert all(answered)
+
+
+def test_a_port_that_is_not_shared(folder):
+    with socket_on_port() as port:
+        command = [sys.executable, "-m", "mlflow_trt", "serve", str(folder), "--port", str(port), "--reuse-port"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+
+
+def socket_on_port():
+    import contextlib
+    import socket
+
+    @contextlib.contextmanager
+    def taken():
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            one.listen()
+            yield one.getsockname()[1]
+
+    return taken()
+
+
+def test_tracing(folder, tmp_path, weights):
+    """A span for each request, in the trace that the client began; none for probes and metrics."""
+    pytest.importorskip("opentelemetry.instrumentation.asgi")
+    port = free_port()
+    script = Path(__file__).with_name("traced_server.py")
+    command = [sys.executable, str(script), str(folder), str(port), str(tmp_path / "spans")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    server = ServerProcess(command, environment, ready=f"http://127.0.0.1:{port}/v2/health/ready")
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    x = networks.rows(3)
+    with running(server):
+        with Client(server.address, headers={"traceparent": f"00-{trace}-b7ad6b7169203331-01"}) as client:
+            assert np.allclose(client.predict({"x": x})["y"], x @ weights, atol=1e-4)
+        assert requests.get(f"{server.address}/metrics", timeout=10).ok
+        assert requests.get(f"{server.address}/v2/models/other", timeout=10).status_code == 404
+    spans = [json.loads(line) for line in (tmp_path / "spans").read_text().splitlines()]
+    served = [span for span in spans if span["kind"] == "SpanKind.SERVER"]
+    paths = [span["attributes"].get("http.target", span["attributes"].get("url.path")) for span in served]
+    assert "/v2/models/product/infer" in paths
+    assert "/v2/models/other" in paths
+    assert not {"/metrics", "/v2/health/ready"} & set(paths)
+    (span,) = (span for span, path in zip(served, paths, strict=True) if path == "/v2/models/product/infer")
+    assert span["context"]["trace_id"] == f"0x{trace}"
+
+
+MODELS = {
+    "dtypes": (networks.every_dtype, networks.every_dtype_feeds),
+    "ranks": (networks.ranks, networks.ranks_feeds),
+}
+
+
+@pytest.fixture(scope="module")
+def kserve(tmp_path_factory):
+    """KServe's client, and a server with the models."""
+    packages = installed("kserve", "kserve==0.21.0")
+    folder = tmp_path_factory.mktemp("models")
+    for name, (network, _) in MODELS.items():
+        mlflow_trt.save_model(network(), folder / name, batch=(1, 4, 8), verify=False)
+    server = TensorServer(*(str(folder / name) for name in MODELS), model_config=CPU)
+    with running(server):
+        yield packages, server.address, folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["binary", "json"])
+@pytest.mark.parametrize("name", MODELS)
+def test_kserves_client(name, kind, kserve, tmp_path):
+    """InferenceRESTClient: every dtype that it can send, and 0, 1, 3 and 65 rows, bit for bit."""
+    packages, address, folder = kserve
+    files, expected = [], []
+    with mlflow_trt.load_model(str(folder / name), runtime="onnxruntime") as session:
+        for rows in (0, 1, 3, 65):
+            feeds = MODELS[name][1](rows)
+            np.savez(tmp_path / f"feeds-{rows}.npz", **feeds)
+            files += [str(tmp_path / f"feeds-{rows}.npz"), str(tmp_path / f"outputs-{rows}.npz")]
+            expected.append(session.run(feeds))
+    script = Path(__file__).with_name("kserve_asks.py")
+    done = subprocess.run(
+        [sys.executable, "-S", str(script), address, name, kind, *files],  # without the packages of the tests
+        env={**os.environ, "PYTHONPATH": str(packages)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for file, wanted in zip(files[1::2], expected, strict=True):
+        found = np.load(file)
+        for output, array in wanted.items():
+            assert found[output].dtype == array.dtype, output
+            assert found[output].reshape(array.shape).tobytes() == array.tobytes(), output
