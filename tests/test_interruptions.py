@@ -36,6 +36,7 @@ from mlflow_trt.flavor import undo as undoing
 from mlflow_trt.flavor.fetch import read_record
 from mlflow_trt.flavor.register import model_id_of
 from mlflow_trt.flavor.undo import Undo
+from mlflow_trt.measure.publish import check_can_log
 from mlflow_trt.pipeline.options import ConversionOptions
 from mlflow_trt.registry import convert_version as converting
 from mlflow_trt.registry.check import check_registered_model
@@ -404,6 +405,8 @@ class TestAServerThatIsGone:
             lambda: mlflow_trt.convert_model_version("models:/s/1", "gone"),
             lambda: mlflow_trt.convert_model_version("no/such/file.onnx", "gone"),
             lambda: mlflow_trt.add_engine("models:/s/1", targets="sm120"),
+            lambda: mlflow_trt.log_engine("no/such/file.plan", name="p"),
+            lambda: check_can_log(wanted=True),
             lambda: mlflow_trt.load_model("models:/s/1"),
             lambda: read_record("models:/s/1"),
             lambda: convert_all("name = 's'", ConversionOptions()),

@@ -35,9 +35,10 @@ def benchmark(
     from mlflow_trt.core.progress import show_progress
     from mlflow_trt.measure import benchmark as benchmarks
     from mlflow_trt.measure.layers import read_layers
-    from mlflow_trt.measure.publish import log_report, write_report
+    from mlflow_trt.measure.publish import check_can_log, log_report, write_report
 
     with results_on_stdout(as_json), show_progress(f"Measuring {uri}") as progress:
+        check_can_log(wanted=log)
         result = benchmarks.benchmark(
             uri,
             parse_batches(batch),

@@ -31,11 +31,12 @@ def compare(
     compared, since both would be the same file on the same runtime. Without a GPU the typed model is compared.
     """
     from mlflow_trt.core.progress import show_progress
-    from mlflow_trt.measure.publish import log_report, write_report
+    from mlflow_trt.measure.publish import check_can_log, log_report, write_report
     from mlflow_trt.measure.side_by_side import compare_models
 
     title = f"{subject} and {reference}"
     with results_on_stdout(as_json), show_progress(f"Comparing {title}") as progress:
+        check_can_log(wanted=log)
         sizes = parse_batches(batch)
         result = compare_models(
             reference, subject, batches=sizes, data=data, seconds=seconds, device=device, progress=progress

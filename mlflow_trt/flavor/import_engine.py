@@ -23,6 +23,7 @@ from mlflow_trt.flavor.describe import describe_version
 from mlflow_trt.flavor.mlmodel import PackagingOptions, check_names, write_engine_model
 from mlflow_trt.flavor.register import log_folder, register_version
 from mlflow_trt.flavor.tags import SOURCE_TAG, TARGET_TAG, TENSORRT_TAG
+from mlflow_trt.flavor.tracking import check_server
 from mlflow_trt.flavor.undo import undo_on_failure
 from mlflow_trt.runtime.cuda.device import Device, open_device
 from mlflow_trt.store.engine_folder import EngineInterface, engine_record
@@ -122,6 +123,7 @@ def log_engine(
         EngineMismatchError, ExecutionError: TensorRT does not load the plan on this machine's GPU.
     """
     check_names(registered_model_name, tags)
+    check_server()
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as staging, undo_on_failure() as undo:
         folder = Path(staging) / "model"
         source = Path(plan)

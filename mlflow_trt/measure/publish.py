@@ -17,6 +17,7 @@ from mlflow.models import Model
 from mlflow_trt.core.accuracy import Comparison
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.flavor.tags import BENCHMARK_OF_TAG, PREFIX
+from mlflow_trt.flavor.tracking import check_server
 from mlflow_trt.measure.benchmark import Benchmark
 from mlflow_trt.measure.layers import LayerReport, page
 from mlflow_trt.measure.plots import draw_benchmark, draw_layers
@@ -43,6 +44,12 @@ def write_report(
         files[-1].write_text(page(layers))
         files += draw_layers(layers.milliseconds, f"{title}, batch {layers.rows}", folder)  # none without times
     return files
+
+
+def check_can_log(*, wanted: bool) -> None:
+    """Raise ServerUnavailableError where a report is to be logged and MLflow's server is gone: before the measuring."""
+    if wanted:
+        check_server()
 
 
 def log_report(
