@@ -47,7 +47,7 @@ def test_the_engine_the_copies_and_the_whole_are_measured(model, tmp_path):
 def test_measuring_leaves_the_session_as_it_was(tmp_path):
     mlflow_trt.save_model(networks.product(), tmp_path / "model", batch=(1, 4, 8))
     x = networks.rows(5)
-    with mlflow_trt.load_model(str(tmp_path / "model")) as session:
+    with mlflow_trt.load_model(str(tmp_path / "model"), warm_up="off") as session:
         before = session.run({"x": x})["y"]
         session.time_phases({"x": x}, 5)
         session.time_layers({"x": x}, 5)
