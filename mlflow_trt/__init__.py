@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         IntegrityError,
         MissingDependencyError,
         MlflowTrtError,
+        NotPicklableError,
         OnnxModelError,
         OptionError,
         OutOfMemoryError,
@@ -46,8 +47,8 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from mlflow_trt.flavor.api import load_model, log_model, save_model
+    from mlflow_trt.flavor.environment import get_default_conda_env, get_default_pip_requirements
     from mlflow_trt.flavor.import_engine import log_engine, save_engine
-    from mlflow_trt.flavor.mlmodel import get_default_conda_env, get_default_pip_requirements
     from mlflow_trt.measure.benchmark import benchmark
     from mlflow_trt.measure.side_by_side import compare_models
     from mlflow_trt.measure.verify_logged import verify_model
@@ -71,6 +72,7 @@ __all__ = [
     "LoadSettings",
     "MissingDependencyError",
     "MlflowTrtError",
+    "NotPicklableError",
     "OnnxModelError",
     "OptionError",
     "OutOfMemoryError",
@@ -113,8 +115,8 @@ _MODULES = {
     "benchmark": "measure.benchmark",
     "compare_models": "measure.side_by_side",
     "convert_model_version": "registry.convert_version",
-    "get_default_conda_env": "flavor.mlmodel",
-    "get_default_pip_requirements": "flavor.mlmodel",
+    "get_default_conda_env": "flavor.environment",
+    "get_default_pip_requirements": "flavor.environment",
     "load_model": "flavor.api",
     "log_engine": "flavor.import_engine",
     "log_model": "flavor.api",

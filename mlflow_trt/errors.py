@@ -20,6 +20,7 @@
     │   ├── OutOfMemoryError (MemoryError)            429  the GPU, or the host, has no room for this
     │   └── SelfTestError                             500  an engine runs, and answers wrongly
     ├── SessionClosedError (RuntimeError)             500  a session was used after close()
+    ├── NotPicklableError (RuntimeError)              500  a loaded model was to be pickled; also a pickle.PicklingError
     └── ServerError (RuntimeError)                    500  a server failed, as its client sees it
         └── ServerUnavailableError (ConnectionError)  503  ... or cannot be reached
             └── ServerTimeoutError (TimeoutError)     504  ... or takes too long
@@ -30,6 +31,7 @@ tensor, file or option, and what to do.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -208,6 +210,10 @@ class SessionClosedError(MlflowTrtError, RuntimeError):
 
     def __init__(self, message: str = "this session is closed; load the model again") -> None:
         super().__init__(message)
+
+
+class NotPicklableError(MlflowTrtError, RuntimeError, pickle.PicklingError):
+    """A loaded model was to be pickled or copied, as multiprocessing does with what it sends to a process."""
 
 
 class ServerError(MlflowTrtError, RuntimeError):

@@ -36,6 +36,7 @@ STATUS = {
     "ServerTimeoutError": 504,
     "ServerUnavailableError": 503,
     "SessionClosedError": 500,
+    "NotPicklableError": 500,
 }
 
 

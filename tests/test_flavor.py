@@ -285,10 +285,10 @@ class TestFailuresLeaveNothing:
         assert not target.parent.exists()
 
     def test_in_a_folder_when_mlflow_fails(self, tmp_path, monkeypatch):
-        def full(*arguments):
+        def full(*arguments, **keywords):
             raise OSError("No space left on device")
 
-        monkeypatch.setattr(packaging, "_write_environment", full)
+        monkeypatch.setattr(packaging, "write_environment", full)
         with pytest.raises(OSError, match="No space left"):
             mlflow_trt.save_model(networks.product(), tmp_path / "out" / "model")
         assert list((tmp_path / "out").iterdir()) == []

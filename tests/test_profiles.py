@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import networks
+import numpy as np
 import pytest
 from onnx import helper
 from real_models import CLS, DET, MAGIKA, SILERO
 
+import mlflow_trt
 from mlflow_trt import Recipe, RecipeError
 from mlflow_trt.convert.onnx.dimension_names import name_dimensions_apart
 from mlflow_trt.convert.onnx.model import read_onnx
@@ -103,6 +105,25 @@ def test_what_can_be_split(first, second, outputs, expected, tmp_path):
     shapes = {"b": ((2, 5), (2, 5), (2, 5))} if "time" in second else {}
     model = two_inputs(first, second, outputs)
     assert resolve(model, tmp_path, batch=(1, 2, 4), shapes=shapes).batch_axis == expected
+
+
+def test_two_names_of_one_batch_are_one_where_the_user_says_so(tmp_path):
+    model = two_inputs(["batch", 3], ["batch_1", 4], (["batch", 3], ["batch_1", 4]))
+    profiles = resolve(model, tmp_path, batch=(1, 2, 4))
+    assert ranges(profiles) == {"a": "1x3:2x3:4x3", "b": "1x4:2x4:4x4"}
+    assert profiles.batch_axis == BatchAxis(inputs=("a", "b"), splits=True, declared=True)
+    assert resolve(model, tmp_path, shapes=dict.fromkeys("ab", ((1, -1), (2, -1), (4, -1)))).batch_axis is None
+
+
+def test_rows_of_a_batch_with_two_names_are_counted_together(tmp_path):
+    model = two_inputs(["batch", 3], ["batch_1", 4], (["batch", 3], ["batch_1", 4]))
+    mlflow_trt.save_model(model, tmp_path / "model", batch=(1, 2, 4))
+    feeds = {"a": networks.rows(11, 3), "b": networks.rows(11, 4, seed=1)}
+    with mlflow_trt.load_model(str(tmp_path / "model"), runtime="onnxruntime") as session:
+        outputs = session.run(feeds)
+        assert np.array_equal(outputs["c"], feeds["a"])
+        assert np.array_equal(outputs["d"], feeds["b"])
+        assert set(session.runs) == {4, 3}
 
 
 @pytest.mark.parametrize("size", [2**31, 2**70])

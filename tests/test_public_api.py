@@ -27,6 +27,7 @@ NAMES = {
     "LoadSettings",
     "MissingDependencyError",
     "MlflowTrtError",
+    "NotPicklableError",
     "OnnxModelError",
     "OptionError",
     "OutOfMemoryError",

@@ -48,6 +48,7 @@ def test_converts_a_registered_version(uri, source, store):
     kept = record.lineage["signature"]
     assert ModelSignature.from_dict(json.loads(kept)) == mlflow.models.get_model_info("models:/product/1").signature
     assert {key: value for key, value in record.lineage.items() if key != "signature"} == {
+        "recipe_digest": version.tags["mlflow_trt.recipe_digest"],
         "source": "models:/product/1",
         "name": "product",
         "version": "1",

@@ -7,6 +7,7 @@ import shutil
 import sys
 from decimal import Decimal
 
+import mlflow
 import networks
 import numpy as np
 import pandas as pd
@@ -328,3 +329,59 @@ class TestSpark:
         frame = spark.createDataFrame([(1.5,), (-2.0,)], "`in.x` float")
         rows = frame.select(predict_udf(spark, str(tmp_path / "dots"), model_config=CPU)().alias("p")).collect()
         assert sorted(row.p["out.y"] for row in rows) == [-1.5, 2.0]
+
+
+UDF_ROWS = networks.rows(25, 4)
+
+
+@pytest.fixture(scope="module")
+def rows(spark):
+    listed = [(number, row.tolist()) for number, row in enumerate(UDF_ROWS)]
+    return spark.createDataFrame(listed, "id int, x array<float>").repartition(3).cache()
+
+
+class TestMlflowsOwnUdf:
+    """`mlflow.pyfunc.spark_udf`, with the types of results that its users write."""
+
+    @pytest.fixture
+    def saved(self, tmp_path):
+        def save(width, row):
+            """x @ w, in the shape of a row of the output."""
+            weights = np.random.default_rng(width).standard_normal((4, width)).astype(np.float32)
+            model = networks.model(
+                [
+                    helper.make_node("MatMul", ["x", "w"], ["flat"]),
+                    helper.make_node("Reshape", ["flat", "shape"], ["y"]),
+                ],
+                [networks.value("x", networks.FLOAT, ["batch", 4])],
+                [networks.value("y", networks.FLOAT, ["batch", *row])],
+                [networks.constant("w", weights), networks.constant("shape", np.array([-1, *row]))],
+            )
+            mlflow_trt.save_model(model, tmp_path / "udf", batch=(1, 4, 8), verify=False, model_config=CPU)
+            return str(tmp_path / "udf"), (UDF_ROWS @ weights).reshape(-1, *row)
+
+        return save
+
+    @pytest.mark.parametrize(
+        ("row", "result_type", "read"),
+        [
+            ((), "float", lambda p: p),
+            ((), None, lambda p: p if isinstance(p, float) else p.y),
+            ((1,), "float", lambda p: p),
+            ((1,), "double", lambda p: p),
+            ((1,), None, lambda p: p if isinstance(p, float) else p.y),
+            ((1,), "struct<y:float>", lambda p: p.y),
+            ((3,), "array<float>", lambda p: p),
+            ((3,), None, lambda p: p if isinstance(p, list) else p.y),
+            ((3,), "struct<y:array<float>>", lambda p: p.y),
+            ((2, 3), "struct<y:array<array<float>>>", lambda p: p.y),
+        ],
+    )
+    def test_types_of_results(self, row, result_type, read, saved, spark, rows):
+        uri, expected = saved(int(np.prod(row, dtype=int)), row)
+        keywords = {} if result_type is None else {"result_type": result_type}
+        udf = mlflow.pyfunc.spark_udf(spark, uri, env_manager="local", **keywords)
+        found = sorted(rows.select("id", udf("x").alias("p")).collect())
+        answers = np.asarray([read(answer.p) for answer in found], np.float32)
+        # A row of one number is a number.
+        assert np.allclose(answers, expected.reshape(-1) if row == (1,) else expected, atol=1e-5)

@@ -12,7 +12,7 @@ import pytest
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.whole_model import NetworkCall, NetworkKind
 from mlflow_trt.errors import ArtifactError
-from mlflow_trt.flavor.mlmodel import with_requirements_of
+from mlflow_trt.flavor.environment import with_requirements_of
 from mlflow_trt.flavor.whole.hollow import fill, hollow_weights
 from mlflow_trt.flavor.whole.loading import split_config
 from mlflow_trt.flavor.whole.package import WholeSource, write_whole

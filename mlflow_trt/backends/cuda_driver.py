@@ -12,12 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlflow_trt.core.forking import generation
 from mlflow_trt.core.types import ComputeCapability, Gpu
 
 _LIBRARY = "libcuda.so.1"
 _DRIVER_RELEASE = Path("/sys/module/nvidia/version")
 _COMPUTE_CAPABILITY_MAJOR = 75
 _COMPUTE_CAPABILITY_MINOR = 76
+_initialized_in: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +34,20 @@ class Hardware:
 
 def probe() -> Hardware:
     """Ask the driver. Heeds CUDA_VISIBLE_DEVICES. Initializes CUDA in this process, so do not fork afterwards."""
+    global _initialized_in  # noqa: PLW0603  # CUDA is initialized for the process
+    if _initialized_in is not None and _initialized_in != generation():
+        return Hardware(
+            driver=_driver_release(),
+            problem="this process was forked from one that had used CUDA, which CUDA does not survive; start processes "
+            "with multiprocessing's 'spawn' or 'forkserver', or use CUDA in the forked ones only",
+        )
     try:
         library = DriverLibrary()
     except OSError:
         return Hardware(problem=f"no NVIDIA driver: {_LIBRARY} was not found")
     try:
+        library.call("cuInit", 0)
+        _initialized_in = generation()
         return _ask(library)
     except DriverError as error:
         return Hardware(driver=_driver_release(), problem=str(error))
@@ -77,7 +88,6 @@ class DriverLibrary:
 
 def _ask(library: DriverLibrary) -> Hardware:
     call = library.call
-    call("cuInit", 0)
     version = ctypes.c_int()
     call("cuDriverGetVersion", ctypes.byref(version))
     count = ctypes.c_int()

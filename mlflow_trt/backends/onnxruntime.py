@@ -14,15 +14,18 @@ import numpy as np
 import onnx
 
 from mlflow_trt.core.arrays import Array
+from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.optional import is_installed
 from mlflow_trt.errors import ExecutionError, InputError, MissingDependencyError, OnnxModelError, OutOfMemoryError
 
+CPU_PROVIDER = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
 _NUMPY_NAMES = {"float": "float32", "double": "float64", "bool": "bool"} | {
     name: name for name in ("float16", "int8", "uint8", "int16", "uint16", "int32", "int64")
 }
 _NUMPY_TYPES: dict[str, np.dtype[Any]] = {f"tensor({name})": np.dtype(numpy) for name, numpy in _NUMPY_NAMES.items()}
 _LARGE = 2**30  # protobuf ends at 2 GB
+_log = get_logger(__name__)
 _NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "bad allocation")  # it has no exception for this
 
 
@@ -60,10 +63,19 @@ class CpuModel:
     """An ONNX file on ONNX Runtime's CPU provider, whatever other providers the installed ONNX Runtime has.
 
     With `prefer_cuda` on its CUDA provider, where there is one that works; `device` says which it is. With
-    `optimize=False` every node computes what it says, one after the other.
+    `optimize=False` every node computes what it says, one after the other. `providers` and `session_options` are those
+    that `mlflow.onnx` takes; a provider that is not there, or does not work, is left out with a warning.
     """
 
-    def __init__(self, path: Path, *, optimize: bool = True, prefer_cuda: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        optimize: bool = True,
+        prefer_cuda: bool = False,
+        providers: Sequence[Any] | None = None,
+        session_options: Mapping[str, Any] | None = None,
+    ) -> None:
         onnxruntime = import_onnxruntime()
         self.version: str = onnxruntime.__version__
         options = onnxruntime.SessionOptions()
@@ -72,13 +84,47 @@ class CpuModel:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        cuda = [name for name in onnxruntime.get_available_providers() if prefer_cuda and name == _CUDA]
+        for name, value in (session_options or {}).items():
+            _set_option(onnxruntime, options, name, value)
+        available = onnxruntime.get_available_providers()
+        if providers is None:
+            wanted: list[Any] = [name for name in (_CUDA,) if prefer_cuda and name in available] + [CPU_PROVIDER]
+        else:
+            wanted = [entry if isinstance(entry, str) else (entry[0], dict(entry[1])) for entry in providers]
+        usable = [entry for entry in wanted if _name_of(entry) in available] or [CPU_PROVIDER]
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=[*cuda, "CPUExecutionProvider"])
+            self._session = self._open(onnxruntime, path, options, usable)
         except Exception as error:  # its exceptions share no base class
-            raise ExecutionError(f"ONNX Runtime {self.version} cannot run this model: {error}") from error
+            if providers is None or usable == [CPU_PROVIDER]:
+                raise self._cannot_run(error) from error
+            _log.warning("ONNX Runtime's providers %s cannot be used: %s", ", ".join(map(_name_of, usable)), error)
+            try:
+                self._session = self._open(onnxruntime, path, options, [CPU_PROVIDER])
+            except Exception as second:
+                raise self._cannot_run(second) from second
         # Asked, since a provider that does not work is left out without an error.
-        self.device = "CUDA" if _CUDA in self._session.get_providers() else "CPU"
+        active = self._session.get_providers()
+        left_out = [name for name in map(_name_of, wanted) if name not in active]
+        if providers is not None and left_out:
+            _log.warning(
+                "ONNX Runtime %s runs the model with %s: it has no %s that works here",
+                self.version,
+                ", ".join(active),
+                ", ".join(left_out),
+            )
+        self.device: str = "CUDA" if _CUDA in active else active[0].removesuffix("ExecutionProvider")
+
+    @property
+    def inference_session(self) -> Any:
+        """ONNX Runtime's own object."""
+        return self._session
+
+    @staticmethod
+    def _open(onnxruntime: Any, path: Path, options: Any, providers: Sequence[Any]) -> Any:
+        return onnxruntime.InferenceSession(str(path), sess_options=options, providers=list(providers))
+
+    def _cannot_run(self, error: Exception) -> ExecutionError:
+        return ExecutionError(f"ONNX Runtime {self.version} cannot run this model: {error}")
 
     @property
     def output_shapes(self) -> dict[str, tuple[int | None, ...]]:
@@ -122,6 +168,23 @@ def write_model_of(session: Any, path: Path) -> None:
         onnx.save_model(proto, path, save_as_external_data=size > _LARGE)
     else:
         raise OnnxModelError(f"an ONNX Runtime session does not tell its model: its file is {str(file)!r}")
+
+
+def _name_of(entry: Any) -> str:
+    return str(entry if isinstance(entry, str) else entry[0])
+
+
+def _set_option(onnxruntime: Any, options: Any, name: str, value: Any) -> None:
+    """Set one of the options that `mlflow.onnx` knows, whose values are as YAML can write them."""
+    if name == "extra_session_config":
+        for key, text in value.items():
+            options.add_session_config_entry(key, text)
+        return
+    if name == "execution_mode":
+        value = getattr(onnxruntime.ExecutionMode, f"ORT_{value.upper()}")
+    elif name == "graph_optimization_level":
+        value = onnxruntime.GraphOptimizationLevel(value)
+    setattr(options, name, value)
 
 
 def calibrated_magnitudes(

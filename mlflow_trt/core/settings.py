@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mlflow_trt.errors import OptionError
+
+ModelConfig = Mapping[str, Any] | str | os.PathLike[str] | None
+"""Load settings by name, or the path of a file of them."""
 
 ALL = "all"
 """`LoadSettings(device="all")`: every GPU that the process sees."""
@@ -62,6 +67,11 @@ class LoadSettings:
             here, so only from a source you trust like your own programs; a model cannot name any itself.
         answers: how outputs leave a scoring server. `lists`: as JSON's numbers, which any client reads. `base64`: with
             dtype and shape, many times faster, for clients that know of it, as `mlflow_trt.client` does.
+        onnx_session_options: for ONNX Runtime only, as for `mlflow.onnx.save_model`: `intra_op_num_threads`,
+            `inter_op_num_threads`, `execution_mode` (`sequential` or `parallel`), `graph_optimization_level` (0, 1, 2
+            or 99) and `extra_session_config`, a mapping.
+        onnx_execution_providers: for ONNX Runtime only, as for `mlflow.onnx.save_model`: names of providers, or
+            (name, options); those that are not available are left out with a warning. None: the CPU.
     """
 
     runtime: Runtime = "tensorrt"
@@ -75,6 +85,8 @@ class LoadSettings:
     self_test: bool = True
     plugins: Sequence[str] = ()
     answers: Answers = "lists"
+    onnx_session_options: Mapping[str, Any] | None = None
+    onnx_execution_providers: Sequence[Any] | None = None
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -86,6 +98,7 @@ class LoadSettings:
                 raise OptionError(f"{name} is {getattr(self, name)!r}; expected true or false", option=name)
         self._check_device()
         self._check_plugins()
+        self._check_onnxruntime()
         delay = self.max_batch_delay_ms
         if isinstance(delay, bool) or not isinstance(delay, (int, float)) or not 0 <= delay < float("inf"):
             raise OptionError(
@@ -93,8 +106,9 @@ class LoadSettings:
             )
 
     @classmethod
-    def of(cls, values: Mapping[str, Any] | None) -> LoadSettings:
-        """Settings from a mapping such as `model_config`. Raises OptionError for an unknown name or value."""
+    def of(cls, values: ModelConfig) -> LoadSettings:
+        """Settings from `model_config`, a mapping or a file of one. Raises OptionError for an unknown name or value."""
+        values = read_model_config(values)
         known = [field.name for field in fields(cls)]
         unknown = [name for name in values or {} if name not in known]
         if unknown:
@@ -126,8 +140,31 @@ class LoadSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON and YAML know them."""
-        device = list(self.device) if isinstance(self.device, tuple) else self.device
-        return asdict(self) | {"device": device, "plugins": list(self.plugins)}
+        return {name: _as_lists(value) for name, value in asdict(self).items()}
+
+    def _check_onnxruntime(self) -> None:
+        options, option = self.onnx_session_options, "onnx_session_options"
+        if options is not None and not isinstance(options, Mapping):
+            raise OptionError(f"{option} is {options!r}; expected a mapping", option=option)
+        for key, value in (options or {}).items():
+            if key not in _SESSION_OPTIONS:
+                raise OptionError(
+                    f"{option} has no {key!r}; there are {', '.join(_SESSION_OPTIONS)}, and extra_session_config takes "
+                    "every other by the name that ONNX Runtime gives it",
+                    option=option,
+                )
+            wanted, is_valid = _SESSION_OPTIONS[key]
+            if not is_valid(value):
+                raise OptionError(f"{option}: {key} is {value!r}; expected {wanted}", option=option)
+        providers, option = self.onnx_execution_providers, "onnx_execution_providers"
+        if providers is not None and (
+            not isinstance(providers, (list, tuple)) or not providers or not all(map(_is_provider, providers))
+        ):
+            raise OptionError(
+                f"{option} is {providers!r}; expected a list of names, such as CPUExecutionProvider, or of "
+                "(name, options)",
+                option=option,
+            )
 
     def _check_plugins(self) -> None:
         several = (self.plugins,) if isinstance(self.plugins, str) else self.plugins
@@ -149,3 +186,75 @@ class LoadSettings:
             raise OptionError(f"device is {self.device!r}, which names a GPU twice", option="device")
         if several:
             object.__setattr__(self, "device", ordinals)  # frozen, and hashable whatever sequence came
+
+
+def read_model_config(config: ModelConfig) -> Mapping[str, Any] | None:
+    """The mapping itself, or the one in a file of YAML or JSON, as MLflow's flavors take it.
+
+    Raises OptionError where the file is missing, or holds no mapping.
+    """
+    if not isinstance(config, (str, os.PathLike)):
+        return config
+    import yaml
+
+    try:
+        read = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise OptionError(
+            f"model_config names the file {config}, which cannot be read: {error}", option="model_config"
+        ) from error
+    if read is not None and not isinstance(read, dict):
+        raise OptionError(
+            f"model_config names the file {config}, which holds a {type(read).__name__}; expected load settings by "
+            "name, as in `runtime: auto`",
+            option="model_config",
+        )
+    return read
+
+
+def with_settings(config: ModelConfig, **more: Any) -> Mapping[str, Any] | None:
+    """Load settings with more, of which those that are None say nothing. Raises what `read_model_config` raises."""
+    given = {name: value for name, value in more.items() if value is not None}
+    return {**(read_model_config(config) or {}), **given} if given else read_model_config(config)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_mode(value: Any) -> bool:
+    return isinstance(value, str) and value.lower() in ("sequential", "parallel")
+
+
+_SESSION_OPTIONS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "intra_op_num_threads": ("a number of threads, 0 for as many as there are cores", _is_count),
+    "inter_op_num_threads": ("a number of threads, 0 for as many as there are cores", _is_count),
+    "execution_mode": ("sequential or parallel", _is_mode),
+    "graph_optimization_level": ("0, 1, 2 or 99", lambda value: type(value) is int and value in (0, 1, 2, 99)),
+    "extra_session_config": (
+        "a mapping of texts to texts",
+        lambda value: (
+            isinstance(value, Mapping) and all(isinstance(text, str) for pair in value.items() for text in pair)
+        ),
+    ),
+}
+
+
+def _is_provider(entry: Any) -> bool:
+    if isinstance(entry, str):
+        return True
+    return (
+        isinstance(entry, (list, tuple))
+        and len(entry) == 2
+        and isinstance(entry[0], str)
+        and isinstance(entry[1], Mapping)
+    )
+
+
+def _as_lists(value: Any) -> Any:
+    """Without tuples and mappings of other kinds, which YAML would write as objects of Python."""
+    if isinstance(value, (list, tuple)):
+        return [_as_lists(part) for part in value]
+    if isinstance(value, Mapping):
+        return {key: _as_lists(part) for key, part in value.items()}
+    return value

@@ -9,6 +9,7 @@ scored = df.withColumn("prediction", predict(image="pixels"))
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import mlflow
 import pandas as pd
 from mlflow.models import Model
 
-from mlflow_trt.core.settings import LoadSettings
+from mlflow_trt.core.settings import LoadSettings, ModelConfig, read_model_config
 from mlflow_trt.core.types import BatchAxis, TensorSpec
 from mlflow_trt.deploy.spark_rows import SparkRows, columns_of_outputs
 from mlflow_trt.errors import MissingDependencyError, OptionError, UnsupportedModelError
@@ -48,23 +49,22 @@ _ROWS_AT_ONCE = 32  # of a model without profiles
 class _Model:
     """What goes to the workers: how to load the model there.
 
-    `uuid` tells a model from another one that was at the same URI before.
+    `uuid` tells a model from another one that was at the same URI before. `settings` are load settings as JSON: all of
+    this is a key, and some of them are lists.
     """
 
     uri: str
     uuid: str | None
     tracking_uri: str
     registry_uri: str
-    settings: tuple[tuple[str, Any], ...]
+    settings: str
 
 
 # A Python worker runs many tasks, and loading takes seconds.
 _sessions: dict[tuple[_Model, tuple[int, ...]], Session] = {}
 
 
-def predict_udf(
-    spark: SparkSession, model_uri: str, *, model_config: Mapping[str, Any] | None = None
-) -> Callable[..., Column]:
+def predict_udf(spark: SparkSession, model_uri: str, *, model_config: ModelConfig = None) -> Callable[..., Column]:
     """A function that makes a column of predictions of columns.
 
     It takes a column, or its name, for each input: in the order of the model's inputs, by name of input, or none at
@@ -90,8 +90,8 @@ def predict_udf(
     if (version := registered_version(model_uri)) is not None:
         model_uri = f"models:/{version.name}/{version.version}"
     record = read_record(model_uri)
-    settings = LoadSettings.of(model_config)
-    given = {name: getattr(settings, name) for name in model_config or {} if name != "answers"}
+    settings = LoadSettings.of(model_config).to_dict()
+    given = {name: settings[name] for name in read_model_config(model_config) or {} if name != "answers"}
     if record.whole is not None:
         raise UnsupportedModelError(
             f"{model_uri} is a whole model, which takes what its source takes and not the arrays of its network: use "
@@ -104,7 +104,7 @@ def predict_udf(
         uuid=Model.load(model_uri).model_uuid,
         tracking_uri=mlflow.get_tracking_uri(),
         registry_uri=mlflow.get_registry_uri(),
-        settings=tuple(given.items()),
+        settings=json.dumps(given, sort_keys=True),
     )
     sizes = [limits.max[0] for profile in record.profiles for limits in profile.ranges.values() if limits.max]
     rows_at_once = _PIECES_AT_ONCE * max(sizes) if sizes else _ROWS_AT_ONCE
@@ -186,7 +186,7 @@ def _session(model: _Model, devices: tuple[int, ...]) -> Session:
     if session is None:
         mlflow.set_tracking_uri(model.tracking_uri)
         mlflow.set_registry_uri(model.registry_uri)
-        settings: dict[str, Any] = dict(model.settings)
+        settings: dict[str, Any] = json.loads(model.settings)
         if devices:
             settings["device"] = devices[0] if len(devices) == 1 else list(devices)
         loaded = mlflow.pyfunc.load_model(model.uri, model_config=settings)

@@ -11,7 +11,7 @@ from mlflow import pyfunc
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import ModelInfo
 from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
-from mlflow.utils.model_utils import _get_overridden_pyfunc_model_config
+from mlflow.utils.model_utils import _add_code_from_conf_to_system_path, _get_overridden_pyfunc_model_config
 
 from mlflow_trt.convert.recipe import BatchRequest, Recipe, ShapesRequest
 from mlflow_trt.core.accuracy import Tolerance
@@ -24,13 +24,16 @@ from mlflow_trt.core.settings import (
     DeviceRequest,
     KernelSpecialization,
     LoadSettings,
+    ModelConfig,
     OnMismatch,
     Runtime,
     WarmUp,
+    with_settings,
 )
 from mlflow_trt.core.types import Precision
+from mlflow_trt.errors import OptionError
 from mlflow_trt.flavor.conversions import LoggingOptions, log_conversion, save_conversion
-from mlflow_trt.flavor.fetch import fetch_folder
+from mlflow_trt.flavor.fetch import fetch_folder, read_flavors
 from mlflow_trt.flavor.mlmodel import PackagingOptions
 from mlflow_trt.flavor.tracking import check_server
 from mlflow_trt.flavor.undo import undo_on_failure
@@ -39,6 +42,7 @@ from mlflow_trt.pipeline.make import OnnxSource, open_onnx, prepare_conversion
 from mlflow_trt.pipeline.options import ConversionOptions
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.store.load import open_session
+from mlflow_trt.store.record import FLAVOR_NAME
 
 _log = get_logger(__name__)
 
@@ -58,7 +62,7 @@ def save_model(
     store_kernels: bool = False,
     signature: ModelSignature | bool | None = None,
     input_example: Any = None,
-    model_config: Mapping[str, Any] | None = None,
+    model_config: ModelConfig = None,
     allow_external_data_from: str | os.PathLike[str] | None = None,
     conda_env: Any = None,
     code_paths: list[str] | None = None,
@@ -67,6 +71,9 @@ def save_model(
     extra_pip_requirements: Any = None,
     metadata: dict[str, Any] | None = None,
     extra_files: list[str] | None = None,
+    save_as_external_data: bool | None = None,
+    onnx_execution_providers: Sequence[Any] | None = None,
+    onnx_session_options: Mapping[str, Any] | None = None,
     lineage: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -97,11 +104,15 @@ def save_model(
         signature: None derives one of the outputs; the model checks its inputs itself. True derives one of named
             tensors, in and out, that MLflow enforces, which casts DataFrames and JSON. With False the model gets none.
         input_example: stored with the model. Its shapes fix the axes that nothing else says anything about.
-        model_config: load settings (see LoadSettings) that the model gets as its defaults.
+        model_config: load settings (see LoadSettings) that the model gets as its defaults, or a file of YAML with them.
         allow_external_data_from: a folder that symbolic links among the model's external data may lead into, such as
             `blobs` of Hugging Face's cache. Without it they may only lead to files beside the model.
         lineage: where the source model came from; kept in the record.
         progress: called while the engine is built; None shows it on standard error.
+        save_as_external_data: True keeps the weights in a file beside `model.onnx`, False in it; None leaves them where
+            the source has them.
+        onnx_execution_providers, onnx_session_options: how ONNX Runtime runs the model where it is the runtime, as for
+            `mlflow.onnx.save_model`; they become load settings. Without providers it runs on the CPU.
         conda_env, code_paths, mlflow_model, pip_requirements, extra_pip_requirements, metadata, extra_files: as for
             `mlflow.onnx.save_model`.
 
@@ -122,7 +133,12 @@ def save_model(
         calibration_cache=calibration_cache,
         verify=verify,
         store_kernels=store_kernels,
-        model_config=model_config,
+        model_config=with_settings(
+            model_config,
+            onnx_execution_providers=onnx_execution_providers,
+            onnx_session_options=onnx_session_options,
+        ),
+        save_as_external_data=save_as_external_data,
         allow_external_data_from=allow_external_data_from,
         progress=progress,
     )
@@ -146,6 +162,7 @@ def log_model(
     onnx_model: OnnxSource,
     name: str | None = None,
     *,
+    artifact_path: str | None = None,
     precision: Precision | str | None = None,
     batch: BatchRequest | None = None,
     shapes: ShapesRequest | None = None,
@@ -157,7 +174,7 @@ def log_model(
     store_kernels: bool = False,
     signature: ModelSignature | bool | None = None,
     input_example: Any = None,
-    model_config: Mapping[str, Any] | None = None,
+    model_config: ModelConfig = None,
     allow_external_data_from: str | os.PathLike[str] | None = None,
     registered_model_name: str | None = None,
     await_registration_for: int | None = DEFAULT_AWAIT_MAX_SLEEP_SECONDS,
@@ -167,6 +184,9 @@ def log_model(
     extra_pip_requirements: Any = None,
     metadata: dict[str, Any] | None = None,
     extra_files: list[str] | None = None,
+    save_as_external_data: bool | None = None,
+    onnx_execution_providers: Sequence[Any] | None = None,
+    onnx_session_options: Mapping[str, Any] | None = None,
     params: Mapping[str, Any] | None = None,
     tags: Mapping[str, Any] | None = None,
     model_type: str | None = None,
@@ -183,7 +203,7 @@ def log_model(
     and tags of the model version, where they can be searched for.
 
     Args:
-        name: the name of the logged model.
+        name: the name of the logged model. MLflow's old word for it, artifact_path, is accepted.
         registered_model_name: register a version under this name, creating the registered model if need be.
         validate_serving_input: whether MLflow loads the logged model once to try the input example on it; None does so
             where a GPU can run it.
@@ -200,7 +220,12 @@ def log_model(
         calibration_cache=calibration_cache,
         verify=verify,
         store_kernels=store_kernels,
-        model_config=model_config,
+        model_config=with_settings(
+            model_config,
+            onnx_execution_providers=onnx_execution_providers,
+            onnx_session_options=onnx_session_options,
+        ),
+        save_as_external_data=save_as_external_data,
         allow_external_data_from=allow_external_data_from,
         progress=progress,
     )
@@ -216,7 +241,7 @@ def log_model(
         lineage=lineage or {},
     )
     logging = LoggingOptions(
-        name=name,
+        name=_chosen_name(name, artifact_path),
         registered_model_name=registered_model_name,
         await_registration_for=await_registration_for,
         params=params or {},
@@ -233,6 +258,19 @@ def log_model(
         return log_conversion(source, prepared, packaging, logging, undo)
 
 
+def _chosen_name(name: str | None, artifact_path: str | None) -> str | None:
+    """Raises OptionError where both are given."""
+    if artifact_path is None:
+        return name
+    if name is not None:
+        raise OptionError(
+            f"name is {name!r} and artifact_path, MLflow's old word for it, {artifact_path!r}; give name only",
+            option="artifact_path",
+        )
+    _log.warning("artifact_path is deprecated in MLflow; use name instead")
+    return artifact_path
+
+
 def load_model(
     model_uri: str,
     dst_path: str | None = None,
@@ -247,6 +285,8 @@ def load_model(
     allow_engine_host_code: bool | None = None,
     self_test: bool | None = None,
     plugins: Sequence[str] | None = None,
+    onnx_execution_providers: Sequence[Any] | None = None,
+    onnx_session_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Session:
     """Load a model for its native interface, a Session. `mlflow.pyfunc.load_model` loads it the MLflow way.
@@ -255,8 +295,9 @@ def load_model(
         model_uri: any model URI of MLflow, such as `models:/resnet50-trt/1` or a local folder.
         dst_path: an existing folder to download to; a temporary one if left out.
         runtime, on_mismatch, device, kernel_specialization, cuda_graphs, max_batch_delay_ms, warm_up,
-            allow_engine_host_code, self_test, plugins: load settings, see LoadSettings; None takes what the environment
-            variable MLFLOW_PYFUNC_INFERENCE_CONFIG says, or else the ones that the model was logged with.
+            allow_engine_host_code, self_test, plugins, onnx_execution_providers, onnx_session_options: load settings,
+            see LoadSettings; None takes what the environment variable MLFLOW_PYFUNC_INFERENCE_CONFIG says, or else the
+            ones that the model was logged with.
         progress: called while an engine is built for this machine; None shows it on standard error.
 
     Raises:
@@ -275,8 +316,12 @@ def load_model(
         "allow_engine_host_code": allow_engine_host_code,
         "self_test": self_test,
         "plugins": plugins,
+        "onnx_execution_providers": onnx_execution_providers,
+        "onnx_session_options": onnx_session_options,
     }
-    logged = Model.load(str(folder.path)).flavors[pyfunc.FLAVOR_NAME].get(pyfunc.MODEL_CONFIG) or {}
+    flavors = read_flavors(folder.path)
+    _add_code_from_conf_to_system_path(str(folder.path), flavors[FLAVOR_NAME])
+    logged = flavors[pyfunc.FLAVOR_NAME].get(pyfunc.MODEL_CONFIG) or {}
     LoadSettings.check_logged(logged)
     wanted = {name: value for name, value in given.items() if value is not None}
     # MLflow's environment variable comes between, as it does for pyfunc.

@@ -18,7 +18,8 @@ from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.errors import MlflowTrtError
 from mlflow_trt.flavor.describe import describe_version
 from mlflow_trt.flavor.metrics import log_metrics
-from mlflow_trt.flavor.mlmodel import PackagingOptions, check_names, searchable_facts, write_model
+from mlflow_trt.flavor.mlmodel import PackagingOptions, check_names, write_model
+from mlflow_trt.flavor.recognize import facts_from
 from mlflow_trt.flavor.register import log_folder, register_version
 from mlflow_trt.flavor.undo import Undo
 from mlflow_trt.pipeline.make import PreparedConversion, convert_and_verify
@@ -83,8 +84,9 @@ def log_conversion(
         # Written before MLflow hears of it: what cannot be written leaves no half of a logged model.
         folder = Path(staging) / "model"
         written = write_model(made, folder, packaging)
-        description = describe_version(read_record_file(folder / RECORD_FILE), logging.description)
-        facts = searchable_facts(made)
+        record = read_record_file(folder / RECORD_FILE)
+        description = describe_version(record, logging.description)
+        facts = facts_from(record)
         # Where it is from comes first, where tags are listed as they were set.
         tags = {**logging.tags, **{key: value for key, value in facts.items() if key not in logging.tags}}
         info = log_folder(
@@ -101,7 +103,7 @@ def log_conversion(
         )
         metrics = {} if made.verification is None else metrics_of(made.verification.comparisons)
         selected = {} if made.selection is None else made.selection.metrics()
-        log_metrics(undo, {**metrics, **selected}, str(info.model_id))
+        log_metrics(undo, {**metrics, **selected}, str(info.model_id), step=logging.step)
         # Last, so that a version that can be seen is complete.
         if logging.registered_model_name is not None:
             version = register_version(

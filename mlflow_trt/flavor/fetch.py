@@ -8,7 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import yaml
 from mlflow.models import Model
 from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -103,6 +105,12 @@ def check_files(model_uri: str) -> Record:
     for name, size in record.file_sizes().items():
         check(name, size)
     return record
+
+
+def read_flavors(folder: Path) -> dict[str, Any]:
+    """The flavors in the MLmodel file of a folder, whose path may have a per cent sign, which MLflow would unquote."""
+    flavors: dict[str, Any] = Model.from_dict(yaml.safe_load((folder / MLMODEL_FILE_NAME).read_text())).flavors
+    return flavors
 
 
 def is_of_this_flavor(model_uri: str) -> bool:

@@ -20,7 +20,7 @@ from mlflow_trt.store.record import Record
 _log = get_logger(__name__)
 
 
-def log_metrics(undo: Undo, metrics: Mapping[str, float], model_id: str) -> None:
+def log_metrics(undo: Undo, metrics: Mapping[str, float], model_id: str, *, step: int = 0) -> None:
     """Log metrics of a logged model to the active run; without one, to a short run of their own.
 
     MLflow keeps metrics with runs, and shows them with the logged model that they are about. The model is logged
@@ -31,11 +31,11 @@ def log_metrics(undo: Undo, metrics: Mapping[str, float], model_id: str) -> None
     run, client = mlflow.active_run(), MlflowClient()
     try:
         if run is not None:
-            mlflow.log_metrics(dict(metrics), model_id=model_id)
+            mlflow.log_metrics(dict(metrics), step=step, model_id=model_id)
             return
         own = _create_run(undo, client, model_id)
         try:
-            mlflow.log_metrics(dict(metrics), run_id=own, model_id=model_id)
+            mlflow.log_metrics(dict(metrics), step=step, run_id=own, model_id=model_id)
         except Exception:
             client.set_terminated(own, status="FAILED")
             raise

@@ -5,29 +5,20 @@ What is private to MLflow and yet needed by every flavor is imported here.
 
 from __future__ import annotations
 
-import importlib.metadata
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import onnx
-import yaml
 from mlflow import pyfunc
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.models.utils import _Example, _save_example
 from mlflow.utils.environment import (
     _CONDA_ENV_FILE_NAME,
-    _CONSTRAINTS_FILE_NAME,
     _PYTHON_ENV_FILE_NAME,
-    _REQUIREMENTS_FILE_NAME,
-    _mlflow_conda_env,
-    _process_conda_env,
-    _process_pip_requirements,
-    _PythonEnv,
-    _validate_env_arguments,
 )
 from mlflow.utils.file_utils import get_total_file_size
 from mlflow.utils.model_utils import _copy_extra_files, _validate_and_copy_code_paths
@@ -37,11 +28,7 @@ from mlflow.utils.validation import (
     _validate_model_name,
     _validate_model_version_tag,
 )
-from packaging.requirements import InvalidRequirement, Requirement
-from packaging.utils import canonicalize_name
 
-from mlflow_trt._version import __version__
-from mlflow_trt.backends.tensorrt import installed
 from mlflow_trt.convert.conversion import Conversion
 from mlflow_trt.convert.onnx.model import MODEL_FILE
 from mlflow_trt.core.accuracy import Tolerance
@@ -51,18 +38,8 @@ from mlflow_trt.core.selection import Selection
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.types import EngineRecord, TensorSpec
 from mlflow_trt.errors import MissingDependencyError, OptionError
+from mlflow_trt.flavor.environment import check_environment, write_environment
 from mlflow_trt.flavor.signatures import output_signature, tensor_signature, without_params
-from mlflow_trt.flavor.tags import (
-    BATCH_TAG,
-    PRECISION_ASKED_TAG,
-    PRECISION_SHARE_TAG,
-    PRECISION_TAG,
-    RELATIVE_ERROR_TAG,
-    SOURCE_DIGEST_TAG,
-    TARGET_TAG,
-    TENSORRT_TAG,
-    VERIFICATION_TAG,
-)
 from mlflow_trt.flavor.whole.package import WholeSource, write_whole
 from mlflow_trt.flavor.whole.parity import compare_whole
 from mlflow_trt.pipeline.compile_kernels import store_kernels
@@ -75,30 +52,6 @@ from mlflow_trt.store.record import FLAVOR_NAME, Record
 from mlflow_trt.store.write_folder import write_folder
 
 _log = get_logger(__name__)
-
-
-def get_default_pip_requirements(record: Record | None = None) -> list[str]:
-    """What a model of this flavor needs: this package, and the very TensorRT that built its engines.
-
-    Without a record, what a model would need that is logged here, by the TensorRT that is installed.
-
-    They are listed, not inferred: MLflow's inference would load and run the model, and never finds the flavor itself.
-    `cuda-core` and not `cuda`, so that an environment is made of wheels, wherever that happens.
-    """
-    pinned = [f"{name}=={importlib.metadata.version(name)}" for name in ("mlflow", "numpy", "onnx")]
-    if record is not None:
-        built = {f"{engine.distribution.requirement}=={engine.version}" for engine in record.engines}
-    else:
-        built = {f"{name.requirement}=={importlib.metadata.version(name.requirement)}" for name in installed()[:1]}
-    tensorrt = sorted(built)
-    extra = "rtx" if any("rtx" in requirement for requirement in tensorrt) else "tensorrt"
-    return [*pinned, f"mlflow-trt[cuda-core,{extra}]=={__version__}", *tensorrt]
-
-
-def get_default_conda_env() -> dict[str, Any]:
-    """The conda environment of a model that is logged here, as every flavor of MLflow has this function."""
-    environment: dict[str, Any] = _mlflow_conda_env(additional_pip_deps=get_default_pip_requirements())
-    return environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +79,7 @@ class PackagingOptions:
         return self.input_example if self.whole is None else None
 
     def __post_init__(self) -> None:
-        _validate_env_arguments(self.conda_env, self.pip_requirements, self.extra_pip_requirements)
+        check_environment(self.conda_env, self.pip_requirements, self.extra_pip_requirements)
         if not isinstance(self.signature, (ModelSignature, bool, type(None))):
             raise OptionError(
                 f"signature is a {type(self.signature).__name__}; expected a mlflow.models.ModelSignature, "
@@ -228,10 +181,17 @@ def _write_mlmodel(
         model_config=settings.to_dict() | (options.whole.other_settings if options.whole else {}),
     )
     if not record.is_engine_only:
-        model.add_flavor("onnx", onnx_version=onnx.__version__, data=MODEL_FILE, code=code)
+        model.add_flavor("onnx", onnx_version=onnx.__version__, data=MODEL_FILE, code=code, **_onnx_fields(settings))
     extra_files = _copy_extra_files(options.extra_files, str(folder))
     model.add_flavor(FLAVOR_NAME, **flavor_fields(record), code=code, **extra_files)
-    _write_environment(folder, record, options)
+    write_environment(
+        folder,
+        record,
+        options.conda_env,
+        options.pip_requirements,
+        options.extra_pip_requirements,
+        of_source=options.whole.folder if options.whole is not None else None,
+    )
     model.model_size_bytes = get_total_file_size(folder)
     model.save(str(folder / MLMODEL_FILE_NAME))
 
@@ -281,30 +241,6 @@ def _kept(verification: Verification | None, remarks: tuple[str, ...]) -> dict[s
     }
 
 
-def searchable_facts(made: ConvertedModel) -> dict[str, str]:
-    """What is worth searching for, as it appears in params and tags."""
-    conversion, verification = made.conversion, made.verification
-    engine, axis = conversion.engine, conversion.profiles.batch_axis
-    facts = {
-        PRECISION_TAG: str(conversion.recipe.precision),
-        TENSORRT_TAG: f"{engine.distribution} {engine.version}",
-        TARGET_TAG: engine.target,
-        SOURCE_DIGEST_TAG: conversion.source.digest,
-    }
-    share = conversion.typed.report.share
-    if share is not None:
-        facts[PRECISION_SHARE_TAG] = f"{share:.4g}"
-    if made.selection is not None:
-        facts[PRECISION_ASKED_TAG] = str(made.selection.asked)
-    if verification is not None and verification.verdict is not None:
-        facts[VERIFICATION_TAG] = str(verification.verdict)
-        facts[RELATIVE_ERROR_TAG] = f"{verification.comparisons[-1].relative_error:.3g}"
-    if axis is not None:
-        ranges = [profile.ranges[axis.inputs[0]] for profile in conversion.profiles.profiles]
-        facts[BATCH_TAG] = f"{min(r.min[0] for r in ranges)}:{ranges[0].opt[0]}:{max(r.max[0] for r in ranges)}"
-    return facts
-
-
 def _draw(selection: Selection, conversion: Conversion, folder: Path) -> None:
     """The picture of the candidates, where there is a package to draw it with; the report has the table."""
     title = conversion.source.proto.graph.name or conversion.source.path.name
@@ -335,37 +271,12 @@ def flavor_fields(record: Record) -> dict[str, Any]:
     }
 
 
-def with_requirements_of(file: Path, ours: Sequence[str]) -> list[str]:
-    """Our requirements and those of the source of a whole model, whose versions come before ours."""
-    listed = file.read_text().splitlines() if file.is_file() else []
-    theirs = [line.strip() for line in listed if line.strip() and not line.strip().startswith(("#", "-"))]
-    named = {_package_of(line) for line in theirs}
-    return [*theirs, *(line for line in ours if _package_of(line) not in named)]
-
-
-def _package_of(requirement: str) -> str:
-    try:
-        return canonicalize_name(Requirement(requirement).name)
-    except InvalidRequirement:  # a path or a URL
-        return requirement
+def _onnx_fields(settings: LoadSettings) -> dict[str, Any]:
+    """What `mlflow.onnx` writes of ONNX Runtime, where it was asked for."""
+    logged = settings.to_dict()
+    fields = {"providers": logged["onnx_execution_providers"], "onnx_session_options": logged["onnx_session_options"]}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _described(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
-
-
-def _write_environment(folder: Path, record: Record, options: PackagingOptions) -> None:
-    if options.conda_env is None:
-        defaults = get_default_pip_requirements(record) if options.pip_requirements is None else None
-        if defaults is not None and options.whole is not None:
-            defaults = with_requirements_of(options.whole.folder / _REQUIREMENTS_FILE_NAME, defaults)
-        conda_env, requirements, constraints = _process_pip_requirements(
-            defaults, options.pip_requirements, options.extra_pip_requirements
-        )
-    else:
-        conda_env, requirements, constraints = _process_conda_env(options.conda_env)
-    (folder / _CONDA_ENV_FILE_NAME).write_text(yaml.safe_dump(conda_env, default_flow_style=False))
-    if constraints:
-        (folder / _CONSTRAINTS_FILE_NAME).write_text("\n".join(constraints))
-    (folder / _REQUIREMENTS_FILE_NAME).write_text("\n".join(requirements))
-    _PythonEnv.current().to_yaml(str(folder / _PYTHON_ENV_FILE_NAME))

@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,7 @@ from mlflow_trt.errors import (
 )
 from mlflow_trt.flavor.whole.loading import load_whole, split_config
 from mlflow_trt.flavor.whole.self_test import check_whole
+from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.store.folder import ModelFolder, read_folder
 from mlflow_trt.store.load import open_session
@@ -167,6 +168,16 @@ class PyfuncModel:
         """The session, for `pyfunc_model.get_raw_model()`: its `close()` frees the GPU."""
         return self._session
 
+    @property
+    def rt(self) -> Any:
+        """ONNX Runtime's own session, by the name that it has in `mlflow.onnx`, where that is the runtime."""
+        if isinstance(self._session, OnnxRuntimeSession):
+            return self._session.inference_session
+        raise AttributeError(f"the model runs on {self._session.description}, not on ONNX Runtime")
+
+    def __reduce__(self) -> NoReturn:
+        self._session.__reduce__()
+
     def _frame(self, outputs: Mapping[str, Array], index: pd.Index[Any]) -> pd.DataFrame:
         frame = frame_from_outputs(outputs, index)
         if len(outputs) == 1 and _in_spark_task():
@@ -184,7 +195,10 @@ class PyfuncModel:
         if isinstance(data, (np.ndarray, list)):
             if len(self._session.inputs) != 1:
                 names = ", ".join(spec.name for spec in self._session.inputs)
-                raise InputError(f"this model has several inputs ({names}): pass a dict or a DataFrame that names them")
+                raise InputError(
+                    "Unable to map numpy array input to the expected model input. The model has several, "
+                    f"{names}: pass a dict or a DataFrame that names them"
+                )
             return {self._session.inputs[0].name: data}
         raise InputError(f"expected a dict of arrays, an array or a DataFrame, got {type(data).__name__}")
 

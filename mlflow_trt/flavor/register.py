@@ -26,7 +26,8 @@ from mlflow_trt.core.log import get_logger
 from mlflow_trt.errors import ArtifactError
 from mlflow_trt.flavor.fetch import check_files
 from mlflow_trt.flavor.mlmodel import move_model
-from mlflow_trt.flavor.tags import CONVERSION_TAG
+from mlflow_trt.flavor.recognize import is_refusal, tell_refused
+from mlflow_trt.flavor.tags import CONVERSION_TAG, PREFIX
 from mlflow_trt.flavor.undo import Undo, exists, is_missing, versions_of
 from mlflow_trt.store.record import FLAVOR_NAME, Record
 
@@ -106,16 +107,26 @@ def register_version(
     client = MlflowClient()
     _create_registered_model(undo, client, registered_model_name)
 
-    def request() -> str:
+    def create(tags: Mapping[str, str]) -> str:
         made = client.create_model_version(
             registered_model_name,
             f"models:/{model_id}",
-            tags={key: str(value) for key, value in tags.items()} | {CONVERSION_TAG: undo.token},
+            tags=dict(tags),
             description=description,
             await_creation_for=await_registration_for or 0,
             model_id=model_id,
         )
         return str(made.version)
+
+    def request() -> str:
+        texts = {key: str(value) for key, value in tags.items()}
+        try:
+            return create(texts | {CONVERSION_TAG: undo.token})
+        except MlflowException as error:
+            if not is_refusal(error):
+                raise
+            # Unity Catalog takes no dots in keys; where it is something else that is refused, it is again.
+            return create({key: text for key, text in texts.items() if not key.startswith(PREFIX)})
 
     number = undo.make(
         f"The version of {registered_model_name}",
@@ -172,12 +183,22 @@ def complete_version(
     earlier release between the two.
     """
     name, number = version.name, str(version.version)
+    takes_ours = True
     for key in sorted(set(tags) - set(version.tags)):
-        undo.change(
-            f"The tag {key} of version {number} of {name}",
-            partial(client.set_model_version_tag, name, number, key, str(tags[key])),
-            restore=partial(client.delete_model_version_tag, name, number, key),
-        )
+        is_ours = key.startswith(PREFIX)
+        if is_ours and not takes_ours:
+            continue
+        try:
+            undo.change(
+                f"The tag {key} of version {number} of {name}",
+                partial(client.set_model_version_tag, name, number, key, str(tags[key])),
+                restore=partial(client.delete_model_version_tag, name, number, key),
+            )
+        except MlflowException as error:
+            if not is_ours or not is_refusal(error):
+                raise
+            takes_ours = False
+            tell_refused(name, number, key, error)
     if description and not version.description:
         undo.change(
             f"The description of version {number} of {name}",

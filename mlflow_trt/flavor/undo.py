@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry.model_version_search import ModelVersionSearch
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
@@ -187,14 +188,21 @@ def exists(client: MlflowClient, registered_model_name: str) -> bool:
     return True
 
 
-def versions_of(client: MlflowClient, registered_model_name: str, condition: str = "") -> Iterator[ModelVersion]:
-    """Every version of a registered model, the newest first; `condition` is more of a filter for MLflow's search."""
+def versions_of(client: MlflowClient, registered_model_name: str) -> Iterator[ModelVersion]:
+    """Every version of a registered model with its tags, the newest first.
+
+    They are listed by name alone and sorted here: Unity Catalog takes no order and no other condition, and its listing
+    leaves the tags out.
+    """
     quote = '"' if "'" in registered_model_name else "'"
-    clauses = [f"name = {quote}{registered_model_name}{quote}", *([condition] if condition else [])]
+    found: list[ModelVersion] = []
     token = None
     while True:
-        page = client.search_model_versions(" and ".join(clauses), order_by=["version_number DESC"], page_token=token)
-        yield from page
+        page = client.search_model_versions(f"name = {quote}{registered_model_name}{quote}", page_token=token)
+        found += page
         token = page.token
         if not token:
-            return
+            break
+    for version in sorted(found, key=lambda version: int(version.version), reverse=True):
+        is_partial = isinstance(version, ModelVersionSearch)
+        yield client.get_model_version(version.name, str(version.version)) if is_partial else version

@@ -71,7 +71,12 @@ def prepare_conversion(options: ConversionOptions) -> PreparedConversion:
 def open_onnx(model: OnnxSource, options: ConversionOptions) -> Iterator[OnnxModel]:
     """Read, check and hash a source model, once, for the length of the block. Raises what `read_onnx` raises."""
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
-        yield read_onnx(model, Path(workdir), allow_external_data_from=options.external_data_folder)
+        yield read_onnx(
+            model,
+            Path(workdir),
+            allow_external_data_from=options.external_data_folder,
+            save_as_external_data=options.save_as_external_data,
+        )
 
 
 @contextmanager

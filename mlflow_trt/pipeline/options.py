@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.core.accuracy import Tolerance
 from mlflow_trt.core.progress_event import Progress
-from mlflow_trt.core.settings import LoadSettings
+from mlflow_trt.core.settings import LoadSettings, ModelConfig, read_model_config
 from mlflow_trt.core.types import Precision
 from mlflow_trt.errors import OptionError
 from mlflow_trt.pipeline.bench import Bench
@@ -36,8 +35,9 @@ class ConversionOptions:
     calibration_cache: str | os.PathLike[str] | None = None
     verify: Tolerance | bool = True
     store_kernels: bool = False
-    model_config: Mapping[str, Any] | None = None
+    model_config: ModelConfig = None
     allow_external_data_from: str | os.PathLike[str] | None = None
+    save_as_external_data: bool | None = None
     progress: Progress | None = None
     bench: Bench | None = None
     compiler: KernelCompiler | None = None
@@ -48,8 +48,9 @@ class ConversionOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.verify, (bool, Tolerance)):
             raise OptionError(f"verify is {self.verify!r}; expected True, False or a Tolerance", option="verify")
+        object.__setattr__(self, "model_config", read_model_config(self.model_config))
         LoadSettings.of(self.model_config)
-        LoadSettings.check_logged(self.model_config)
+        LoadSettings.check_logged(read_model_config(self.model_config))
         folder = self.external_data_folder
         if folder is not None and not folder.is_dir():
             raise OptionError(

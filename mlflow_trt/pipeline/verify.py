@@ -45,10 +45,14 @@ class Verification:
     @property
     def verdict(self) -> Verdict | None:
         """None where nothing was compared."""
-        verdicts = [comparison.verdict for comparison in self.comparisons]
-        return next((verdict for verdict in (Verdict.FAILED, Verdict.INCONCLUSIVE) if verdict in verdicts), None) or (
-            Verdict.PASSED if verdicts else None
-        )
+        return overall_verdict(self.comparisons)
+
+
+def overall_verdict(comparisons: Sequence[Comparison]) -> Verdict | None:
+    """The worst of several verdicts; None where nothing was compared."""
+    verdicts = [comparison.verdict for comparison in comparisons]
+    worst = next((verdict for verdict in (Verdict.FAILED, Verdict.INCONCLUSIVE) if verdict in verdicts), None)
+    return worst or (Verdict.PASSED if verdicts else None)
 
 
 def verify_conversion(

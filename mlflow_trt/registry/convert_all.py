@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import RegisteredModel
+from mlflow.entities.model_registry.registered_model_search import RegisteredModelSearch
 from mlflow.exceptions import MlflowException
+from mlflow.utils.search_utils import SearchModelUtils
 
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.errors import OptionError
 from mlflow_trt.flavor.mlmodel import check_names
-from mlflow_trt.flavor.tags import TENSORRT_TAG
+from mlflow_trt.flavor.recognize import own_tags
 from mlflow_trt.flavor.tracking import check_server
 from mlflow_trt.flavor.undo import exists, versions_of
 from mlflow_trt.pipeline.make import PreparedConversion, prepare_conversion
@@ -71,7 +73,7 @@ def convert_all(
     check_server()
     prepared = prepare_conversion(options)
     outcomes = []
-    for model in list(_matching(filter_string)):
+    for model in _matching(filter_string):
         started = time.monotonic()
         target = name_pattern.replace("{name}", model.name)
         outcome = _convert_newest(model, target, prepared, alias=alias, force=force, dry_run=dry_run)
@@ -91,7 +93,7 @@ def _convert_newest(
         if newest is None:
             return Outcome(source=source, status="skipped", detail="it has no versions")
         source = f"models:/{model.name}/{newest.version}"
-        if TENSORRT_TAG in newest.tags:
+        if own_tags(MlflowClient(), newest) is not None:
             return Outcome(source=source, status="skipped", detail="it was made by mlflow-trt")
         if dry_run:
             plan = plan_conversion(source, prepared, registered_model_name=target, force=force)
@@ -116,11 +118,25 @@ def _versions(registered_model_name: str) -> Iterator[str]:
         yield from (str(version.version) for version in versions_of(client, registered_model_name))
 
 
-def _matching(filter_string: str) -> Iterator[RegisteredModel]:
-    client, token = MlflowClient(), None
+def _matching(filter_string: str) -> list[RegisteredModel]:
+    """The registered models that a filter finds; found here where the registry takes no filter, like Unity Catalog."""
+    client = MlflowClient()
+    try:
+        return _pages(client, filter_string)
+    except MlflowException:
+        SearchModelUtils.parse_search_filter(filter_string)  # or it is the filter that is wrong
+        listed = _pages(client, None)
+    whole = [client.get_registered_model(m.name) if isinstance(m, RegisteredModelSearch) else m for m in listed]
+    matching: list[RegisteredModel] = SearchModelUtils.filter(whole, filter_string)
+    return matching
+
+
+def _pages(client: MlflowClient, filter_string: str | None) -> list[RegisteredModel]:
+    found: list[RegisteredModel] = []
+    token = None
     while True:
-        page = client.search_registered_models(filter_string, page_token=token)
-        yield from page
+        page = client.search_registered_models(filter_string or None, page_token=token)
+        found += page
         token = page.token
         if not token:
-            return
+            return found

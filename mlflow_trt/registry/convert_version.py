@@ -22,6 +22,7 @@ from mlflow_trt.core.accuracy import Tolerance
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.output_folder import check_target
 from mlflow_trt.core.progress_event import Progress
+from mlflow_trt.core.settings import ModelConfig
 from mlflow_trt.core.types import Precision
 from mlflow_trt.flavor.conversions import LoggingOptions, log_conversion, save_conversion
 from mlflow_trt.flavor.describe import describe_version
@@ -35,6 +36,7 @@ from mlflow_trt.flavor.undo import undo_on_failure
 from mlflow_trt.pipeline.make import PreparedConversion, open_onnx, prepare_conversion
 from mlflow_trt.pipeline.options import ConversionOptions
 from mlflow_trt.registry.lineage import copied_tags, find_twin, point_to, recipe_digest, tags_of
+from mlflow_trt.registry.sources.belongings import Belongings
 from mlflow_trt.registry.sources.open import SourceModel, open_source
 from mlflow_trt.registry.sources.whole.convert import WholeOptions
 from mlflow_trt.store import cache
@@ -55,7 +57,7 @@ def convert_model_version(
     calibration_cache: str | os.PathLike[str] | None = None,
     verify: Tolerance | bool = True,
     store_kernels: bool = False,
-    model_config: Mapping[str, Any] | None = None,
+    model_config: ModelConfig = None,
     allow_external_data_from: str | os.PathLike[str] | None = None,
     tags: Mapping[str, Any] | None = None,
     alias: str | None = None,
@@ -68,7 +70,8 @@ def convert_model_version(
     """Convert a model and register the result as a new version of `registered_model_name`.
 
     The new version gets the source's signature, with the names of the graph where it has none, its input example,
-    description, metadata and tags; its description begins with a line of its own. Its tags
+    description, metadata, tags, params, code, extra files, requirements of its own and options for ONNX Runtime; its
+    description begins with a line of its own. What it cannot get is named in a remark. Its tags
     `mlflow_trt.source`, `.source_name`, `.source_version` and `.source_digest`, and its record, name the source, which
     has a tag `mlflow_trt.converted_to.<name>.<version>` for each version that was made of it. What was made before, of
     the same source by the same recipe and TensorRT, is found and returned instead of made again, if it can be loaded.
@@ -156,9 +159,12 @@ def converted_version(
                     registered_model_name=registered_model_name,
                     description=source.description,
                     tags=wanted,
+                    params=source.belongings.params,
+                    model_type=source.belongings.model_type,
                 )
-                packaging = _packaging_of(source, model)
-                info = log_conversion(model, with_network_of(prepared, source), packaging, logging, undo)
+                packaging = _packaging_of(source, model, digest)
+                own = _with_settings_of(source, with_network_of(prepared, source))
+                info = log_conversion(model, own, packaging, logging, undo)
                 version = client.get_model_version(registered_model_name, str(info.registered_model_version))
                 # The lock is this machine's: somebody elsewhere may have been a moment earlier, and then keeps it.
                 earlier = None if force else find(before=int(version.version))
@@ -206,7 +212,8 @@ def convert_to_folder(model_uri: str | os.PathLike[str], path: Path, options: Co
     check_target(path)
     prepared = prepare_conversion(options)
     with open_source(model_uri, whole_options(options)) as source, open_onnx(source.path, options) as model:
-        save_conversion(model, path, with_network_of(prepared, source), _packaging_of(source, model))
+        own = _with_settings_of(source, with_network_of(prepared, source))
+        save_conversion(model, path, own, _packaging_of(source, model, recipe_digest(prepared)))
 
 
 def whole_options(options: ConversionOptions) -> WholeOptions:
@@ -232,8 +239,8 @@ def with_network_of(prepared: PreparedConversion, source: SourceModel) -> Prepar
     return replace(prepared, options=replace(options, recipe=recipe, calibration_data=source.samples))
 
 
-def _packaging_of(source: SourceModel, model: OnnxModel) -> PackagingOptions:
-    """What the MLflow model of a source hands on to the one that is made of it.
+def _packaging_of(source: SourceModel, model: OnnxModel, digest: str) -> PackagingOptions:
+    """What the MLflow model of a source hands on to the one that is made of it, by the recipe of that digest.
 
     Where its signature gets the names of the graph, the lineage keeps it as it was.
     """
@@ -245,14 +252,26 @@ def _packaging_of(source: SourceModel, model: OnnxModel) -> PackagingOptions:
         signature = with_graph_names(before, model.inputs, model.outputs)
     if before is not None and signature != before:
         lineage = {**lineage, "signature": json.dumps(before.to_dict())}
+    # Around the network of a whole model everything stays as it was: code, files and requirements are there already.
+    belongings = source.belongings if source.whole is None else Belongings()
     return PackagingOptions(
         signature=signature,
         input_example=source.input_example,
         metadata=source.metadata,
-        lineage=lineage,
+        code_paths=belongings.code_paths,
+        extra_files=belongings.extra_files,
+        extra_pip_requirements=belongings.requirements,
+        lineage={**lineage, "recipe_digest": digest},
         whole=source.whole,
-        remarks=source.whole.remarks if source.whole is not None else (),
+        remarks=belongings.remarks if source.whole is None else source.whole.remarks,
     )
+
+
+def _with_settings_of(source: SourceModel, prepared: PreparedConversion) -> PreparedConversion:
+    """With the source's options for ONNX Runtime, where the user gave none."""
+    options = prepared.options
+    settings = source.belongings.settings(options.model_config)
+    return replace(prepared, options=replace(options, model_config=settings))
 
 
 def logged_model_name(registered_model_name: str) -> str:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 
 from mlflow_trt.backends import cuda_driver as hardware
 from mlflow_trt.backends import tensorrt as trt
@@ -30,13 +31,13 @@ from mlflow_trt.core.accuracy import Tolerance
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.types import Precision
 from mlflow_trt.errors import ArtifactError
+from mlflow_trt.flavor.recognize import is_refusal, lineage_tags, own_tags, tell_refused
 from mlflow_trt.flavor.register import check_version
 from mlflow_trt.flavor.tags import (
     PREFIX,
     RECIPE_DIGEST_TAG,
     SOURCE_DIGEST_TAG,
     SOURCE_NAME_TAG,
-    SOURCE_TAG,
     SOURCE_VERSION_TAG,
     converted_tag,
 )
@@ -120,9 +121,7 @@ def _array(values: Any) -> npt.NDArray[Any]:
 
 def tags_of(lineage: Mapping[str, str], digest: str) -> dict[str, str]:
     """The tags of a version that was made from the source that `lineage` describes, by the recipe of that digest."""
-    keys = {SOURCE_TAG: "source", SOURCE_NAME_TAG: "name", SOURCE_VERSION_TAG: "version"}
-    found = {tag: lineage[key] for tag, key in keys.items() if key in lineage}
-    return {**found, RECIPE_DIGEST_TAG: digest}
+    return lineage_tags({**lineage, "recipe_digest": digest})
 
 
 def copied_tags(tags: Mapping[str, str]) -> dict[str, str]:
@@ -145,12 +144,13 @@ def find_twin(
     """
     if not exists(client, registered_model_name):
         return None
-    condition = f"tags.`{RECIPE_DIGEST_TAG}` = '{digest}'"
-    found = list(versions_of(client, registered_model_name, condition))
+    found = list(versions_of(client, registered_model_name))
     if before is not None:
         found = [version for version in reversed(found) if int(version.version) < before]
     for version in found:
-        tags = version.tags
+        tags = own_tags(client, version)
+        if tags is None or tags.get(RECIPE_DIGEST_TAG) != digest:
+            continue
         same_version = (tags.get(SOURCE_NAME_TAG), tags.get(SOURCE_VERSION_TAG)) == (
             lineage.get("name"),
             lineage.get("version"),
@@ -185,8 +185,13 @@ def point_to(undo: Undo, lineage: Mapping[str, str], made: ModelVersion) -> None
             client.delete_model_version_tag(name, number, key)
 
     if not pointed():
-        undo.change(
-            f"The tag {key} of {lineage['source']}",
-            lambda: client.set_model_version_tag(name, number, key, uri),
-            restore=restore,
-        )
+        try:
+            undo.change(
+                f"The tag {key} of {lineage['source']}",
+                lambda: client.set_model_version_tag(name, number, key, uri),
+                restore=restore,
+            )
+        except MlflowException as error:
+            if not is_refusal(error):
+                raise
+            tell_refused(name, number, key, error)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -25,7 +25,10 @@ class OnnxRuntimeSession(Session):
     With `prefer_cuda` it runs on the GPU where ONNX Runtime's CUDA provider is installed and works; `device` says.
     With `optimize=False` every node computes what it says, one after the other.
     With `batch_axis` and `largest_batch` larger batches are cut, and calls at the same time run together, like on a
-    GPU.
+    GPU. `providers` and `session_options` are the load settings `onnx_execution_providers` and `onnx_session_options`.
+
+    Attributes:
+        inference_session: ONNX Runtime's own session, for its own tools.
     """
 
     runtime: ClassVar[str] = "onnxruntime"
@@ -41,6 +44,8 @@ class OnnxRuntimeSession(Session):
         batch_axis: BatchAxis | None = None,
         largest_batch: int | None = None,
         max_batch_delay_ms: float = 0.0,
+        providers: Sequence[Any] | None = None,
+        session_options: Mapping[str, Any] | None = None,
     ) -> None:
         for spec in (*inputs, *outputs):
             if spec.dtype == "bfloat16":
@@ -48,9 +53,16 @@ class OnnxRuntimeSession(Session):
                     f"ONNX Runtime cannot exchange bfloat16 arrays with Python, which {spec.name!r} needs; "
                     "use runtime='tensorrt', or export the model with float32 inputs and outputs"
                 )
-        loaded = CpuModel(model, optimize=optimize, prefer_cuda=prefer_cuda)
+        loaded = CpuModel(
+            model,
+            optimize=optimize,
+            prefer_cuda=prefer_cuda,
+            providers=providers,
+            session_options=session_options,
+        )
         self._version = loaded.version
         self.device = loaded.device
+        self.inference_session = loaded.inference_session
         names = [spec.name for spec in outputs]
         super().__init__(
             Scheduler(
@@ -66,7 +78,7 @@ class OnnxRuntimeSession(Session):
 
     @property
     def description(self) -> str:
-        return f"ONNX Runtime {self._version} on {'CUDA' if self.device == 'CUDA' else 'the CPU'}"
+        return f"ONNX Runtime {self._version} on {'the CPU' if self.device == 'CPU' else self.device}"
 
 
 class OnnxRuntimeSlot:

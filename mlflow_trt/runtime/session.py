@@ -5,17 +5,18 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import Self
 
 from mlflow_trt.core.arrays import Feeds, Outputs
+from mlflow_trt.core.forking import check_not_forked, generation, keep_in_forks
 from mlflow_trt.core.inputs import InputCheck
 from mlflow_trt.core.nvtx import marked
 from mlflow_trt.core.types import TensorSpec
-from mlflow_trt.errors import RuntimeUnavailableError, SessionClosedError
+from mlflow_trt.errors import NotPicklableError, RuntimeUnavailableError, SessionClosedError
 from mlflow_trt.runtime.batching.shared_work import Work
 from mlflow_trt.runtime.batching.submissions import Done, Submission
 
@@ -67,6 +68,8 @@ class Session(abc.ABC):
         self.fallback_reason: str | None = None
         self._runner = runner
         self._closed = False
+        self._generation = generation()
+        keep_in_forks(self)
 
     @marked("run")
     def run(self, inputs: Mapping[str, npt.ArrayLike]) -> dict[str, npt.NDArray[np.generic]]:
@@ -85,6 +88,7 @@ class Session(abc.ABC):
                 integer is expected. InputShapeError, which is one: of a shape that no optimization profile takes.
             ExecutionError: the runtime failed; OutOfMemoryError where it lacked memory.
             SessionClosedError: after `close()`.
+            RuntimeUnavailableError: in a process that was forked after the model was loaded.
         """
         self._check_open()
         return self._runner.run(self._input_check.prepare(inputs))
@@ -139,7 +143,8 @@ class Session(abc.ABC):
         """Free everything this session holds, after the calls that run. May be called more than once."""
         if not self._closed:
             self._closed = True
-            self._release()
+            if self._generation == generation():  # what a forked process has is not its own to free
+                self._release()
 
     def broken(self) -> str | None:
         """Why nothing can run any more until another process loads the model; None where nothing speaks against it."""
@@ -156,6 +161,13 @@ class Session(abc.ABC):
     def _check_open(self) -> None:
         if self._closed:
             raise SessionClosedError
+        check_not_forked(self._generation, "this model")
+
+    def __reduce__(self) -> NoReturn:
+        raise NotPicklableError(
+            "a loaded model cannot be pickled or copied: it holds a runtime of this process. Pass its URI, and load it "
+            "where it is used; threads may share one"
+        )
 
     def __enter__(self) -> Self:
         return self

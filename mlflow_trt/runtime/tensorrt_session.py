@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +16,7 @@ import numpy.typing as npt
 from mlflow_trt.backends.tensorrt import TensorRT
 from mlflow_trt.core.arrays import Feeds, numpy_dtype
 from mlflow_trt.core.dummy_inputs import make_zeros
+from mlflow_trt.core.forking import finalize
 from mlflow_trt.core.inputs import prepare_feeds
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.types import BatchAxis, TensorSpec
@@ -111,7 +111,7 @@ class TensorRTSession(Session):
             scheduler, [engine.described(spec) for spec in inputs], [engine.described(spec) for spec in outputs]
         )
         # Runs at close(), at the latest before the interpreter ends: TensorRT and pycuda must still be alive.
-        self._finalizer = weakref.finalize(self, _close, scheduler, engine)
+        self._finalizer = finalize(self, _close, scheduler, engine)
         self._scheduler = scheduler
         self._batch_axis = batch_axis
         self._warming = threading.Lock()  # or two of them would wait for each other's slots

@@ -6,6 +6,7 @@ A lock goes with its process, however that ends.
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections.abc import Sequence
 from typing import IO
@@ -49,3 +50,11 @@ def _take(gpus: Sequence[Gpu]) -> tuple[Gpu, IO[bytes]]:
             _log.info("This process uses CUDA device %d, %s; sharers: %d", gpu.ordinal, gpu.name, sharers)
             return gpu, lock
     raise AssertionError("unreachable")  # for the type checker: counting has no end
+
+
+def _forget_holder() -> None:
+    global _choosing  # noqa: PLW0603  # a forked process lacks the thread that may have held it
+    _choosing = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_holder)

@@ -94,13 +94,16 @@ def _open_onnxruntime(folder: ModelFolder, settings: LoadSettings) -> Session:
     record = folder.record
     axis = record.batch_axis
     limits = [profile.ranges[axis.inputs[0]].max[0] for profile in record.profiles] if axis else []
+    source = folder.checked_model(record.source)
     return OnnxRuntimeSession(
-        folder.checked_model(record.source),
+        source,
         record.inputs,
         record.outputs,
         batch_axis=axis,
         largest_batch=max(limits, default=None),
         max_batch_delay_ms=settings.max_batch_delay_ms,
+        providers=settings.onnx_execution_providers,
+        session_options=settings.onnx_session_options,
     )
 
 

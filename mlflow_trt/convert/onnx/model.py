@@ -23,6 +23,7 @@ from mlflow_trt.core.types import LARGEST_DIMENSION, Dim, TensorSpec
 from mlflow_trt.errors import OnnxModelError
 
 MODEL_FILE = "model.onnx"
+WEIGHTS_FILE = "model.onnx.data"
 
 # The types that TensorRT has for inputs and outputs.
 _DTYPES: Mapping[int, str] = {
@@ -90,12 +91,17 @@ def sha256_of(path: Path) -> str:
 
 
 def read_onnx(
-    model: str | os.PathLike[str] | ModelProto, workdir: Path, *, allow_external_data_from: Path | None = None
+    model: str | os.PathLike[str] | ModelProto,
+    workdir: Path,
+    *,
+    allow_external_data_from: Path | None = None,
+    save_as_external_data: bool | None = None,
 ) -> OnnxModel:
     """Read and check `model`, a path or a ModelProto; a ModelProto is written to `workdir` first and never changed.
 
     External data lies in the model's own folder. Where it is a symbolic link, that leads to a file of this folder or of
-    `allow_external_data_from`.
+    `allow_external_data_from`. With `save_as_external_data` weights are moved into a file beside the model, and with
+    False into it; None leaves them where they are.
 
     Raises OnnxModelError for a file that is no ONNX model, is truncated, lacks external weights, is refused by
     onnx.checker, or whose inputs or outputs are of a type that TensorRT does not have.
@@ -109,6 +115,10 @@ def read_onnx(
     proto = _parse(path)
     _check_text(proto, path)
     external_files = check_external_data(tensors_of(proto), path, allow_external_data_from)
+    if save_as_external_data is not None and save_as_external_data != bool(external_files):
+        path = _with_weights_moved(path, workdir, external=save_as_external_data)
+        proto = _parse(path)
+        external_files = check_external_data(tensors_of(proto), path, None)
     path = without_links(path, external_files, workdir)
     is_completed = add_missing_shapes(proto, path)
     inputs, outputs = describe(proto, path)
@@ -204,6 +214,26 @@ def _write_proto(proto: ModelProto, workdir: Path) -> Path:
     path = workdir / MODEL_FILE
     path.write_bytes(data)
     return path
+
+
+def _with_weights_moved(path: Path, workdir: Path, *, external: bool) -> Path:
+    """The model with its larger weights in a file beside it, as `mlflow.onnx` writes models, or with all inside."""
+    folder = workdir / "moved"
+    folder.mkdir()
+    target = folder / MODEL_FILE
+    proto = onnx.load(path, format="protobuf")
+    try:
+        if external:
+            onnx.save_model(proto, target, save_as_external_data=True, location=WEIGHTS_FILE)
+        else:
+            onnx.save_model(proto, target)
+    except (EncodeError, ValueError) as error:
+        raise OnnxModelError(
+            f"{path} and its weights do not fit into one file ({error}), which protobuf limits to 2 GB; "
+            "leave save_as_external_data out",
+            path=path,
+        ) from error
+    return target
 
 
 def _parse(path: Path) -> ModelProto:

@@ -24,6 +24,7 @@ from mlflow_trt.errors import ArtifactError
 from mlflow_trt.flavor.fetch import download, local_path
 from mlflow_trt.flavor.tracking import check_server
 from mlflow_trt.flavor.whole.package import WholeSource
+from mlflow_trt.registry.sources.belongings import Belongings, find_belongings
 from mlflow_trt.registry.sources.exporting import Export
 from mlflow_trt.registry.sources.whole.convert import NEEDS as NEEDS_OF_WHOLE
 from mlflow_trt.registry.sources.whole.convert import OpenedWhole, WholeOptions, open_whole
@@ -42,13 +43,14 @@ _log = get_logger(__name__)
 class SourceModel:
     """An ONNX file, and what the MLflow model that it is from carries over to what is made of it.
 
-    `lineage` says where it came from, for the record. `tags` and `description` are those of a registered version.
-    `whole` is what surrounds the network of a whole model, whose `shapes` are to be built for where nobody says
-    otherwise, and `samples` are what it was seen to be called with.
+    `belongings` is what else was logged with it. `lineage` says where it came from, for the record. `tags` and
+    `description` are those of a registered version. `whole` is what surrounds the network of a whole model, whose
+    `shapes` are to be built for where nobody says otherwise, and `samples` are what it was seen to be called with.
     """
 
     path: Path
     lineage: Mapping[str, str]
+    belongings: Belongings = field(default_factory=Belongings)
     signature: ModelSignature | None = None
     input_example: Any = None
     metadata: dict[str, Any] | None = None
@@ -86,6 +88,7 @@ def open_source(source: str | os.PathLike[str], options: WholeOptions | None = N
         yield SourceModel(
             path=path,
             lineage=lineage | identity | exported,
+            belongings=find_belongings(model, folder),
             signature=signature,
             input_example=_input_example(model, folder),
             metadata=model.metadata or None,

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import queue
 import threading
-import weakref
 from collections.abc import Callable, Hashable
 from typing import Protocol
 
 from mlflow_trt.core.arrays import Feeds, Outputs
+from mlflow_trt.core.forking import finalize
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.errors import SessionClosedError
 from mlflow_trt.runtime.batching.microbatch import QueuedCall
@@ -148,7 +148,7 @@ class Threads:
                     raise
                 return
             self._threads.append(thread)
-        weakref.finalize(self, _end, self._tasks, self._most)
+        finalize(self, _end, self._tasks, self._most)
 
 
 def _work(tasks: queue.SimpleQueue[Callable[[], None] | None]) -> None:

@@ -7,6 +7,7 @@ for the calling thread and pops it again. Memory is allocated and freed only ins
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -293,3 +294,12 @@ class PinnedBuffer:
                 self._memory.base.free()
             self._memory = None
             self.address = 0
+
+
+def _forget_devices() -> None:
+    global _devices_lock  # whoever held it is in the process that this one was forked from
+    _devices_lock, Device.allocating = threading.Lock(), threading.RLock()
+    _devices.clear()
+
+
+os.register_at_fork(after_in_child=_forget_devices)

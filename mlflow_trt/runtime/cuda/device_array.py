@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from mlflow_trt.core.arrays import numpy_dtype
+from mlflow_trt.core.forking import finalize
 from mlflow_trt.core.types import TensorSpec
 from mlflow_trt.errors import InputDtypeError, InputError, InputShapeError
 from mlflow_trt.runtime.cuda import dlpack
@@ -30,7 +30,7 @@ class DeviceArray:
             buffer = device.device_buffer()
             self.address = buffer.reserve(self.nbytes)
         self._buffer = buffer
-        weakref.finalize(self, _free, device, buffer)
+        finalize(self, _free, device, buffer)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:

@@ -1,0 +1,99 @@
+"""`mlflow.models.evaluate` on a model before it is converted, and after."""
+
+from __future__ import annotations
+
+import mlflow
+import networks
+import numpy as np
+import pandas as pd
+import pytest
+from onnx import helper
+
+import mlflow_trt
+
+CPU = {"runtime": "onnxruntime"}
+COLUMNS = ["a", "b", "c", "d"]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:(?s).*integer column:UserWarning"),  # of MLflow about a target of labels
+]
+
+
+def linear(node, width, dtype, row):
+    """x @ w, and what one more node makes of it."""
+    weights = np.random.default_rng(5).standard_normal((4, width)).astype(np.float32)
+    return networks.model(
+        [helper.make_node("MatMul", ["x", "w"], ["scores"]), node],
+        [networks.value("x", networks.FLOAT, ["batch", 4])],
+        [networks.value("y", dtype, ["batch", *row])],
+        [networks.constant("w", weights)],
+    )
+
+
+def regressor():
+    return linear(helper.make_node("Neg", ["scores"], ["y"]), 1, networks.FLOAT, [1])
+
+
+def classifier():
+    node = helper.make_node("ArgMax", ["scores"], ["y"], axis=1, keepdims=1)
+    return linear(node, 3, networks.INT64, [1])
+
+
+@pytest.fixture
+def rows():
+    return pd.DataFrame(np.random.default_rng(6).standard_normal((60, 4)).astype(np.float32), columns=COLUMNS)
+
+
+def evaluated(model, data, kind):
+    with mlflow.start_run():
+        config = {"log_model_explainability": False, "log_explainer": False}
+        result = mlflow.models.evaluate(
+            model, data, targets="target", model_type=kind, evaluators="default", evaluator_config=config
+        )
+    return {name: float(value) for name, value in result.metrics.items()}
+
+
+def versions(model, name):
+    """A registered model as `mlflow.onnx` has it, and what it was converted to."""
+    mlflow.onnx.log_model(model, name=name, registered_model_name=name, pip_requirements=["onnx"])
+    version = mlflow_trt.convert_model_version(f"models:/{name}/1", f"{name}-trt", batch=(1, 8, 64), model_config=CPU)
+    return f"models:/{name}/1", f"models:/{name}-trt/{version.version}"
+
+
+def test_a_regressor_by_its_uri(store, rows):
+    before, after = versions(regressor(), "regressor")
+    exact = mlflow.pyfunc.load_model(before).predict(rows)["y"]
+    data = rows.assign(target=exact + np.random.default_rng(7).standard_normal(60).astype(np.float32))
+    expected, found = (evaluated(uri, data, "regressor") for uri in (before, after))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert found["root_mean_squared_error"] == pytest.approx(
+        np.sqrt(np.mean((data["target"] - exact) ** 2)), rel=1e-5
+    )  # it measured this model, and not another
+
+
+def test_a_classifier_by_the_column_of_its_labels(store, rows):
+    """By its URI it works for no flavor that gives DataFrames: MLflow puts targets and predictions into one array."""
+    before, after = versions(classifier(), "classifier")
+    labels = mlflow.pyfunc.load_model(before).predict(rows)["y"]
+    data = rows.assign(target=labels.where(labels.index >= 12, (labels + 1) % 3))
+
+    def predictor(uri):
+        model = mlflow.pyfunc.load_model(uri)
+        return lambda frame: model.predict(frame)["y"]
+
+    expected, found = (evaluated(predictor(uri), data, "classifier") for uri in (before, after))
+    assert found == pytest.approx(expected)
+    assert found["accuracy_score"] == pytest.approx(48 / 60)
+
+
+def test_predictions_that_were_made_before(store, rows):
+    _, after = versions(classifier(), "classifier")
+    labels = mlflow.pyfunc.load_model(after).predict(rows)["y"]
+    with mlflow.start_run():
+        result = mlflow.models.evaluate(
+            data=rows.assign(target=labels, prediction=labels),
+            targets="target",
+            predictions="prediction",
+            model_type="classifier",
+        )
+    assert result.metrics["accuracy_score"] == 1
