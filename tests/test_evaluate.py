@@ -16,6 +16,7 @@ COLUMNS = ["a", "b", "c", "d"]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:(?s).*integer column:UserWarning"),  # of MLflow about a target of labels
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's use of pandas, in many places
 ]
 
 
