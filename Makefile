@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test test-fast test-lowest test-spark test-torch faults lint docs check-python clean
+.PHONY: quickstart test test-fast test-lowest test-spark test-torch faults fuzz audit dist lint docs check-python clean
 
 quickstart: $(VENV)/.rtx
 	$(RUN) examples/quickstart.py
@@ -39,6 +39,34 @@ test-torch: $(VENV)/.dev
 	DO_NOT_TRACK=true HF_HUB_OFFLINE=1 $(RUN) -m pytest --durations=10 \
 	  tests/test_sources.py tests/test_torch_sources.py tests/test_whole_python_models.py tests/test_whole_texts.py \
 	  tests/test_whole_images.py tests/test_whole_architectures.py tests/test_whole_serving.py tests/test_whole_benchmark.py
+
+# Everything that reads something from outside, for so many seconds each: make fuzz SECONDS=600 TARGETS="onnx record".
+SECONDS ?= 30
+TARGETS ?=
+fuzz: $(VENV)/.dev
+	$(RUN) -m pip install --quiet --editable '.[fuzz]'
+	DO_NOT_TRACK=true $(RUN) tests/fuzz.py --seconds $(SECONDS) $(TARGETS)
+
+# What users install, in an environment of its own: its known vulnerabilities, and a list of what it holds. Without
+# --strict, the audit would pass where the service that knows them cannot be asked.
+SHIPPED = $(VENV)-shipped
+$(SHIPPED)/.done: pyproject.toml | $(VENV)/bin/python
+	$(PYTHON) -m venv --clear $(SHIPPED)
+	$(SHIPPED)/bin/python -m pip install --quiet --upgrade pip
+	$(SHIPPED)/bin/python -m pip install --quiet '.[rtx,client,serve,signing,plots]'
+	@touch $@
+
+audit: $(SHIPPED)/.done | $(VENV)/.dev
+	$(RUN) -m pip install --quiet --editable '.[release]'
+	$(SHIPPED)/bin/python -m pip freeze --all --exclude mlflow-trt > $(SHIPPED)/requirements.txt
+	$(RUN) -m pip_audit --strict --disable-pip --no-deps --requirement $(SHIPPED)/requirements.txt
+
+dist: $(SHIPPED)/.done | $(VENV)/.dev
+	rm -rf dist
+	$(RUN) -m pip install --quiet --editable '.[release]'
+	$(RUN) -m build
+	$(RUN) -m cyclonedx_py environment --pyproject pyproject.toml --output-reproducible $(SHIPPED)/bin/python \
+	  --output-file "dist/mlflow-trt-$$($(SHIPPED)/bin/mlflow-trt --version).cdx.json"
 
 # Needs Java.
 test-spark: $(VENV)/.dev
@@ -82,4 +110,4 @@ check-python:
 	  || { echo "Python 3.10 or later is needed; name one with: make PYTHON=python3.12 ..."; exit 1; }
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest quickstart build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-shipped quickstart build dist *.egg-info

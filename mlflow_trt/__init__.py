@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         InputDtypeError,
         InputError,
         InputShapeError,
+        InputTooLargeError,
         IntegrityError,
         MissingDependencyError,
         MlflowTrtError,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         ServerTimeoutError,
         ServerUnavailableError,
         SessionClosedError,
+        SignatureError,
         UnsupportedModelError,
     )
     from mlflow_trt.flavor.api import load_model, log_model, save_model
@@ -68,6 +70,7 @@ __all__ = [
     "InputDtypeError",
     "InputError",
     "InputShapeError",
+    "InputTooLargeError",
     "IntegrityError",
     "LoadSettings",
     "MissingDependencyError",
@@ -86,6 +89,7 @@ __all__ = [
     "ServerUnavailableError",
     "Session",
     "SessionClosedError",
+    "SignatureError",
     "Tolerance",
     "UnsupportedModelError",
     "__version__",

@@ -9,12 +9,14 @@
     ├── ArtifactError (ValueError)                    500  a model folder is not one of ours
     │   ├── FormatError                               500  ... or was written by a newer version
     │   └── IntegrityError                            500  ... or a file in it is not the one that was logged
+    │       └── SignatureError                        500  ... or not the one that was signed
     ├── RuntimeUnavailableError (RuntimeError)        500  no GPU, or a GPU that nothing here can drive
     │   └── MissingDependencyError (ImportError)      500  a package is not installed
     ├── EngineMismatchError (RuntimeError)            500  no stored engine fits this GPU and TensorRT
     ├── InputError (ValueError)                       400  an input that the model cannot take
     │   ├── InputDtypeError (TypeError)               400  ... because of its dtype
-    │   └── InputShapeError                           400  ... because of its rank or shape
+    │   ├── InputShapeError                           400  ... because of its rank or shape
+    │   └── InputTooLargeError                        413  ... because a server takes no more at once
     ├── AccuracyError (ValueError)                    400  a converted model is too far from its source model
     ├── ExecutionError (RuntimeError)                 500  TensorRT, CUDA or ONNX Runtime failed
     │   ├── OutOfMemoryError (MemoryError)            429  the GPU, or the host, has no room for this
@@ -128,6 +130,10 @@ class IntegrityError(ArtifactError):
     """A file of a model folder differs from the one that was logged."""
 
 
+class SignatureError(IntegrityError):
+    """The signature of a model is missing, or is not that of this model by whoever should have signed it."""
+
+
 class RuntimeUnavailableError(MlflowTrtError, RuntimeError):
     """The runtime that was asked for cannot run on this machine."""
 
@@ -175,6 +181,14 @@ class InputDtypeError(InputError, TypeError):
 
 class InputShapeError(InputError):
     """An input's rank or shape is outside of what the model, or every optimization profile, accepts."""
+
+
+class InputTooLargeError(InputError):
+    """A request to a server has more bytes than it takes at once."""
+
+    def get_http_status_code(self) -> int:
+        """MLflow has no error code for this status."""
+        return 413
 
 
 class AccuracyError(MlflowTrtError, ValueError):

@@ -15,6 +15,7 @@ import time
 import types
 
 import numpy as np
+from helpers import PATIENCE
 
 from mlflow_trt.core.types import BatchAxis, ComputeCapability, Gpu, TensorSpec
 from mlflow_trt.runtime.cuda import dlpack
@@ -293,7 +294,7 @@ class FakeTensorRT:
         if shape not in self.compiled:
             with self._alone():
                 time.sleep(0.002)
-                assert self.may_compile.wait(10)
+                assert self.may_compile.wait(PATIENCE)
                 self.compiled.add(shape)
 
     def _kernels(self, _others):

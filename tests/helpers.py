@@ -57,9 +57,13 @@ def needs_release(package: str, oldest: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(Version(version(package)) < Version(oldest), reason=f"needs {package} {oldest}")
 
 
+PATIENCE = 300.0
+"""Seconds after which something that must happen is taken not to: far more than a busy machine needs."""
+
+
 def wait_for(condition) -> None:
-    """Wait until it holds, a minute at most."""
-    deadline = time.monotonic() + 60
+    """Wait until it holds, as long as there is patience."""
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -8,12 +8,11 @@ import os
 import signal
 import stat
 import threading
-import time
 import warnings
 from pathlib import Path
 
 import pytest
-from helpers import gpu
+from helpers import gpu, wait_for
 
 from mlflow_trt import RuntimeUnavailableError
 from mlflow_trt.convert.engine.timing_cache import TimingCacheFile
@@ -96,13 +95,14 @@ def test_where_files_cannot_be_locked_it_goes_on(monkeypatch, plan):
 
 
 def test_one_builds_while_the_others_wait(plan):
-    built = []
+    built, asking = [], []
 
     def load(_):
+        asking.append(1)
         with cache.lock_key("key"):
             if cache.find_engine("key") is None:
                 built.append(1)
-                time.sleep(0.05)
+                wait_for(lambda: len(asking) == 8)
                 cache.store_engine("key", RECORD, plan)
             return cache.find_engine("key")
 
@@ -117,7 +117,7 @@ def test_a_process_forked_meanwhile_does_not_keep_the_lock():
         warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of threads where a process forks
         pid = os.fork()
         if pid == 0:
-            time.sleep(30)
+            signal.pause()  # until it is killed
             os._exit(0)
     try:
         with (cache.directory() / "locks" / "key").open("w") as lock:

@@ -9,6 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
+from helpers import PATIENCE
 
 from mlflow_trt.runtime.batching import host_copy as copying
 
@@ -19,7 +20,7 @@ def test_nothing_is_copied_any_more_after_handing_out_failed(error, monkeypatch)
     submit, jobs, proceed = pool.submit, [], threading.Event()
 
     def slowly(*job):
-        proceed.wait(10)
+        proceed.wait(PATIENCE)
         job[0](*job[1:])
 
     def submit_two(*job):
@@ -35,7 +36,7 @@ def test_nothing_is_copied_any_more_after_handing_out_failed(error, monkeypatch)
         list(copying.copy_rows([(source, 0, len(source))], target))
     proceed.set()
     for job in jobs:
-        job.result(timeout=10)
+        job.result(timeout=PATIENCE)
     assert not target.any()
 
 

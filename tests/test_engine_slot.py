@@ -6,12 +6,12 @@ import collections
 import concurrent.futures
 import contextlib
 import threading
-import time
 from typing import Any
 
 import fake_gpu
 import numpy as np
 import pytest
+from helpers import PATIENCE, wait_for
 
 from mlflow_trt.errors import OutOfMemoryError
 from mlflow_trt.runtime.batching.sizes import BatchRows
@@ -163,7 +163,7 @@ class TestGraphs:
         with fake_gpu.session() as (session, driver, _), concurrent.futures.ThreadPoolExecutor(1) as pool:
             check(session, rows(3))
             with Device.allocating:
-                assert pool.submit(check, session, rows(3, seed=1)).result(10)
+                assert pool.submit(check, session, rows(3, seed=1)).result(PATIENCE)
                 assert driver.captures == 0
             check(session, rows(3, seed=2))
             assert driver.captures == 1
@@ -309,15 +309,20 @@ def test_ctrl_c_while_closing_takes_nothing_from_calls_that_run(monkeypatch):
 def test_two_may_warm_up_at_the_same_time():
     with fake_gpu.session(max_batch_delay_ms=5.0) as (session, _, _):
         make = session._scheduler.slots._make
+        begun = []
+
+        def warm_up():
+            begun.append(1)
+            session.warm_up()
 
         def slowly():
-            time.sleep(0.02)
+            wait_for(lambda: len(begun) == 2)
             return make()
 
         session._scheduler.slots._make = slowly
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            for future in [pool.submit(session.warm_up) for _ in range(2)]:
-                future.result(timeout=10)
+            for future in [pool.submit(warm_up) for _ in range(2)]:
+                future.result(timeout=PATIENCE)
 
 
 def test_warm_means_that_no_context_is_made_again():
@@ -341,7 +346,7 @@ def test_stress(delay, late):
 
         def work(thread):
             random = np.random.default_rng(thread)
-            barrier.wait(10)
+            barrier.wait(PATIENCE)
             for n in range(150):
                 check(session, rows(random.integers(1, 20), random.choice([1, 2, 64]), seed=n))
                 if n % 40 == thread:
@@ -352,13 +357,6 @@ def test_stress(delay, late):
 
 
 class TestCompilingBesideCalls:
-    @staticmethod
-    def wait_until(condition):
-        end = time.monotonic() + 10
-        while not condition():
-            assert time.monotonic() < end
-            time.sleep(0.001)
-
     @TOGETHER
     def test_calls_are_run_in_the_sizes_there_are(self, delay):
         with fake_gpu.session(max_batch_delay_ms=delay, compile_beside_calls=True) as (session, _, tensorrt):
@@ -370,8 +368,8 @@ class TestCompilingBesideCalls:
             assert set(session.runs) == {2}
             assert session.runs[2] == 1 + 1 + 1 + 2 + 4 + 8 + 20
             tensorrt.may_compile.set()
-            self.wait_until(lambda: {shape[0] for shape in tensorrt.compiled.copy()} == {1, 2, 4, 8, 16})
-            self.wait_until(lambda: not session._scheduler._readiness._thread)
+            wait_for(lambda: {shape[0] for shape in tensorrt.compiled.copy()} == {1, 2, 4, 8, 16})
+            wait_for(lambda: not session._scheduler._readiness._thread)
             for count in (1, 7, 16):
                 check(session, rows(count, seed=count))
             assert set(session.runs) == {1, 2, 8, 16}
@@ -382,19 +380,19 @@ class TestCompilingBesideCalls:
             check(session, rows(4))
             tensorrt.may_compile.clear()
             waiting = pool.submit(check, session, rows(4, 8))
-            self.wait_until(tensorrt._compiling.locked)
+            wait_for(tensorrt._compiling.locked)
             for seed in range(5):
                 check(session, rows(4, seed=seed))
             assert not waiting.done()
             tensorrt.may_compile.set()
-            waiting.result(10)
+            waiting.result(PATIENCE)
 
     def test_unusual_shapes_get_the_sizes_that_calls_want(self):
         with fake_gpu.session(compile_beside_calls=True) as (session, _, tensorrt):
             check(session, rows(1, 5))
             check(session, rows(8, 5))
-            self.wait_until(lambda: (8, 5) in tensorrt.compiled)
-            self.wait_until(lambda: not session._scheduler._readiness._thread)
+            wait_for(lambda: (8, 5) in tensorrt.compiled)
+            wait_for(lambda: not session._scheduler._readiness._thread)
             assert {shape for shape in tensorrt.compiled if shape[1] == 5} == {(1, 5), (8, 5)}
 
     def test_threads_that_come_together_want_larger_sizes(self):
@@ -406,7 +404,7 @@ class TestCompilingBesideCalls:
                     list(pool.map(lambda n: check(session, rows(1, 5, n)), range(64)))
                     return any(count > 1 and columns == 5 for count, columns in tensorrt.compiled.copy())
 
-                self.wait_until(grown)
+                wait_for(grown)
 
     def test_warm_is_warm(self):
         with fake_gpu.session(compile_beside_calls=True) as (session, _, tensorrt):
@@ -426,8 +424,8 @@ class TestCompilingBesideCalls:
         monkeypatch.setattr(fake_gpu.FakeContext, "execute_async_v3", fail)
         with fake_gpu.session(compile_beside_calls=True) as (session, _, tensorrt):
             check(session, rows(2))
-            self.wait_until(lambda: (16, 2) in tensorrt.compiled)
-            self.wait_until(lambda: not session._scheduler._readiness._thread)
+            wait_for(lambda: (16, 2) in tensorrt.compiled)
+            wait_for(lambda: not session._scheduler._readiness._thread)
             check(session, rows(7))
             assert 8 not in session.runs
         assert "Batches of 8 rows are run in other sizes" in messages.text
@@ -437,9 +435,9 @@ class TestCompilingBesideCalls:
             tensorrt.may_compile.clear()
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
                 call = pool.submit(check, session, rows(2))
-                self.wait_until(tensorrt._compiling.locked)
+                wait_for(tensorrt._compiling.locked)
                 tensorrt.may_compile.set()
-                call.result(10)
+                call.result(PATIENCE)
         assert session._scheduler._readiness._thread is None
 
     def test_empty_batches(self):
@@ -469,7 +467,7 @@ def test_kernels_are_not_read_while_others_compile():
         barrier = threading.Barrier(4)
 
         def work(thread):
-            barrier.wait(10)
+            barrier.wait(PATIENCE)
             for columns in range(1, 30):
                 check(session, rows(4, 2 * columns + thread % 2, seed=thread))
 

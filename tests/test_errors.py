@@ -30,6 +30,7 @@ STATUS = {
     "InputError": 400,
     "InputDtypeError": 400,
     "InputShapeError": 400,
+    "InputTooLargeError": 413,
     "ExecutionError": 500,
     "OutOfMemoryError": 429,
     "ServerError": 500,
@@ -37,6 +38,7 @@ STATUS = {
     "ServerUnavailableError": 503,
     "SessionClosedError": 500,
     "NotPicklableError": 500,
+    "SignatureError": 500,
 }
 
 

@@ -10,7 +10,7 @@ from helpers import read, reference
 from onnx import helper
 
 from mlflow_trt import ExecutionError, InputError, RuntimeUnavailableError, SessionClosedError
-from mlflow_trt.backends.onnxruntime import saturates
+from mlflow_trt.backends.onnxruntime_worker import saturates
 from mlflow_trt.convert.onnx.reference import reference_outputs
 
 

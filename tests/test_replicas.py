@@ -9,7 +9,7 @@ import networks
 import numpy as np
 import pytest
 from failing import FailingSession
-from helpers import read, reference
+from helpers import PATIENCE, read, reference
 
 import mlflow_trt
 from mlflow_trt import InputDtypeError, OutOfMemoryError, RuntimeUnavailableError, SessionClosedError
@@ -51,7 +51,7 @@ def rows(count, seed=0):
 
 def meet(gpus, count):
     """Let so many GPUs wait for each other at their first run: none of them can do all of the work."""
-    barrier = threading.Barrier(count, timeout=30)
+    barrier = threading.Barrier(count, timeout=PATIENCE)
     for gpu in gpus:
 
         def first(gpu=gpu):
@@ -84,7 +84,7 @@ class TestBulk:
     def test_one_that_fails_last_leaves_its_rows_to_those_that_had_finished(self, session, gpus, expected):
         gpus[0].failure = ExecutionError("too late")
         others_done = threading.Event()
-        gpus[0].before_run = lambda: others_done.wait(30)
+        gpus[0].before_run = lambda: others_done.wait(PATIENCE)
         feeds = rows(ROWS)
         with ThreadPoolExecutor() as pool:
             result = pool.submit(session.run, feeds)
@@ -231,7 +231,7 @@ class TestSubmit:
             told.set()
 
         session.submit(feeds, done)
-        assert told.wait(30)
+        assert told.wait(PATIENCE)
         return outcome[0]
 
     @pytest.mark.parametrize("count", [1, ROWS])

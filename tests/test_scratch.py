@@ -10,8 +10,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import networks
 import pytest
 
+import mlflow_trt
 from mlflow_trt.core.files import write_whole
 from mlflow_trt.core.output_folder import write_aside
 from mlflow_trt.core.scratch import scratch_folder
@@ -54,6 +56,25 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     return tmp_path
+
+
+def test_a_conversion_that_was_killed_leaves_nothing_to_the_next(folder):
+    """Killed by the kernel, which asks nobody: while TensorRT builds."""
+    script = f"""
+import os, signal, sys
+sys.path[:0] = {[str(Path(__file__).parent)]}
+import mlflow_trt, networks
+mlflow_trt.save_model(networks.product(), sys.argv[1], precision="fp16",
+                      progress=lambda event: os.kill(os.getpid(), signal.SIGKILL))
+"""
+    killed = subprocess.run([sys.executable, "-c", script, str(folder / "model")], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    left = list(folder.glob("mlflow-trt-*"))
+    assert len(left) > 1
+    mlflow_trt.save_model(networks.product(), folder / "model")
+    names = {path.name for path in folder.iterdir()}
+    assert "model" in names
+    assert not [name for name in names if name.startswith(("mlflow-trt-", ".model."))]
 
 
 def begun(what: str, folder: Path) -> subprocess.Popen[str]:

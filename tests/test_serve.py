@@ -13,6 +13,7 @@ import pytest
 import requests
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
+from helpers import PATIENCE
 
 import mlflow_trt
 from examples.serving import TensorServer, running
@@ -174,7 +175,7 @@ def test_statistics_and_metrics(client, server):
 
     from prometheus_client.parser import text_string_to_metric_families
 
-    text = requests.get(f"{server.address}/metrics", timeout=10).text
+    text = requests.get(f"{server.address}/metrics", timeout=PATIENCE).text
     samples = {
         (sample.name, *sorted(sample.labels.items())): sample.value
         for family in text_string_to_metric_families(text)
@@ -233,15 +234,15 @@ def test_mlflows_wire(server, sessions):
     """Our own client speaks it, as MLflow's do: the first model answers."""
     feeds = networks.every_dtype_feeds(3)
     body = {"inputs": {name: np.asarray(value).tolist() for name, value in feeds.items()}}
-    answer = requests.post(f"{server.address}/invocations", json=body, timeout=60)
+    answer = requests.post(f"{server.address}/invocations", json=body, timeout=PATIENCE)
     assert answer.status_code == 200
     expected = sessions["dtypes"].run(feeds)
     for name, value in answer.json()["predictions"].items():
         assert np.array_equal(np.asarray(value, expected[name].dtype), expected[name])
-    assert requests.post(f"{server.address}/invocations", json={"rows": []}, timeout=60).status_code == 400
-    assert requests.post(f"{server.address}/invocations", data=b"x", timeout=60).status_code == 415
-    assert requests.get(f"{server.address}/ping", timeout=10).ok
-    assert requests.get(f"{server.address}/version", timeout=10).text == mlflow.__version__
+    assert requests.post(f"{server.address}/invocations", json={"rows": []}, timeout=PATIENCE).status_code == 400
+    assert requests.post(f"{server.address}/invocations", data=b"x", timeout=PATIENCE).status_code == 415
+    assert requests.get(f"{server.address}/ping", timeout=PATIENCE).ok
+    assert requests.get(f"{server.address}/version", timeout=PATIENCE).text == mlflow.__version__
     with Client(server.address) as client:
         assert client.ping()
 

@@ -22,7 +22,7 @@ import pytest
 import requests
 import tritonclient.http as triton
 from command_line import run
-from helpers import wait_for
+from helpers import PATIENCE, wait_for
 
 import mlflow_trt
 from examples.serving import ServerProcess, TensorServer, free_port, running
@@ -92,7 +92,7 @@ def gated(folder, drain_seconds=0):
 
 
 def connection(server):
-    return closing(http.client.HTTPConnection(urlsplit(server.address).netloc, timeout=60))
+    return closing(http.client.HTTPConnection(urlsplit(server.address).netloc, timeout=PATIENCE))
 
 
 def body_of(x, **parameters):
@@ -183,7 +183,7 @@ class TestRefusals:
                 f"{server.address}/v2/models/product/infer",
                 iter(chunks) if "Transfer-Encoding" in headers else body,
                 headers={**told, **headers} if "Transfer-Encoding" not in headers else told,
-                timeout=60,
+                timeout=PATIENCE,
             )
             assert response.status_code == 413
             assert "1048576 bytes" in response.json()["error"]
@@ -192,7 +192,7 @@ class TestRefusals:
         x = networks.rows(1000)
         body, told = body_of(x)
         chunks = (body[start : start + 1000] for start in range(0, len(body), 1000))
-        response = requests.post(f"{server.address}/v2/models/product/infer", chunks, headers=told, timeout=60)
+        response = requests.post(f"{server.address}/v2/models/product/infer", chunks, headers=told, timeout=PATIENCE)
         assert response.status_code == 200
         assert np.allclose(outputs_of(response.headers, response.content), x @ weights, atol=1e-4)
 
@@ -233,7 +233,7 @@ class TestRefusals:
             b"GET\r\n\r\n",
             b"POST /v2/models/product/infer HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
         ):
-            with socket.create_connection(("127.0.0.1", server.port), timeout=20) as raw:
+            with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as raw:
                 raw.sendall(garbage)
                 assert raw.recv(100).startswith(b"HTTP/1.1 400")
 
@@ -252,7 +252,7 @@ class TestRefusals:
             request = f"POST /v2/models/product/infer HTTP/1.1\r\nHost: x\r\n{head}Content-Length: {len(body)}\r\n\r\n"
             whole = request.encode() + body
             for number in range(20):
-                with socket.create_connection(("127.0.0.1", server.port), timeout=20) as raw:
+                with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as raw:
                     raw.sendall(whole if (seed + number) % 2 else whole[: len(whole) * number // 20])
             return True
 
@@ -289,7 +289,7 @@ WAITS = np.full((1, 16), -1, np.float32)
 
 
 def metrics(server):
-    return requests.get(f"{server.address}/metrics", timeout=10).text
+    return requests.get(f"{server.address}/metrics", timeout=PATIENCE).text
 
 
 class TestWaiting:
@@ -376,8 +376,8 @@ class TestEnding:
             asking = [pool.submit(client, seed) for seed in range(3)]
             wait_for(lambda: len(answers) > 50)
             os.kill(server.pid, signal.SIGTERM)
-            wait_for(lambda: requests.get(f"{server.address}/v2/health/ready", timeout=10).status_code == 503)
-            assert requests.get(f"{server.address}/v2/health/live", timeout=10).ok
+            wait_for(lambda: requests.get(f"{server.address}/v2/health/ready", timeout=PATIENCE).status_code == 503)
+            assert requests.get(f"{server.address}/v2/health/live", timeout=PATIENCE).ok
             for one in asking:
                 one.result()
             wait_for(lambda: server.has_ended)
@@ -397,7 +397,7 @@ class TestEnding:
 
 def accepts(server):
     try:
-        socket.create_connection(("127.0.0.1", server.port), timeout=10).close()
+        socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE).close()
     except ConnectionRefusedError:
         return False
     return True
@@ -422,8 +422,8 @@ def test_api_keys(folder, tmp_path):
         for right in ({"X-API-Key": KEY}, {"Authorization": f"Bearer {KEY}"}, {"Authorization": f"bearer {KEY}"}):
             assert ask(over, body, {**headers, **right})[0] == 200
         for path in ("/v2/health/live", "/v2/health/ready", "/ping"):
-            assert requests.get(f"{server.address}{path}", timeout=10).ok
-        assert requests.get(f"{server.address}/metrics", timeout=10).status_code == 401
+            assert requests.get(f"{server.address}{path}", timeout=PATIENCE).ok
+        assert requests.get(f"{server.address}/metrics", timeout=PATIENCE).status_code == 401
         assert KEY not in server.log()
 
 

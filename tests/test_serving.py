@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import requests
+from helpers import PATIENCE
 from real_models import MAGIKA
 
 import mlflow_trt
@@ -43,7 +44,7 @@ def server(module_store):
 
 
 def post(server, **request):
-    response = requests.post(f"{server}/invocations", timeout=120, **request)
+    response = requests.post(f"{server}/invocations", timeout=PATIENCE, **request)
     return response.status_code, response.json()
 
 
@@ -105,7 +106,7 @@ def test_bad_input_is_a_bad_request(body, message, server):
 
 def test_the_server_goes_on_after_bad_input(server, feeds, expected):
     assert post_json(server, {"inputs": {"bytes": "nonsense"}})[0] == 400
-    assert requests.get(f"{server}/ping", timeout=10).ok
+    assert requests.get(f"{server}/ping", timeout=PATIENCE).ok
     status, answer = post_json(server, {"inputs": {"bytes": feeds["bytes"].tolist()}})
     assert status == 200
     assert np.allclose(scores(answer), expected, atol=1e-6)

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import requests
-from helpers import wait_for
+from helpers import PATIENCE, wait_for
 
 import mlflow_trt
 from examples.serving import Server, served
@@ -53,13 +53,13 @@ def server(folder, module_store):
 def goes_on(server):
     """Whatever a test does to the server, it answers afterwards."""
     yield
-    assert requests.get(f"{server}/ping", timeout=10).ok
+    assert requests.get(f"{server}/ping", timeout=PATIENCE).ok
     with Client(server, retries=0) as client:
         assert np.array_equal(client.predict({"x": X})["y"], Y)
 
 
 def post(server, body, content_type):
-    response = requests.post(f"{server}/invocations", body, headers={"content-type": content_type}, timeout=60)
+    response = requests.post(f"{server}/invocations", body, headers={"content-type": content_type}, timeout=PATIENCE)
     return response.status_code, response.text
 
 
@@ -146,7 +146,7 @@ class TestFailures:
                 barrier.wait()
                 return np.array_equal(client.predict({"x": x})["y"], x * x[-1])
 
-        barrier = threading.Barrier(CLIENTS, timeout=60)
+        barrier = threading.Barrier(CLIENTS, timeout=PATIENCE)
         with ThreadPoolExecutor(CLIENTS) as pool:
             assert all(pool.map(predict, range(CLIENTS)))
 
@@ -266,7 +266,7 @@ def seconds_of_calls(address, count):
     with requests.Session() as session:
         for _ in range(count):
             began = time.perf_counter()
-            answer = session.post(f"{address}/invocations", body, headers={"content-type": wire.JSON}, timeout=60)
+            answer = session.post(f"{address}/invocations", body, headers={"content-type": wire.JSON}, timeout=PATIENCE)
             yield time.perf_counter() - began
             assert answer.ok
 

@@ -25,8 +25,10 @@ from mlflow_trt.cli.inspect import inspect
 from mlflow_trt.cli.kubernetes import kubernetes
 from mlflow_trt.cli.registry import registry
 from mlflow_trt.cli.serve import serve
+from mlflow_trt.cli.sign import sign, verify_signature
 from mlflow_trt.cli.verify import verify
 from mlflow_trt.cli.wording import in_own_words
+from mlflow_trt.core.printable import printable
 
 app = typer.Typer(
     name="mlflow-trt",
@@ -46,6 +48,8 @@ app.command(cls=Command)(serve)
 app.command(cls=Command)(export_triton)
 app.command(cls=Command)(dockerfile)
 app.command(cls=Command)(kubernetes)
+app.command(cls=Command)(sign)
+app.command(cls=Command)(verify_signature)
 app.command(cls=Command)(doctor)
 app.add_typer(cache)
 app.add_typer(registry, name="registry")
@@ -113,7 +117,7 @@ def main() -> None:
         raise
     except (OSError, ImportError) as error:  # ImportError: a store that wants a package, such as boto3
         _print_traceback()
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(printable(f"Error: {error}"), err=True)
         sys.exit(1)
     except Exception as error:
         # Importing mlflow to name its base class would take seconds; if one was raised, it is imported already.
@@ -121,5 +125,5 @@ def main() -> None:
         if exceptions is None or not isinstance(error, exceptions.MlflowException):
             raise
         _print_traceback()
-        typer.echo(f"Error: {in_own_words(error.message)}", err=True)
+        typer.echo(printable(f"Error: {in_own_words(error.message)}"), err=True)
         sys.exit(1)

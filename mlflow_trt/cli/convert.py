@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +14,7 @@ from mlflow_trt.cli.options import NOTHING_DONE, default_name, results_on_stdout
 from mlflow_trt.cli.render import print_outcomes, print_plan, print_record
 from mlflow_trt.cli.tables import print_json
 from mlflow_trt.cli.trtexec import translate
+from mlflow_trt.core.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from mlflow_trt.pipeline.options import ConversionOptions
@@ -214,14 +214,14 @@ def _convert_one(given: dict[str, Any], source: str, conversion: ConversionOptio
     name, alias, force = given["register_as"], given["alias"] or None, given["force"]
     with contextlib.ExitStack() as stack:
         stack.enter_context(results_on_stdout(given["as_json"]))
-        workdir = stack.enter_context(tempfile.TemporaryDirectory(prefix="mlflow-trt-"))
+        workdir = stack.enter_context(scratch_folder())
         if name:
             prepared = prepare_conversion(conversion)
             # A version stays only if what comes after it succeeds, too.
             version = stack.enter_context(converted_version(source, name, prepared, alias=alias, force=force))
             uri = f"models:/{version.name}/{version.version}"
         else:
-            path = given["output"] or Path(workdir, "model")
+            path = given["output"] or workdir / "model"
             convert_to_folder(source, path, conversion)
             uri = str(path)
         record = read_record(uri)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mlflow_trt.cli.options import parse_settings, results_on_stdout
-from mlflow_trt.cli.tables import print_json
+from mlflow_trt.cli.tables import print_json, print_line
 
 
 def export_triton(
@@ -41,4 +41,4 @@ def export_triton(
     if as_json:
         print_json({**asdict(made), "path": str(made.path)})
     else:
-        typer.echo("\n".join([f"{made.path}: {', '.join(made.files)}", *made.remarks]))
+        print_line("\n".join([f"{made.path}: {', '.join(made.files)}", *made.remarks]))

@@ -32,17 +32,17 @@ def inspect(
     if layers or html is not None:
         _layers(uri, html, as_json=as_json)
         return
-    from mlflow_trt.flavor.fetch import read_record
+    from mlflow_trt.flavor.fetch import read_record_and_digest
     from mlflow_trt.store.record import record_to_dict
 
     with results_on_stdout(as_json):
-        record = read_record(uri)
+        record, digest = read_record_and_digest(uri)
     if commands:
         _commands(uri, record, as_json=as_json)
     elif as_json:
-        print_json({"uri": uri, **record_to_dict(record)})
+        print_json({"uri": uri, "digest": digest, **record_to_dict(record)})
     else:
-        print_record(uri, record)
+        print_record(uri, record, digest)
 
 
 def _commands(uri: str, record: Record, *, as_json: bool) -> None:

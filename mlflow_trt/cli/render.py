@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from mlflow_trt.cli.render_measures import number_text, print_accuracy, verdict_line
-from mlflow_trt.cli.tables import print_facts, print_rows, shorten_digest
+from mlflow_trt.cli.tables import print_facts, print_line, print_rows, shorten_digest
 from mlflow_trt.cli.wording import in_own_words
 
 if TYPE_CHECKING:
@@ -29,15 +27,16 @@ def _whole_fact(whole: WholeModel | None) -> str | None:
     return None if whole is None else f"{whole.flavor}, of which {whole.network} is the network"
 
 
-def print_record(uri: str, record: Record) -> None:
+def print_record(uri: str, record: Record, digest: str | None = None) -> None:
     """The URI, what it is, and what was measured come first."""
-    typer.echo(uri)
-    typer.echo(_accuracy_line(record))
-    typer.echo()
+    print_line(uri)
+    print_line(_accuracy_line(record))
+    print_line()
     print_facts(
         "recipe",
         {
             **_model_facts(record),
+            "record": digest and f"sha256 {digest}",
             "made from": record.lineage.get("source"),
             "exported by": record.lineage.get("exporter"),
             "left out": record.lineage.get("left_out"),
@@ -136,7 +135,7 @@ def print_plan(plan: Plan) -> None:
 
 def print_outcomes(outcomes: Sequence[Outcome]) -> None:
     if not outcomes:
-        typer.echo("no model matches")
+        print_line("no model matches")
         return
     rows = [
         (outcome.source, outcome.status, in_own_words(outcome.detail), f"{outcome.seconds:.1f}") for outcome in outcomes
@@ -212,12 +211,12 @@ def print_cache(folder: Path, entries: Sequence[CacheEntry], limit: int | None) 
         print_rows("", ("", "key", "MB", "used (UTC)"), rows)
     total = sum(entry.size for entry in entries)
     allowed = "no limit" if limit is None else f"up to {limit / 1e6:,.1f} MB are kept"
-    typer.echo(f"{folder}: {len(entries)} entries of {total / 1e6:,.1f} MB; {allowed} (MLFLOW_TRT_CACHE_SIZE)")
+    print_line(f"{folder}: {len(entries)} entries of {total / 1e6:,.1f} MB; {allowed} (MLFLOW_TRT_CACHE_SIZE)")
 
 
 def print_removed(entries: Sequence[CacheEntry]) -> None:
     size = sum(entry.size for entry in entries) / 1e6
-    typer.echo(f"Removed {len(entries)} entries of {size:,.1f} MB")
+    print_line(f"Removed {len(entries)} entries of {size:,.1f} MB")
 
 
 def _batch_text(axis: BatchAxis | None) -> str:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import typer
-
-from mlflow_trt.cli.tables import print_rows
+from mlflow_trt.cli.tables import print_line, print_rows
 from mlflow_trt.cli.wording import in_own_words
 
 if TYPE_CHECKING:
@@ -44,7 +42,7 @@ def _accuracy_rows(comparison: Comparison) -> list[tuple[str, ...]]:
 
 def print_verdict(comparison: Comparison) -> None:
     """The verdict first, and the numbers behind it."""
-    typer.echo(verdict_line(comparison))
+    print_line(verdict_line(comparison))
     if comparison.outputs:
         print_accuracy([comparison])
 
@@ -63,23 +61,23 @@ def number_text(value: float | None) -> str:
 def print_benchmark(uri: str, benchmark: Benchmark, run_id: str | None = None) -> None:
     print_measurements(uri, benchmark)
     if run_id is not None:
-        typer.echo(f"\nlogged to run {run_id}")
+        print_line(f"\nlogged to run {run_id}")
 
 
 def print_side_by_side(result: SideBySide, run_id: str | None = None) -> None:
     comparison = result.comparison
-    typer.echo(verdict_line(comparison))
+    print_line(verdict_line(comparison))
     for name, what in zip((result.reference, result.subject), result.compared, strict=True):
-        typer.echo(f"{name}: {what}")
+        print_line(f"{name}: {what}")
     if comparison.outputs:
         title = f"\n{result.subject} against {result.reference}, on {comparison.inputs}"
         print_rows(title, _ACCURACY, _accuracy_rows(comparison))
-    typer.echo()
+    print_line()
     print_benchmark("latency and throughput", result.benchmark, run_id)
 
 
 def print_measurements(title: str, benchmark: Benchmark) -> None:
-    typer.echo(title)
+    print_line(title)
     models = dict.fromkeys(row.model for row in benchmark.measurements)
     for model in models:
         rows = []
@@ -91,14 +89,14 @@ def print_measurements(title: str, benchmark: Benchmark) -> None:
         headings = ("runtime", "", "batch", "median ms", "p10", "p90", "p99", "rows/s")
         print_rows(f"\n{model}" if len(models) > 1 else "", headings, rows)
     for description in benchmark.runtimes:
-        typer.echo(f"measured on {description}")
+        print_line(f"measured on {description}")
     for problem in benchmark.problems:
-        typer.echo(f"not measured: {in_own_words(problem)}")
+        print_line(f"not measured: {in_own_words(problem)}")
 
 
 def print_layers(report: LayerReport) -> None:
     timed = f", timed with {report.rows} rows" if report.rows is not None else ""
-    typer.echo(f"{report.model} on {report.description}{timed}")
+    print_line(f"{report.model} on {report.description}{timed}")
     rows = [
         (
             number,

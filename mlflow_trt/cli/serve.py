@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mlflow_trt.cli.options import parse_settings
+from mlflow_trt.core.printable import printable
 
 _MIB = 1 << 20
 
@@ -27,6 +28,9 @@ def serve(
     follow_aliases: Annotated[float, typer.Option(help="Seconds between two looks where aliases lead; 0: never.")] = 0,
     max_requests: Annotated[int, typer.Option(help="Requests at once before the server answers 429.")] = 1024,
     max_body_mib: Annotated[int, typer.Option(help="The largest body; a larger one is answered with 413.")] = 256,
+    max_unpacked_mib: Annotated[
+        int, typer.Option(help="The largest table that parquet may unpack to; a larger one is answered with 413.")
+    ] = 512,
     max_pending_mib: Annotated[int, typer.Option(help="All bodies at once, before the server answers 429.")] = 2048,
     timeout: Annotated[float, typer.Option(help="Seconds for a request before the server answers 504.")] = 60,
     drain_seconds: Annotated[
@@ -67,6 +71,7 @@ def serve(
         limits=Limits(
             requests=max_requests,
             body_bytes=max_body_mib * _MIB,
+            unpacked_bytes=max_unpacked_mib * _MIB,
             pending_bytes=max_pending_mib * _MIB,
             seconds=timeout,
         ),
@@ -80,7 +85,7 @@ def serve(
         ssl_keyfile_password=ssl_keyfile_password,
         ssl_ca_certs=ssl_ca_certs,
     )
-    if not run(models, options, lambda text: typer.echo(text, err=True)):
+    if not run(models, options, lambda text: typer.echo(printable(text), err=True)):
         raise typer.Exit(1)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlflow_trt.backends import tensorrt as trt
+from mlflow_trt.backends.onnxruntime_process import shared_process
 from mlflow_trt.convert.checks import check_nodes, check_recipe, weight_only_operators
 from mlflow_trt.convert.engine.builder import Built, build_engine
 from mlflow_trt.convert.engine.fallback import build_with_retreat
@@ -76,6 +77,7 @@ class Conversion:
     plan: Path
 
 
+@shared_process()
 def convert_source(task: ConversionTask) -> Conversion:
     """Make the typed model and the engine of a source model, both in the task's `workdir`.
 

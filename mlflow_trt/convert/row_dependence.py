@@ -18,7 +18,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mlflow_trt.backends.onnxruntime import CpuModel
+from mlflow_trt.backends.onnxruntime_process import IsolatedModel
 from mlflow_trt.convert.onnx.model import OnnxModel
 from mlflow_trt.convert.onnx.reference import reference_runner
 from mlflow_trt.convert.resolve_profiles import Profiles
@@ -90,7 +90,7 @@ class _AnswersVaryError(Exception):
 class _Rows:
     """A few rows, different from each other, the source model to run them, and what it makes of all `together`."""
 
-    def __init__(self, model: CpuModel, source: OnnxModel, axis: BatchAxis, samples: Samples, count: int) -> None:
+    def __init__(self, model: IsolatedModel, source: OnnxModel, axis: BatchAxis, samples: Samples, count: int) -> None:
         self.count = count
         self._model = model
         self._names = [spec.name for spec in source.outputs]

@@ -12,7 +12,7 @@ import onnx
 import onnx.shape_inference
 from onnx import ModelProto, TensorProto
 
-from mlflow_trt.backends.onnxruntime import CpuModel, calibrated_magnitudes
+from mlflow_trt.backends.onnxruntime_process import IsolatedModel, calibrated_magnitudes
 from mlflow_trt.convert.onnx.byte_inputs import cast_bytes_first
 from mlflow_trt.convert.onnx.dimension_names import name_dimensions_apart
 from mlflow_trt.convert.onnx.graph import FlatModel, flatten
@@ -264,7 +264,7 @@ class _Retyped:
             return ()
         path = self._workdir / "clamped.onnx"
         onnx.save_model(clamped.proto, path)
-        runner = CpuModel(path)
+        runner = IsolatedModel(path)
         same = compare(
             "the model with clamped masks",
             str(self._samples),
@@ -310,7 +310,7 @@ class _Retyped:
         path = self._workdir / "raised.onnx"
         onnx.save_model(flat.proto, path)
         try:
-            runner = CpuModel(path)
+            runner = IsolatedModel(path)
             pairs = list(zip(self._samples.feeds, self._reference, strict=False))[:_QUICK_FEEDS]
             comparison = compare(
                 "the raised model",
@@ -363,7 +363,7 @@ class _Retyped:
     def _judge_on(self, graph: TypedGraph, count: int) -> Comparison:
         path = self._workdir / "emulation.onnx"
         onnx.save_model(graph.emulation, path)
-        runner = CpuModel(path, optimize=False)  # or values would be rounded less often than in the typed model
+        runner = IsolatedModel(path, optimize=False)  # or values would be rounded less often than in the typed model
         pairs = list(zip(self._samples.feeds, self._reference, strict=False))[:count]
         return compare(
             f"the {self._recipe.precision} model, emulated on ONNX Runtime,",

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from mlflow_trt.core.log import get_logger
+from mlflow_trt.core.printable import printable
 from mlflow_trt.core.progress_event import BuildProgress
 from mlflow_trt.core.progress_event import Progress as ProgressCallback
 
@@ -48,11 +49,11 @@ class _Bar:
             TextColumn("{task.fields[phase]}", style="dim", markup=False),
         )
         self._bar = Progress(*columns, console=console, transient=True)
-        self._task = self._bar.add_task(what, total=1.0, phase="")
+        self._task = self._bar.add_task(printable(what), total=1.0, phase="")
 
     def show(self, event: BuildProgress) -> None:
         self._bar.start()
-        self._bar.update(self._task, completed=event.fraction, phase=event.phase)
+        self._bar.update(self._task, completed=event.fraction, phase=printable(event.phase))
 
     def close(self) -> None:
         self._bar.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -72,6 +73,15 @@ class LoadSettings:
             or 99) and `extra_session_config`, a mapping.
         onnx_execution_providers: for ONNX Runtime only, as for `mlflow.onnx.save_model`: names of providers, or
             (name, options); those that are not available are left out with a warning. None: the CPU.
+        max_request_bytes: under MLflow's scoring server, the most that the arrays or the table of a request may take;
+            more is answered with 413.
+        expected_digest: the sha256 of the record, `mlflow_trt.json`, which has those of all files that are used; a
+            model with another one is refused. `mlflow-trt inspect` tells it.
+        trust_engines: whether engines and kernels that came with the model are deserialized, which executes them; if
+            not, an engine is built from its ONNX on this machine, and kept in the cache.
+        signature: a file that `mlflow-trt sign` wrote; a model that it is not for is refused.
+        signed_by: who has to have signed: the file of a public key, or an identity of Sigstore and its issuer,
+            separated by a space.
     """
 
     runtime: Runtime = "tensorrt"
@@ -87,15 +97,26 @@ class LoadSettings:
     answers: Answers = "lists"
     onnx_session_options: Mapping[str, Any] | None = None
     onnx_execution_providers: Sequence[Any] | None = None
+    max_request_bytes: int = 512 << 20
+    expected_digest: str | None = None
+    trust_engines: bool = True
+    signature: str | None = None
+    signed_by: str | None = None
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             value, known = getattr(self, name), get_args(choices)
             if value not in known:
                 raise OptionError(f"{name} is {value!r}; choose one of {', '.join(known)}", option=name)
-        for name in ("allow_engine_host_code", "self_test"):
+        for name in ("allow_engine_host_code", "self_test", "trust_engines"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} is {getattr(self, name)!r}; expected true or false", option=name)
+        most = self.max_request_bytes
+        if type(most) is not int or most < 1:
+            raise OptionError(
+                f"max_request_bytes is {most!r}; expected a number of bytes, 1 or more", option="max_request_bytes"
+            )
+        self._check_trust()
         self._check_device()
         self._check_plugins()
         self._check_onnxruntime()
@@ -171,6 +192,20 @@ class LoadSettings:
         if not isinstance(several, (list, tuple)) or not all(isinstance(path, str) and path for path in several):
             raise OptionError(f"plugins is {self.plugins!r}; expected paths of libraries", option="plugins")
         object.__setattr__(self, "plugins", tuple(several))  # frozen, and hashable whatever sequence came
+
+    def _check_trust(self) -> None:
+        digest = self.expected_digest
+        if digest is not None and not (isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest)):
+            raise OptionError(
+                f"expected_digest is {digest!r}; expected a sha256, 64 digits of 0 to 9 and a to f",
+                option="expected_digest",
+            )
+        for name, other in (("signature", "signed_by"), ("signed_by", "signature")):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value or "\0" in value):
+                raise OptionError(f"{name} is {value!r}; expected text", option=name)
+            if value is not None and getattr(self, other) is None:
+                raise OptionError(f"{name} says nothing without {other}; give both", option=other)
 
     def _check_device(self) -> None:
         if self.device in (ALL, OWN):

@@ -37,14 +37,14 @@ JSON = "application/json"
 # What MLflow says to a table for a model that wants something a table cannot hold.
 _NO_TABLE = "For pandas dataframe input, the first dimension of shape must be a variable dimension"
 
-_QUOTED_DATA = (
-    re.compile(r"\AFailed to predict data '.*?'\. ?\nError: ", re.DOTALL),
-    re.compile(r"\AFailed to enforce schema of data '.*' with schema '(?P<schema>.*?)'\. Error: ", re.DOTALL),
-)
+_FAILED_TO_PREDICT = "Failed to predict data '"
+_FAILED_TO_ENFORCE = "Failed to enforce schema of data '"
 _LONGEST_TEXT = 2000
 _SAYING = ("message", "error", "detail")  # MLflow's, the Open Inference Protocol's, and those of proxies
 
 # An input in the text of a signature, as MLflow writes it: 'x': Tensor('float32', (-1, 3))
+_DIM = re.compile(r"-?\d+")
+_LONGEST_SIGNATURE = 1 << 20
 _TENSOR = re.compile(r"""(?P<name>'[^']*'|"[^"]*"): Tensor\('(?P<dtype>\w+)', (?P<shape>\([-\d, ]*\))\)""")
 
 
@@ -152,12 +152,12 @@ def signature_in(body: bytes) -> dict[str, Tensor]:
     text = body.decode(errors="replace")
     try:
         text = str(json.loads(text)["message"])
-    except (ValueError, KeyError, TypeError):
+        return {
+            ast.literal_eval(match["name"]): Tensor(match["dtype"], tuple(map(int, _DIM.findall(match["shape"]))))
+            for match in _TENSOR.finditer(text[:_LONGEST_SIGNATURE])
+        }
+    except (ValueError, KeyError, TypeError, SyntaxError, RecursionError):
         return {}
-    return {
-        ast.literal_eval(match["name"]): Tensor(match["dtype"], ast.literal_eval(match["shape"]))
-        for match in _TENSOR.finditer(text)
-    }
 
 
 def misshapen(inputs: Inputs, signature: Mapping[str, Tensor]) -> dict[str, str]:
@@ -192,7 +192,8 @@ def decode_answer(body: bytes, dtypes: Mapping[str, npt.DTypeLike] | None = None
     """
     try:
         return _arrays(json.loads(body)["predictions"], dtypes or {})
-    except (ValueError, KeyError, TypeError):  # no JSON, or other JSON, or rows that make no array
+    # No JSON, or other JSON, or rows that make no array, or nested without an end.
+    except (ValueError, KeyError, TypeError, RecursionError, MemoryError):
         from mlflow_trt.errors import ServerError
 
         raise ServerError(
@@ -301,6 +302,8 @@ def _arrays(answer: Any, dtypes: Mapping[str, npt.DTypeLike]) -> dict[str, Array
 def _decoded(value: Any, dtype: npt.DTypeLike | None) -> Array:
     if isinstance(value, dict) and value.keys() == {"dtype", "shape", "base64"}:
         known = np.dtype(value["dtype"])
+        if known.kind not in "biuf" and known.name != "bfloat16":
+            raise ValueError(f"{known} is no dtype of an output")
         raw = np.frombuffer(base64.b64decode(value["base64"]), known.newbyteorder("<"))
         array: Array = raw.reshape(value["shape"]).astype(known)  # a copy, which may be written to
         return array if dtype is None else array.astype(dtype)
@@ -312,15 +315,20 @@ def _message(body: bytes) -> str:
         answer = json.loads(body)
         told = [answer[key] for key in _SAYING if answer.get(key)] if isinstance(answer, dict) else []
         text = told[0] if told else answer
-    except ValueError:
+    except (ValueError, RecursionError):
         return shortened(body)
     text = str(text).partition("\nInput: \n")[0]
-    schema = ""
-    for pattern in _QUOTED_DATA:
-        if match := pattern.match(text):
-            schema = match.groupdict().get("schema") or schema
-            text = text[match.end() :]
-    return shortened(f"{text} The model wants {schema}" if schema else text)
+    if text.startswith(_FAILED_TO_PREDICT):
+        head, found, reason = text.partition("\nError: ")
+        if found and head.rstrip(" ").endswith("'."):
+            text = reason
+    if text.startswith(_FAILED_TO_ENFORCE):
+        # From the end: what is quoted of the data may look like anything.
+        quoted, found, reason = text.rpartition("'. Error: ")
+        _, is_there, schema = quoted.rpartition("' with schema '")
+        if found and is_there:
+            return shortened(f"{reason} The model wants {schema}")
+    return shortened(text)
 
 
 def shortened(text: str | bytes) -> str:

@@ -16,13 +16,12 @@ from typing import Any
 
 import mlflow
 import pandas as pd
-from mlflow.models import Model
 
 from mlflow_trt.core.settings import LoadSettings, ModelConfig, read_model_config
 from mlflow_trt.core.types import BatchAxis, TensorSpec
 from mlflow_trt.deploy.spark_rows import SparkRows, columns_of_outputs
 from mlflow_trt.errors import MissingDependencyError, OptionError, UnsupportedModelError
-from mlflow_trt.flavor.fetch import read_record
+from mlflow_trt.flavor.fetch import read_mlmodel, read_record
 from mlflow_trt.registry.sources.open import registered_version
 from mlflow_trt.runtime.session import Session
 
@@ -43,6 +42,9 @@ _TYPES = {
 }  # fmt: skip
 _PIECES_AT_ONCE = 4  # of the largest batch: enough to keep a GPU busy, little enough to hold
 _ROWS_AT_ONCE = 32  # of a model without profiles
+
+_OF_SERVERS = frozenset({"answers", "max_request_bytes"})
+"""Load settings that say something to servers alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,7 @@ def predict_udf(spark: SparkSession, model_uri: str, *, model_config: ModelConfi
         model_uri = f"models:/{version.name}/{version.version}"
     record = read_record(model_uri)
     settings = LoadSettings.of(model_config).to_dict()
-    given = {name: settings[name] for name in read_model_config(model_config) or {} if name != "answers"}
+    given = {name: settings[name] for name in read_model_config(model_config) or {} if name not in _OF_SERVERS}
     if record.whole is not None:
         raise UnsupportedModelError(
             f"{model_uri} is a whole model, which takes what its source takes and not the arrays of its network: use "
@@ -101,7 +103,7 @@ def predict_udf(spark: SparkSession, model_uri: str, *, model_config: ModelConfi
     _check_rows(axis, record.inputs, model_uri)
     model = _Model(
         uri=model_uri,
-        uuid=Model.load(model_uri).model_uuid,
+        uuid=read_mlmodel(model_uri).model_uuid,
         tracking_uri=mlflow.get_tracking_uri(),
         registry_uri=mlflow.get_registry_uri(),
         settings=json.dumps(given, sort_keys=True),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from packaging.version import Version
 
-from mlflow_trt.backends.onnxruntime import CpuModel
+from mlflow_trt.backends.onnxruntime_process import IsolatedModel
 from mlflow_trt.core.output_folder import check_target, write_aside
 from mlflow_trt.core.types import ComputeCapability, Distribution, EngineRecord, Precision, Weights
 from mlflow_trt.deploy.triton_config import Layout, config_text, largest_batch, max_batch_size, warmup_files
@@ -215,7 +215,7 @@ def _write_onnx(folder: ModelFolder, target: Path) -> _ModelRepository:
     if use_source:
         remarks.append(f"the source model, since ONNX Runtime has few kernels for {record.recipe.precision}")
     try:
-        shapes = CpuModel(target / "model.onnx").output_shapes
+        shapes = IsolatedModel(target / "model.onnx").output_shapes
     except (MissingDependencyError, ExecutionError) as error:
         remarks.append(f"the shapes of outputs have to be those that Triton's ONNX Runtime infers: {error.message}")
         shapes = {}

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlflow import pyfunc
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import ModelInfo
 from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
@@ -33,7 +32,7 @@ from mlflow_trt.core.settings import (
 from mlflow_trt.core.types import Precision
 from mlflow_trt.errors import OptionError
 from mlflow_trt.flavor.conversions import LoggingOptions, log_conversion, save_conversion
-from mlflow_trt.flavor.fetch import fetch_folder, read_flavors
+from mlflow_trt.flavor.fetch import fetch_folder, model_config_of, read_mlmodel
 from mlflow_trt.flavor.mlmodel import PackagingOptions
 from mlflow_trt.flavor.tracking import check_server
 from mlflow_trt.flavor.undo import undo_on_failure
@@ -287,6 +286,10 @@ def load_model(
     plugins: Sequence[str] | None = None,
     onnx_execution_providers: Sequence[Any] | None = None,
     onnx_session_options: Mapping[str, Any] | None = None,
+    expected_digest: str | None = None,
+    trust_engines: bool | None = None,
+    signature: str | os.PathLike[str] | None = None,
+    signed_by: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Session:
     """Load a model for its native interface, a Session. `mlflow.pyfunc.load_model` loads it the MLflow way.
@@ -295,13 +298,14 @@ def load_model(
         model_uri: any model URI of MLflow, such as `models:/resnet50-trt/1` or a local folder.
         dst_path: an existing folder to download to; a temporary one if left out.
         runtime, on_mismatch, device, kernel_specialization, cuda_graphs, max_batch_delay_ms, warm_up,
-            allow_engine_host_code, self_test, plugins, onnx_execution_providers, onnx_session_options: load settings,
-            see LoadSettings; None takes what the environment variable MLFLOW_PYFUNC_INFERENCE_CONFIG says, or else the
-            ones that the model was logged with.
+            allow_engine_host_code, self_test, plugins, onnx_execution_providers, onnx_session_options, expected_digest,
+            trust_engines, signature, signed_by: load settings, see LoadSettings; None takes what the environment
+            variable MLFLOW_PYFUNC_INFERENCE_CONFIG says, or else the ones that the model was logged with.
         progress: called while an engine is built for this machine; None shows it on standard error.
 
     Raises:
-        ArtifactError: it is no model of this flavor; IntegrityError: one of its files is not the one that was logged.
+        ArtifactError: it is no model of this flavor; IntegrityError: one of its files is not the one that was logged,
+            or it is not the one that is expected; SignatureError: it is not what was signed.
         RuntimeUnavailableError, EngineMismatchError, ExecutionError: it cannot run here, and why.
     """
     folder = fetch_folder(model_uri, dst_path)
@@ -318,10 +322,14 @@ def load_model(
         "plugins": plugins,
         "onnx_execution_providers": onnx_execution_providers,
         "onnx_session_options": onnx_session_options,
+        "expected_digest": expected_digest,
+        "trust_engines": trust_engines,
+        "signature": None if signature is None else os.fspath(signature),
+        "signed_by": None if signed_by is None else os.fspath(signed_by),
     }
-    flavors = read_flavors(folder.path)
-    _add_code_from_conf_to_system_path(str(folder.path), flavors[FLAVOR_NAME])
-    logged = flavors[pyfunc.FLAVOR_NAME].get(pyfunc.MODEL_CONFIG) or {}
+    mlmodel = read_mlmodel(str(folder.path))
+    _add_code_from_conf_to_system_path(str(folder.path), mlmodel.flavors[FLAVOR_NAME])
+    logged = model_config_of(mlmodel)
     LoadSettings.check_logged(logged)
     wanted = {name: value for name, value in given.items() if value is not None}
     # MLflow's environment variable comes between, as it does for pyfunc.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
 
 from mlflow_trt.convert.onnx.model import OnnxModel
 from mlflow_trt.core.output_folder import check_target
+from mlflow_trt.core.scratch import scratch_folder
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.errors import MlflowTrtError
 from mlflow_trt.flavor.describe import describe_version
@@ -79,12 +79,12 @@ def log_conversion(
         validates = packaging.input_example is not None and _can_run_here(prepared.options.settings)
     with (
         convert_and_verify(source, prepared, packaging.network_example) as made,
-        tempfile.TemporaryDirectory(prefix="mlflow-trt-") as staging,
+        scratch_folder() as staging,
     ):
         # Written before MLflow hears of it: what cannot be written leaves no half of a logged model.
-        folder = Path(staging) / "model"
+        folder = staging / "model"
         written = write_model(made, folder, packaging)
-        record = read_record_file(folder / RECORD_FILE)
+        record, _ = read_record_file(folder / RECORD_FILE)
         description = describe_version(record, logging.description)
         facts = facts_from(record)
         # Where it is from comes first, where tags are listed as they were set.

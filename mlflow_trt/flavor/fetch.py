@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from mlflow import pyfunc
+from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils.file_utils import local_file_uri_to_path
 
+from mlflow_trt.core.scratch import scratch_folder
 from mlflow_trt.errors import ArtifactError
 from mlflow_trt.flavor.tracking import check_server_of
 from mlflow_trt.store.folder import ModelFolder, read_folder
 from mlflow_trt.store.record import FLAVOR_NAME, RECORD_FILE, Record
 
 
-def fetch_folder(model_uri: str, dst_path: str | None = None) -> ModelFolder:
+def fetch_folder(model_uri: str, dst_path: str | os.PathLike[str] | None = None) -> ModelFolder:
     """The folder of a model, downloaded to `dst_path` or to a new folder; a local one stays where it is without it.
 
     Raises ArtifactError where it is no model of this flavor.
@@ -34,7 +37,7 @@ def fetch_folder(model_uri: str, dst_path: str | None = None) -> ModelFolder:
     return read_folder(download(model_uri, dst_path), model_uri)
 
 
-def download(model_uri: str, dst_path: str | None) -> Path:
+def download(model_uri: str, dst_path: str | os.PathLike[str] | None) -> Path:
     """The folder of a model of any flavor, copied to `dst_path` or to a new folder."""
     local = local_path(model_uri)
     if dst_path is not None and local.is_dir():
@@ -42,7 +45,8 @@ def download(model_uri: str, dst_path: str | None) -> Path:
         name = local.resolve().name.replace("%", "_")
         return Path(shutil.copytree(local, Path(dst_path, name), dirs_exist_ok=True))
     check_server_of(model_uri)
-    return Path(_download_artifact_from_uri(model_uri, output_path=dst_path))
+    given = None if dst_path is None else os.fspath(dst_path)
+    return Path(_download_artifact_from_uri(model_uri, output_path=given))
 
 
 @contextmanager
@@ -54,7 +58,7 @@ def open_folder(model_uri: str) -> Iterator[ModelFolder]:
     if local_path(model_uri).is_dir():
         yield fetch_folder(model_uri)
         return
-    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+    with scratch_folder() as workdir:
         yield fetch_folder(model_uri, workdir)
 
 
@@ -63,13 +67,18 @@ def read_record(model_uri: str) -> Record:
 
     Raises ArtifactError where it is no model of this flavor.
     """
+    return read_record_and_digest(model_uri)[0]
+
+
+def read_record_and_digest(model_uri: str) -> tuple[Record, str]:
+    """The same, and the sha256 of its file, which is what the load setting `expected_digest` wants."""
     local = local_path(model_uri)
     if local.is_dir():
-        return read_folder(local).record
+        return _record_and_digest(read_folder(local))
     if local.is_file():
         raise ArtifactError(f"{model_uri} is a file, not a model of MLflow; make one of it with `mlflow-trt convert`")
     check_server_of(model_uri)
-    model = Model.load(model_uri)
+    model = read_mlmodel(model_uri)
     if FLAVOR_NAME not in model.flavors:
         raise ArtifactError(
             f"{model_uri} has the flavors {', '.join(model.flavors)}, not {FLAVOR_NAME}; "
@@ -77,9 +86,55 @@ def read_record(model_uri: str) -> Record:
         )
     # A run's URI leads to a logged model, whose files are elsewhere.
     repository = get_artifact_repository(f"models:/{model.model_id}" if model.model_id else model_uri)
-    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+    with scratch_folder() as workdir:
         repository.download_artifacts(RECORD_FILE, workdir)
-        return read_folder(Path(workdir)).record
+        return _record_and_digest(read_folder(workdir))
+
+
+def _record_and_digest(folder: ModelFolder) -> tuple[Record, str]:
+    return folder.record, folder.digest
+
+
+def read_mlmodel(model_uri: str) -> Model:
+    """What the file `MLmodel` of a model says, wherever it is.
+
+    Raises ArtifactError where it is damaged, and what MLflow raises where it is missing.
+    """
+    try:
+        model = _load_mlmodel(model_uri)
+        _check_flavors(model.flavors)
+    except (MlflowException, OSError):
+        raise
+    # MLflow reads YAML, and believes all it says.
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ArtifactError(
+            f"the {MLMODEL_FILE_NAME} of {model_uri} is damaged ({reason[:200]}); download the model again"
+        ) from error
+    return model
+
+
+def _load_mlmodel(model_uri: str) -> Model:
+    local = local_path(model_uri)
+    if local.is_dir():  # not by MLflow, which takes a per cent sign in a path for that of an escape
+        return Model.from_dict(yaml.safe_load((local / MLMODEL_FILE_NAME).read_text()))
+    return Model.load(model_uri)
+
+
+def _check_flavors(flavors: Any) -> None:
+    if not isinstance(flavors, dict) or not all(isinstance(fields, dict) for fields in flavors.values()):
+        raise TypeError("its flavors are no mappings")
+    if not isinstance(flavors.get(pyfunc.FLAVOR_NAME, {}).get(pyfunc.MODEL_CONFIG) or {}, dict):
+        raise TypeError("its settings are no mapping")
+
+
+def model_config_of(model: Model) -> dict[str, Any]:
+    """The load settings that a model was logged with. Raises ArtifactError where it is no model for pyfunc."""
+    if pyfunc.FLAVOR_NAME not in model.flavors:
+        raise ArtifactError(
+            f"its {MLMODEL_FILE_NAME} has the flavors {', '.join(map(str, model.flavors))}, not {pyfunc.FLAVOR_NAME}"
+        )
+    return model.flavors[pyfunc.FLAVOR_NAME].get(pyfunc.MODEL_CONFIG) or {}
 
 
 def check_files(model_uri: str) -> Record:
@@ -107,18 +162,12 @@ def check_files(model_uri: str) -> Record:
     return record
 
 
-def read_flavors(folder: Path) -> dict[str, Any]:
-    """The flavors in the MLmodel file of a folder, whose path may have a per cent sign, which MLflow would unquote."""
-    flavors: dict[str, Any] = Model.from_dict(yaml.safe_load((folder / MLMODEL_FILE_NAME).read_text())).flavors
-    return flavors
-
-
 def is_of_this_flavor(model_uri: str) -> bool:
     """Whether it is a model of this flavor, and neither an ONNX file nor a model of another one."""
     local = local_path(model_uri)
     if local.exists():
         return (local / RECORD_FILE).is_file()
-    return ":/" in model_uri and FLAVOR_NAME in Model.load(model_uri).flavors
+    return ":/" in model_uri and FLAVOR_NAME in read_mlmodel(model_uri).flavors
 
 
 def local_path(model_uri: str) -> Path:

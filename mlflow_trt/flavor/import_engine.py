@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from mlflow_trt.convert.recipe import Recipe, ShapesRequest
 from mlflow_trt.core.compatibility import why_not
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.output_folder import check_target
+from mlflow_trt.core.scratch import scratch_folder
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.types import BatchAxis, EngineRecord, InputRange, ShapeProfile, TensorSpec
 from mlflow_trt.errors import OptionError, RuntimeUnavailableError
@@ -124,8 +124,8 @@ def log_engine(
     """
     check_names(registered_model_name, tags)
     check_server()
-    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as staging, undo_on_failure() as undo:
-        folder = Path(staging) / "model"
+    with scratch_folder() as staging, undo_on_failure() as undo:
+        folder = staging / "model"
         source = Path(plan)
         content = _read_plan(source)
         options = PackagingOptions(
@@ -141,7 +141,7 @@ def log_engine(
             content, settings, inputs, outputs, shapes, splits_batches=splits_batches, targets=targets
         )
         written = write_engine_model(content, engine, interface, folder, options, settings)
-        description = describe_version(read_record_file(folder / RECORD_FILE))
+        description = describe_version(read_record_file(folder / RECORD_FILE)[0])
         facts = {
             SOURCE_TAG: source.name,
             TENSORRT_TAG: f"{engine.distribution} {engine.version}",

@@ -29,6 +29,7 @@ from mlflow_trt.errors import (
     EngineMismatchError,
     ExecutionError,
     InputError,
+    InputTooLargeError,
     OptionError,
     OutOfMemoryError,
     RuntimeUnavailableError,
@@ -86,7 +87,7 @@ def pyfunc_of(folder: ModelFolder, session: Session, settings: LoadSettings, con
     """What MLflow's pyfunc calls: ours, or that of the source of a whole model. Closes the session where that fails."""
     whole = folder.record.whole
     if whole is None:
-        return PyfuncModel(session, answers=settings.answers)
+        return PyfuncModel(session, settings=settings)
     try:
         folder.check_whole(whole)
         impl = load_whole(folder, session, config)
@@ -131,9 +132,11 @@ class PyfuncModel:
     of what `wire.packed` makes of each array.
     """
 
-    def __init__(self, session: Session, *, answers: str = "lists") -> None:
+    def __init__(self, session: Session, *, settings: LoadSettings | None = None) -> None:
+        settings = settings or LoadSettings()
         self._session = session
-        self._packs = answers == "base64"
+        self._packs = settings.answers == "base64"
+        self._most_bytes = settings.max_request_bytes
         self._bfloat16 = [spec.name for spec in session.outputs if spec.dtype == "bfloat16"]
 
     @_WithSignature
@@ -150,6 +153,8 @@ class PyfuncModel:
             _log.warning("This model takes no params, and ignores %s", ", ".join(map(str, params)))
         if isinstance(data, pd.Series):
             data = data.to_frame()
+        if in_server():
+            self._check_size(data)
         try:
             outputs = self._run(self._feeds(data))
         except ExecutionError:
@@ -177,6 +182,14 @@ class PyfuncModel:
 
     def __reduce__(self) -> NoReturn:
         self._session.__reduce__()
+
+    def _check_size(self, data: Any) -> None:
+        size = _bytes_in(data)
+        if size > self._most_bytes:
+            raise InputTooLargeError(
+                f"the request takes {size} bytes, and this server takes {self._most_bytes} at most "
+                "(max_request_bytes); send fewer rows"
+            )
 
     def _frame(self, outputs: Mapping[str, Array], index: pd.Index[Any]) -> pd.DataFrame:
         frame = frame_from_outputs(outputs, index)
@@ -208,3 +221,18 @@ class PyfuncModel:
         for name in self._bfloat16:
             outputs[name] = outputs[name].astype(np.float32)
         return outputs
+
+
+def _bytes_in(data: Any) -> int:
+    """What arrays and tables take in memory; lists of Python's, whose bodies were larger, are not counted."""
+    if isinstance(data, pd.DataFrame):
+        return sum(_bytes_of_column(data.iloc[:, number]) for number in range(data.shape[1]))
+    if isinstance(data, Mapping):
+        return sum(map(_bytes_in, data.values()))
+    return data.nbytes if isinstance(data, np.ndarray) else 0
+
+
+def _bytes_of_column(column: pd.Series[Any]) -> int:
+    if column.dtype != object:
+        return int(column.memory_usage(index=False))
+    return sum(len(cell) if isinstance(cell, (bytes, str)) else _bytes_in(cell) for cell in column)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from mlflow_trt.backends import tensorrt as trt
 from mlflow_trt.convert.conversion import Conversion, ConversionTask, convert_source
 from mlflow_trt.convert.onnx.model import read_onnx
 from mlflow_trt.convert.recipe import Recipe
+from mlflow_trt.core.scratch import scratch_folder
 from mlflow_trt.errors import ExecutionError, MlflowTrtError
 from mlflow_trt.store import cache
 
@@ -51,10 +51,10 @@ def examine() -> Diagnosis:
     checks.append(Check(name="mlflow-trt", ok=True, detail=__version__))
     checks += [_package(name) for name in ("mlflow", "onnx", "numpy")]
     checks += [_onnxruntime(), *_tensorrt(), *_hardware(), _cuda_package()]
-    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
-        build, conversion = _try_build(Path(workdir))
+    with scratch_folder() as workdir:
+        build, conversion = _try_build(workdir)
         run = _try_tensorrt(conversion)
-        reference = _try_onnxruntime(Path(workdir))
+        reference = _try_onnxruntime(workdir)
     checks += [build, run, reference]
     checks.append(Check(name="cache", ok=cache.problem() is None, detail=cache.problem() or str(cache.directory())))
     return Diagnosis(checks=tuple(checks), can_build=build.ok, can_run=run.ok, can_run_on_cpu=reference.ok)

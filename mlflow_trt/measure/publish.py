@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from mlflow.models import Model
 
 from mlflow_trt.core.accuracy import Comparison
 from mlflow_trt.core.log import get_logger
+from mlflow_trt.core.scratch import scratch_folder
 from mlflow_trt.flavor.tags import BENCHMARK_OF_TAG, PREFIX
 from mlflow_trt.flavor.tracking import check_server
 from mlflow_trt.measure.benchmark import Benchmark
@@ -65,8 +65,8 @@ def log_report(
     """
     title = " and ".join(reversed(models))
     ids = {uri: _model_id(uri) for uri in models}
-    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
-        write_report(benchmark, title, Path(workdir), layers, comparison)
+    with scratch_folder() as workdir:
+        write_report(benchmark, title, workdir, layers, comparison)
         with mlflow.start_run(run_name=_run_name(models), nested=mlflow.active_run() is not None) as run:
             mlflow.set_tags({BENCHMARK_OF_TAG: title, **_tags(benchmark, comparison)})
             mlflow.log_params({**benchmark.settings, "model": models[-1]})
@@ -76,7 +76,7 @@ def log_report(
             for model, name, value, step in benchmark.metrics():
                 mlflow.log_metric(name, value, step=step, model_id=ids.get(model))
             _log_accuracy(comparison, ids[models[-1]])
-            mlflow.log_artifacts(workdir)
+            mlflow.log_artifacts(str(workdir))
     return str(run.info.run_id)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from mlflow.models import Model
 from mlflow_trt.convert.onnx.model import read_onnx
 from mlflow_trt.core.arrays import Feeds
 from mlflow_trt.core.progress_event import Progress
+from mlflow_trt.core.scratch import scratch_folder
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.types import BatchAxis, ShapeProfile
 from mlflow_trt.errors import BuildError, EngineMismatchError, ExecutionError, RuntimeUnavailableError
@@ -77,8 +77,8 @@ class Runnable:
 @contextmanager
 def open_source_of(model_uri: str) -> Iterator[Runnable]:
     """The source model on ONNX Runtime, on the GPU where its CUDA provider works, else on the CPU."""
-    with open_source(model_uri) as source, tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
-        model = read_onnx(source.path, Path(workdir))
+    with open_source(model_uri) as source, scratch_folder() as workdir:
+        model = read_onnx(source.path, workdir)
         axes = tuple(spec.name for spec in model.inputs if spec.shape and not isinstance(spec.shape[0], int))
         with OnnxRuntimeSession(model.path, model.inputs, model.outputs, prefer_cuda=True) as session:
             yield Runnable(
@@ -106,14 +106,14 @@ def open_runnable(
         with open_source_of(model_uri) as runnable:
             yield runnable
         return
-    with open_folder(model_uri) as folder, tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+    with open_folder(model_uri) as folder, scratch_folder() as workdir:
         record = folder.record
         session: Session
         try:
             session, problem = open_tensorrt(folder, LoadSettings(device=device, warm_up="off"), progress), None
         except (RuntimeUnavailableError, EngineMismatchError, BuildError, ExecutionError) as error:
             problem = f"{model_uri} does not run on TensorRT here: {error.message}"
-            session, digest = _stand_in(folder, Path(workdir), emulates=emulates)
+            session, digest = _stand_in(folder, workdir, emulates=emulates)
         else:
             digest = session.plan_sha256 if isinstance(session, TensorRTSession) else ""
         with session:  # from here on: an input example that is damaged raises, and the session is closed

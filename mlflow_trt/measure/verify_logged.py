@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from mlflow_trt.convert.resolve_profiles import Profiles
 from mlflow_trt.convert.samples import SampleOrigin, Samples, cut_samples
 from mlflow_trt.core.accuracy import Comparison, Tolerance
 from mlflow_trt.core.log import get_logger
+from mlflow_trt.core.scratch import scratch_folder
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.errors import InputError, RuntimeUnavailableError
 from mlflow_trt.flavor.fetch import open_folder
@@ -41,13 +41,13 @@ def verify_model(
         InputError: the data does not fit the model, or there is neither data nor a golden sample.
         What loading the model raises, for example where its typed model cannot run on ONNX Runtime.
     """
-    with open_folder(model_uri) as folder, tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+    with open_folder(model_uri) as folder, scratch_folder() as workdir:
         record = folder.record
         tolerance = record.golden.tolerance if record.golden else Tolerance.default(record.recipe.precision)
         if relative_error is not None:
             tolerance = tolerance.with_relative_error(relative_error)
         # Wherever a store keeps its files: their digests are those that were logged.
-        source = read_onnx(folder.checked_model(record.source), Path(workdir), allow_external_data_from=Path("/"))
+        source = read_onnx(folder.checked_model(record.source), workdir, allow_external_data_from=Path("/"))
         samples = _samples(folder, source, data)
         subject, why_not = _open_subject(folder, device, Path(workdir))
         if subject is None:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from mlflow_trt.backends import tensorrt as trt
-from mlflow_trt.backends.onnxruntime import import_onnxruntime
+from mlflow_trt.backends.onnxruntime import check_installed
 from mlflow_trt.convert.checks import FIRST_WITH_FP8
 from mlflow_trt.convert.conversion import Conversion, ConversionTask, convert_source, runs_in_precision
 from mlflow_trt.convert.onnx.reference import reference_outputs
@@ -64,7 +64,7 @@ def check_best(recipe: Recipe, settings: LoadSettings, verify: Tolerance | bool,
             option="verify",
         )
     try:
-        import_onnxruntime()
+        check_installed()
         bench = bench or GpuBench(settings)
     except RuntimeUnavailableError as error:
         raise error.with_advice(

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import onnx
 
+from mlflow_trt.backends.onnxruntime_process import shared_process
 from mlflow_trt.convert.conversion import Conversion, ConversionTask, check_share, convert_source
 from mlflow_trt.convert.onnx.model import OnnxModel, read_onnx
 from mlflow_trt.core.accuracy import Tolerance
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.progress import choose_progress
+from mlflow_trt.core.scratch import scratch_folder
 from mlflow_trt.core.selection import Selection
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.types import Precision
@@ -70,10 +70,10 @@ def prepare_conversion(options: ConversionOptions) -> PreparedConversion:
 @contextmanager
 def open_onnx(model: OnnxSource, options: ConversionOptions) -> Iterator[OnnxModel]:
     """Read, check and hash a source model, once, for the length of the block. Raises what `read_onnx` raises."""
-    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+    with scratch_folder() as workdir:
         yield read_onnx(
             model,
-            Path(workdir),
+            workdir,
             allow_external_data_from=options.external_data_folder,
             save_as_external_data=options.save_as_external_data,
         )
@@ -85,43 +85,53 @@ def convert_and_verify(
 ) -> Iterator[ConvertedModel]:
     """Convert and verify in a temporary folder, which is removed when the block ends, however it ends."""
     options = prepared.options
-    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+    with scratch_folder() as workdir:
         task = ConversionTask(
             source=source,
             recipe=options.recipe,
-            workdir=Path(workdir),
+            workdir=workdir,
             data=sample_data_of(options.calibration_data, input_example, source.inputs),
             tolerance=options.required_tolerance,
             example_shapes=example_shapes(input_example, source.inputs),
             calibration_cache=options.calibration_cache_file,
         )
-        if prepared.bench is not None:
-            with choose_progress(f"Trying the precisions of {_name_of(source)}", options.progress) as shown:
-                best = convert_best(replace(task, progress=shown), prepared.bench, options.settings)
-            yield ConvertedModel(
-                conversion=best.conversion,
-                verification=best.verification,
-                settings=options.settings,
-                selection=best.selection,
-                compiler=prepared.compiler,
-            )
-            return
-        tolerance = task.tolerance or Tolerance.default(options.recipe.precision)
-        with choose_progress(f"Building a TensorRT engine of {_name_of(source)}", options.progress) as shown:
-            conversion = convert_source(replace(task, tolerance=tolerance if options.verify else None, progress=shown))
-        check_share(conversion.typed.report)
-        engine = conversion.engine
-        _log.info("Built %s, %.1f MB, in %.1f s", engine, engine.size / 1e6, engine.build_seconds)
-        verification = None
-        if options.verify:
-            demanded = options.required_tolerance is not None
-            verification = verify_conversion(conversion, tolerance, options.settings, demanded=demanded)
-        yield ConvertedModel(
-            conversion=conversion,
-            verification=verification,
-            settings=options.settings,
-            compiler=prepared.compiler,
-        )
+        with shared_process():
+            converted = _convert_best(task, prepared) if prepared.bench is not None else _convert(task, prepared)
+        yield converted
+
+
+def _convert_best(task: ConversionTask, prepared: PreparedConversion) -> ConvertedModel:
+    options = prepared.options
+    assert prepared.bench is not None  # noqa: S101  # else another precision was asked for
+    with choose_progress(f"Trying the precisions of {_name_of(task.source)}", options.progress) as shown:
+        best = convert_best(replace(task, progress=shown), prepared.bench, options.settings)
+    return ConvertedModel(
+        conversion=best.conversion,
+        verification=best.verification,
+        settings=options.settings,
+        selection=best.selection,
+        compiler=prepared.compiler,
+    )
+
+
+def _convert(task: ConversionTask, prepared: PreparedConversion) -> ConvertedModel:
+    options = prepared.options
+    tolerance = task.tolerance or Tolerance.default(options.recipe.precision)
+    with choose_progress(f"Building a TensorRT engine of {_name_of(task.source)}", options.progress) as shown:
+        conversion = convert_source(replace(task, tolerance=tolerance if options.verify else None, progress=shown))
+    check_share(conversion.typed.report)
+    engine = conversion.engine
+    _log.info("Built %s, %.1f MB, in %.1f s", engine, engine.size / 1e6, engine.build_seconds)
+    verification = None
+    if options.verify:
+        required = options.required_tolerance is not None
+        verification = verify_conversion(conversion, tolerance, options.settings, demanded=required)
+    return ConvertedModel(
+        conversion=conversion,
+        verification=verification,
+        settings=options.settings,
+        compiler=prepared.compiler,
+    )
 
 
 def _name_of(source: OnnxModel) -> str:

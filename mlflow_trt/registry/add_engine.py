@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +10,6 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.models import Model
 from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.utils.file_utils import get_total_file_size
 from packaging.version import Version
@@ -25,11 +23,12 @@ from mlflow_trt.core.compatibility import why_not
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.progress import choose_progress
 from mlflow_trt.core.progress_event import Progress
+from mlflow_trt.core.scratch import scratch_folder
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.types import EngineRecord, Gpu, HardwareCompatibility, Interface
 from mlflow_trt.errors import EngineMismatchError, OptionError, RecipeError, RuntimeUnavailableError
 from mlflow_trt.flavor.describe import describe_version, text_below
-from mlflow_trt.flavor.fetch import fetch_folder
+from mlflow_trt.flavor.fetch import fetch_folder, read_mlmodel
 from mlflow_trt.flavor.mlmodel import check_names, flavor_fields
 from mlflow_trt.flavor.register import log_folder, register_version, set_alias
 from mlflow_trt.flavor.tags import CONVERSION_TAG, CONVERTED_TAG, EXTENDS_TAG, PREFIX, TARGET_TAG
@@ -116,7 +115,7 @@ def extended_version(
         compiler = kernels.check_kernels(Recipe(targets=targets) if targets else None, LoadSettings(), compiler)
     else:
         compiler = None
-    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir, undo_on_failure() as undo:
+    with scratch_folder() as workdir, undo_on_failure() as undo:
         uri = f"models:/{version.name}/{version.version}"
         folder = fetch_folder(uri, workdir)
         tensorrt = trt.load()
@@ -127,11 +126,11 @@ def extended_version(
             _log.info("%s has an engine for this already: %s", uri, there)
             yield version
             return
-        engine = _built(folder, tensorrt, recipe, Path(workdir), progress) if there is None else None
+        engine = _built(folder, tensorrt, recipe, workdir, progress) if there is None else None
         # Written by MLflow when it downloads, about the version that was downloaded.
         (folder.path / "registered_model_meta").unlink(missing_ok=True)
         if engine is not None:
-            extended = add_engine_file(folder.path, engine, Path(workdir) / "engine.plan", extends=uri)
+            extended = add_engine_file(folder.path, engine, workdir / "engine.plan", extends=uri)
         else:
             extended = mark_extended(folder.path, extends=uri)
         if compiler is not None:
@@ -212,7 +211,7 @@ def _logged(
     undo: Undo, folder: Path, record: Record, name: str, tags: Mapping[str, str], description: str | None
 ) -> ModelVersion:
     """Log the folder as a model and register it."""
-    written = Model.load(str(folder))
+    written = read_mlmodel(str(folder))
     written.flavors[FLAVOR_NAME] |= flavor_fields(record)
     _widen_requirements(folder, record)
     written.model_size_bytes = get_total_file_size(folder)

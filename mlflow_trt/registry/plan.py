@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from mlflow_trt.convert.resolve_profiles import resolve_profiles
 from mlflow_trt.convert.row_dependence import check_rows
 from mlflow_trt.convert.typed_model import check_calibration, open_calibration_cache
 from mlflow_trt.core.output_folder import check_target
+from mlflow_trt.core.scratch import scratch_folder
 from mlflow_trt.core.types import BatchAxis, Precision, ShapeProfile, TensorSpec
 from mlflow_trt.flavor.mlmodel import check_names
 from mlflow_trt.pipeline.make import PreparedConversion, open_onnx
@@ -69,7 +69,7 @@ def plan_conversion(
     with (
         open_source(model_uri, whole_options(options)) as source,
         open_onnx(source.path, options) as model,
-        tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir,
+        scratch_folder() as workdir,
     ):
         of_network = with_network_of(prepared, source)
         options, recipe = of_network.options, of_network.options.recipe
@@ -84,7 +84,7 @@ def plan_conversion(
             data = sample_data_of(options.calibration_data, example, model.inputs)
             samples = choose_samples(data, model, profiles)
             profiles = check_rows(model, profiles, samples)
-            rewritten = rewrite(model.proto, model.path.parent, Path(workdir))
+            rewritten = rewrite(model.proto, model.path.parent, workdir)
             cache = open_calibration_cache(options.calibration_cache_file, model, recipe)
             check_calibration(rewritten.proto, recipe, samples, cache)
             remarks = rewritten.remarks

@@ -6,6 +6,7 @@ not when the first request comes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -28,12 +29,16 @@ _RELEASE = re.compile(r"\d{1,9}(\.\d{1,9}){0,4}((a|b|rc)\d{1,9})?(\.post\d{1,9})
 """A version as packages have it, all of which `packaging.version` can read: 10.0.0b6, 8.6.1.post1."""
 
 
-def read_json(file: Path) -> Any:
-    """The content of a file of JSON. Raises ArtifactError for what is none, OSError where it cannot be read."""
+def read_json(file: Path) -> tuple[Any, str]:
+    """The content of a file of JSON, and its sha256.
+
+    Raises ArtifactError for what is none, OSError where it cannot be read.
+    """
     if file.stat().st_size > _LARGEST_FILE:
         raise ArtifactError(f"{file} is larger than any record, {_LARGEST_FILE >> 20} MiB", path=file)
+    content = file.read_bytes()
     try:
-        return json.loads(file.read_bytes())
+        return json.loads(content), hashlib.sha256(content).hexdigest()
     except (ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
         raise ArtifactError(f"{file} is damaged ({reason}); download the model again", path=file) from error

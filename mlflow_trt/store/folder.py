@@ -27,10 +27,14 @@ from mlflow_trt.store.record import RECORD_FILE, Record, StoredGolden, StoredMod
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFolder:
-    """A model folder that was read. Nothing here writes to it."""
+    """A model folder that was read. Nothing here writes to it.
+
+    `digest` is the sha256 of the record as it was read, and so stands for every file that the record names.
+    """
 
     path: Path
     record: Record
+    digest: str
 
     def checked_model(self, model: StoredModel) -> Path:
         """The path of an ONNX model, after its files were found to be the ones that were logged.
@@ -102,4 +106,5 @@ def read_folder(path: Path, uri: str | None = None) -> ModelFolder:
 
     Raises ArtifactError where there is none or it makes no sense, FormatError where a newer mlflow-trt wrote it.
     """
-    return ModelFolder(path=path, record=read_record_file(path / RECORD_FILE, uri))
+    record, digest = read_record_file(path / RECORD_FILE, uri)
+    return ModelFolder(path=path, record=record, digest=digest)

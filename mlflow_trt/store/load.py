@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from mlflow_trt.core.compatibility import kernels_fit, why_not
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.progress_event import Progress
 from mlflow_trt.core.scoring_server import in_server
+from mlflow_trt.core.scratch import scratch_folder
 from mlflow_trt.core.settings import ALL, OWN, LoadSettings
 from mlflow_trt.core.types import (
     BatchAxis,
@@ -49,6 +49,7 @@ from mlflow_trt.store.gpu_lease import own_gpu
 from mlflow_trt.store.kernel_cache import KernelFile
 from mlflow_trt.store.plugins import check_plugins, load_plugins
 from mlflow_trt.store.record import Record
+from mlflow_trt.store.trust import check_trust
 
 if TYPE_CHECKING:
     from mlflow_trt.runtime.engine.engine import KernelStore
@@ -69,10 +70,12 @@ def open_session(folder: ModelFolder, settings: LoadSettings, progress: Progress
     Raises:
         RuntimeUnavailableError: there is no GPU, or a package is missing (MissingDependencyError).
         EngineMismatchError: no stored engine fits and `on_mismatch` is `error`.
-        IntegrityError: a file is not the one that was logged, whatever the runtime.
+        IntegrityError: a file is not the one that was logged, or not that which is expected, whatever the runtime;
+            SignatureError: nobody vouches for it who was to.
         BuildError, ExecutionError: an engine could not be rebuilt, or not be loaded.
         SelfTestError: the engine answers wrongly.
     """
+    check_trust(folder, settings)
     if settings.runtime == "onnxruntime":
         return _open_onnxruntime(folder, settings)
     try:
@@ -159,9 +162,7 @@ def _open_on(ordinal: int, folder: ModelFolder, settings: LoadSettings, progress
 
     reasons = []
     for engine in record.engines:
-        reason = why_not(engine, tensorrt.distribution, tensorrt.version, device.gpu)
-        if reason is None and engine.version_compatible and not settings.allow_engine_host_code:
-            reason = "it was built version-compatible and so brings code for the CPU; allow_engine_host_code permits it"
+        reason = _why_not_used(engine, tensorrt, device, settings)
         if reason is None:
             try:
                 shipped = shipped_kernels(folder, engine, tensorrt.version, device.gpu)
@@ -187,6 +188,15 @@ def _check_rebuild(record: Record, settings: LoadSettings, problem: str, reasons
             f"{problem}. Load with on_mismatch='rebuild', or log the model on a machine like this one.",
             reasons=reasons,
         )
+
+
+def _why_not_used(engine: EngineRecord, tensorrt: trt.TensorRT, device: Device, settings: LoadSettings) -> str | None:
+    if not settings.trust_engines:
+        return "trust_engines is false, so nothing that came with the model is deserialized"
+    reason = why_not(engine, tensorrt.distribution, tensorrt.version, device.gpu)
+    if reason is None and engine.version_compatible and not settings.allow_engine_host_code:
+        return "it was built version-compatible and so brings code for the CPU; allow_engine_host_code permits it"
+    return reason
 
 
 def shipped_kernels(folder: ModelFolder, engine: EngineRecord, version: str, gpu: Gpu) -> tuple[bytes, ...]:
@@ -334,13 +344,13 @@ def _rebuilt(
             "driver": device.hardware.driver,
         }
     )
-    with cache.lock_key(key), tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+    with cache.lock_key(key), scratch_folder() as workdir:
         cached = cache.find_engine(key)
         if cached is not None:
             _log.info("%s; using the engine that was built before on this machine", problem)
             return cached
         _log.warning("%s; building one, which is kept in %s", problem, cache.directory())
-        plan = Path(workdir) / "engine.plan"
+        plan = workdir / "engine.plan"
         engine = build_engine(
             folder.checked_model(record.typed),
             plan,

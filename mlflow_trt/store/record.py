@@ -102,12 +102,14 @@ class Record:
 _records = TypeAdapter(Record)
 
 
-def read_record_file(file: Path, uri: str | None = None) -> Record:
-    """Read and check a record; `uri` is what the user calls the model, where it was downloaded.
+def read_record_file(file: Path, uri: str | None = None) -> tuple[Record, str]:
+    """Read and check a record; the sha256 of its file comes with it.
+
+    `uri` is what the user calls the model, where it was downloaded.
 
     Raises ArtifactError where there is none or it makes no sense, FormatError where a newer mlflow-trt wrote it.
     """
-    content = _read_json(file, uri)
+    content, digest = _read_json(file, uri)
     version = content.get("format") if isinstance(content, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ArtifactError(f"{file} names no format; it is not a record of mlflow-trt", path=file)
@@ -126,7 +128,7 @@ def read_record_file(file: Path, uri: str | None = None) -> Record:
             f"{file} is damaged: {where}: {first['msg']}; download the model again", path=file
         ) from None
     check_record(record, file)
-    return record
+    return record, digest
 
 
 def write_record_file(folder: Path, record: Record) -> None:
@@ -140,7 +142,7 @@ def record_to_dict(record: Record) -> dict[str, Any]:
     return content
 
 
-def _read_json(file: Path, uri: str | None) -> Any:
+def _read_json(file: Path, uri: str | None) -> tuple[Any, str]:
     try:
         return read_json(file)
     except (FileNotFoundError, NotADirectoryError):

@@ -11,7 +11,7 @@ import networks
 import numpy as np
 import pytest
 from compare import relative_error
-from helpers import Store
+from helpers import PATIENCE, Store
 from real_models import CLS, MAGIKA
 
 import mlflow_trt
@@ -79,6 +79,16 @@ def test_a_damaged_cached_engine_is_built_again(folder, expected):
         plan.write_bytes(plan.read_bytes()[:-1])
     with mlflow_trt.load_model(str(folder)) as session:
         assert relative_error(session.run({"x": X}), expected) < 2e-3
+
+
+def test_engines_that_are_not_trusted_are_not_even_read(folder, expected, messages):
+    for plan in (folder / "engines").iterdir():
+        plan.write_bytes(b"somebody else's")
+    with pytest.raises(IntegrityError):
+        mlflow_trt.load_model(str(folder))
+    with mlflow_trt.load_model(str(folder), trust_engines=False) as session:
+        assert relative_error(session.run({"x": X}), expected) < 2e-3
+    assert "trust_engines is false" in messages.text
 
 
 def test_or_it_is_an_error(folder):
@@ -213,7 +223,9 @@ def test_served(tmp_path, empty_database):
 
     with served("models:/magika/1", store.uri, {}) as address:
         for _ in range(3):
-            response = requests.post(f"{address}/invocations", json={"inputs": feeds["bytes"].tolist()}, timeout=120)
+            response = requests.post(
+                f"{address}/invocations", json={"inputs": feeds["bytes"].tolist()}, timeout=PATIENCE
+            )
             assert response.status_code == 200
             scores = np.asarray(response.json()["predictions"]["target_label"], np.float32)
             assert np.array_equal(scores, expected)

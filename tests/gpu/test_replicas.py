@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import requests
 from compare import relative_error
-from helpers import wait_for
+from helpers import PATIENCE, wait_for
 from real_models import CLS
 
 import mlflow_trt
@@ -52,7 +52,7 @@ def run_script(folder, body):
     script = textwrap.dedent(LOSE) + textwrap.dedent(body)
     script = f"SCRIPT = {script!r}\n{script}"
     done = subprocess.run(
-        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert "as expected" in done.stdout, done.stdout + done.stderr
 
@@ -151,7 +151,7 @@ class TestSeveral:
 
 
 def ask(server, x):
-    response = requests.post(f"{server.address}/invocations", json={"inputs": x.tolist()}, timeout=60)
+    response = requests.post(f"{server.address}/invocations", json={"inputs": x.tolist()}, timeout=PATIENCE)
     assert response.ok, response.text
     return response.json()["predictions"]["y"]
 

@@ -16,7 +16,7 @@ import networks
 import numpy as np
 import pytest
 from compare import relative_error
-from helpers import convert_in, read, reference
+from helpers import PATIENCE, convert_in, read, reference, wait_for
 
 import mlflow_trt
 from mlflow_trt import (
@@ -242,7 +242,7 @@ class TestThreadsAndLife:
         session.close()
         session.close()
         for thread in threads:
-            thread.join(timeout=60)
+            thread.join(timeout=PATIENCE)
         assert len(results) == 800
         assert 0 in results
 
@@ -284,7 +284,7 @@ class TestThreadsAndLife:
             "",
             "session.close()",
             "threading.Thread(target=use).start()",
-            "threading.Thread(target=lambda: [use() for _ in range(10**6)], daemon=True).start(); time.sleep(0.2)",
+            "threading.Thread(target=use_again_and_again, daemon=True).start(); used.wait()",
         ],
     )
     def test_the_process_ends_well(self, end, tmp_path):
@@ -296,6 +296,11 @@ class TestThreadsAndLife:
             session = mlflow_trt.load_model({str(tmp_path / "model")!r})
             def use():
                 print(session.run({{"x": networks.rows(5)}})["y"].shape, flush=True)
+            used = threading.Event()
+            def use_again_and_again():
+                while True:
+                    use()
+                    used.set()
             use()
             thread = threading.Thread(target=use)
             thread.start()
@@ -361,11 +366,8 @@ class TestSpeedChangesNothing:
                 for _ in range(MOST_SLOTS):
                     held.enter_context(scheduler.slots.borrow())
                 calls = [pool.submit(session.run, one) for one in feeds]
-                end = time.monotonic() + 30
-                while scheduler._batcher._callers < len(feeds):
-                    assert time.monotonic() < end
-                    time.sleep(0.001)
-            results = [call.result(30) for call in calls]
+                wait_for(lambda: scheduler._batcher._callers == len(feeds))
+            results = [call.result(PATIENCE) for call in calls]
         for one, result in zip(feeds, results, strict=True):
             assert relative_error(result, expected.run(one)) < TF32
         assert session.runs == {32: 2}

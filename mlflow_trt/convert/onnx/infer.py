@@ -9,7 +9,7 @@ import onnx.shape_inference
 from google.protobuf.message import EncodeError
 from onnx import ModelProto, helper
 
-from mlflow_trt.backends.onnxruntime import CpuModel
+from mlflow_trt.backends.onnxruntime_process import IsolatedModel
 from mlflow_trt.errors import ExecutionError
 
 Types = dict[str, int]
@@ -56,7 +56,7 @@ def _infer_by_onnxruntime(model: ModelProto, names: list[str], folder: Path, typ
     path = folder / "types.onnx"
     onnx.save_model(exposed, path)
     try:
-        asked = CpuModel(path, optimize=False)
+        asked = IsolatedModel(path, optimize=False)
     except ExecutionError:
         return  # what it cannot run is refused where ranges are looked for
     outputs, sizes = asked.output_types, asked.output_shapes

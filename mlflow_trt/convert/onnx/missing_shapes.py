@@ -9,7 +9,7 @@ import onnx.shape_inference
 from google.protobuf.message import EncodeError
 from onnx import ModelProto, ValueInfoProto, helper
 
-from mlflow_trt.backends.onnxruntime import CpuModel
+from mlflow_trt.backends.onnxruntime_process import IsolatedModel
 from mlflow_trt.errors import ExecutionError, MissingDependencyError
 
 
@@ -48,7 +48,7 @@ def _ask_onnxruntime(proto: ModelProto, path: Path) -> dict[str, ValueInfoProto]
     """Those with a dimension at least: ONNX Runtime says of what it does not know what it says of a scalar."""
     del proto
     try:
-        asked = CpuModel(path, optimize=False)
+        asked = IsolatedModel(path, optimize=False)
     except (ExecutionError, MissingDependencyError):
         return {}
     types = asked.output_types

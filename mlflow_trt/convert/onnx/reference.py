@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mlflow_trt.backends.onnxruntime import CpuModel
+from mlflow_trt.backends.onnxruntime_process import IsolatedModel
 from mlflow_trt.convert.onnx.model import OnnxModel, bodies_of
 from mlflow_trt.core.arrays import Feeds, Outputs
 
@@ -12,12 +12,12 @@ _KEPT_BYTES = 256 * 2**20
 """Outputs are kept for comparing as long as they take no more than this."""
 
 
-def reference_runner(source: OnnxModel) -> CpuModel:
+def reference_runner(source: OnnxModel) -> IsolatedModel:
     """The source model on ONNX Runtime: where it brings Q/DQ, node by node, so that its numbers are those of ONNX.
 
     ONNX Runtime fuses such nodes into integer kernels, which saturate on CPUs that lack VNNI.
     """
-    return CpuModel(source.path, optimize=not _is_quantized(source))
+    return IsolatedModel(source.path, optimize=not _is_quantized(source))
 
 
 def reference_outputs(source: OnnxModel, feeds: Iterable[Feeds]) -> tuple[Outputs, ...]:

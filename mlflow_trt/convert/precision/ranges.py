@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from mlflow_trt.backends.onnxruntime import CpuModel
+from mlflow_trt.backends.onnxruntime_process import IsolatedModel
 from mlflow_trt.convert.onnx.graph import FlatModel, positions_of
 from mlflow_trt.convert.precision.calibration_cache import SavedRanges
 from mlflow_trt.convert.precision.share import Share, share_of
@@ -117,7 +117,7 @@ def fetch(model: ModelProto, names: Sequence[str], feeds: Feeds, path: Path) -> 
         return
     exposed = _with_outputs(model, names)
     onnx.save_model(exposed, path)
-    runner = CpuModel(path, optimize=False)
+    runner = IsolatedModel(path, optimize=False)
     for start in range(0, len(names), _AT_ONCE):
         yield from runner.run(names[start : start + _AT_ONCE], feeds).items()
 
@@ -128,7 +128,7 @@ def _measured(model: FlatModel, names: Sequence[str], samples: Samples) -> Itera
     runner = None
     if model.opset >= _WHERE_SINCE:
         onnx.save_model(_measuring(model, names), path)
-        runner = CpuModel(path)
+        runner = IsolatedModel(path)
     for feeds in samples.feeds:
         seen = None if runner is None else _try_run(runner, outputs, feeds)
         if seen is not None:
@@ -140,7 +140,7 @@ def _measured(model: FlatModel, names: Sequence[str], samples: Samples) -> Itera
         yield from ((name, _Range.of(array)) for name, array in tensors)
 
 
-def _try_run(runner: CpuModel, outputs: Sequence[str], feeds: Feeds) -> list[float] | None:
+def _try_run(runner: IsolatedModel, outputs: Sequence[str], feeds: Feeds) -> list[float] | None:
     try:
         return [float(number) for number in runner.run(outputs, feeds).values()]
     except ExecutionError:

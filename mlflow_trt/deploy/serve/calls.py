@@ -33,6 +33,7 @@ class Calls:
     def __init__(self, limits: Limits, regions: Regions | None, lost: Callable[[str], None]) -> None:
         self.admission = Admission(limits)
         self._seconds = limits.seconds
+        self._most_bytes = limits.unpacked_bytes
         self._regions = regions
         self._lost = lost
         self._inference: Inference | None = None
@@ -75,7 +76,9 @@ class Calls:
         body = await exchange.read(ticket)
         kind = exchange.headers.get(b"content-type", b"")
         began = time.monotonic()
-        invoked = await asyncio.get_running_loop().run_in_executor(self._threads, invoke, model, body, kind)
+        invoked = await asyncio.get_running_loop().run_in_executor(
+            self._threads, invoke, model, body, kind, self._most_bytes
+        )
         await exchange.answer(invoked.status, [invoked.body], invoked.kind)
         model.statistics.invoked(time.monotonic() - began)
 

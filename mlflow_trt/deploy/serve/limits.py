@@ -21,6 +21,7 @@ class Limits:
     Args:
         requests: how many may be read, wait or run at the same time; more are answered with 429.
         body_bytes: the largest body; a larger one is answered with 413.
+        unpacked_bytes: the largest table, which parquet can pack into a small body; a larger one is answered with 413.
         pending_bytes: of all bodies together; more are answered with 429.
         seconds: for a request, from its first byte to its answer: then 408 where its body was not read, else 504.
             A request may ask for less.
@@ -31,11 +32,12 @@ class Limits:
 
     requests: int = 1024
     body_bytes: int = 256 << 20
+    unpacked_bytes: int = 512 << 20
     pending_bytes: int = 2 << 30
     seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        for option in ("requests", "body_bytes", "pending_bytes", "seconds"):
+        for option in ("requests", "body_bytes", "unpacked_bytes", "pending_bytes", "seconds"):
             if not getattr(self, option) > 0:
                 raise OptionError(f"{option} is {getattr(self, option)}; expected more than 0", option=option)
         if self.pending_bytes < self.body_bytes:

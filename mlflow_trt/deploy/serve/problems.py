@@ -6,7 +6,7 @@ from enum import Enum
 
 from mlflow.exceptions import MlflowException
 
-from mlflow_trt.errors import InputError, OutOfMemoryError
+from mlflow_trt.errors import InputError, InputTooLargeError, OutOfMemoryError
 
 
 class Cause(str, Enum):
@@ -52,7 +52,8 @@ def http_error_of(error: BaseException) -> HttpError:
     if isinstance(error, HttpError):
         return error
     if isinstance(error, InputError):
-        return HttpError(400, Cause.BAD_REQUEST, error.message)
+        cause = Cause.TOO_LARGE if isinstance(error, InputTooLargeError) else Cause.BAD_REQUEST
+        return HttpError(413 if cause is Cause.TOO_LARGE else 400, cause, error.message)
     if isinstance(error, OutOfMemoryError):
         return HttpError(429, Cause.NO_MEMORY, error.message)
     if isinstance(error, MemoryError):  # numpy's

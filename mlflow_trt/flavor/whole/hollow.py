@@ -10,11 +10,12 @@ import json
 import math
 import shutil
 import struct
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from mlflow_trt.core.scratch import scratch_folder
 
 HOLLOW_FILE = "model.safetensors"
 
@@ -54,9 +55,9 @@ def fill(folder: Path, names: Iterable[str], hollow: Iterable[str]) -> Iterator[
     It is there for the length of the block; what was mapped into memory stays.
     """
     hollow = set(hollow)
-    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+    with scratch_folder() as workdir:
         for name in names:
-            file = Path(workdir, name)
+            file = workdir / name
             file.parent.mkdir(parents=True, exist_ok=True)
             if name not in hollow:
                 _link(folder / name, file)
@@ -66,4 +67,4 @@ def fill(folder: Path, names: Iterable[str], hollow: Iterable[str]) -> Iterator[
             with file.open("wb") as target:
                 target.write(header)
                 target.truncate(len(header) + max(ends, default=0))
-        yield Path(workdir)
+        yield workdir

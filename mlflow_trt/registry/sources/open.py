@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlflow import MlflowClient
@@ -20,8 +19,9 @@ from mlflow.store.artifact.utils.models import get_model_name_and_version
 from mlflow_trt.convert.recipe import ShapeRequest
 from mlflow_trt.core.arrays import Feeds
 from mlflow_trt.core.log import get_logger
+from mlflow_trt.core.scratch import scratch_folder
 from mlflow_trt.errors import ArtifactError
-from mlflow_trt.flavor.fetch import download, local_path
+from mlflow_trt.flavor.fetch import download, local_path, read_mlmodel
 from mlflow_trt.flavor.tracking import check_server
 from mlflow_trt.flavor.whole.package import WholeSource
 from mlflow_trt.registry.sources.belongings import Belongings, find_belongings
@@ -73,13 +73,13 @@ def open_source(source: str | os.PathLike[str], options: WholeOptions | None = N
     if local.is_file() or (":/" not in source and not (local / MLMODEL_FILE_NAME).is_file()):
         yield SourceModel(path=local, lineage={"source": local.name})
         return
-    with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as workdir:
+    with scratch_folder() as workdir:
         lineage, description, tags = _registered(source)
         if not local.exists():
             # A registry hands out the MLmodel file alone: what cannot be converted is not downloaded.
-            _check_flavor(source, Model.load(lineage["source"]))
+            _check_flavor(source, read_mlmodel(lineage["source"]))
         folder = download(lineage["source"], workdir)
-        model = Model.load(str(folder))
+        model = read_mlmodel(str(folder))
         identity = {key: value for key in ("model_id", "run_id") if (value := getattr(model, key))}
         path, exported, whole = _onnx_file(source, model, folder, options or WholeOptions())
         signature = model.signature
@@ -109,7 +109,7 @@ def _onnx_file(
     """
     flavor = _check_flavor(source, model)
     if flavor == ONNX:
-        return folder / model.flavors[ONNX]["data"], {}, None
+        return folder / _data_of(source, model), {}, None
     target = folder / EXPORTED
     target.mkdir()
     if flavor == SKLEARN and options.whole:
@@ -120,6 +120,17 @@ def _onnx_file(
         return opened.export.path, opened.export.lineage(flavor), opened
     export: Export = _exporter_of(flavor).export(model, folder, target)
     return export.path, export.lineage(flavor), None
+
+
+def _data_of(source: str, model: Model) -> str:
+    """The name of the ONNX file, which the MLmodel may not lead out of the folder with."""
+    data = model.flavors[ONNX].get("data")
+    path = PurePosixPath(data if isinstance(data, str) else "")
+    if not path.parts or "\0" in str(path) or path.is_absolute() or ".." in path.parts:
+        raise ArtifactError(
+            f"the {MLMODEL_FILE_NAME} of {source} is damaged: its ONNX file is {data!r}, which is no file of the model"
+        )
+    return str(path)
 
 
 def _check_flavor(source: str, model: Model) -> str:
