@@ -201,7 +201,7 @@ def _ask(connection: Connection, request: bytes) -> Answer:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Clients of the benchmarks of servers, which start them.")
+    parser = argparse.ArgumentParser(description="Clients for `python -m benchmarks.serving`, which starts them.")
     parser.add_argument("address")
     parser.add_argument("folder", type=Path)
     parser.add_argument("seconds", type=float)

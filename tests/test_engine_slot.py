@@ -292,7 +292,7 @@ def test_ctrl_c_while_closing_takes_nothing_from_calls_that_run(monkeypatch):
         raise KeyboardInterrupt
 
     with fake_gpu.session() as (session, _, _):
-        slots, (_, engine) = session._scheduler.slots, session._finalizer.peek()[2]
+        slots, (*_, (_, engine)) = session._scheduler.slots, session._finalizer.peek()[2]
         with slots.borrow() as slot:
             slot.launch(BatchRows([{"x": rows(4)}], None, 0), 0)
             with monkeypatch.context() as patch:

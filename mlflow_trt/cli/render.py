@@ -36,7 +36,7 @@ def print_record(uri: str, record: Record, digest: str | None = None) -> None:
         "recipe",
         {
             **_model_facts(record),
-            "record": digest and f"sha256 {digest}",
+            "record": digest and f"sha256 {shorten_digest(digest)}",
             "made from": record.lineage.get("source"),
             "exported by": record.lineage.get("exporter"),
             "left out": record.lineage.get("left_out"),

@@ -76,7 +76,7 @@ class LoadSettings:
         max_request_bytes: under MLflow's scoring server, the most that the arrays or the table of a request may take;
             more is answered with 413.
         expected_digest: the sha256 of the record, `mlflow_trt.json`, which has those of all files that are used; a
-            model with another one is refused. `mlflow-trt inspect` tells it.
+            model with another one is refused. `mlflow-trt inspect --json` tells it.
         trust_engines: whether engines and kernels that came with the model are deserialized, which executes them; if
             not, an engine is built from its ONNX on this machine, and kept in the cache.
         signature: a file that `mlflow-trt sign` wrote; a model that it is not for is refused.
