@@ -116,7 +116,7 @@ def test_without_a_gpu_a_server_does_not_start_silently_on_the_cpu(store, monkey
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     mlflow_trt.log_model(networks.product(), name="product", registered_model_name="product")
     with (
-        pytest.raises(RuntimeError, match="Use runtime='onnxruntime' to run the source model on the CPU"),
+        pytest.raises(RuntimeError, match="source model on the CPU, start the server with MLFLOW_PYFUNC"),
         served("models:/product/1", mlflow.get_tracking_uri(), {}),
     ):
         pass
