@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -132,8 +133,9 @@ class TestInspect:
     def test_json_is_the_record(self, magika_folder):
         code, output, _ = run("inspect", magika_folder, "--json")
         assert code == 0
-        record = json.loads((magika_folder / "mlflow_trt.json").read_text())
-        assert json.loads(output) == {"uri": str(magika_folder), **record}
+        content = (magika_folder / "mlflow_trt.json").read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        assert json.loads(output) == {"uri": str(magika_folder), "digest": digest, **json.loads(content)}
 
     def test_a_registered_model(self, tracking, store, onnx_file):
         mlflow_trt.log_model(onnx_file, name="product", registered_model_name="product")
