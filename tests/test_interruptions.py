@@ -237,7 +237,7 @@ class TestATwin:
 
     def test_whose_metrics_were_never_logged_gets_them(self, client, convert, monkeypatch):
         with monkeypatch.context() as patched:
-            patched.setattr("mlflow_trt.flavor.conversions.log_metrics", lambda *_: None)
+            patched.setattr("mlflow_trt.flavor.conversions.log_metrics", lambda *_, **__: None)
             made = convert()
         model_id = model_of(client, made.name, "1").model_id
         assert not client.get_logged_model(model_id).metrics

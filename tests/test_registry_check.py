@@ -58,7 +58,7 @@ def test_nothing_is_found_where_nothing_is_wrong(source):
 
 def test_what_a_version_lacks_is_put_there(source, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr("mlflow_trt.flavor.conversions.log_metrics", lambda *_: None)
+        patched.setattr("mlflow_trt.flavor.conversions.log_metrics", lambda *_, **__: None)
         convert()
     client = source.client
     complete = client.get_model_version("p.trt", "1")

@@ -494,7 +494,7 @@ class TestStarting:
 
     def test_without_a_gpu_nothing_starts_silently_on_the_cpu(self, folder, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        self.fails(RuntimeUnavailableError, "Use runtime='onnxruntime'", folder, settings={})
+        self.fails(RuntimeUnavailableError, "start the server with --model-config", folder, settings={})
 
 
 def test_from_the_command_line(folder):

@@ -23,6 +23,7 @@ def folder(tmp_path_factory):
 
 def test_a_server_is_told_the_variable_and_a_program_the_setting(folder, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", raising=False)  # servers of other tests set it
     with pytest.raises(RuntimeUnavailableError, match="Use runtime='onnxruntime'"):
         load_pyfunc(str(folder))
     monkeypatch.setenv("__pyfunc_model_path__", str(folder))

@@ -24,6 +24,18 @@ def in_server() -> bool:
     return _MODEL_PATH in os.environ or os.environ.get("_MLFLOW_IS_IN_SERVING_ENVIRONMENT") == "true"
 
 
+def advise_cpu() -> str:
+    """How whoever started this process lets the model run on the CPU."""
+    setting = """'{"runtime": "onnxruntime"}'"""
+    if _MODEL_PATH in os.environ:
+        said = f"start the server with MLFLOW_PYFUNC_INFERENCE_CONFIG={setting} in its environment"
+    elif in_server():
+        said = f"start the server with --model-config {setting}"
+    else:
+        return "Use runtime='onnxruntime' to run the source model on the CPU."
+    return f'To run the source model on the CPU, {said}; "auto" takes a GPU where there is one.'
+
+
 def explain_crashes() -> None:
     """Let a native library that crashes leave the stacks of all threads in the server's log, not only silence."""
     if in_server() and not faulthandler.is_enabled():

@@ -20,7 +20,7 @@ from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.core.compatibility import kernels_fit, why_not
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.progress_event import Progress
-from mlflow_trt.core.scoring_server import in_server
+from mlflow_trt.core.scoring_server import advise_cpu, in_server
 from mlflow_trt.core.scratch import scratch_folder
 from mlflow_trt.core.settings import ALL, OWN, LoadSettings
 from mlflow_trt.core.types import (
@@ -57,12 +57,6 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 
-_IN_PYTHON = "Use runtime='onnxruntime' to run the source model on the CPU."
-_IN_SERVER = (
-    "To run the source model on the CPU, start the server with MLFLOW_PYFUNC_INFERENCE_CONFIG="
-    """'{"runtime": "onnxruntime"}' in its environment; "auto" takes a GPU where there is one."""
-)
-
 
 def open_session(folder: ModelFolder, settings: LoadSettings, progress: Progress | None = None) -> Session:
     """Load the model with the runtime that `settings` ask for.
@@ -83,7 +77,7 @@ def open_session(folder: ModelFolder, settings: LoadSettings, progress: Progress
     except (RuntimeUnavailableError, EngineMismatchError, BuildError, ExecutionError) as error:
         if settings.runtime != "auto":
             if isinstance(error, RuntimeUnavailableError):
-                raise error.with_advice(advice=_IN_SERVER if in_server() else _IN_PYTHON) from error
+                raise error.with_advice(advice=advise_cpu()) from error
             raise
         _log.warning("Running on ONNX Runtime, on the CPU, since TensorRT cannot run here: %s", error.message)
         session = _open_onnxruntime(folder, settings)
