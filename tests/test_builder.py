@@ -585,7 +585,6 @@ def test_the_engine_is_the_file_that_its_record_describes(tmp_path):
     assert list(plan.parent.iterdir()) == [plan]
 
 
-@pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")
 def _waits_for_a_lock(path: Path) -> bool:
     """Whether anybody waits for the lock of a file, as the kernel lists it: `1: -> FLOCK ADVISORY WRITE 7 fe:00:42`."""
     inode = f":{path.stat().st_ino}"
@@ -593,6 +592,7 @@ def _waits_for_a_lock(path: Path) -> bool:
     return any(line[1] == "->" and line[6].endswith(inode) for line in lines)
 
 
+@pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")
 class TestTimingCache:
     """TensorRT-RTX ignores timing caches but has their API: enough to see that the file is shared soundly."""
 
