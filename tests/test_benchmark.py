@@ -22,6 +22,8 @@ from mlflow_trt.runtime.latency import Latency, measure, measure_in_turns, turns
 from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
 from mlflow_trt.store.folder import read_folder
 
+pytestmark = pytest.mark.slow
+
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 

@@ -47,6 +47,8 @@ from mlflow_trt.registry.convert_version import convert_to_version
 from mlflow_trt.registry.plan import plan_conversion
 from mlflow_trt.store.folder import read_folder
 
+pytestmark = pytest.mark.slow
+
 DATA = {"x": networks.rows(32)}
 WITHOUT_GPU = pytest.mark.skipif(probe().problem is None, reason="is about machines without a GPU")
 

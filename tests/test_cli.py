@@ -18,6 +18,8 @@ from real_models import MAGIKA, nested_if
 import mlflow_trt
 from mlflow_trt.cli.options import combine_shapes, parse_batch, parse_shapes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def tracking(store):

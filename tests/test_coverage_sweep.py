@@ -11,7 +11,7 @@ import pytest
 from helpers import needs_release
 
 EXPLAINED = {"refused"}
-pytestmark = needs_release("onnx", "1.23")
+pytestmark = [needs_release("onnx", "1.23"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,8 @@ from mlflow_trt.deploy.kubernetes.objects import kubernetes_objects, to_yaml
 from mlflow_trt.deploy.kubernetes.options import KubernetesOptions, dns_label
 from mlflow_trt.errors import OptionError
 
+pytestmark = pytest.mark.slow
+
 IMAGE = "registry.example.org/models/product:1.2"
 RELEASES = ("1.30", kubernetes_validate.latest_version())
 KSERVE = "kserve==0.21.0"

@@ -13,6 +13,8 @@ import pytest
 
 import mlflow_trt
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import json, sys
 import nvtx

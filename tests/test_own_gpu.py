@@ -13,6 +13,8 @@ from mlflow_trt.core.types import ComputeCapability, Gpu
 from mlflow_trt.store import gpu_lease as own_gpu
 from mlflow_trt.store.cache import DIRECTORY_VARIABLE
 
+pytestmark = pytest.mark.slow
+
 TAKE = """
 import sys
 from mlflow_trt.store.gpu_lease import own_gpu

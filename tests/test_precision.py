@@ -232,6 +232,7 @@ def test_bfloat16_has_the_range_of_float32(tmp_path):
     assert 0 < typed.comparison.relative_error < 1e-2
 
 
+@pytest.mark.slow
 def test_positions_that_rounding_would_merge_stay_in_float32(tmp_path):
     model = networks.model(
         [
@@ -460,6 +461,7 @@ LEAST_CHANGED = {"fp16": 0.75, "bf16": 0.75, "int8": 0.3, "fp8": 0.2}
 """The share of the nodes that would have the precision if none stayed in float32."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "fp8"])
 @pytest.mark.parametrize("model", [MAGIKA, DET_DYNAMIC, REC, CLS, SILERO, TRANSFORMER], ids=lambda model: model.name)
 def test_real_models_build_and_stay_accurate(model, precision, tmp_path):

@@ -11,6 +11,8 @@ from mlflow_trt import Recipe, UnsupportedModelError
 from mlflow_trt.convert.onnx.model import read_onnx
 from mlflow_trt.core.types import Distribution
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("model", ALL, ids=lambda model: model.name)
 def test_converts_and_the_typed_model_computes_the_same(model: RealModel, tmp_path):

@@ -18,6 +18,8 @@ from mlflow_trt.core.files import write_whole
 from mlflow_trt.core.output_folder import write_aside
 from mlflow_trt.core.scratch import scratch_folder
 
+pytestmark = pytest.mark.slow
+
 STOP = "(Path(sys.argv[1]) / 'made').touch(); print('made', flush=True); sys.stdin.read()"
 FOLDER = f"""
 with scratch_folder() as folder:

@@ -11,6 +11,8 @@ from mlflow_trt.core import scoring_server
 from mlflow_trt.errors import RuntimeUnavailableError
 from mlflow_trt.flavor.pyfunc import load_pyfunc
 
+pytestmark = pytest.mark.slow
+
 ADVICE = """start the server with MLFLOW_PYFUNC_INFERENCE_CONFIG='{"runtime": "onnxruntime"}' in its environment"""
 
 
