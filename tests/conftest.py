@@ -3,6 +3,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import networks
+import numpy as np
 import pytest
 from helpers import Store
 from mlflow import MlflowClient
@@ -10,6 +12,7 @@ from real_models import CLS, MAGIKA
 
 import mlflow_trt
 from mlflow_trt.backends.cuda_driver import probe
+from mlflow_trt.core.arrays import Array
 
 STORES = {"store", "module_store"}
 
@@ -77,3 +80,18 @@ def cls_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cls") / "model"
     mlflow_trt.save_model(CLS.path(), folder, **CLS.recipe)
     return folder
+
+
+@pytest.fixture(scope="session")
+def product_folder(tmp_path_factory) -> Path:
+    """`networks.product`, for rows of 16, converted once for all tests that only read it."""
+    folder = tmp_path_factory.mktemp("product") / "product"
+    mlflow_trt.save_model(networks.product(), folder, batch=(1, 4, 8), verify=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def product_weights(product_folder) -> Array:
+    """What it multiplies rows with, as ONNX Runtime computes it."""
+    with mlflow_trt.load_model(str(product_folder), runtime="onnxruntime") as session:
+        return session.run({"x": np.eye(16, dtype=np.float32)})["y"]

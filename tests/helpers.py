@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from mlflow import MlflowClient
 from packaging.version import Version
 from real_models import RealModel
 
+import mlflow_trt
 from mlflow_trt.convert.conversion import Conversion, ConversionTask, convert_source
 from mlflow_trt.convert.onnx.model import OnnxModel, read_onnx
 from mlflow_trt.convert.recipe import Recipe
@@ -43,6 +45,13 @@ class Store:
 
     def is_untouched(self) -> bool:
         return not self.logged_models() and not self.client.search_registered_models()
+
+
+def save_networks(networks: Mapping[str, Callable[[], onnx.ModelProto]], folder: Path) -> dict[str, Path]:
+    """Save what these make, for batches of 1 to 8, in folders of their names; returns them."""
+    for name, network in networks.items():
+        mlflow_trt.save_model(network(), folder / name, batch=(1, 4, 8), verify=False)
+    return {name: folder / name for name in networks}
 
 
 def gpu(target: str) -> Gpu:

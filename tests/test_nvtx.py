@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import networks
 import pytest
 
 import mlflow_trt
@@ -29,13 +28,6 @@ print(json.dumps(ranges))
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "m"
-    mlflow_trt.save_model(networks.product(), path, batch=(1, 4, 8), verify=False)
-    return path
-
-
 def run(folder, value):
     root = Path(mlflow_trt.__file__).parent.parent
     paths = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
@@ -46,9 +38,9 @@ def run(folder, value):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_the_phases_of_a_call_are_nested(folder):
+def test_the_phases_of_a_call_are_nested(product_folder):
     pytest.importorskip("nvtx", reason="needs the extra nvtx")
-    ranges = run(folder, "1")
+    ranges = run(product_folder, "1")
     assert [part and part[0] for part in ranges] == [
         "predict", "run", "check inputs", None, "finish", None, None, None
     ]  # fmt: skip
@@ -56,9 +48,9 @@ def test_the_phases_of_a_call_are_nested(folder):
 
 
 @pytest.mark.parametrize("value", ["", "0"])
-def test_nothing_is_marked_unless_it_is_asked_for(value, folder):
+def test_nothing_is_marked_unless_it_is_asked_for(value, product_folder):
     pytest.importorskip("nvtx", reason="needs the extra nvtx")
-    assert run(folder, value) == []
+    assert run(product_folder, value) == []
 
 
 def test_without_the_variable_functions_are_what_they_were():

@@ -13,7 +13,7 @@ import pytest
 import requests
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
-from helpers import PATIENCE
+from helpers import PATIENCE, save_networks
 
 import mlflow_trt
 from examples.serving import TensorServer, running
@@ -31,10 +31,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for name, (network, _) in MODELS.items():
-        mlflow_trt.save_model(network(), folder / name, batch=(1, 4, 8), verify=False)
-    return {name: folder / name for name in MODELS}
+    return save_networks({name: network for name, (network, _) in MODELS.items()}, tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,6 @@ import tritonclient.http as triton
 from command_line import run
 from helpers import PATIENCE, wait_for
 
-import mlflow_trt
 from examples.serving import ServerProcess, TensorServer, free_port, running
 from mlflow_trt.deploy.serve.keys import read_keys
 from mlflow_trt.deploy.serve.limits import Limits
@@ -39,21 +38,8 @@ CLIENTS = 64
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("product") / "product"
-    mlflow_trt.save_model(networks.product(), folder, batch=(1, 4, 8), verify=False)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def weights(folder):
-    with mlflow_trt.load_model(str(folder), runtime="onnxruntime") as session:
-        return session.run({"x": np.eye(16, dtype=np.float32)})["y"]
-
-
-@pytest.fixture(scope="module")
-def server(folder):
-    server = TensorServer(str(folder), model_config=CPU, options=["--max-body-mib", "1", "--timeout", "20"])
+def server(product_folder):
+    server = TensorServer(str(product_folder), model_config=CPU, options=["--max-body-mib", "1", "--timeout", "20"])
     with running(server):
         yield server
 
@@ -119,20 +105,20 @@ def infer(over, x, **parameters):
 
 
 @pytest.fixture
-def goes_on(server, weights):
+def goes_on(server, product_weights):
     """Whatever a test does to the server, it answers afterwards, and nothing is left in it."""
     yield
     x = networks.rows(3)
     with connection(server) as over:
         status, y = infer(over, x)
     assert status == 200
-    assert np.allclose(y, x @ weights, atol=1e-4)
+    assert np.allclose(y, x @ product_weights, atol=1e-4)
     wait_for(lambda: "mlflow_trt_requests_in_flight 0.0" in metrics(server))
 
 
 @pytest.mark.usefixtures("goes_on")
 class TestRefusals:
-    def test_malformed_bodies_among_others(self, server, weights):
+    def test_malformed_bodies_among_others(self, server, product_weights):
         """One in ten is malformed; the others get what is theirs, on the same connections."""
         good, refused = [], []
 
@@ -147,7 +133,9 @@ class TestRefusals:
                         refused.append((status, "error" in json.loads(answer)))
                     else:
                         status, told, answer = ask(over, body, headers)
-                        good.append(status == 200 and np.allclose(outputs_of(told, answer), x @ weights, atol=1e-4))
+                        good.append(
+                            status == 200 and np.allclose(outputs_of(told, answer), x @ product_weights, atol=1e-4)
+                        )
 
         with ThreadPoolExecutor(CLIENTS) as pool:
             for asking in [pool.submit(client, seed) for seed in range(CLIENTS)]:
@@ -188,13 +176,13 @@ class TestRefusals:
             assert response.status_code == 413
             assert "1048576 bytes" in response.json()["error"]
 
-    def test_chunks_are_read(self, server, weights):
+    def test_chunks_are_read(self, server, product_weights):
         x = networks.rows(1000)
         body, told = body_of(x)
         chunks = (body[start : start + 1000] for start in range(0, len(body), 1000))
         response = requests.post(f"{server.address}/v2/models/product/infer", chunks, headers=told, timeout=PATIENCE)
         assert response.status_code == 200
-        assert np.allclose(outputs_of(response.headers, response.content), x @ weights, atol=1e-4)
+        assert np.allclose(outputs_of(response.headers, response.content), x @ product_weights, atol=1e-4)
 
     @pytest.mark.parametrize(
         ("method", "path", "status"),
@@ -237,14 +225,14 @@ class TestRefusals:
                 raw.sendall(garbage)
                 assert raw.recv(100).startswith(b"HTTP/1.1 400")
 
-    def test_clients_that_go_away_under_load(self, server, weights):
+    def test_clients_that_go_away_under_load(self, server, product_weights):
         """Some close before they have their answer, or in the middle of their request; the others notice nothing."""
 
         def polite(seed):
             x = networks.rows(5, seed=seed)
             with connection(server) as over:
                 answers = [infer(over, x) for _ in range(20)]
-            return all(status == 200 and np.allclose(y, x @ weights, atol=1e-4) for status, y in answers)
+            return all(status == 200 and np.allclose(y, x @ product_weights, atol=1e-4) for status, y in answers)
 
         def rude(seed):
             body, headers = body_of(networks.rows(100))
@@ -294,7 +282,7 @@ def metrics(server):
 
 class TestWaiting:
     @pytest.fixture(autouse=True)
-    def _shut(self, gate, weights):
+    def _shut(self, gate, product_weights):
         gate.shut()
         yield
         gate.open()
@@ -302,7 +290,7 @@ class TestWaiting:
         with connection(gate) as over:
             status, y = infer(over, x)
         assert status == 200
-        assert np.allclose(y, x @ weights, atol=1e-4)
+        assert np.allclose(y, x @ product_weights, atol=1e-4)
 
     def test_deadlines(self, gate):
         """The request that waits is given up; its connection goes on."""
@@ -338,7 +326,7 @@ class TestWaiting:
 
 
 class TestEnding:
-    def test_ending_while_one_waits(self, tmp_path, weights):
+    def test_ending_while_one_waits(self, tmp_path, product_weights):
         """The request that it has is answered before it ends, and no other is taken."""
         with gated(tmp_path) as server, ThreadPoolExecutor(1) as pool, connection(server) as over:
             asking = pool.submit(infer, over, WAITS)
@@ -349,10 +337,10 @@ class TestEnding:
             server.open()
             status, y = asking.result()
             assert status == 200
-            assert np.allclose(y, WAITS @ weights, atol=1e-4)
+            assert np.allclose(y, WAITS @ product_weights, atol=1e-4)
             wait_for(lambda: server.has_ended)
 
-    def test_draining_under_load(self, tmp_path, weights):
+    def test_draining_under_load(self, tmp_path, product_weights):
         """Until its time is over, a server that ends answers all, and asks clients to come again by another way."""
         answers, closing_answers = [], []
         ended = threading.Event()
@@ -365,7 +353,9 @@ class TestEnding:
                         status, headers, body = ask(over, *body_of(x))
                     except ConnectionRefusedError:
                         return  # it has ended; no connection was open, so nothing was lost
-                    answers.append(status == 200 and np.allclose(outputs_of(headers, body), x @ weights, atol=1e-4))
+                    answers.append(
+                        status == 200 and np.allclose(outputs_of(headers, body), x @ product_weights, atol=1e-4)
+                    )
                     if headers["Connection"] == "close":
                         closing_answers.append(True)
                         over.close()
@@ -403,10 +393,10 @@ def accepts(server):
     return True
 
 
-def test_api_keys(folder, tmp_path):
+def test_api_keys(product_folder, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text(f"# two keys\nanother-key-{'x' * 20}\n{KEY}\n")
-    server = TensorServer(str(folder), model_config=CPU, options=["--api-key-file", str(keys), "--access-log"])
+    server = TensorServer(str(product_folder), model_config=CPU, options=["--api-key-file", str(keys), "--access-log"])
     with running(server), connection(server) as over:
         body, headers = body_of(networks.rows(1))
         for wrong in (
@@ -472,32 +462,34 @@ class TestStarting:
                 [str(model) for model in models], ServeOptions(port=0, **{"settings": CPU, **options}), lambda _: None
             )
 
-    def test_a_port_that_is_taken(self, folder):
+    def test_a_port_that_is_taken(self, product_folder):
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
             port = taken.getsockname()[1]
             with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
-                serve([str(folder)], ServeOptions(port=port, settings=CPU), lambda _: None)
+                serve([str(product_folder)], ServeOptions(port=port, settings=CPU), lambda _: None)
 
-    def test_models_that_are_none(self, folder, tmp_path, store):
+    def test_models_that_are_none(self, product_folder, tmp_path, store):
         mlflow.pyfunc.save_model(tmp_path / "other", loader_module="failing", pip_requirements=[])
         self.fails(ArtifactError, "other", tmp_path / "other")
         self.fails(mlflow.MlflowException, "none", "models:/none/1")
         self.fails(OptionError, "another version tomorrow", "models:/none/latest")
-        self.fails(OptionError, "product, version 1 is there twice", folder, folder)
+        self.fails(OptionError, "product, version 1 is there twice", product_folder, product_folder)
 
-    def test_what_is_missing(self, folder, monkeypatch):
+    def test_what_is_missing(self, product_folder, monkeypatch):
         monkeypatch.setitem(sys.modules, "opentelemetry.instrumentation.asgi", None)
-        self.fails(OptionError, "follows models like models:/NAME@ALIAS", folder, follow_aliases=5)
-        self.fails(MissingDependencyError, "opentelemetry-instrumentation-asgi is not installed", folder, tracing=True)
+        self.fails(OptionError, "follows models like models:/NAME@ALIAS", product_folder, follow_aliases=5)
+        self.fails(
+            MissingDependencyError, "opentelemetry-instrumentation-asgi is not installed", product_folder, tracing=True
+        )
 
-    def test_without_a_gpu_nothing_starts_silently_on_the_cpu(self, folder, monkeypatch):
+    def test_without_a_gpu_nothing_starts_silently_on_the_cpu(self, product_folder, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        self.fails(RuntimeUnavailableError, "start the server with --model-config", folder, settings={})
+        self.fails(RuntimeUnavailableError, "start the server with --model-config", product_folder, settings={})
 
 
-def test_from_the_command_line(folder):
-    code, _, errors = run("serve", folder, "--device", "first")
+def test_from_the_command_line(product_folder):
+    code, _, errors = run("serve", product_folder, "--device", "first")
     assert code == 2
     assert "--device: 'first': expected a number" in " ".join(errors.split())

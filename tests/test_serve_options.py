@@ -15,7 +15,7 @@ import networks
 import numpy as np
 import pytest
 import requests
-from helpers import wait_for
+from helpers import save_networks, wait_for
 from installed import installed
 
 import mlflow_trt
@@ -27,19 +27,6 @@ pytestmark = pytest.mark.server
 
 CPU = {"runtime": "onnxruntime"}
 PASSWORD = "a password"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("product") / "product"
-    mlflow_trt.save_model(networks.product(), folder, batch=(1, 4, 8), verify=False)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def weights(folder):
-    with mlflow_trt.load_model(str(folder), runtime="onnxruntime") as session:
-        return session.run({"x": np.eye(16, dtype=np.float32)})["y"]
 
 
 def openssl(*arguments):
@@ -83,12 +70,12 @@ class TestHttps:
         for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
             monkeypatch.setenv(name, str(certificates / "ca.pem"))
 
-    def test_a_server_with_a_certificate(self, folder, certificates, weights, monkeypatch):
+    def test_a_server_with_a_certificate(self, product_folder, certificates, product_weights, monkeypatch):
         x = networks.rows(3)
-        server = self.server(folder, certificates)
+        server = self.server(product_folder, certificates)
         with running(server):
             with Client(server.address) as client:
-                assert np.allclose(client.predict({"x": x})["y"], x @ weights, atol=1e-4)
+                assert np.allclose(client.predict({"x": x})["y"], x @ product_weights, atol=1e-4)
             with pytest.raises(requests.ConnectionError):
                 requests.get(server.address.replace("https", "http"), timeout=10)
             monkeypatch.delenv("SSL_CERT_FILE")  # nobody that it knows signed it
@@ -98,9 +85,9 @@ class TestHttps:
             ):
                 client.predict({"x": x})
 
-    def test_clients_with_a_certificate(self, folder, certificates):
+    def test_clients_with_a_certificate(self, product_folder, certificates):
         """Who brings none is not answered, probes neither."""
-        server = self.server(folder, certificates, "--ssl-ca-certs", str(certificates / "ca.pem"))
+        server = self.server(product_folder, certificates, "--ssl-ca-certs", str(certificates / "ca.pem"))
         try:
             wait_for(lambda: "Serving at https" in server.log())
             theirs = (str(certificates / "client.pem"), str(certificates / "client.key"))
@@ -111,11 +98,11 @@ class TestHttps:
             server.stop()
 
 
-def test_two_processes_on_one_port(folder, weights):
+def test_two_processes_on_one_port(product_folder, product_weights):
     """As for two GPUs: the kernel shares out connections, and when one is killed, its clients find the other."""
-    first = TensorServer(str(folder), model_config=CPU, options=["--reuse-port", "--access-log"])
+    first = TensorServer(str(product_folder), model_config=CPU, options=["--reuse-port", "--access-log"])
     second = TensorServer(
-        str(folder), model_config=CPU, options=["--reuse-port", "--access-log", "--port", str(first.port)]
+        str(product_folder), model_config=CPU, options=["--reuse-port", "--access-log", "--port", str(first.port)]
     )
     answered, ended = [], threading.Event()
 
@@ -123,7 +110,7 @@ def test_two_processes_on_one_port(folder, weights):
         x = networks.rows(3, seed=seed)
         while not ended.is_set():
             with Client(first.address, retries=5, backoff=0.01) as client:  # a new connection each time
-                answered.append(np.allclose(client.predict({"x": x})["y"], x @ weights, atol=1e-4))
+                answered.append(np.allclose(client.predict({"x": x})["y"], x @ product_weights, atol=1e-4))
 
     def has_answered(server):
         return "/v2/models/product/infer" in server.log()
@@ -146,9 +133,18 @@ def test_two_processes_on_one_port(folder, weights):
     assert all(answered)
 
 
-def test_a_port_that_is_not_shared(folder):
+def test_a_port_that_is_not_shared(product_folder):
     with socket_on_port() as port:
-        command = [sys.executable, "-m", "mlflow_trt", "serve", str(folder), "--port", str(port), "--reuse-port"]
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow_trt",
+            "serve",
+            str(product_folder),
+            "--port",
+            str(port),
+            "--reuse-port",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
@@ -168,19 +164,19 @@ def socket_on_port():
     return taken()
 
 
-def test_tracing(folder, tmp_path, weights):
+def test_tracing(product_folder, tmp_path, product_weights):
     """A span for each request, in the trace that the client began; none for probes and metrics."""
     pytest.importorskip("opentelemetry.instrumentation.asgi")
     port = free_port()
     script = Path(__file__).with_name("traced_server.py")
-    command = [sys.executable, str(script), str(folder), str(port), str(tmp_path / "spans")]
+    command = [sys.executable, str(script), str(product_folder), str(port), str(tmp_path / "spans")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     server = ServerProcess(command, environment, ready=f"http://127.0.0.1:{port}/v2/health/ready")
     trace = "0af7651916cd43dd8448eb211c80319c"
     x = networks.rows(3)
     with running(server):
         with Client(server.address, headers={"traceparent": f"00-{trace}-b7ad6b7169203331-01"}) as client:
-            assert np.allclose(client.predict({"x": x})["y"], x @ weights, atol=1e-4)
+            assert np.allclose(client.predict({"x": x})["y"], x @ product_weights, atol=1e-4)
         assert requests.get(f"{server.address}/metrics", timeout=10).ok
         assert requests.get(f"{server.address}/v2/models/other", timeout=10).status_code == 404
     spans = [json.loads(line) for line in (tmp_path / "spans").read_text().splitlines()]
@@ -203,12 +199,10 @@ MODELS = {
 def kserve(tmp_path_factory):
     """KServe's client, and a server with the models."""
     packages = installed("kserve", "kserve==0.21.0")
-    folder = tmp_path_factory.mktemp("models")
-    for name, (network, _) in MODELS.items():
-        mlflow_trt.save_model(network(), folder / name, batch=(1, 4, 8), verify=False)
-    server = TensorServer(*(str(folder / name) for name in MODELS), model_config=CPU)
+    folders = save_networks({name: network for name, (network, _) in MODELS.items()}, tmp_path_factory.mktemp("models"))
+    server = TensorServer(*map(str, folders.values()), model_config=CPU)
     with running(server):
-        yield packages, server.address, folder
+        yield packages, server.address, folders
 
 
 @pytest.mark.slow
@@ -216,9 +210,9 @@ def kserve(tmp_path_factory):
 @pytest.mark.parametrize("name", MODELS)
 def test_kserves_client(name, kind, kserve, tmp_path):
     """InferenceRESTClient: every dtype that it can send, and 0, 1, 3 and 65 rows, bit for bit."""
-    packages, address, folder = kserve
+    packages, address, folders = kserve
     files, expected = [], []
-    with mlflow_trt.load_model(str(folder / name), runtime="onnxruntime") as session:
+    with mlflow_trt.load_model(str(folders[name]), runtime="onnxruntime") as session:
         for rows in (0, 1, 3, 65):
             feeds = MODELS[name][1](rows)
             np.savez(tmp_path / f"feeds-{rows}.npz", **feeds)

@@ -24,15 +24,8 @@ PREFIX = f"mlflow-trt-test-{os.getpid()}-"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("product") / "product"
-    mlflow_trt.save_model(networks.product(), folder, batch=(1, 4, 8), verify=False)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(folder):
-    server = TensorServer(str(folder), model_config=CPU, options=["--shared-memory-prefix", PREFIX])
+def server(product_folder):
+    server = TensorServer(str(product_folder), model_config=CPU, options=["--shared-memory-prefix", PREFIX])
     with running(server):
         yield server
 
@@ -67,9 +60,9 @@ def output_in(name, size, offset=0):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 65])
-def test_inputs_and_outputs(rows, client, folder):
+def test_inputs_and_outputs(rows, client, product_folder):
     x = networks.rows(rows)
-    with mlflow_trt.load_model(str(folder), runtime="onnxruntime") as session:
+    with mlflow_trt.load_model(str(product_folder), runtime="onnxruntime") as session:
         expected = session.run({"x": x})["y"]
     with region(rows * 64 + rows * 32 + 128) as (key, made):
         shm.set_shared_memory_region(made, [x], offset=64)

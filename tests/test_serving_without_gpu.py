@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import networks
 import pytest
 
-import mlflow_trt
 from examples.serving import Server
 from mlflow_trt.core import scoring_server
 from mlflow_trt.errors import RuntimeUnavailableError
@@ -16,21 +14,14 @@ pytestmark = pytest.mark.slow
 ADVICE = """start the server with MLFLOW_PYFUNC_INFERENCE_CONFIG='{"runtime": "onnxruntime"}' in its environment"""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "m"
-    mlflow_trt.save_model(networks.product(), path, batch=(1, 4, 8), verify=False)
-    return path
-
-
-def test_a_server_is_told_the_variable_and_a_program_the_setting(folder, monkeypatch):
+def test_a_server_is_told_the_variable_and_a_program_the_setting(product_folder, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.delenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", raising=False)  # servers of other tests set it
     with pytest.raises(RuntimeUnavailableError, match="Use runtime='onnxruntime'"):
-        load_pyfunc(str(folder))
-    monkeypatch.setenv("__pyfunc_model_path__", str(folder))
+        load_pyfunc(str(product_folder))
+    monkeypatch.setenv("__pyfunc_model_path__", str(product_folder))
     with pytest.raises(RuntimeUnavailableError) as caught:
-        load_pyfunc(str(folder))
+        load_pyfunc(str(product_folder))
     assert ADVICE in caught.value.message
 
 
@@ -43,8 +34,8 @@ def test_a_program_ends_no_parent(monkeypatch):
 
 @pytest.mark.server
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_server_ends(workers, folder, store):
-    server = Server(str(folder), store.uri, {}, environment={"CUDA_VISIBLE_DEVICES": ""}, workers=workers)
+def test_the_server_ends(workers, product_folder, store):
+    server = Server(str(product_folder), store.uri, {}, environment={"CUDA_VISIBLE_DEVICES": ""}, workers=workers)
     try:
         with pytest.raises(RuntimeError, match="did not start") as caught:
             server.wait_until_ready()

@@ -15,7 +15,7 @@ import ml_dtypes
 import networks
 import numpy as np
 import pytest
-from helpers import wait_for
+from helpers import save_networks, wait_for
 
 import mlflow_trt
 from examples.serving import TensorServer, running
@@ -43,10 +43,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for name, (network, _) in MODELS.items():
-        mlflow_trt.save_model(network(), folder / name, batch=(1, 4, 8), verify=False)
-    return {name: folder / name for name in MODELS}
+    return save_networks({name: network for name, (network, _) in MODELS.items()}, tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

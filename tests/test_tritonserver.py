@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
+from helpers import save_networks
 from test_serve import assert_same
 from test_triton import engine, with_engines
 from triton_server import TritonServer
@@ -36,10 +37,7 @@ APIS = {"http": triton_http, "grpc": triton_grpc}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for name, (network, _) in MODELS.items():
-        mlflow_trt.save_model(network(), folder / name, batch=(1, 4, 8), verify=False)
-    return {name: folder / name for name in MODELS}
+    return save_networks({name: network for name, (network, _) in MODELS.items()}, tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
