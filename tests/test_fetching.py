@@ -9,6 +9,7 @@ import networks
 import onnx
 import pytest
 
+from mlflow_trt.errors import ArtifactError
 from mlflow_trt.flavor.fetch import fetch_folder, is_of_this_flavor, open_folder, read_record
 from mlflow_trt.registry.sources.open import open_source
 from mlflow_trt.store.folder import read_folder
@@ -45,3 +46,9 @@ def test_what_is_not_of_this_flavor(magika_folder):
     assert not is_of_this_flavor(str(magika_folder / "MLmodel"))
     assert not is_of_this_flavor(str(magika_folder.parent))
     assert not is_of_this_flavor("no/such/file.onnx")
+
+
+@pytest.mark.parametrize("read", [read_record, fetch_folder, lambda uri: open_folder(uri).__enter__()])
+def test_a_path_of_nothing(read, tmp_path):
+    with pytest.raises(ArtifactError, match="nothing does not exist; expected the folder of a model, or a URI like"):
+        read(str(tmp_path / "nothing"))

@@ -44,6 +44,7 @@ def download(model_uri: str, dst_path: str | os.PathLike[str] | None) -> Path:
         # Not by MLflow, which takes a per cent sign in a path for that of an escape, also when it reads the copy.
         name = local.resolve().name.replace("%", "_")
         return Path(shutil.copytree(local, Path(dst_path, name), dirs_exist_ok=True))
+    _check_exists(model_uri)
     check_server_of(model_uri)
     given = None if dst_path is None else os.fspath(dst_path)
     return Path(_download_artifact_from_uri(model_uri, output_path=given))
@@ -103,7 +104,7 @@ def read_mlmodel(model_uri: str) -> Model:
     try:
         model = _load_mlmodel(model_uri)
         _check_flavors(model.flavors)
-    except (MlflowException, OSError):
+    except (ArtifactError, MlflowException, OSError):
         raise
     # MLflow reads YAML, and believes all it says.
     except Exception as error:
@@ -118,7 +119,16 @@ def _load_mlmodel(model_uri: str) -> Model:
     local = local_path(model_uri)
     if local.is_dir():  # not by MLflow, which takes a per cent sign in a path for that of an escape
         return Model.from_dict(yaml.safe_load((local / MLMODEL_FILE_NAME).read_text()))
+    _check_exists(model_uri)
     return Model.load(model_uri)
+
+
+def _check_exists(model_uri: str) -> None:
+    """Raise ArtifactError for the path of nothing, of which MLflow speaks as of an artifact."""
+    if ":/" not in model_uri and not local_path(model_uri).exists():
+        raise ArtifactError(
+            f"{model_uri} does not exist; expected the folder of a model, or a URI like models:/NAME/VERSION"
+        )
 
 
 def _check_flavors(flavors: Any) -> None:
