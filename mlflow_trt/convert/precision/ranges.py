@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,8 +75,9 @@ def gather_evidence(model: FlatModel, samples: Samples, saved: SavedRanges | Non
     for name, seen in _seen(model, samples) if saved is None else _saved(saved):
         ranges[name] = ranges.get(name, _Range()).joined(seen)
     positions: dict[str, Array] = {}
+    inside = Inside(model.proto, positions_of(model), model.folder / "positions.onnx")
     for feeds in samples.feeds:
-        for name, values in fetch(model.proto, positions_of(model), feeds, model.folder / "positions.onnx"):
+        for name, values in inside.compute(feeds):
             positions[name] = np.union1d(positions.get(name, values), values)
     return Evidence(
         samples=samples,
@@ -111,15 +113,21 @@ def computed_tensors(model: ModelProto) -> list[str]:
     return [name for node in model.graph.node for name in node.output if name]
 
 
-def fetch(model: ModelProto, names: Sequence[str], feeds: Feeds, path: Path) -> Iterator[tuple[str, Array]]:
-    """Tensors inside a model, for one feed, computed node by node; `path` is a file to use, beside its weights."""
-    if not names:
-        return
-    exposed = _with_outputs(model, names)
-    onnx.save_model(exposed, path)
-    runner = IsolatedModel(path, optimize=False)
-    for start in range(0, len(names), _AT_ONCE):
-        yield from runner.run(names[start : start + _AT_ONCE], feeds).items()
+class Inside:
+    """Tensors inside a model, computed node by node; `path` is a file to use, beside its weights."""
+
+    def __init__(self, model: ModelProto, names: Sequence[str], path: Path) -> None:
+        self._model, self._names, self._path = model, names, path
+
+    def compute(self, feeds: Feeds) -> Iterator[tuple[str, Array]]:
+        """Their values for one feed, a few at a time. Raises ExecutionError where ONNX Runtime cannot run the model."""
+        for start in range(0, len(self._names), _AT_ONCE):
+            yield from self._runner.run(self._names[start : start + _AT_ONCE], feeds).items()
+
+    @functools.cached_property
+    def _runner(self) -> IsolatedModel:
+        onnx.save_model(_with_outputs(self._model, self._names), self._path)
+        return IsolatedModel(self._path, optimize=False)
 
 
 def _measured(model: FlatModel, names: Sequence[str], samples: Samples) -> Iterator[tuple[str, _Range]]:
@@ -129,6 +137,7 @@ def _measured(model: FlatModel, names: Sequence[str], samples: Samples) -> Itera
     if model.opset >= _WHERE_SINCE:
         onnx.save_model(_measuring(model, names), path)
         runner = IsolatedModel(path)
+    inside = Inside(model.proto, names, model.folder / "tensors.onnx")
     for feeds in samples.feeds:
         seen = None if runner is None else _try_run(runner, outputs, feeds)
         if seen is not None:
@@ -136,8 +145,7 @@ def _measured(model: FlatModel, names: Sequence[str], samples: Samples) -> Itera
                 yield name, _Range(largest, int(count))
             continue
         # An empty tensor has no largest value: look at each tensor itself.
-        tensors = fetch(model.proto, names, feeds, model.folder / "tensors.onnx")
-        yield from ((name, _Range.of(array)) for name, array in tensors)
+        yield from ((name, _Range.of(array)) for name, array in inside.compute(feeds))
 
 
 def _try_run(runner: IsolatedModel, outputs: Sequence[str], feeds: Feeds) -> list[float] | None:
