@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test test-fast test-lowest test-spark test-torch faults fuzz audit dist lint docs check-python clean
+.PHONY: quickstart test test-fast test-smoke test-lowest test-spark test-torch faults fuzz audit dist lint docs check-python clean
 
 quickstart: $(VENV)/.rtx
 	$(RUN) examples/quickstart.py
@@ -22,6 +22,11 @@ test: $(VENV)/.dev
 # What to run while editing: no servers, no MLflow stores, nothing that takes seconds.
 test-fast: $(VENV)/.dev
 	$(PYTEST) -m "not (slow or server or store or gpu)"
+
+# What another Python would break first, one file at a time: make test-smoke PYTHON=python3.13 VENV=.venv-3.13
+test-smoke: $(VENV)/.dev
+	DO_NOT_TRACK=true $(RUN) -m pytest tests/test_public_api.py tests/test_recipe.py tests/test_distribution.py \
+	  tests/test_cli.py tests/test_flavor.py
 
 # The lowest versions that pyproject.toml allows. What they deprecate or warn of is not ours to mend, nor that the server
 # of MLflow 3.10 does not start with starlette 1.
@@ -65,6 +70,7 @@ dist: $(SHIPPED)/.done | $(VENV)/.dev
 	rm -rf dist
 	$(RUN) -m pip install --quiet --editable '.[release]'
 	$(RUN) -m build
+	$(RUN) -m twine check --strict dist/*
 	$(RUN) -m cyclonedx_py environment --pyproject pyproject.toml --output-reproducible $(SHIPPED)/bin/python \
 	  --output-file "dist/mlflow-trt-$$($(SHIPPED)/bin/mlflow-trt --version).cdx.json"
 

@@ -101,7 +101,7 @@ class BuildError(MlflowTrtError, RuntimeError):
 
     def __init__(self, message: str, *, log: Sequence[str] = ()) -> None:
         super().__init__(message)
-        self.log = tuple(log)
+        self.log: tuple[str, ...] = tuple(log)
 
 
 class UnsupportedModelError(BuildError):
@@ -111,7 +111,7 @@ class UnsupportedModelError(BuildError):
 
     def __init__(self, message: str, *, nodes: Sequence[str] = (), log: Sequence[str] = ()) -> None:
         super().__init__(message, log=log)
-        self.nodes = tuple(nodes)
+        self.nodes: tuple[str, ...] = tuple(nodes)
 
 
 class ArtifactError(MlflowTrtError, ValueError):
@@ -151,7 +151,7 @@ class MissingDependencyError(RuntimeUnavailableError, ImportError):
 
     def __init__(self, message: str, *, packages: Sequence[str] = ()) -> None:
         super().__init__(message)
-        self.packages = tuple(packages)
+        self.packages: tuple[str, ...] = tuple(packages)
 
     def _with_message(self, message: str) -> MissingDependencyError:
         return MissingDependencyError(message, packages=self.packages)
@@ -162,7 +162,7 @@ class EngineMismatchError(MlflowTrtError, RuntimeError):
 
     def __init__(self, message: str, *, reasons: Sequence[str] = ()) -> None:
         super().__init__(message)
-        self.reasons = tuple(reasons)
+        self.reasons: tuple[str, ...] = tuple(reasons)
 
 
 class InputError(MlflowTrtError, ValueError):

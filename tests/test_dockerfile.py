@@ -73,6 +73,37 @@ def test_the_context_has_all_that_is_copied(folder, wheel, tmp_path):
             subprocess.run(["sh", "-n", "-c", argument], check=True)
 
 
+@pytest.mark.parametrize(
+    ("origin", "remark"),
+    [
+        (
+            '{"url": "file:///src/mlflow-trt", "dir_info": {"editable": true}}',
+            "installed here from file:///src/mlflow-trt",
+        ),
+        (
+            '{"url": "https://example.org/m.git", "vcs_info": {}}',
+            "installed here from https://example.org/m.git, not from a",
+        ),
+        (None, None),  # from an index
+    ],
+)
+def test_where_docker_would_find_this_package(origin, remark, folder, wheel, tmp_path, monkeypatch):
+    info = tmp_path / "site" / "mlflow_trt-7.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.4\nName: mlflow-trt\nVersion: 7.0\n")
+    if origin:
+        (info / "direct_url.json").write_text(origin)
+    monkeypatch.syspath_prepend(info.parent)
+    remarks = write_image_context(str(folder), tmp_path / "image")
+    if remark:
+        assert remark in remarks[-1]
+        assert "mlflow-trt 7.0" in remarks[-1]
+        assert "--wheel" in remarks[-1]
+    else:
+        assert len(remarks) == 1
+    assert len(write_image_context(str(folder), tmp_path / "other", ImageOptions(wheels=[wheel]))) == 1
+
+
 @pytest.mark.parametrize("requirement", ["mlflow-trt[cuda,rtx]==0.1.0", "pycuda>=2024.1  # ours"])
 def test_the_toolkit_is_there_for_a_model_that_wants_pycuda(folder, tmp_path, requirement):
     model = shutil.copytree(folder, tmp_path / "model")

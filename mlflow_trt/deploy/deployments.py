@@ -28,7 +28,7 @@ from mlflow_trt.core import tensor_wire, wire
 from mlflow_trt.core.frames import feeds_from_frame, frame_from_outputs
 from mlflow_trt.core.types import TensorSpec
 from mlflow_trt.deploy.serve.limits import Limits
-from mlflow_trt.errors import OptionError, ServerError, ServerUnavailableError
+from mlflow_trt.errors import MissingDependencyError, OptionError, ServerError, ServerUnavailableError
 
 if TYPE_CHECKING:
     from mlflow_trt.deploy.serve.server import ServeOptions
@@ -75,7 +75,11 @@ def run_local(name: str, model_uri: str, flavor: str | None = None, config: Mapp
 
 def target_help() -> str:
     """What `mlflow deployments help -t mlflow-trt` prints."""
-    return _HELP % ", ".join(_option_types())
+    try:
+        options = ", ".join(_option_types())
+    except MissingDependencyError as error:
+        options = f"those of `mlflow-trt serve` ({error.message})"
+    return _HELP % options
 
 
 def parse_config(config: Mapping[str, Any]) -> ServeOptions:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import re
 import shlex
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
 
+from mlflow_trt._version import __version__
 from mlflow_trt.core.output_folder import check_target, write_aside
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.core.types import Distribution
@@ -30,8 +33,9 @@ CACHE = "/var/cache/mlflow-trt"
 
 _HEALTH = "import urllib.request; urllib.request.urlopen('http://127.0.0.1:{port}/ping', timeout=5)"
 SERVERS = ("mlflow-trt", "mlflow")
+_PACKAGE = "mlflow-trt"
 # For either server: without uvloop, several workers of MLflow's answer each call 45 ms too late.
-_SERVER_REQUIREMENTS = "mlflow-trt[serve]\n"
+_SERVER_REQUIREMENTS = f"{_PACKAGE}[serve]\n"
 _SERVER_REQUIREMENTS_FILE = "server-requirements.txt"
 
 # Two stages: what installs packages, and for pycuda the toolkit, which is gigabytes, is not needed to run.
@@ -141,7 +145,28 @@ def write_image_context(model_uri: str, path: str | Path, options: ImageOptions 
     remarks = [f"engine for {engine.target}, {engine.distribution.label} {engine.version}" for engine in engines]
     if all(engine.distribution is Distribution.TENSORRT for engine in engines):
         remarks.append("TensorRT itself is installed from NVIDIA's index by its package: the build needs a network")
+    if not any(canonicalize_name(Path(wheel).name.partition("-")[0]) == _PACKAGE for wheel in options.wheels):
+        remarks += _where_ours_is()
     return remarks
+
+
+def _where_ours_is() -> list[str]:
+    """A remark where this package did not come from an index, where `docker build` would look for it."""
+    try:
+        distribution = importlib.metadata.distribution(_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        came, version = "runs here without being installed", __version__
+    else:
+        origin = distribution.read_text("direct_url.json")  # of PEP 610: not there for what came from an index
+        if origin is None:
+            return []
+        came, version = f"was installed here from {json.loads(origin)['url']}", distribution.version
+    return [
+        (
+            f"{_PACKAGE} {version} {came}, not from a package index. If no index has it, docker build fails: "
+            "give its wheel with --wheel; `python -m build --wheel` makes one from the sources"
+        )
+    ]
 
 
 def _wants_pycuda(requirements: Path) -> bool:
