@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
 import multiprocessing
 import pickle
 import threading
+from pathlib import Path
 
 import mlflow
 import networks
 import numpy as np
+import onnxruntime
 import pytest
+from helpers import PATIENCE, wait_for
 
 import mlflow_trt
 from mlflow_trt import NotPicklableError, RuntimeUnavailableError
@@ -37,6 +41,52 @@ def test_a_loaded_model_is_no_data(copied, folder):
             copied(loaded)
     with pytest.raises(pickle.PicklingError):
         pickle.dumps(model)
+
+
+def end(processes):
+    """Wait for processes that have done what they had to; one that hangs must not keep the tests from ending."""
+    for process in processes:
+        process.join(PATIENCE)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def threads_here():
+    return Path("/proc/self/task").iterdir()
+
+
+def is_asleep(thread):
+    """Whether it waits, which is when the process that has no such thread would wait for it for ever."""
+    return (thread / "stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+
+def collect_garbage(collected):
+    gc.collect()
+    collected.set()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # is what this is about
+def test_a_forked_process_does_not_destroy_sessions_that_were_garbage_before(folder):
+    model = mlflow.pyfunc.load_model(str(folder), model_config=CPU)
+    model.predict(networks.rows(3))
+    context = multiprocessing.get_context("fork")
+    collected = context.Event()
+    process = context.Process(target=collect_garbage, args=(collected,))
+    gc.disable()
+    try:
+        before = set(threads_here())
+        session = onnxruntime.InferenceSession(networks.product().SerializeToString())
+        wait_for(lambda: all(is_asleep(thread) for thread in set(threads_here()) - before))
+        garbage = [session]  # made by whoever else uses ONNX Runtime in this process
+        garbage.append(garbage)
+        del session, garbage
+        process.start()
+    finally:
+        gc.enable()
+    end([process])
+    assert collected.is_set()
+    assert process.exitcode == 0
 
 
 def predict_in_a_fork(model, folder, rows, answers):
@@ -71,13 +121,12 @@ def test_a_process_that_is_forked_while_others_predict_gets_an_error_and_can_loa
     try:
         for process in processes:
             process.start()
-        given = [answers.get(timeout=300) for _ in range(2 * len(processes))]
+        given = [answers.get(timeout=PATIENCE) for _ in range(2 * len(processes))]
     finally:
         ended.set()
         for thread in threads:
             thread.join()
-        for process in processes:
-            process.join()
+        end(processes)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert sum(isinstance(answer, str) and "loaded before this process was forked" in answer for answer in given) == 3
     expected = model.predict(rows)["y"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import weakref
 from collections.abc import Callable
@@ -49,6 +50,9 @@ def _free_here(made_in: int, free: Callable[..., object], arguments: tuple[Any, 
 def _note_fork() -> None:
     global _generation  # noqa: PLW0603  # it is the process that was forked
     _generation += 1
+    if not _kept:
+        return
+    gc.freeze()  # what was garbage already may hold sessions of ONNX Runtime, of whoever made them
     for loaded in list(_kept):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(loaded))  # also where the interpreter ends and clears modules
 
