@@ -22,8 +22,8 @@ SOURCE, TARGET = "main.ml.product", "main.ml.product-trt"
 
 
 @pytest.fixture
-def catalog(store, tmp_path):
-    with unity_catalog(tmp_path):
+def catalog(store, tmp_path, empty_database):
+    with unity_catalog(tmp_path, empty_database):
         yield MlflowClient()
 
 

@@ -7,6 +7,7 @@ refuses, as its documentation says: other filters than one name or run, and char
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,8 +122,9 @@ def _refused(message: str) -> MlflowException:
 
 
 @contextmanager
-def unity_catalog(folder: Path) -> Iterator[None]:
+def unity_catalog(folder: Path, empty_database: Path) -> Iterator[None]:
     """Models are registered there for the length of the block; everything else stays where it is."""
+    shutil.copyfile(empty_database, folder / "registry.db")
     _get_store_registry().register(SCHEME, UnityCatalogStore)
     mlflow.set_registry_uri(f"{SCHEME}:///{folder / 'registry.db'}")
     try:
