@@ -321,20 +321,24 @@ class _Totals:
         # Those of ml_dtypes, such as bfloat16, are of kind V.
         self.is_float = np.dtype(reference.dtype).kind in "fV"
         got, wanted = actual.astype(np.float64), reference.astype(np.float64)
-        finite = np.isfinite(wanted)
-        self.nans += int((np.isnan(got) & finite).sum())
-        self.infinities += int((np.isinf(got) & finite).sum())
-        if self.is_float:
-            self._add_classes(got, wanted, tolerance)
-        usable = finite & np.isfinite(got)
-        self.row_errors.add(got, wanted, usable, by_row=self.by_row)
-        got, wanted = got[usable], wanted[usable]
         if not wanted.size:
             return
-        error = np.abs(got - wanted)
-        self.values += wanted.size
+        finite = np.isfinite(wanted)
+        usable = finite & np.isfinite(got)
+        if self.is_float:
+            self._add_classes(got, wanted, tolerance)
+        values = int(np.count_nonzero(usable))
+        if values < wanted.size:
+            self.nans += int((np.isnan(got) & finite).sum())
+            self.infinities += int((np.isinf(got) & finite).sum())
+            got, wanted = np.where(usable, got, 0), np.where(usable, wanted, 0)  # which adds nothing to any sum
+        difference = got - wanted
+        self.row_errors.add(difference, wanted, usable, by_row=self.by_row)
+        error = np.abs(difference, out=difference).ravel()
+        got, wanted = got.ravel(), wanted.ravel()
+        self.values += values
         self.largest = max(self.largest, float(error.max()))
-        self.magnitude = max(self.magnitude, float(np.abs(wanted).max()))
+        self.magnitude = max(self.magnitude, float(wanted.max()), -float(wanted.min()))
         self.difference += float(error.sum())
         self.squares += float(error @ error)
         self.reference_squares += float(wanted @ wanted)
@@ -348,8 +352,12 @@ class _Totals:
             return
         self.classes = classes
         got, wanted = got.reshape(-1, classes), wanted.reshape(-1, classes)
-        agreeing = got.argmax(axis=1) == wanted.argmax(axis=1)
-        second, best = np.partition(wanted, -2, axis=1)[:, -2:].T
+        first = wanted.argmax(axis=1)[:, None]
+        agreeing = got.argmax(axis=1) == first[:, 0]
+        best = np.take_along_axis(wanted, first, axis=1)[:, 0]
+        others = wanted.copy()
+        np.put_along_axis(others, first, -np.inf, axis=1)
+        second = others.max(axis=1)
         clear = best - second > 2 * (tolerance.relative_error or 0) * np.abs(best)
         self.rows += len(wanted)
         self.agreeing += int(agreeing.sum())

@@ -26,17 +26,12 @@ class RowErrors:
         self._norms: list[_Numbers] = []
         self._widths: list[_Numbers] = []
 
-    def add(self, got: _Numbers, wanted: _Numbers, usable: npt.NDArray[np.bool_], *, by_row: bool) -> None:
-        """Two arrays of one shape, whose axis 0 counts rows, or which are one row; what is not `usable` is left out."""
+    def add(self, difference: _Numbers, wanted: _Numbers, usable: npt.NDArray[np.bool_], *, by_row: bool) -> None:
+        """Arrays of one shape, whose axis 0 counts rows, or which are one row; what is not `usable` is 0 in both."""
         rows = len(wanted) if by_row and wanted.ndim else 1
-        if not wanted.size:
-            return
-        mask = usable.reshape(rows, -1)
-        reference = np.where(mask, wanted.reshape(rows, -1), 0)
-        difference = np.where(mask, got.reshape(rows, -1), 0) - reference
-        self._differences.append(np.linalg.norm(difference, axis=1))
-        self._norms.append(np.linalg.norm(reference, axis=1))
-        self._widths.append(mask.sum(axis=1).astype(np.float64))
+        self._differences.append(_norms(difference.reshape(rows, -1)))
+        self._norms.append(_norms(wanted.reshape(rows, -1)))
+        self._widths.append(np.count_nonzero(usable.reshape(rows, -1), axis=1).astype(np.float64))
 
     def summary(self) -> RowSummary:
         """Each row is measured against its own norm; for the worst, against what one usual value is where that is more.
@@ -52,6 +47,11 @@ class RowErrors:
         usual = float(np.median(norms / np.sqrt(np.maximum(widths, 1))))
         median = float(np.median(_relative(differences, norms)))
         return RowSummary(len(norms), median, float(_relative(differences, np.maximum(norms, usual)).max()))
+
+
+def _norms(rows: _Numbers) -> _Numbers:
+    norms: _Numbers = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+    return norms
 
 
 def _relative(differences: _Numbers, norms: _Numbers) -> _Numbers:
