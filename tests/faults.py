@@ -1,9 +1,10 @@
-"""Conversions that are killed, interrupted, failed and doubled, against a real `mlflow server` behind a proxy.
+"""Conversions that are disturbed in every way that one can think of, against a real `mlflow server` behind a proxy.
 
     make faults                                           # each signal and fault, at requests and random moments
     make faults FAULTS_OPTIONS="--runs 200"               # that many runs of each scenario, spread over the requests
     make faults FAULTS_OPTIONS="--seconds 900 --only SIGKILL"   # begin no run after that, and only of these scenarios
 
+They are killed and interrupted, their requests fail, their disk is full, their clock jumps, and two run at once.
 Each run converts one registered model to a registered name of its own by the command, in a process of its own, with
 `--alias champion`; then comes what the scenario does to it; then the same command again, undisturbed. A run is counted
 under `left` where the first command did not end well and yet a version is there, or anything else that it made (logged
@@ -16,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import datetime as dt
 import json
 import logging
 import multiprocessing
@@ -36,6 +39,7 @@ from typing import Any
 
 import mlflow
 import networks
+import time_machine
 from mlflow import MlflowClient
 from proxy import Proxy, proxied
 from tracking_server import tracking_server
@@ -47,6 +51,9 @@ from mlflow_trt.registry.check import check_registered_model
 
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FAULTS = ("refuse", "lose", "drop")
+FULL_DISK = "a full disk"
+JUMPS = tuple(dt.timedelta(hours=hours) for hours in (-24 * 400, -1, 1, 24 * 400))
+_CLONE_NEWNS, _CLONE_NEWUSER, _MS_PRIVATE_REC = 0x20000, 0x10000000, 0x44000  # of linux/sched.h and linux/mount.h
 PATIENCE = 180
 """Seconds after which a process hangs."""
 
@@ -84,8 +91,8 @@ class Bench:
         self._names += 1
         return f"t{self._names}"
 
-    def convert(self, name: str, *, cache: str = "cache", retries: int = 1) -> Any:
-        """Begin the command in a process."""
+    def convert(self, name: str, *, cache: str = "cache", retries: int = 1, disk: int | None = None) -> Any:
+        """Begin the command in a process, which may have a disk of so many KiB for all that it writes."""
         environment = {
             "MLFLOW_TRACKING_URI": self.proxy.address,
             "MLFLOW_EXPERIMENT_NAME": "faults",
@@ -93,9 +100,13 @@ class Bench:
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
             "CUDA_VISIBLE_DEVICES": "",
         }
+        small = self.workdir / "small"
+        if disk is not None:
+            small.mkdir(exist_ok=True)
+            environment |= {"MLFLOW_TRT_CACHE_DIR": str(small / "cache"), "TMPDIR": str(small)}
         arguments = ["convert", "models:/s/1", "--register-as", name, "--fp16", "--batch", "4", "--alias", "champion"]
         log = self.workdir / f"{name}.log"
-        process = self._context.Process(target=_run_command, args=(arguments, environment, str(log)))
+        process = self._context.Process(target=_run_command, args=(arguments, environment, str(log), str(small), disk))
         process.start()
         return process
 
@@ -122,10 +133,14 @@ class Bench:
         return problems
 
 
-def _run_command(arguments: list[str], environment: dict[str, str], log: str) -> None:
+def _run_command(arguments: list[str], environment: dict[str, str], log: str, small: str, disk: int | None) -> None:
     from mlflow_trt.cli import main
 
     os.environ.update(environment)
+    if disk is not None:
+        _mount_disk(small, disk)
+        tempfile.tempdir = None  # as TMPDIR says now
+    signal.signal(signal.SIGUSR1, _let_clock_jump)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -133,6 +148,24 @@ def _run_command(arguments: list[str], environment: dict[str, str], log: str) ->
     _build_once(Path(log).parent)
     sys.argv = ["mlflow-trt", *arguments]
     main()
+
+
+def _mount_disk(folder: str, kib: int) -> None:
+    """Let this process, and no other, see a disk of this size there."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def check(result: int) -> None:
+        if result:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    check(libc.unshare(_CLONE_NEWNS if os.geteuid() == 0 else _CLONE_NEWNS | _CLONE_NEWUSER))
+    check(libc.mount(b"none", b"/", None, _MS_PRIVATE_REC, None))
+    check(libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, f"size={kib}k".encode()))
+
+
+def _let_clock_jump(*_: object) -> None:
+    to = dt.datetime.now(dt.timezone.utc) + random.choice(JUMPS)
+    time_machine.travel(to, tick=True).start()
 
 
 def _build_once(folder: Path) -> None:
@@ -252,6 +285,30 @@ def failed(bench: Bench, number: int, fault: str, retries: int, score: Score) ->
     judge(bench, score, name, code, f"{fault} request {number}, {retries} retries", killed=False)
 
 
+def on_full_disk(bench: Bench, kib: int, score: Score) -> None:
+    name = bench.name()
+    judge(bench, score, name, joined(bench.convert(name, disk=kib)), f"a disk of {kib} KiB", killed=False)
+
+
+def with_clock(bench: Bench, number: int, score: Score) -> None:
+    """Its clock jumps before a request, which must not matter to it."""
+    name, ready = bench.name(), threading.Event()
+    begun: list[Any] = []
+
+    def act() -> None:
+        ready.wait(PATIENCE)
+        os.kill(begun[0].pid, signal.SIGUSR1)
+
+    at_request(bench, number, act)
+    begun.append(bench.convert(name))
+    ready.set()
+    code = joined(begun[0])
+    if code:
+        score.notes.append(f"clock at request {number}: ended with {code}")
+        print(score.notes[-1], flush=True)
+    judge(bench, score, name, code, f"clock at request {number}", killed=False)
+
+
 def at_once(bench: Bench, machines: int, score: Score) -> None:
     """Two commands at the same time, on one machine, or on two that know nothing of each other's locks."""
     name = bench.name()
@@ -271,7 +328,9 @@ def spread(numbers: int, runs: int) -> Sequence[int]:
     return range(numbers) if runs >= numbers else sorted({round(step * last / steps) for step in range(runs)})
 
 
-def scenarios(bench: Bench, requests: int, seconds: float, runs: int) -> Iterator[tuple[str, Callable[[Score], None]]]:
+def scenarios(
+    bench: Bench, requests: int, seconds: float, runs: int, only: str
+) -> Iterator[tuple[str, Callable[[Score], None]]]:
     """Each run with the scenario that it counts for, in turn, so that time that runs out takes from all."""
     plans: dict[str, list[Callable[[Score], None]]] = {}
     for number in SIGNALS:
@@ -289,14 +348,26 @@ def scenarios(bench: Bench, requests: int, seconds: float, runs: int) -> Iterato
             for request in spread(requests, max(1, runs // 2))
             for retries in (0, 1)
         ]
+    if only in FULL_DISK and (enough := needed_disk(bench)):
+        plans[FULL_DISK] = [partial(on_full_disk, bench, 4 * pages) for pages in spread(enough // 4, runs) if pages]
+    plans["a clock that jumps"] = [partial(with_clock, bench, request) for request in spread(requests, runs)]
     for machines in (1, 2):
         plans[f"two at once, {machines} machine{'s' if machines > 1 else ''}"] = [
             partial(at_once, bench, machines) for _ in range(max(1, runs // 4))
         ]
+    plans = {name: planned for name, planned in plans.items() if only in name}
     while any(plans.values()):
         for name, left in plans.items():
             if left:
                 yield name, left.pop(random.randrange(len(left)))
+
+
+def needed_disk(bench: Bench) -> int:
+    """The first power of two, in KiB, with which a conversion ends well; 0 where this system lets nobody mount."""
+    if joined(bench.convert(bench.name(), disk=1 << 20)):
+        print("no disk can be mounted here: the scenario of the full disk is left out", flush=True)
+        return 0
+    return next(1 << power for power in range(6, 21) if joined(bench.convert(bench.name(), disk=1 << power)) == 0)
 
 
 def measure(bench: Bench) -> tuple[int, float]:
@@ -320,9 +391,7 @@ def run(runs: int, seconds: float, only: str, seed: int) -> dict[str, Score]:
         requests, usual = measure(bench)
         print(f"a conversion makes {requests} requests in {usual:.1f} s; seed {seed}", flush=True)
         end = time.monotonic() + seconds
-        for name, one in scenarios(bench, requests, usual, runs):
-            if only not in name:
-                continue
+        for name, one in scenarios(bench, requests, usual, runs, only):
             if scores and time.monotonic() > end:
                 break
             one(scores.setdefault(name, Score()))
