@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from decimal import Decimal
+from pathlib import Path
 
 import mlflow
 import networks
@@ -385,3 +386,26 @@ class TestMlflowsOwnUdf:
         answers = np.asarray([read(answer.p) for answer in found], np.float32)
         # A row of one number is a number.
         assert np.allclose(answers, expected.reshape(-1) if row == (1,) else expected, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # MLflow's and pandas', about models without type hints and examples
+def test_a_whole_model_answers_as_its_source(spark, store, tmp_path):
+    network = tmp_path / "network.onnx"
+    network.write_bytes(networks.transformer().SerializeToString())
+    texts = pd.DataFrame({"text": ["warm sun", "cold rain over the river", "a", "nobody slept at all"] * 8})
+    mlflow.pyfunc.log_model(
+        name="source", registered_model_name="source", python_model=str(Path(__file__).with_name("text_classifier.py")),
+        artifacts={"network": str(network)}, input_example=texts[:4], pip_requirements=["onnxruntime", "pandas"],
+    )  # fmt: skip
+    shapes = {"input_ids": ((-1, 1), (-1, 8), (-1, 64))}
+    mlflow_trt.convert_model_version("models:/source/1", "made", batch=(1, 4, 8), shapes=shapes)
+    expected = mlflow.pyfunc.load_model("models:/source/1").predict(texts)
+    assert expected["label"].nunique() > 1
+
+    udf = mlflow.pyfunc.spark_udf(
+        spark, "models:/made/1", env_manager="local", result_type="label string, score double", model_config=CPU
+    )
+    frame = spark.createDataFrame(texts.reset_index()).repartition(3)
+    found = sorted(frame.select("index", udf("text").alias("p")).collect())
+    assert [row.p.label for row in found] == list(expected["label"])
+    np.testing.assert_allclose([row.p.score for row in found], expected["score"], atol=1e-5)

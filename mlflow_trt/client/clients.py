@@ -12,7 +12,7 @@ import httpx
 import numpy.typing as npt
 from typing_extensions import Self
 
-from mlflow_trt.client.attempts import Answer
+from mlflow_trt.client.attempts import Answer, Steps, T
 from mlflow_trt.client.prediction import Prediction, option_error
 from mlflow_trt.core import wire
 from mlflow_trt.core.arrays import Outputs
@@ -73,7 +73,27 @@ class Client:
             OutOfMemoryError: it has no room for it.
             ServerError: it failed; ServerUnavailableError: there is none; ServerTimeoutError: it took too long.
         """
-        steps = self._prediction.predict(inputs)
+        return self._follow(self._prediction.predict(inputs))
+
+    def invoke(self, data: Any, params: Mapping[str, Any] | None = None) -> Any:
+        """Ask a whole model, or any other of MLflow's, for what it answers: texts in, labels out.
+
+        Goes to `/invocations` as JSON, which `mlflow-trt serve` and `mlflow models serve` both take.
+
+        Args:
+            data: a text, a list, a mapping of columns, arrays, or a pandas DataFrame, whose missing values go as null.
+                `bytes` go as base64, which MLflow reads back for binary columns; dates and times as ISO 8601.
+            params: what the model takes beside its inputs.
+
+        Returns:
+            The answer as JSON has it: a list of rows, a mapping of outputs, ...
+
+        Raises:
+            InputError: this cannot be sent, or the server refused it, and why; and what `predict` raises.
+        """
+        return self._follow(self._prediction.invoke(data, params))
+
+    def _follow(self, steps: Steps[T]) -> T:
         answer: Answer = None
         try:
             while True:
@@ -87,8 +107,8 @@ class Client:
                     time.sleep(step)
                     answer = None
         except StopIteration as stop:
-            outputs: Outputs = stop.value
-            return outputs
+            result: T = stop.value
+            return result
 
     def ping(self) -> bool:
         """Whether a server is there and ready."""
@@ -133,7 +153,13 @@ class AsyncClient:
 
     async def predict(self, inputs: wire.Inputs) -> Outputs:
         """As `Client.predict`, which also lists what is raised."""
-        steps = self._prediction.predict(inputs)
+        return await self._follow(self._prediction.predict(inputs))
+
+    async def invoke(self, data: Any, params: Mapping[str, Any] | None = None) -> Any:
+        """As `Client.invoke`."""
+        return await self._follow(self._prediction.invoke(data, params))
+
+    async def _follow(self, steps: Steps[T]) -> T:
         answer: Answer = None
         try:
             while True:
@@ -147,8 +173,8 @@ class AsyncClient:
                     await asyncio.sleep(step)
                     answer = None
         except StopIteration as stop:
-            outputs: Outputs = stop.value
-            return outputs
+            result: T = stop.value
+            return result
 
     async def ping(self) -> bool:
         """Whether a server is there and ready."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import httpx
 import numpy.typing as npt
@@ -47,6 +48,12 @@ class MlflowCalls:
         if response.status_code != httpx.codes.OK:
             raise wire.error_of(response.status_code, response.content)
         return wire.decode_answer(response.content, self._dtypes)
+
+    def invoke(self, data: Any, params: Mapping[str, Any] | None) -> Steps[Any]:
+        response = yield from self._attempts.answered(wire.invocation_request(data, params))
+        if response.status_code != httpx.codes.OK:
+            raise wire.error_of(response.status_code, response.content)
+        return wire.predictions_in(response.content)
 
     def _checked_signature(self, inputs: wire.Inputs) -> Steps[dict[str, wire.Tensor]]:
         """What arrays are compared with, if the server enforces a signature: MLflow shapes rows of a table by it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy.typing as npt
 
@@ -59,6 +60,9 @@ class Prediction:
                 if error.is_final:
                     self._tensors = None
         return (yield from self._mlflow.predict(inputs))
+
+    def invoke(self, data: Any, params: Mapping[str, Any] | None) -> Steps[Any]:
+        return self._mlflow.invoke(data, params)
 
 
 def option_error(option: str, value: object, expected: str) -> Exception:

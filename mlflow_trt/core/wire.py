@@ -139,6 +139,25 @@ def json_request(inputs: Inputs) -> Request:
     return Request(content=json.dumps(content).encode(), content_type=JSON)
 
 
+def invocation_request(data: Any, params: Mapping[str, Any] | None = None) -> Request:
+    """Whatever MLflow's server takes, as it stands: a DataFrame as `dataframe_split`, anything else as `inputs`.
+
+    Raises InputError where JSON has nothing for it.
+    """
+    content: dict[str, Any] = {"inputs": data}
+    if type(data).__module__.partition(".")[0] == "pandas" and hasattr(data, "columns"):
+        cells = data.astype(object).where(data.notna(), None)
+        content = {"dataframe_split": {"columns": list(data), "index": list(data.index), "data": cells.values.tolist()}}
+    if params is not None:
+        content["params"] = dict(params)
+    try:
+        return Request(content=json.dumps(content, default=_plain, allow_nan=False).encode(), content_type=JSON)
+    except (TypeError, ValueError, RecursionError) as error:
+        from mlflow_trt.errors import InputError
+
+        raise InputError(f"this cannot be sent as JSON: {error}") from error
+
+
 def signature_request() -> Request:
     """What no model takes: MLflow refuses it, and says what the signature is, before the model sees it."""
     return Request(content=b'{"inputs": {}}', content_type=JSON)
@@ -191,14 +210,27 @@ def decode_answer(body: bytes, dtypes: Mapping[str, npt.DTypeLike] | None = None
     Raises ServerError where the body is no answer of a scoring server.
     """
     try:
-        return _arrays(json.loads(body)["predictions"], dtypes or {})
-    # No JSON, or other JSON, or rows that make no array, or nested without an end.
+        return _arrays(predictions_in(body), dtypes or {})
+    # Rows that make no array.
     except (ValueError, KeyError, TypeError, RecursionError, MemoryError):
-        from mlflow_trt.errors import ServerError
+        raise _no_answer(body) from None
 
-        raise ServerError(
-            f"the answer is none of MLflow's scoring server: {shortened(body)}; check the address", status=200
-        ) from None
+
+def predictions_in(body: bytes) -> Any:
+    """What an answer says, as JSON has it. Raises ServerError where the body is no answer of a scoring server."""
+    try:
+        return json.loads(body)["predictions"]
+    # No JSON, or other JSON, or nested without an end.
+    except (ValueError, KeyError, TypeError, RecursionError, MemoryError):
+        raise _no_answer(body) from None
+
+
+def _no_answer(body: bytes) -> MlflowTrtError:
+    from mlflow_trt.errors import ServerError
+
+    return ServerError(
+        f"the answer is none of MLflow's scoring server: {shortened(body)}; check the address", status=200
+    )
 
 
 def packed(array: Array) -> dict[str, Any]:
@@ -232,6 +264,17 @@ def is_bytes(value: Any) -> bool:
     if isinstance(value, np.ndarray):
         return value.dtype == object and value.ndim == 1 and len(value) > 0 and all(map(_is_cell, value))
     return isinstance(value, (list, tuple)) and bool(value) and all(map(_is_cell, value))
+
+
+def _plain(value: Any) -> Any:
+    """For what JSON does not know: numpy's arrays and numbers, bytes as base64, dates and times by ISO 8601."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    raise TypeError(f"JSON has nothing for {type(value).__name__}")
 
 
 def _is_cell(value: Any) -> bool:
