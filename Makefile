@@ -44,6 +44,7 @@ test-torch: $(VENV)/.dev
 	DO_NOT_TRACK=true HF_HUB_OFFLINE=1 $(RUN) -m pytest --durations=10 \
 	  tests/test_sources.py tests/test_torch_sources.py tests/test_whole_python_models.py tests/test_whole_texts.py \
 	  tests/test_whole_images.py tests/test_whole_architectures.py tests/test_whole_serving.py tests/test_whole_benchmark.py
+	DO_NOT_TRACK=true $(RUN) -m pytest tests/test_examples.py -k pytorch
 
 # Everything that reads something from outside, for so many seconds each: make fuzz SECONDS=600 TARGETS="onnx record".
 SECONDS ?= 30
