@@ -12,9 +12,11 @@ quickstart: $(VENV)/.rtx
 docs: $(VENV)/.dev
 	$(RUN) docs/generate_cli_page.py
 
-# Two processes, since that is what most machines for tests have. PYTEST_OPTIONS adds to it: --cov, or -k NAME.
+# Two processes, since that is what most machines for tests have. Each gets one file after the other, the long ones
+# first (tests/conftest.py): servers and models that the tests of a file share are made once. PYTEST_OPTIONS adds to it:
+# --cov, or -k NAME.
 PYTEST_OPTIONS ?=
-PYTEST = DO_NOT_TRACK=true $(RUN) -m pytest -n 2 --dist loadscope $(PYTEST_OPTIONS)
+PYTEST = DO_NOT_TRACK=true $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_OPTIONS)
 
 test: $(VENV)/.dev
 	$(PYTEST)

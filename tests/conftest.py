@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from contextvars import ContextVar
 from pathlib import Path
 
 import networks
@@ -11,22 +13,53 @@ from mlflow import MlflowClient
 from real_models import CLS, MAGIKA
 
 import mlflow_trt
+from mlflow_trt.backends import onnxruntime_process
 from mlflow_trt.backends.cuda_driver import probe
+from mlflow_trt.backends.onnxruntime_process import shared_process
 from mlflow_trt.core.arrays import Array
 
 STORES = {"store", "module_store"}
+COSTS = {"server": 5, "slow": 3, "store": 2}
+"""What a test with this mark takes, beside one without any."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if STORES & set(getattr(item, "fixturenames", ())):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if STORES & fixtures:
             item.add_marker(pytest.mark.store)
+        if "server" in fixtures:
+            item.add_marker(pytest.mark.server)
+    if hasattr(config, "workerinput"):  # one of several processes, which get one file after the other in this order
+        _put_long_files_first(items)
     problem = probe().problem
     if problem is None:
         return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=f"needs an NVIDIA GPU: {problem}"))
+
+
+def _put_long_files_first(items: list[pytest.Item]) -> None:
+    """Or, at the end, one process would be busy with a long file and the others idle."""
+    costs = Counter[Path]()
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        costs[item.path] += max((cost for mark, cost in COSTS.items() if mark in marks), default=0) * 10 + 1
+    items.sort(key=lambda item: (-costs[item.path], item.path))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_process_of_onnxruntime():
+    """For all conversions, which else would start one each."""
+    with shared_process():
+        yield
+
+
+@pytest.fixture
+def own_processes(monkeypatch):
+    """Conversions have their own process of ONNX Runtime, as a user's have."""
+    monkeypatch.setattr(onnxruntime_process, "_current", ContextVar("own_process", default=None))
 
 
 @pytest.fixture(autouse=True)

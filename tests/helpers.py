@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -34,11 +36,31 @@ class Store:
 
     def __init__(self, folder: Path, empty_database: Path) -> None:
         shutil.copyfile(empty_database, folder / "mlflow.db")
+        self._open(folder)
+        self.experiment_id = mlflow.create_experiment("test", artifact_location=(folder / "artifacts").as_uri())
+        mlflow.set_experiment(experiment_id=self.experiment_id)
+
+    @classmethod
+    def copy_of(cls, other: Store, folder: Path) -> Store:
+        """A store of its own with what is in another one: tests that change it do not cross."""
+        shutil.copytree(other.folder, folder, dirs_exist_ok=True)
+        with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as database, database:
+            for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+                for _, column, kind, *_ in database.execute(f"PRAGMA table_info('{table}')").fetchall():
+                    if kind.startswith(("VARCHAR", "TEXT")):
+                        where = f'UPDATE "{table}" SET "{column}" = replace("{column}", ?, ?) WHERE "{column}" LIKE ?'
+                        database.execute(where, (str(other.folder), str(folder), f"%{other.folder}%"))
+        copy = cls.__new__(cls)
+        copy._open(folder)
+        copy.experiment_id = other.experiment_id
+        mlflow.set_experiment(experiment_id=copy.experiment_id)
+        return copy
+
+    def _open(self, folder: Path) -> None:
+        self.folder = folder
         self.uri = f"sqlite:///{folder / 'mlflow.db'}"
         mlflow.set_tracking_uri(self.uri)
         self.client = MlflowClient()
-        self.experiment_id = mlflow.create_experiment("test", artifact_location=(folder / "artifacts").as_uri())
-        mlflow.set_experiment(experiment_id=self.experiment_id)
 
     def logged_models(self):
         return self.client.search_logged_models([self.experiment_id])

@@ -11,7 +11,7 @@ import networks
 import numpy as np
 import pytest
 from command_line import run
-from helpers import gpu
+from helpers import Store, gpu
 from mlflow.artifacts import download_artifacts
 from test_lineage import failing, registry_state
 
@@ -27,12 +27,17 @@ from mlflow_trt.store.folder import read_folder
 from mlflow_trt.store.write_folder import add_engine_file
 
 
-@pytest.fixture
-def registered(store):
+@pytest.fixture(scope="module")
+def converted(module_store):
     mlflow.onnx.log_model(networks.product(), name="p", registered_model_name="p", pip_requirements=["onnx"])
     mlflow_trt.convert_model_version("models:/p/1", "p-trt", batch=(1, 4, 8), targets="sm86", tags={"team": "a"})
-    store.client.update_model_version("p-trt", "1", "described")
-    return store
+    module_store.client.update_model_version("p-trt", "1", "described")
+    return module_store
+
+
+@pytest.fixture
+def registered(converted, tmp_path):
+    return Store.copy_of(converted, tmp_path / "store")
 
 
 def digests(folder: Path) -> dict[str, bytes]:

@@ -18,12 +18,18 @@ from mlflow_trt.measure.side_by_side import compare_models
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
-@pytest.fixture
-def models(store, monkeypatch):
+@pytest.fixture(autouse=True)
+def _without_a_gpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture(scope="module")
+def models(module_store):
+    """A model, and what is made of it in fp32 and in fp16, in a store."""
     mlflow.onnx.log_model(networks.product(), name="p", registered_model_name="p", pip_requirements=["onnx"])
     mlflow_trt.convert_model_version("models:/p/1", "p-trt", batch=(1, 4, 8))
-    return store
+    mlflow_trt.convert_model_version("models:/p/1", "p-half", precision="fp16", batch=(1, 4, 8))
+    return module_store
 
 
 def other():
@@ -34,7 +40,6 @@ def other():
 
 
 def test_without_a_gpu_the_typed_model_is_compared_and_its_speed_is_not_measured(models):
-    mlflow_trt.convert_model_version("models:/p/1", "p-half", precision="fp16", batch=(1, 4, 8))
     data = {"x": networks.rows(5)}
     result = compare_models("models:/p/1", "models:/p-half/1", batches=(1, 4), data=data, seconds=0.02)
     assert str(result.comparison.verdict) == "passed"
@@ -132,7 +137,6 @@ def test_an_array_without_a_name_is_that_of_the_only_input(models, tmp_path):
 
 def test_the_command(models, tmp_path):
     tracking = {"MLFLOW_TRACKING_URI": models.uri, "MLFLOW_EXPERIMENT_ID": models.experiment_id}
-    mlflow_trt.convert_model_version("models:/p/1", "p-half", precision="fp16", batch=(1, 4, 8))
     np.savez(tmp_path / "inputs.npz", x=networks.rows(6))
     arguments = ["--data", tmp_path / "inputs.npz", "--seconds", "0.02", "--batch", "2"]
     code, output, errors = run(

@@ -8,7 +8,7 @@ import mlflow
 import networks
 import pytest
 from command_line import run
-from helpers import prepare
+from helpers import Store, prepare
 from mlflow.exceptions import MlflowException
 
 import mlflow_trt
@@ -19,8 +19,8 @@ from mlflow_trt.registry.convert_all import convert_all
 from mlflow_trt.registry.plan import plan_conversion
 
 
-@pytest.fixture
-def models(store):
+@pytest.fixture(scope="module")
+def logged(module_store):
     """Two models to convert, one that cannot be, one without versions, and one that is not for the GPU."""
     for name, network in (
         ("a", networks.product()),
@@ -29,10 +29,15 @@ def models(store):
         ("other", networks.product()),
     ):
         mlflow.onnx.log_model(network, name=name, registered_model_name=name, pip_requirements=["onnx"])
-    store.client.create_registered_model("empty")
+    module_store.client.create_registered_model("empty")
     for name in ("a", "b", "broken", "empty"):
-        store.client.set_registered_model_tag(name, "deploy", "gpu")
-    return store
+        module_store.client.set_registered_model_tag(name, "deploy", "gpu")
+    return module_store
+
+
+@pytest.fixture
+def models(logged, tmp_path):
+    return Store.copy_of(logged, tmp_path / "store")
 
 
 FILTER = "tags.deploy = 'gpu'"

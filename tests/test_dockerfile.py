@@ -127,6 +127,7 @@ def test_the_user_of_the_image_may_read_the_model(folder, tmp_path):
     assert (folder / "model.onnx").stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("kind", SERVERS)
 def test_what_the_image_runs_serves_the_model(kind, folder, tmp_path, request):
     port = free_port()

@@ -22,6 +22,8 @@ from mlflow_trt.backends.onnxruntime import CpuModel
 from mlflow_trt.backends.onnxruntime_process import IsolatedModel, calibrated_magnitudes, shared_process
 from mlflow_trt.errors import ExecutionError, InputError
 
+pytestmark = pytest.mark.usefixtures("own_processes")
+
 DTYPES = {
     name: helper.np_dtype_to_tensor_dtype(np.dtype(name))
     for name in ("float32", "float16", "float64", "int8", "uint8", "int32", "int64", "bool")
