@@ -207,10 +207,15 @@ class TestReports:
             "batches": "1:4", "seconds": "0.05", "data": "the model's example, or noise", "model": "models:/p/1"
         }  # fmt: skip
         assert run.data.tags["mlflow_trt.gpu"] == "none"
+        table = run.data.tags["mlflow.note.content"].splitlines()
+        assert table[:2] == ["| Batch size | ONNX Runtime CPU, predict, median ms |", "| ---: | ---: |"]
+        assert table[2:4] == [f"| {row.batch} | {row.latency.p50:.3g} |" for row in result.measurements]
+        assert table[-1].startswith("Not measured: models:/p/1 does not run on TensorRT here")
         assert run.data.tags["mlflow_trt.onnxruntime"] in run.data.tags["mlflow_trt.runtime"]
         assert [given.model_id for given in run.inputs.model_inputs] == [info.model_id]
         logged = store.client.get_logged_model(info.model_id)
         assert "onnx_runtime_cpu/predict/p50_ms" in {metric.key for metric in logged.metrics}
+        assert logged.tags["mlflow.note.content"] == "fp32, batch 1:4:8, sm80plus, error not measured"
 
     def test_the_report_names_its_units(self, tmp_path):
         write_report(made_up(), "models:/m/1", tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import re
 import stat
 from pathlib import Path
 
@@ -74,17 +75,22 @@ class TestLogging:
         version = store.client.get_model_version("product", "1")
         expected = {
             "mlflow_trt.precision": "tf32",
-            "mlflow_trt.batch": "2:4:8",
             "mlflow_trt.target": "sm86",
-            "mlflow_trt.tensorrt": f"tensorrt_rtx {importlib.metadata.version('tensorrt-rtx')}",
-            "mlflow_trt.source_digest": hashlib.sha256(networks.product().SerializeToString()).hexdigest(),
         }
-        assert expected.items() <= logged.params.items()
+        assert logged.params == {
+            **expected,
+            "mlflow_trt.tensorrt": f"tensorrt_rtx {importlib.metadata.version('tensorrt-rtx')}",
+            "mlflow_trt.batch": "2:4:8",
+            "mlflow_trt.source_digest": hashlib.sha256(networks.product().SerializeToString()).hexdigest(),
+            "width": "16",
+        }
         assert expected.items() <= logged.tags.items()
-        assert {**expected, "team": "vision"}.items() <= version.tags.items()
-        assert logged.params["width"] == "16"
-        found = store.client.search_logged_models([store.experiment_id], "tags.`mlflow_trt.precision` = 'tf32'")
-        assert [model.model_id for model in found] == [info.model_id]
+        conversion = version.tags.pop("mlflow_trt.conversion")
+        assert re.fullmatch("[0-9a-f]{12}", conversion)
+        assert version.tags == {**expected, "team": "vision"}
+        for condition in ("tags.`mlflow_trt.precision` = 'tf32'", "params.`mlflow_trt.batch` = '2:4:8'"):
+            found = store.client.search_logged_models([store.experiment_id], condition)
+            assert [model.model_id for model in found] == [info.model_id]
         assert store.client.search_model_versions("tags.`mlflow_trt.target` = 'sm86'")
 
     def test_requirements_are_explicit(self, store):

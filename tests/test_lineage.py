@@ -17,7 +17,10 @@ from tracking_server import tracking_server
 import mlflow_trt
 from mlflow_trt import InputError, RecipeError
 from mlflow_trt.flavor.fetch import read_record
+from mlflow_trt.pipeline.options import ConversionOptions
 from mlflow_trt.registry import convert_version as registry
+from mlflow_trt.registry.check import check_registered_model
+from mlflow_trt.registry.convert_all import convert_all
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +64,14 @@ def test_it_is_found_in_both_directions(client):
 
     found = client.search_model_versions("tags.`mlflow_trt.source` = 'models:/a/1'")
     assert {version.version for version in found} == {made.version, other.version}
-    found = client.search_model_versions(
-        "tags.`mlflow_trt.source_name` = 'a' and tags.`mlflow_trt.source_version` = '1'"
-    )
-    assert len(found) == 2
+    assert len(client.search_model_versions("tags.`mlflow_trt.source` LIKE 'models:/a/%'")) == 2
     (source,) = client.search_model_versions("tags.`mlflow_trt.converted_to.a-trt.2` = 'models:/a-trt/2'")
     assert (source.name, str(source.version)) == ("a", "1")
     assert source.tags["mlflow_trt.converted_to.a-trt.1"] == "models:/a-trt/1"
     record = read_record("models:/a-trt/1")
     assert (record.lineage["name"], record.lineage["version"]) == ("a", "1")
-    assert made.tags["mlflow_trt.source_digest"] == record.source.digest
+    assert record.source.digest == read_record("models:/a-trt/2").source.digest
+    assert made.tags["mlflow_trt.fingerprint"] != other.tags["mlflow_trt.fingerprint"]
 
 
 def test_what_belongs_to_the_source_is_carried_over(client):
@@ -120,7 +121,50 @@ def test_of_two_sources_with_the_same_bytes_each_gets_its_own(client):
     register("d")
     mlflow_trt.convert_model_version("models:/d/1", "d-trt", batch=4)
     made = mlflow_trt.convert_model_version("models:/d/2", "d-trt", batch=4)
-    assert (str(made.version), made.tags["mlflow_trt.source_version"]) == ("2", "2")
+    assert (str(made.version), made.tags["mlflow_trt.source"]) == ("2", "models:/d/2")
+
+
+def with_the_tags_of_before(client, name, number):
+    """The tags of a version as releases put them on that knew no fingerprint."""
+    record = read_record(f"models:/{name}/{number}")
+    client.delete_model_version_tag(name, number, "mlflow_trt.fingerprint")
+    for key, text in {
+        "tensorrt": f"{record.engines[0].distribution} {record.engines[0].version}",
+        "source_name": record.lineage["name"],
+        "source_version": record.lineage["version"],
+        "source_digest": record.source.digest,
+        "recipe_digest": record.lineage["recipe_digest"],
+    }.items():
+        client.set_model_version_tag(name, number, f"mlflow_trt.{key}", text)
+    return client.get_model_version(name, number).tags
+
+
+def test_versions_with_the_tags_of_before_are_found_as_they_are(client):
+    register("old")
+    mlflow_trt.convert_model_version("models:/old/1", "old-trt", batch=4)
+    mlflow_trt.convert_model_version("models:/old/1", "old-trt", batch=8)
+    tags = with_the_tags_of_before(client, "old-trt", "1")
+    assert str(mlflow_trt.convert_model_version("models:/old/1", "old-trt", batch=4).version) == "1"
+    assert client.get_model_version("old-trt", "1").tags == tags
+    assert check_registered_model("old-trt") == []
+    assert [outcome.status for outcome in convert_all("name = 'old-trt'", ConversionOptions(), dry_run=True)] == [
+        "skipped"
+    ]
+    extended = mlflow_trt.add_engine("models:/old-trt/1", targets="sm120")
+    assert set(extended.tags) == {
+        f"mlflow_trt.{name}" for name in ("source", "precision", "target", "fingerprint", "extends", "conversion")
+    }
+    assert str(mlflow_trt.convert_model_version("models:/old/1", "old-trt", batch=16).version) == "4"
+
+
+def test_a_fingerprint_alone_is_not_believed(client):
+    register("short")
+    first = mlflow_trt.convert_model_version("models:/short/1", "short-trt", batch=4)
+    other = mlflow_trt.convert_model_version("models:/short/1", "short-trt", batch=8)
+    key = "mlflow_trt.fingerprint"
+    client.set_model_version_tag("short-trt", "2", key, first.tags[key])
+    client.set_model_version_tag("short-trt", "1", key, other.tags[key])
+    assert str(mlflow_trt.convert_model_version("models:/short/1", "short-trt", batch=4).version) == "3"
 
 
 def test_a_file_is_found_again_too(client, tmp_path):

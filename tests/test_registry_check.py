@@ -110,6 +110,15 @@ def test_of_two_versions_of_one_conversion_the_one_without_an_alias_goes(source)
     assert [str(version.version) for version in source.client.search_model_versions("name = 'p.trt'")] == ["2"]
 
 
+def test_a_version_with_one_more_engine_is_made_of_the_one_before(source):
+    convert()
+    mlflow_trt.add_engine("models:/p.trt/1", targets="sm120")
+    assert problems() == set()
+    source.client.delete_model_version_tag("p.trt", "1", "mlflow_trt.converted_to.p.trt.2")
+    assert problems(mend=True) == {"its source models:/p.trt/1 lacks the tag mlflow_trt.converted_to.p.trt.2"}
+    assert source.client.get_model_version("p.trt", "1").tags["mlflow_trt.converted_to.p.trt.2"] == "models:/p.trt/2"
+
+
 def test_what_cannot_be_loaded_is_only_told(source):
     made = convert(alias="champion")
     source.client.delete_logged_model(model_id_of(made))

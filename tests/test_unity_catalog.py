@@ -168,6 +168,15 @@ class TestRegisteredLater:
                 if key.startswith("mlflow_trt.") and key != "mlflow_trt.conversion"}  # fmt: skip
         assert ours.items() == {key: value for key, value in tags.items() if key.startswith("mlflow_trt.")}.items()
         assert store.client.search_model_versions("tags.`mlflow_trt.precision` = 'fp32'")
+        assert store.client.get_model_version("later", "1").description == (
+            "fp32, batch 1:4:8, sm80plus, error not measured"
+        )
+
+    def test_a_description_of_its_own_is_kept(self, store):
+        self.registered()
+        store.client.update_model_version("later", "1", "The one for the cameras.")
+        convert_all("", ConversionOptions(verify=False))
+        assert store.client.get_model_version("later", "1").description == "The one for the cameras."
 
     def test_a_conversion_whose_version_lost_its_tags_is_found_again(self, store):
         register("product")

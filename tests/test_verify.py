@@ -36,18 +36,20 @@ from mlflow_trt.store.folder import read_folder
 DATA = {"x": networks.rows(32)}
 
 
-def test_numbers_are_in_the_record_the_tags_and_the_metrics(store):
-    info = mlflow_trt.log_model(
-        networks.product(), name="m", precision="fp16", calibration_data=DATA, registered_model_name="product"
-    )
+def test_numbers_are_in_the_record_the_params_and_the_metrics(store):
+    info = mlflow_trt.log_model(networks.product(), name="m", precision="fp16", calibration_data=DATA)
     record = read_record(info.model_uri)
     (comparison,) = record.comparisons
     assert comparison.verdict is Verdict.PASSED
     assert 0 < comparison.relative_error < 1e-3
-    version = store.client.get_model_version("product", "1")
-    assert version.tags["mlflow_trt.verification"] == "passed"
-    assert float(version.tags["mlflow_trt.relative_error"]) == pytest.approx(comparison.relative_error, rel=0.01)
-    metrics = {metric.key: metric.value for metric in store.client.get_logged_model(info.model_id).metrics}
+    logged = store.client.get_logged_model(info.model_id)
+    (run,) = store.client.search_runs([store.experiment_id])
+    assert run.info.run_name == "verification of m, fp16"
+    used = store.client.get_run(run.info.run_id).inputs.model_inputs
+    assert [model.model_id for model in used] == [info.model_id]
+    assert logged.params["mlflow_trt.verification"] == "passed"
+    assert float(logged.params["mlflow_trt.relative_error"]) == pytest.approx(comparison.relative_error, rel=0.01)
+    metrics = {metric.key: metric.value for metric in logged.metrics}
     assert metrics["mlflow_trt/y/relative_error"] == comparison.relative_error
     assert set(metrics) == {
         f"mlflow_trt/y/{name}"

@@ -197,9 +197,9 @@ def log_model(
 ) -> ModelInfo:
     """Convert an ONNX model and log it, with its engine, to MLflow; register it with `registered_model_name`.
 
-    The engine is built before anything is logged: a conversion that fails leaves no trace in the store. Precision,
-    batch range, TensorRT version and targets become params and tags (`mlflow_trt.precision`, ...) of the logged model
-    and tags of the model version, where they can be searched for.
+    The engine is built before anything is logged: a conversion that fails leaves no trace in the store. Precision
+    and targets become tags (`mlflow_trt.precision`, ...) of the logged model and the model version, and with batch
+    range, TensorRT version and accuracy params of the logged model, where they can be searched for.
 
     Args:
         name: the name of the logged model. MLflow's old word for it, artifact_path, is accepted.

@@ -19,7 +19,7 @@ from mlflow_trt.errors import MlflowTrtError
 from mlflow_trt.flavor.describe import describe_version
 from mlflow_trt.flavor.metrics import log_metrics
 from mlflow_trt.flavor.mlmodel import PackagingOptions, check_names, write_model
-from mlflow_trt.flavor.recognize import facts_from
+from mlflow_trt.flavor.recognize import params_from, tags_from
 from mlflow_trt.flavor.register import log_folder, register_version
 from mlflow_trt.flavor.undo import Undo
 from mlflow_trt.pipeline.make import PreparedConversion, convert_and_verify
@@ -86,16 +86,15 @@ def log_conversion(
         written = write_model(made, folder, packaging)
         record, _ = read_record_file(folder / RECORD_FILE)
         description = describe_version(record, logging.description)
-        facts = facts_from(record)
-        # Where it is from comes first, where tags are listed as they were set.
-        tags = {**logging.tags, **{key: value for key, value in facts.items() if key not in logging.tags}}
+        tags = {**tags_from(record), **logging.tags}
         info = log_folder(
             undo,
             folder,
             written,
             name=logging.name,
-            params={**facts, **logging.params},
+            params={**params_from(record), **logging.params},
             tags=tags,
+            description=description,
             model_id=logging.model_id,
             model_type=logging.model_type,
             step=logging.step,

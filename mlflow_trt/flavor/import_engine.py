@@ -21,8 +21,8 @@ from mlflow_trt.core.types import BatchAxis, EngineRecord, InputRange, ShapeProf
 from mlflow_trt.errors import OptionError, RuntimeUnavailableError
 from mlflow_trt.flavor.describe import describe_version
 from mlflow_trt.flavor.mlmodel import PackagingOptions, check_names, write_engine_model
+from mlflow_trt.flavor.recognize import params_from, tags_from
 from mlflow_trt.flavor.register import log_folder, register_version
-from mlflow_trt.flavor.tags import SOURCE_TAG, TARGET_TAG, TENSORRT_TAG
 from mlflow_trt.flavor.tracking import check_server
 from mlflow_trt.flavor.undo import undo_on_failure
 from mlflow_trt.runtime.cuda.device import Device, open_device
@@ -141,14 +141,18 @@ def log_engine(
             content, settings, inputs, outputs, shapes, splits_batches=splits_batches, targets=targets
         )
         written = write_engine_model(content, engine, interface, folder, options, settings)
-        description = describe_version(read_record_file(folder / RECORD_FILE)[0])
-        facts = {
-            SOURCE_TAG: source.name,
-            TENSORRT_TAG: f"{engine.distribution} {engine.version}",
-            TARGET_TAG: engine.target,
-        }
-        wanted = {**facts, **(tags or {})}
-        info = log_folder(undo, folder, written, name=name, params={**facts, **(params or {})}, tags=wanted)
+        record, _ = read_record_file(folder / RECORD_FILE)
+        wanted = {**tags_from(record), **(tags or {})}
+        facts, description = params_from(record), describe_version(record)
+        info = log_folder(
+            undo,
+            folder,
+            written,
+            name=name,
+            params={**facts, **(params or {})},
+            tags=wanted,
+            description=description,
+        )
         if registered_model_name is not None:
             version = register_version(
                 undo, registered_model_name, str(info.model_id), tags=wanted, description=description

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModelInput
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.flavor.fetch import read_record
 from mlflow_trt.flavor.register import model_id_of
-from mlflow_trt.flavor.tags import CONVERSION_TAG, VERIFICATION_OF_TAG
+from mlflow_trt.flavor.tags import CONVERSION_TAG, PRECISION_TAG, VERIFICATION_OF_TAG
 from mlflow_trt.flavor.undo import Undo
 from mlflow_trt.pipeline.verify import metrics_of
 from mlflow_trt.store.record import Record
@@ -36,6 +37,7 @@ def log_metrics(undo: Undo, metrics: Mapping[str, float], model_id: str, *, step
         own = _create_run(undo, client, model_id)
         try:
             mlflow.log_metrics(dict(metrics), step=step, run_id=own, model_id=model_id)
+            client.log_inputs(own, models=[LoggedModelInput(model_id)])
         except Exception:
             client.set_terminated(own, status="FAILED")
             raise
@@ -60,9 +62,10 @@ def _create_run(undo: Undo, client: MlflowClient, model_id: str) -> str:
     model = client.get_logged_model(model_id)
     experiment_id = model.experiment_id
     tags = {CONVERSION_TAG: undo.token, VERIFICATION_OF_TAG: model.name}
+    name = ", ".join(filter(None, (f"verification of {model.name}", model.params.get(PRECISION_TAG))))
     return undo.make(
         "The run with the numbers of the verification",
-        lambda: str(client.create_run(experiment_id, run_name="verification", tags=tags).info.run_id),
+        lambda: str(client.create_run(experiment_id, run_name=name, tags=tags).info.run_id),
         take_back=client.delete_run,
         look=lambda: [
             str(found.info.run_id)

@@ -14,75 +14,82 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST, INVALID_PARAMETER_VALUE, ErrorCode
 
 from mlflow_trt.core.log import get_logger
-from mlflow_trt.core.types import BatchAxis, ShapeProfile
+from mlflow_trt.flavor.describe import batch_text, describe
 from mlflow_trt.flavor.fetch import is_of_this_flavor, read_record
 from mlflow_trt.flavor.tags import (
-    BATCH_TAG,
-    PRECISION_ASKED_TAG,
-    PRECISION_SHARE_TAG,
+    EXTENDS_TAG,
+    FINGERPRINT_TAG,
     PRECISION_TAG,
-    RECIPE_DIGEST_TAG,
-    RELATIVE_ERROR_TAG,
-    SOURCE_DIGEST_TAG,
-    SOURCE_NAME_TAG,
+    PREFIX,
     SOURCE_TAG,
-    SOURCE_VERSION_TAG,
     TARGET_TAG,
-    TENSORRT_TAG,
-    VERIFICATION_TAG,
+    fingerprint,
+    fingerprint_in,
 )
 from mlflow_trt.pipeline.verify import overall_verdict
 from mlflow_trt.store.record import Record
 
-_LINEAGE = {
-    SOURCE_TAG: "source",
-    SOURCE_NAME_TAG: "name",
-    SOURCE_VERSION_TAG: "version",
-    RECIPE_DIGEST_TAG: "recipe_digest",
-}
 _log = get_logger(__name__)
 
 
-def facts_from(record: Record) -> dict[str, str]:
-    """What is worth searching for, as it appears in params and tags."""
-    engine = record.engines[0]
-    facts = {
-        TENSORRT_TAG: f"{engine.distribution} {engine.version}",
+def tags_from(record: Record) -> dict[str, str]:
+    """The tags of a version and of the logged model behind it, in the order in which they are worth reading."""
+    lineage = record.lineage
+    tags = {
+        SOURCE_TAG: lineage.get("source"),
+        PRECISION_TAG: None if record.is_engine_only else str(record.recipe.precision),
         TARGET_TAG: ", ".join(dict.fromkeys(engine.target for engine in record.engines)),
+        EXTENDS_TAG: lineage.get("extends"),
+        FINGERPRINT_TAG: fingerprint_of(record),
     }
+    return {key: text for key, text in tags.items() if text is not None}
+
+
+def fingerprint_of(record: Record) -> str | None:
+    """The fingerprint of a conversion; None for a model that was logged and not converted."""
+    lineage = record.lineage
+    if "recipe_digest" not in lineage or record.is_engine_only:
+        return None
+    return fingerprint(lineage.get("name"), lineage.get("version"), record.source.digest, lineage["recipe_digest"])
+
+
+def params_from(record: Record) -> dict[str, str]:
+    """What models can be searched for, as params of the logged model."""
+    engine = record.engines[0]
+    params = {key: text for key, text in tags_from(record).items() if key in (PRECISION_TAG, TARGET_TAG)}
+    params[f"{PREFIX}tensorrt"] = f"{engine.distribution} {engine.version}"
+    batch = batch_text(record.batch_axis, record.profiles)
+    if batch is not None:
+        params[f"{PREFIX}batch"] = batch
     if record.is_engine_only:  # of which nobody told anything else
-        return facts
-    facts |= {PRECISION_TAG: str(record.recipe.precision), SOURCE_DIGEST_TAG: record.source.digest}
+        return params
+    params[f"{PREFIX}source_digest"] = record.source.digest
     share = record.precision_report.share
     if share is not None:
-        facts[PRECISION_SHARE_TAG] = f"{share:.4g}"
+        params[f"{PREFIX}precision_share"] = f"{share:.4g}"
     if record.selection is not None:
-        facts[PRECISION_ASKED_TAG] = str(record.selection.asked)
+        params[f"{PREFIX}precision_asked"] = str(record.selection.asked)
     verdict = overall_verdict(record.comparisons)
     if verdict is not None:
-        facts[VERIFICATION_TAG] = str(verdict)
-        facts[RELATIVE_ERROR_TAG] = f"{record.comparisons[-1].relative_error:.3g}"
-    if record.batch_axis is not None:
-        facts[BATCH_TAG] = _batch_of(record.profiles, record.batch_axis)
-    return facts
+        params[f"{PREFIX}verification"] = str(verdict)
+        params[f"{PREFIX}relative_error"] = f"{record.comparisons[-1].relative_error:.3g}"
+    return params
 
 
-def _batch_of(profiles: tuple[ShapeProfile, ...], axis: BatchAxis) -> str:
-    ranges = [profile.ranges[axis.inputs[0]] for profile in profiles]
-    return f"{min(r.min[0] for r in ranges)}:{ranges[0].opt[0]}:{max(r.max[0] for r in ranges)}"
-
-
-def lineage_tags(lineage: Mapping[str, str]) -> dict[str, str]:
-    """What the lineage in a record says, as tags of the version."""
-    return {tag: lineage[key] for tag, key in _LINEAGE.items() if key in lineage}
+def tags_missing(record: Record, tags: Mapping[str, str]) -> dict[str, str]:
+    """Those of `tags_from` that a version with `tags` lacks; one that tells its fingerprint otherwise does not."""
+    wanted = tags_from(record)
+    if fingerprint_in(tags) is not None:
+        wanted.pop(FINGERPRINT_TAG, None)
+    return {key: text for key, text in wanted.items() if key not in tags}
 
 
 def own_tags(client: MlflowClient, version: ModelVersion) -> Mapping[str, str] | None:
     """The tags that a version of this flavor has, or should have by its record; None for a version of another flavor.
 
-    Those that it lacks are put on, where the registry takes them.
+    Those that it lacks are put on, where the registry takes them, and so is a description where it has none.
     """
-    if TENSORRT_TAG in version.tags:
+    if TARGET_TAG in version.tags:
         return dict(version.tags)
     uri = f"models:/{version.name}/{version.version}"
     try:
@@ -92,14 +99,18 @@ def own_tags(client: MlflowClient, version: ModelVersion) -> Mapping[str, str] |
     except (MlflowException, OSError) as error:
         _log.debug("%s cannot be read: %s", uri, error)
         return None
-    tags = {**facts_from(record), **lineage_tags(record.lineage)}
+    tags = tags_from(record)
     put_tags(client, version, tags)
+    if not version.description:
+        _describe(client, version, describe(record))
     return {**tags, **version.tags}
 
 
 def put_tags(client: MlflowClient, version: ModelVersion, tags: Mapping[str, str]) -> None:
     """Give a version those of these tags that it lacks, unless its registry refuses them."""
-    for key in sorted(set(tags) - set(version.tags)):
+    for key in tags:
+        if key in version.tags:
+            continue
         try:
             client.set_model_version_tag(version.name, str(version.version), key, tags[key])
         except MlflowException as error:
@@ -107,6 +118,15 @@ def put_tags(client: MlflowClient, version: ModelVersion, tags: Mapping[str, str
                 raise
             tell_refused(version.name, str(version.version), key, error)
             return  # a registry that takes none of such keys is not asked for each
+
+
+def _describe(client: MlflowClient, version: ModelVersion, text: str) -> None:
+    try:
+        client.update_model_version(version.name, str(version.version), text)
+    except MlflowException as error:
+        if not is_refusal(error):
+            raise
+        _log.info("Version %s of %s gets no description: %s", version.version, version.name, error.message)
 
 
 def is_refusal(error: MlflowException) -> bool:

@@ -20,7 +20,7 @@ from mlflow.models.model import ModelInfo
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
 from mlflow.tracking.fluent import _get_experiment_id, _last_logged_model_id
-from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS, MLFLOW_RUN_NOTE
 
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.errors import ArtifactError
@@ -43,12 +43,15 @@ def log_folder(
     name: str | None,
     params: Mapping[str, Any],
     tags: Mapping[str, Any],
+    description: str | None = None,
     model_id: str | None = None,
     model_type: str | None = None,
     step: int = 0,
     validates: bool = False,
 ) -> ModelInfo:
     """Move a model folder, of which `written` is the MLmodel, into a new logged model, or the one of that id."""
+    if description is not None:
+        tags = {MLFLOW_RUN_NOTE: description, **tags}  # MLflow's pages show it as the description of models, too
 
     def save(path: str, mlflow_model: Model, validate_serving_input: bool) -> None:
         del validate_serving_input  # Model.log reads it, and passes on all its keywords
@@ -184,7 +187,7 @@ def complete_version(
     """
     name, number = version.name, str(version.version)
     takes_ours = True
-    for key in sorted(set(tags) - set(version.tags)):
+    for key in [key for key in tags if key not in version.tags]:
         is_ours = key.startswith(PREFIX)
         if is_ours and not takes_ours:
             continue

@@ -47,11 +47,11 @@ class Undo:
     for the answer, and what the answer names is known. Where none comes, what the request may have made is looked for.
 
     Attributes:
-        token: what is made is tagged with it, to be found again.
+        token: 12 hex digits; what is made is tagged with it, to be found again.
     """
 
     def __init__(self) -> None:
-        self.token = uuid.uuid4().hex
+        self.token = uuid.uuid4().hex[:12]
         self._steps: list[_Step] = []
 
     def make(

@@ -74,6 +74,11 @@ class Benchmark:
             "problems": list(self.problems),
         }
 
+    def label(self, row: Measurement) -> str:
+        """What a row is of: the runtime and the part and, where there are several, the model."""
+        several = len({other.model for other in self.measurements}) > 1
+        return f"{row.runtime}, {row.part}" + (f", {row.model}" if several else "")
+
     def metrics(self) -> list[tuple[str, str, float, int]]:
         """Models, names, values and steps for MLflow; the step is the batch size."""
         found = []

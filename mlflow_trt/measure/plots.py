@@ -15,7 +15,7 @@ from mlflow_trt.measure.benchmark import COPIES, Benchmark, Measurement
 
 _MOST_LAYERS = 25
 _MOST_TICKS = 24
-_WIDEST = 96
+_WIDEST = 88
 """Characters that fit over a picture."""
 
 
@@ -57,12 +57,10 @@ def draw_layers(milliseconds: Mapping[str, float], title: str, folder: Path) -> 
 
 
 def _series(benchmark: Benchmark) -> dict[str, list[Measurement]]:
-    several = len({row.model for row in benchmark.measurements}) > 1
     series: dict[str, list[Measurement]] = {}
     for row in benchmark.measurements:
-        label = f"{row.runtime}, {row.part}" + (f", {row.model}" if several else "")
         if row.part != COPIES:
-            series.setdefault(label, []).append(row)
+            series.setdefault(benchmark.label(row), []).append(row)
     return {label: sorted(rows, key=lambda row: row.batch) for label, rows in series.items()}
 
 

@@ -23,6 +23,8 @@ from mlflow_trt.measure.layers import LayerReport, page
 from mlflow_trt.measure.plots import draw_benchmark, draw_layers
 
 _log = get_logger(__name__)
+_DIGITS = 6
+"""Of times in MLflow's tables, which show all that a number has; benchmark.json has them whole."""
 
 
 def write_report(
@@ -67,14 +69,18 @@ def log_report(
     ids = {uri: _model_id(uri) for uri in models}
     with scratch_folder() as workdir:
         write_report(benchmark, title, workdir, layers, comparison)
-        with mlflow.start_run(run_name=_run_name(models), nested=mlflow.active_run() is not None) as run:
+        with mlflow.start_run(
+            run_name=_run_name(models),
+            nested=mlflow.active_run() is not None,
+            description=_description(benchmark, comparison),
+        ) as run:
             mlflow.set_tags({BENCHMARK_OF_TAG: title, **_tags(benchmark, comparison)})
             mlflow.log_params({**benchmark.settings, "model": models[-1]})
             known = [LoggedModelInput(model_id) for model_id in dict.fromkeys(ids.values()) if model_id is not None]
             if known:
                 MlflowClient().log_inputs(run.info.run_id, models=known)
             for model, name, value, step in benchmark.metrics():
-                mlflow.log_metric(name, value, step=step, model_id=ids.get(model))
+                mlflow.log_metric(name, float(f"{value:.{_DIGITS}g}"), step=step, model_id=ids.get(model))
             _log_accuracy(comparison, ids[models[-1]])
             mlflow.log_artifacts(str(workdir))
     return str(run.info.run_id)
@@ -91,6 +97,32 @@ def _short_name(uri: str) -> str:
     if registered is None:
         return uri.rstrip("/").rpartition("/")[2] or uri
     return f"{registered[1]} {'v' if registered[2].isdigit() else '@'}{registered[2]}"
+
+
+def _description(benchmark: Benchmark, comparison: Comparison | None) -> str:
+    """In Markdown: the verdict, a table of the medians, and what was not measured."""
+    times: dict[str, dict[int, str]] = {}
+    for row in benchmark.measurements:
+        times.setdefault(benchmark.label(row), {})[row.batch] = f"{row.latency.p50:.3g}"
+    table = [
+        f"| Batch size | {' | '.join(f'{label}, median ms' for label in times)} |",
+        f"| ---: {'| ---: ' * len(times)}|",
+        *(
+            f"| {batch} | {' | '.join(column.get(batch, '') for column in times.values())} |"
+            for batch in sorted({row.batch for row in benchmark.measurements})
+        ),
+    ]
+    parts = (
+        "" if comparison is None else _verdict(comparison),
+        "\n".join(table) if times else "",
+        *(f"Not measured: {problem}" for problem in benchmark.problems),
+    )
+    return "\n\n".join(filter(None, parts))
+
+
+def _verdict(comparison: Comparison) -> str:
+    error = f"relative error {comparison.relative_error:.2g}" if comparison.outputs else comparison.reason
+    return f"**{comparison.verdict}**: {error}"
 
 
 def _tags(benchmark: Benchmark, comparison: Comparison | None) -> dict[str, str]:

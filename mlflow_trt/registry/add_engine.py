@@ -30,12 +30,12 @@ from mlflow_trt.errors import EngineMismatchError, OptionError, RecipeError, Run
 from mlflow_trt.flavor.describe import describe_version, text_below
 from mlflow_trt.flavor.fetch import fetch_folder, read_mlmodel
 from mlflow_trt.flavor.mlmodel import check_names, flavor_fields
+from mlflow_trt.flavor.recognize import params_from, tags_from
 from mlflow_trt.flavor.register import log_folder, register_version, set_alias
-from mlflow_trt.flavor.tags import CONVERSION_TAG, CONVERTED_TAG, EXTENDS_TAG, PREFIX, TARGET_TAG
 from mlflow_trt.flavor.undo import Undo, undo_on_failure
 from mlflow_trt.pipeline import compile_kernels as kernels
 from mlflow_trt.registry.convert_version import logged_model_name
-from mlflow_trt.registry.lineage import point_to
+from mlflow_trt.registry.lineage import copied_tags, point_to
 from mlflow_trt.registry.sources.open import registered_version
 from mlflow_trt.store.folder import ModelFolder, read_folder
 from mlflow_trt.store.load import open_tensorrt
@@ -137,9 +137,7 @@ def extended_version(
             extended = kernels.store_kernels(folder.path, compiler)
         if gpu is not None:
             _try(folder.path, plugins)
-        tags = {key: value for key, value in version.tags.items() if not key.startswith("mlflow.")}
-        tags = {**tags, TARGET_TAG: ", ".join(e.target for e in extended.engines), EXTENDS_TAG: uri}
-        tags = {key: value for key, value in tags.items() if not key.startswith((CONVERTED_TAG, CONVERSION_TAG))}
+        tags = {**tags_from(extended), **copied_tags(version.tags)}
         text = text_below(folder.record, version.description)
         made = _logged(undo, folder.path, extended, name, tags, describe_version(extended, text))
         lineage = {"source": uri, "name": version.name, "version": str(version.version)}
@@ -216,8 +214,15 @@ def _logged(
     _widen_requirements(folder, record)
     written.model_size_bytes = get_total_file_size(folder)
     (folder / MLMODEL_FILE_NAME).unlink()
-    params = {key: value for key, value in tags.items() if key.startswith(PREFIX)}
-    info = log_folder(undo, folder, written, name=logged_model_name(name), params=params, tags=tags)
+    info = log_folder(
+        undo,
+        folder,
+        written,
+        name=logged_model_name(name),
+        params=params_from(record),
+        tags=tags,
+        description=description,
+    )
     return register_version(undo, name, str(info.model_id), tags=tags, description=description)
 
 

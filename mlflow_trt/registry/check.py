@@ -17,16 +17,14 @@ from mlflow.exceptions import MlflowException
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.errors import ArtifactError, OptionError
 from mlflow_trt.flavor.metrics import complete_metrics, metrics_from
+from mlflow_trt.flavor.recognize import tags_missing
 from mlflow_trt.flavor.register import check_version, complete_version, model_id_of
 from mlflow_trt.flavor.tags import (
     CONVERSION_TAG,
     PREFIX,
-    RECIPE_DIGEST_TAG,
-    SOURCE_NAME_TAG,
-    SOURCE_TAG,
-    SOURCE_VERSION_TAG,
     VERIFICATION_OF_TAG,
     converted_tag,
+    fingerprint_in,
 )
 from mlflow_trt.flavor.tracking import check_server
 from mlflow_trt.flavor.undo import Undo, exists, is_missing, versions_of
@@ -137,13 +135,17 @@ def _extra(versions: list[ModelVersion], taken: set[str]) -> list[ModelVersion]:
 
 
 def _of_version(client: MlflowClient, version: ModelVersion, record: Record) -> Iterator[Finding]:
-    """What a version that can be loaded lacks. Its logged model has the tags that it was to be given."""
+    """What a version that can be loaded lacks. Its logged model has the tags of the user that it was to be given."""
     subject, undo = f"version {version.version}", Undo()
     model_id = model_id_of(version)
     if model_id is None:
         return
     logged = client.get_logged_model(model_id)
-    wanted = {key: value for key, value in logged.tags.items() if not key.startswith("mlflow.")}
+    wanted = tags_missing(record, version.tags) | {
+        key: text
+        for key, text in logged.tags.items()
+        if key == CONVERSION_TAG or not key.startswith(("mlflow.", PREFIX))
+    }
     missing = sorted(key for key in wanted if key not in version.tags)
     if missing:
         yield Finding(
@@ -152,20 +154,24 @@ def _of_version(client: MlflowClient, version: ModelVersion, record: Record) -> 
             remedy="set them",
             _mend=lambda: complete_version(undo, client, version, wanted, None),
         )
-    if metrics_from(record) and not logged.metrics:
+    is_extended = "extends" in record.lineage  # the figures are of the engine that the other version has, too
+    if metrics_from(record) and not logged.metrics and not is_extended:
         yield Finding(
             subject=subject,
             problem="its logged model lacks the metrics of its verification",
             remedy="log them from its record",
             _mend=lambda: complete_metrics(undo, client, version),
         )
-    yield from _of_lineage(client, version, wanted, undo)
+    yield from _of_lineage(client, version, record, undo)
 
 
-def _of_lineage(client: MlflowClient, version: ModelVersion, tags: dict[str, Any], undo: Undo) -> Iterator[Finding]:
-    if SOURCE_VERSION_TAG not in tags:
+def _of_lineage(client: MlflowClient, version: ModelVersion, record: Record, undo: Undo) -> Iterator[Finding]:
+    lineage = record.lineage
+    if "extends" in lineage:  # then it is the other version of this model that points to it
+        name, _, number = lineage["extends"].removeprefix("models:/").rpartition("/")
+        lineage = {"source": lineage["extends"], "name": name, "version": number}
+    if "version" not in lineage:
         return
-    lineage = {"source": tags[SOURCE_TAG], "name": tags[SOURCE_NAME_TAG], "version": tags[SOURCE_VERSION_TAG]}
     try:
         source = client.get_model_version(lineage["name"], lineage["version"])
     except MlflowException as error:
@@ -188,8 +194,8 @@ def _of_logged(client: MlflowClient, name: str, versions: list[ModelVersion], be
     known = {model_id_of(version) for version in versions}
     for experiment_id in _experiments(client):
         for model in _logged_models(client, experiment_id, logged_model_name(name)):
-            # Only a conversion to a registered version has a digest of its recipe.
-            is_left = RECIPE_DIGEST_TAG in model.tags and model.tags.get(CONVERSION_TAG) not in tokens
+            # Only a conversion to a registered version has a fingerprint.
+            is_left = fingerprint_in(model.tags) is not None and model.tags.get(CONVERSION_TAG) not in tokens
             if model.creation_timestamp > before or model.model_id in known:
                 continue
             if model.status == LoggedModelStatus.PENDING and CONVERSION_TAG in model.tags:

@@ -29,13 +29,14 @@ from mlflow_trt.flavor.describe import describe_version
 from mlflow_trt.flavor.fetch import read_record
 from mlflow_trt.flavor.metrics import complete_metrics
 from mlflow_trt.flavor.mlmodel import PackagingOptions, check_names
+from mlflow_trt.flavor.recognize import tags_missing
 from mlflow_trt.flavor.register import complete_version, set_alias
 from mlflow_trt.flavor.signatures import with_graph_names
 from mlflow_trt.flavor.tracking import check_server
 from mlflow_trt.flavor.undo import undo_on_failure
 from mlflow_trt.pipeline.make import PreparedConversion, open_onnx, prepare_conversion
 from mlflow_trt.pipeline.options import ConversionOptions
-from mlflow_trt.registry.lineage import copied_tags, find_twin, point_to, recipe_digest, tags_of
+from mlflow_trt.registry.lineage import copied_tags, find_twin, point_to, recipe_digest
 from mlflow_trt.registry.sources.belongings import Belongings
 from mlflow_trt.registry.sources.open import SourceModel, open_source
 from mlflow_trt.registry.sources.whole.convert import WholeOptions
@@ -71,10 +72,10 @@ def convert_model_version(
 
     The new version gets the source's signature, with the names of the graph where it has none, its input example,
     description, metadata, tags, params, code, extra files, requirements of its own and options for ONNX Runtime; its
-    description begins with a line of its own. What it cannot get is named in a remark. Its tags
-    `mlflow_trt.source`, `.source_name`, `.source_version` and `.source_digest`, and its record, name the source, which
-    has a tag `mlflow_trt.converted_to.<name>.<version>` for each version that was made of it. What was made before, of
-    the same source by the same recipe and TensorRT, is found and returned instead of made again, if it can be loaded.
+    description begins with a line of its own. What it cannot get is named in a remark. Its tag `mlflow_trt.source` and
+    its record name the source, which has a tag `mlflow_trt.converted_to.<name>.<version>` for each version that was
+    made of it. What was made before, of the same source by the same recipe and TensorRT, is found and returned instead
+    of made again, if it can be loaded.
 
     Args:
         model_uri: `models:/name/version`, `models:/name@alias`, `runs:/...`, or any other URI of an MLflow model; the
@@ -149,7 +150,7 @@ def converted_version(
         open_onnx(source.path, prepared.options) as model,
     ):
         digest = recipe_digest(prepared, source.whole)
-        wanted = {**tags_of(source.lineage, digest), **copied_tags(source.tags), **(tags or {})}
+        wanted = {**copied_tags(source.tags), **(tags or {})}
         find = partial(find_twin, client, registered_model_name, source.lineage, model.digest, digest)
         with nullcontext() if force else _alone(registered_model_name, source.lineage, model.digest, digest):
             version = None if force else find()
@@ -175,7 +176,13 @@ def converted_version(
             else:
                 _tell_found(version)
                 record = read_record(f"models:/{version.name}/{version.version}")
-                complete_version(undo, client, version, wanted, describe_version(record, source.description))
+                complete_version(
+                    undo,
+                    client,
+                    version,
+                    {**tags_missing(record, version.tags), **wanted},
+                    describe_version(record, source.description),
+                )
                 complete_metrics(undo, client, version)
             point_to(undo, source.lineage, version)
             if alias is not None:

@@ -1,8 +1,9 @@
 """Where a version came from, what was made of it, and whether that was done before.
 
-A version that was made carries `mlflow_trt.source` (the URI of the version that it was made from), `.source_name`,
-`.source_version`, `.source_digest` and `.recipe_digest`. The source version carries a tag
-`mlflow_trt.converted_to.<name>.<version>` for each version that was made of it, whose value is its URI.
+A version that was made carries `mlflow_trt.source`, the URI of the version that it was made from, and
+`mlflow_trt.fingerprint`, by which it is found again; its record has the digests of source and recipe. The source
+version carries a tag `mlflow_trt.converted_to.<name>.<version>` for each version that was made of it, whose value is
+its URI.
 """
 
 from __future__ import annotations
@@ -31,20 +32,14 @@ from mlflow_trt.core.accuracy import Tolerance
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.types import Precision
 from mlflow_trt.errors import ArtifactError
-from mlflow_trt.flavor.recognize import is_refusal, lineage_tags, own_tags, tell_refused
+from mlflow_trt.flavor.recognize import is_refusal, own_tags, tell_refused
 from mlflow_trt.flavor.register import check_version
-from mlflow_trt.flavor.tags import (
-    PREFIX,
-    RECIPE_DIGEST_TAG,
-    SOURCE_DIGEST_TAG,
-    SOURCE_NAME_TAG,
-    SOURCE_VERSION_TAG,
-    converted_tag,
-)
+from mlflow_trt.flavor.tags import PREFIX, converted_tag, fingerprint, fingerprint_in
 from mlflow_trt.flavor.undo import Undo, exists, versions_of
 from mlflow_trt.flavor.whole.package import WholeSource
 from mlflow_trt.pipeline.make import PreparedConversion
 from mlflow_trt.store import cache
+from mlflow_trt.store.record import Record
 
 _NOT_IN_DIGEST = frozenset({"timing_cache"})  # how fast an engine is built, not what it is
 _log = get_logger(__name__)
@@ -119,11 +114,6 @@ def _array(values: Any) -> npt.NDArray[Any]:
     return np.stack([np.asarray(cell) for cell in array]) if array.dtype == object else array
 
 
-def tags_of(lineage: Mapping[str, str], digest: str) -> dict[str, str]:
-    """The tags of a version that was made from the source that `lineage` describes, by the recipe of that digest."""
-    return lineage_tags({**lineage, "recipe_digest": digest})
-
-
 def copied_tags(tags: Mapping[str, str]) -> dict[str, str]:
     """The tags that a user gave to a source version, without those of MLflow and of this package."""
     return {key: value for key, value in tags.items() if not key.startswith(("mlflow.", PREFIX))}
@@ -147,26 +137,28 @@ def find_twin(
     found = list(versions_of(client, registered_model_name))
     if before is not None:
         found = [version for version in reversed(found) if int(version.version) < before]
+    wanted = fingerprint(lineage.get("name"), lineage.get("version"), source_digest, digest)
     for version in found:
         tags = own_tags(client, version)
-        if tags is None or tags.get(RECIPE_DIGEST_TAG) != digest:
+        if tags is None or fingerprint_in(tags) != wanted:
             continue
-        same_version = (tags.get(SOURCE_NAME_TAG), tags.get(SOURCE_VERSION_TAG)) == (
-            lineage.get("name"),
-            lineage.get("version"),
-        )
-        if same_version and tags.get(SOURCE_DIGEST_TAG) == source_digest and _is_usable(client, version):
+        record = _usable_record(client, version)
+        if record is not None and _is_made_of(record, lineage, source_digest, digest):
             return version
     return None
 
 
-def _is_usable(client: MlflowClient, version: ModelVersion) -> bool:
+def _is_made_of(record: Record, lineage: Mapping[str, str], source_digest: str, digest: str) -> bool:
+    same = all(record.lineage.get(key) == lineage.get(key) for key in ("name", "version"))
+    return same and record.lineage.get("recipe_digest") == digest and record.source.digest == source_digest
+
+
+def _usable_record(client: MlflowClient, version: ModelVersion) -> Record | None:
     try:
-        check_version(client, version)
+        return check_version(client, version)
     except ArtifactError as error:
         _log.warning("A version of the same source and recipe cannot be loaded, and is not used: %s", error.message)
-        return False
-    return True
+        return None
 
 
 def point_to(undo: Undo, lineage: Mapping[str, str], made: ModelVersion) -> None:
