@@ -98,6 +98,14 @@ class TestOnnxRuntimeSession:
         assert record.whole.lengths is not None
         assert len(record.whole.lengths.sizes) <= 4
         assert record.lineage["flavor"] == "python_model"
+        agreement = record.whole.agreement
+        assert agreement is not None
+        assert agreement.inputs > 1
+        assert agreement.numbers == agreement.texts == agreement.equal > len(TEXTS)
+        assert agreement.largest_error < 1e-5
+        assert agreement.runtime.startswith("ONNX Runtime")
+        _, shown, _ = run("inspect", "models:/made/1")
+        assert f"{agreement.equal} of {agreement.texts} texts equal" in " ".join(shown.split())
         requirements = mlflow.pyfunc.get_model_dependencies("models:/made/1")
         lines = Path(requirements).read_text().splitlines()
         assert "pandas>=2" in lines
@@ -249,3 +257,23 @@ class TestDifferences:
         assert "is a list" in self.found([1], (1,))
         assert "float64[3, 16]" in self.found(networks.rows(3).astype(float), networks.rows(3))
         assert "keys" in self.found({"a": 1}, {"b": 1})
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "tally"),
+    [
+        ([{"label": "a", "score": 0.75}], [{"label": "b", "score": 0.5}], answers.Tally(1, 0.5, 1, 0)),
+        (np.array([1.0, 3.0]), np.array([1.0, 4.0]), answers.Tally(2, 0.25)),
+        ([1.0, 3.0], [1.0, 4.0], answers.Tally(2, 0.25)),
+        ({"a": [[1.0], [2.0]], "n": 3}, {"a": [[1.0], [4.0]], "n": 3}, answers.Tally(2, 0.5)),
+        (np.array(["x", "y"]), np.array(["x", "y"]), answers.Tally(texts=2, equal=2)),
+        (pd.Series([0.0, 0.0]), pd.Series([0.0, 0.0]), answers.Tally(2, 0.0)),
+        (pd.DataFrame({"e": [[1.0, 2.0]], "t": ["x"]}), pd.DataFrame({"e": [[1.0, 4.0]], "t": ["x"]}),
+         answers.Tally(2, 0.5, 1, 1)),
+        ([], [], answers.Tally()),
+    ],
+)  # fmt: skip
+def test_what_is_counted_of_answers(answer, expected, tally):
+    counted = answers.Tally()
+    counted.count(answer, expected)
+    assert counted == tally

@@ -41,6 +41,7 @@ def print_record(uri: str, record: Record, digest: str | None = None) -> None:
             "exported by": record.lineage.get("exporter"),
             "left out": record.lineage.get("left_out"),
             "whole model": _whole_fact(record.whole),
+            "as its source": record.whole and record.whole.agreement and str(record.whole.agreement),
             "engines of": record.lineage.get("extends"),
             "made by": f"mlflow-trt {record.mlflow_trt_version}, format {record.format}",
             "remarks": in_own_words("\n".join(record.remarks)),

@@ -70,13 +70,36 @@ class GoldenAnswer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How near the answers came to those of the source, before the model was logged.
+
+    `inputs` were answered on `runtime`. `numbers` is how many floats there were, and `largest_error` the largest one of
+    any column or array: its largest absolute difference, as a share of its largest magnitude, or of 1 where all are 0.
+    Of `texts`, such as labels, all were `equal` but those whose numbers beside them were a tie.
+    """
+
+    inputs: int
+    runtime: str
+    numbers: int
+    largest_error: float
+    texts: int
+    equal: int
+
+    def __str__(self) -> str:
+        of_numbers = f"{self.numbers} numbers off by {self.largest_error:.2g} at most" if self.numbers else ""
+        of_texts = f"{self.equal} of {self.texts} texts equal" if self.texts else ""
+        return ", ".join(filter(None, (f"{self.inputs} inputs", of_numbers, of_texts, f"on {self.runtime}")))
+
+
+@dataclass(frozen=True, kw_only=True)
 class WholeModel:
     """What a model folder says of the whole model in it.
 
     `flavor` is the one of MLflow that loads it, `network` the attribute that the engine takes the place of. `files` are
     those below `whole/`, each with its sha256, and `golden` what the source answers to its input example; `hollow` are
     files of weights that have none. With `trusts_code` it may run Python files of its own. `own_settings` are settings
-    of the source that are called like one of ours, and so cannot be overridden.
+    of the source that are called like one of ours, and so cannot be overridden. `agreement` is with the source, where
+    the two were compared.
     """
 
     flavor: str
@@ -88,3 +111,4 @@ class WholeModel:
     hollow: tuple[str, ...] = ()
     trusts_code: bool = False
     own_settings: Mapping[str, Any] = field(default_factory=dict)
+    agreement: Agreement | None = None

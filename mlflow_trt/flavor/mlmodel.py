@@ -49,7 +49,7 @@ from mlflow_trt.pipeline.verify import Verification
 from mlflow_trt.store.engine_folder import EngineInterface, write_engine_folder
 from mlflow_trt.store.precision_page import REPORT_FILE, report_text
 from mlflow_trt.store.record import FLAVOR_NAME, Record
-from mlflow_trt.store.write_folder import write_folder
+from mlflow_trt.store.write_folder import add_agreement, write_folder
 
 _log = get_logger(__name__)
 
@@ -131,8 +131,10 @@ def write_model(
         if made.selection is not None:
             _draw(made.selection, made.conversion, folder)
         _write_mlmodel(model, folder, record, options, made.settings)
-        if options.whole is not None:
-            compare_whole(folder, model, options.whole, made.settings, answer_tolerance(made))
+        if options.whole is not None and record.whole is not None:
+            agreement = compare_whole(folder, model, options.whole, made.settings, answer_tolerance(made))
+            if agreement is not None:
+                add_agreement(folder, record.whole, agreement)
     return model
 
 

@@ -15,7 +15,7 @@ from mlflow_trt.convert.onnx.model import MODEL_FILE, copy_files
 from mlflow_trt.core.accuracy import Comparison, Tolerance
 from mlflow_trt.core.selection import Selection
 from mlflow_trt.core.types import EngineRecord, Gpu, KernelsRecord
-from mlflow_trt.core.whole_model import WholeModel
+from mlflow_trt.core.whole_model import Agreement, WholeModel
 from mlflow_trt.store.folder import read_folder
 from mlflow_trt.store.golden import GOLDEN_FILE, Golden, to_npz
 from mlflow_trt.store.record import FORMAT, Record, StoredGolden, StoredModel, write_record_file
@@ -99,6 +99,11 @@ def add_kernels_file(folder: Path, engine: EngineRecord, kernels: bytes, *, gpu:
     (folder / stored.file).write_bytes(kernels)
     engines = (replace(one, kernels=stored) if one.file == engine.file else one for one in record.engines)
     return _replace_record(folder, replace(record, engines=tuple(engines)))
+
+
+def add_agreement(folder: Path, whole: WholeModel, agreement: Agreement) -> None:
+    """Say in the folder of a whole model that was not logged yet how near it came to its source."""
+    _replace_record(folder, replace(read_folder(folder).record, whole=replace(whole, agreement=agreement)))
 
 
 def _replace_record(folder: Path, record: Record) -> Record:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from mlflow_trt.core.arrays import Array
 
 _VISIBLE = 1e-3
 """Numbers that are smaller than this share of the largest beside them are not compared by their own size."""
@@ -29,6 +32,46 @@ def differences(answer: Any, expected: Any, tolerance: float, where: str = "the 
         yield from _of_arrays(answer.detach().cpu().numpy(), expected.detach().cpu().numpy(), tolerance, where)
     elif answer != expected:
         yield f"{where} is {answer!r}, where the source gives {expected!r}"
+
+
+@dataclass
+class Tally:
+    """Numbers and texts of pairs of answers that have no `differences`."""
+
+    numbers: int = 0
+    largest_error: float = 0.0
+    texts: int = 0
+    equal: int = 0
+
+    def count(self, answer: Any, expected: Any) -> None:
+        """Count what is in an answer, by columns and arrays."""
+        if isinstance(expected, str):
+            self.texts += 1
+            self.equal += answer == expected
+        elif isinstance(expected, (pd.DataFrame, Mapping)):
+            for name in expected:
+                self.count(answer[name], expected[name])
+        elif isinstance(expected, pd.Series):
+            self.count(answer.to_numpy(), expected.to_numpy())
+        elif hasattr(expected, "detach"):
+            self.count(answer.detach().cpu().numpy(), expected.detach().cpu().numpy())
+        elif isinstance(expected, (list, tuple)) or _is_of_objects(expected):
+            if len(expected) and all(isinstance(one, float) for one in expected):
+                answer, expected = [np.asarray(answer, float)], [np.asarray(expected, float)]
+            for one, other in zip(answer, expected, strict=True):
+                self.count(one, other)
+        elif isinstance(expected, float) or (isinstance(expected, np.ndarray) and expected.dtype.kind in "fc"):
+            self._measure(np.asarray(answer), np.asarray(expected))
+
+    def _measure(self, answer: Array, expected: Array) -> None:
+        self.numbers += expected.size
+        largest = float(np.nanmax(np.abs(expected), initial=0.0))
+        off = float(np.nanmax(np.abs(answer.astype(np.complex128) - expected.astype(np.complex128)), initial=0.0))
+        self.largest_error = max(self.largest_error, off / (largest or 1.0))
+
+
+def _is_of_objects(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind in "OUT"
 
 
 def _of_frames(answer: pd.DataFrame, expected: pd.DataFrame, tolerance: float, where: str) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from mlflow import pyfunc
@@ -12,8 +13,9 @@ from mlflow.models import Model
 
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.settings import LoadSettings
+from mlflow_trt.core.whole_model import Agreement
 from mlflow_trt.errors import AccuracyError, ExecutionError, MlflowTrtError, RuntimeUnavailableError
-from mlflow_trt.flavor.whole.answers import differences
+from mlflow_trt.flavor.whole.answers import Tally, differences
 from mlflow_trt.flavor.whole.loading import load_whole
 from mlflow_trt.flavor.whole.package import WholeSource
 from mlflow_trt.runtime.cuda.device import open_device
@@ -27,13 +29,14 @@ _log = get_logger(__name__)
 
 def compare_whole(
     folder: Path, model: Model, source: WholeSource, settings: LoadSettings, tolerance: float | None
-) -> None:
+) -> Agreement | None:
     """Answer the examples of the source with what was made of it, and compare.
 
     Without a tolerance, as with verify=False, nothing is compared. Raises AccuracyError for answers that differ.
     """
     if tolerance is None:
-        return
+        return None
+    tally = Tally()
     made = read_folder(folder)
     with _session(made, settings) as session, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the source, about its own insides
@@ -55,7 +58,11 @@ def compare_whole(
                     f"the whole model on {session.description} answers otherwise than its source: "
                     f"{'; '.join(found[:3])}. Nothing was logged. Take a wider precision, or verify=Tolerance(...)"
                 )
-    _log.info("The whole model answers %d inputs as its source does", len(source.examples))
+            tally.count(answer, expected)
+        runtime = session.description
+    agreement = Agreement(inputs=len(source.examples), runtime=runtime, **asdict(tally))
+    _log.info("The whole model answers as its source does: %s", agreement)
+    return agreement
 
 
 @contextmanager
