@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mlflow_trt._version import __version__
 
 if TYPE_CHECKING:
+    from mlflow_trt.backends.onnxruntime import ONNX_EXECUTION_PROVIDERS
     from mlflow_trt.convert.recipe import Recipe
     from mlflow_trt.core.accuracy import Tolerance
     from mlflow_trt.core.settings import LoadSettings
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FLAVOR_NAME",
+    "ONNX_EXECUTION_PROVIDERS",
     "AccuracyError",
     "ArtifactError",
     "BuildError",
@@ -111,6 +113,7 @@ __all__ = [
 _MODULES = {
     "FLAVOR_NAME": "store.record",
     "LoadSettings": "core.settings",
+    "ONNX_EXECUTION_PROVIDERS": "backends.onnxruntime",
     "Precision": "core.types",
     "Recipe": "convert.recipe",
     "Session": "runtime.session",

@@ -45,9 +45,9 @@ def rows():
     return pd.DataFrame(np.random.default_rng(6).standard_normal((60, 4)).astype(np.float32), columns=COLUMNS)
 
 
-def evaluated(model, data, kind):
+def evaluated(model, data, kind, **more):
     with mlflow.start_run():
-        config = {"log_model_explainability": False, "log_explainer": False}
+        config = {"log_model_explainability": False, "log_explainer": False, **more}
         result = mlflow.models.evaluate(
             model, data, targets="target", model_type=kind, evaluators="default", evaluator_config=config
         )
@@ -72,8 +72,22 @@ def test_a_regressor_by_its_uri(store, rows):
     )  # it measured this model, and not another
 
 
+@pytest.mark.parametrize("known", [{}, {"label_list": [0, 1, 2]}], ids=["labels found", "labels given"])
+def test_a_classifier_by_its_uri_is_refused_before_and_after(known, store, rows):
+    """MLflow's evaluator takes what `predict` returns for a vector of labels, which the DataFrame of both is not.
+
+    It concatenates it with the targets to find the labels, and makes a table of it where they are given.
+    """
+    message = "you must pass an index" if known else "same number of dimensions"
+    for uri in versions(classifier(), "classifier"):
+        labels = mlflow.pyfunc.load_model(uri).predict(rows)
+        assert labels.shape == (60, 1)
+        with pytest.raises(ValueError, match=message):
+            evaluated(uri, rows.assign(target=labels["y"]), "classifier", **known)
+        mlflow.end_run()
+
+
 def test_a_classifier_by_the_column_of_its_labels(store, rows):
-    """By its URI it works for no flavor that gives DataFrames: MLflow puts targets and predictions into one array."""
     before, after = versions(classifier(), "classifier")
     labels = mlflow.pyfunc.load_model(before).predict(rows)["y"]
     data = rows.assign(target=labels.where(labels.index >= 12, (labels + 1) % 3))

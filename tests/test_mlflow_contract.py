@@ -180,6 +180,17 @@ class TestSaveAndLoad:
         mlflow_trt.save_model(model, path, save_as_external_data=True)
         assert model == heavy()
 
+    def test_different_a_model_is_checked_once(self, path):
+        """`mlflow.onnx` asks onnx.checker at each load; here when it is logged, and the sha256 at each load."""
+        invalid = regressor()
+        invalid.graph.node[0].input[0] = "nowhere"
+        with pytest.raises(OnnxModelError, match="is no valid ONNX model"):
+            mlflow_trt.save_model(invalid, path)
+        mlflow_trt.save_model(regressor(), path)
+        (Path(path) / "model.onnx").write_bytes(invalid.SerializeToString())
+        with pytest.raises(mlflow_trt.IntegrityError):
+            mlflow_trt.load_model(path)
+
     def test_a_model_that_is_damaged_is_not_loaded(self, path):
         mlflow_trt.save_model(regressor(), path)
         (Path(path) / "model.onnx").write_bytes(b"damaged")
@@ -415,18 +426,20 @@ class TestOnnxRuntime:
             (["CUDAExecutionProvider", "CPUExecutionProvider"], None),
             ([("CPUExecutionProvider", {})], [("CPUExecutionProvider", {})]),
             (["NoSuchExecutionProvider"], ["CPUExecutionProvider"]),
+            (None, None),
         ],
-        ids=["CPU", "CUDA first", "with options", "an unknown one"],
+        ids=["CPU", "CUDA first", "with options", "an unknown one", "none"],
     )
     def test_providers_reach_onnx_runtime(self, flavor, providers, expected, path, monkeypatch):
-        save(flavor, regressor(), path, onnx_execution_providers=providers)
-        expected = expected or [name for name in providers if name in onnxruntime.get_available_providers()]
+        save(flavor, regressor(), path, **({} if providers is None else {"onnx_execution_providers": providers}))
+        asked = providers or flavor.ONNX_EXECUTION_PROVIDERS
+        expected = expected or [name for name in asked if name in onnxruntime.get_available_providers()]
         received = []
         made = onnxruntime.InferenceSession.__init__
 
-        def note(session, *arguments, **keywords):
-            received.append(keywords["providers"])
-            made(session, *arguments, **keywords)
+        def note(session, file, providers=None, sess_options=None, **more):  # keywords both, as MLflow's tests expect
+            received.append(providers)
+            made(session, file, providers=providers, sess_options=sess_options, **more)
 
         monkeypatch.setattr(onnxruntime.InferenceSession, "__init__", note)
         mlflow.pyfunc.load_model(path)
@@ -434,6 +447,7 @@ class TestOnnxRuntime:
 
     def test_different_without_providers_it_is_the_cpu(self, path):
         """`mlflow.onnx` asks for CUDA first; here `runtime` says whether the GPU is to be used."""
+        assert mlflow_trt.ONNX_EXECUTION_PROVIDERS == ["CPUExecutionProvider"]
         mlflow_trt.save_model(regressor(), path)
         assert mlflow.pyfunc.load_model(path).get_raw_model().device == "CPU"
 

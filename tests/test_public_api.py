@@ -14,6 +14,7 @@ from mlflow_trt import errors
 
 NAMES = {
     "FLAVOR_NAME",
+    "ONNX_EXECUTION_PROVIDERS",
     "AccuracyError",
     "ArtifactError",
     "BuildError",

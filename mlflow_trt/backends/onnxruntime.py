@@ -23,6 +23,8 @@ from mlflow_trt.errors import (
 )
 
 CPU_PROVIDER = "CPUExecutionProvider"
+ONNX_EXECUTION_PROVIDERS = [CPU_PROVIDER]
+"""What runs a model where no providers are given. In `mlflow.onnx`, which has it too, CUDA is first."""
 _NUMPY_NAMES = {"float": "float32", "double": "float64", "bool": "bool"} | {
     name: name for name in ("float16", "int8", "uint8", "int16", "uint16", "int32", "int64")
 }
@@ -83,18 +85,20 @@ class CpuModel:
             _set_option(onnxruntime, options, name, value)
         available = onnxruntime.get_available_providers()
         if providers is None:
-            wanted: list[Any] = [name for name in (CUDA,) if prefer_cuda and name in available] + [CPU_PROVIDER]
+            wanted: list[Any] = [
+                name for name in (CUDA,) if prefer_cuda and name in available
+            ] + ONNX_EXECUTION_PROVIDERS
         else:
             wanted = [entry if isinstance(entry, str) else (entry[0], dict(entry[1])) for entry in providers]
         usable = [entry for entry in wanted if _name_of(entry) in available] or [CPU_PROVIDER]
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=usable)
+            self._session = onnxruntime.InferenceSession(str(path), sess_options=options, providers=usable)
         except Exception as error:  # its exceptions share no base class
             if providers is None or usable == [CPU_PROVIDER]:
                 raise load_error(self.version, str(error)) from error
             _log.warning("ONNX Runtime's providers %s cannot be used: %s", ", ".join(map(_name_of, usable)), error)
             try:
-                self._session = onnxruntime.InferenceSession(str(path), options, providers=[CPU_PROVIDER])
+                self._session = onnxruntime.InferenceSession(str(path), sess_options=options, providers=[CPU_PROVIDER])
             except Exception as second:
                 raise load_error(self.version, str(second)) from second
         # Asked, since a provider that does not work is left out without an error.
