@@ -4,13 +4,22 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test test-fast test-smoke test-lowest test-spark test-torch faults fuzz audit dist lint docs check-python clean
+.PHONY: quickstart test test-fast test-smoke test-lowest test-spark test-torch faults fuzz audit dist lint docs site blocks check-python clean
 
 quickstart: $(VENV)/.rtx
 	$(RUN) examples/quickstart.py
 
 docs: $(VENV)/.dev
 	$(RUN) docs/generate_cli_page.py
+
+# The documentation as a site, in site/. A link that leads nowhere is an error.
+site: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "The site is in site/; $(RUN) -m mkdocs serve shows it while it is edited."
+
+# How many blocks of code of README and docs are run by tests, and why the others are not.
+blocks: | $(VENV)/bin/python
+	$(RUN) tests/doc_blocks.py
 
 # Two processes, since that is what most machines for tests have. Each gets one file after the other, the long ones
 # first (tests/conftest.py): servers and models that the tests of a file share are made once. PYTEST_OPTIONS adds to it:
@@ -110,6 +119,11 @@ $(VENV)/.dev: $(VENV)/.rtx
 	$(RUN) -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.rtx
+	@echo "Installing the tools for the site ..."
+	$(RUN) -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
 $(VENV)/bin/python: | check-python
 	@echo "Making an environment in $(VENV) ..."
 	$(PYTHON) -m venv $(VENV)
@@ -119,4 +133,4 @@ check-python:
 	  || { echo "Python 3.10 or later is needed; name one with: make PYTHON=python3.12 ..."; exit 1; }
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-shipped quickstart build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-shipped quickstart build dist site *.egg-info

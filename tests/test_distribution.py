@@ -85,11 +85,11 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
 def test_the_sdist_holds_what_the_tests_need(built):
     with tarfile.open(built[1]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    assert {"Makefile", "LICENSE", "README.md", "CHANGELOG.md", "docs/guide.md", "examples/quickstart.py"} <= names
+    assert {"Makefile", "LICENSE", "README.md", "CHANGELOG.md", "docs/quickstart.md", "examples/quickstart.py"} <= names
     assert {"tests/conftest.py", "tests/gpu/test_session.py", "tests/mypy.ini", "tests/plugin"} <= names | {
         str(Path(name).parent) for name in names
     }
-    assert {"pyproject.toml", ".ci/run", ".github/workflows/release.yml"} <= names
+    assert {"pyproject.toml", ".ci/run", ".github/workflows/release.yml", "mkdocs.yml"} <= names
     assert not [name for name in names if "__pycache__" in name or name.startswith((".venv", "dist", "quickstart"))]
 
 
@@ -101,7 +101,7 @@ def test_what_pypi_shows(metadata):
     links = ["".join(groups) for groups in targets]
     ours = f"{REPOSITORY}/blob/v{mlflow_trt.__version__}/"
     files = {link.removeprefix(ours).partition("#")[0] for link in links if link.startswith(ours)}
-    assert {"docs/guide.md", "CHANGELOG.md", "SECURITY.md"} <= files
+    assert {"docs/quickstart.md", "CHANGELOG.md", "SECURITY.md"} <= files
     assert [name for name in files if not (ROOT / name).is_file()] == []
     assert [link for link in links if not re.match(r"https?://|#", link)] == []
     urls = dict(value.split(", ") for value in metadata.get_all("Project-URL", []))

@@ -1,4 +1,4 @@
-"""Every form that data comes in, and everything that may be wrong with it: the table in the guide, cell by cell."""
+"""Every form that data comes in, and everything that may be wrong with it: the table of docs/inputs.md, by cell."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import mlflow_trt
 from mlflow_trt import InputError
 
 CPU = {"runtime": "onnxruntime"}
-GUIDE = Path(__file__).parents[1] / "docs" / "guide.md"
+PAGE = Path(__file__).parents[1] / "docs" / "inputs.md"
 LABELS = [7, 3, 9]  # of a DataFrame that was filtered: no 0 among them
 
 # What is given, in three rows of two: for which input, the rows, and which of them is to blame.
@@ -125,8 +125,8 @@ THERE = {
 
 
 def table() -> list[tuple[str, str, str]]:
-    """(what is given, form, what the guide says happens), for each cell that says something."""
-    lines = GUIDE.read_text().partition("| given |")[2].partition("\n\n")[0].splitlines()
+    """(what is given, form, what the page says happens), for each cell that says something."""
+    lines = PAGE.read_text().partition("| given |")[2].partition("\n\n")[0].splitlines()
     forms = [form.strip().split(", ") for form in lines[0].strip(" |").split("|")]
     found = []
     for line in lines[2:]:
@@ -149,7 +149,7 @@ def test_the_table_is_of_all_forms_and_all_cases():
 
 
 @pytest.mark.parametrize(("given", "form", "said"), TABLE, ids=[f"{given}, {form}" for given, form, _ in TABLE])
-def test_as_the_guide_says(given, form, said, models, post):
+def test_as_the_page_says(given, form, said, models, post):
     type_, rows, blamed = CASES[given]
     if form in HERE:
         data = HERE[form](rows)

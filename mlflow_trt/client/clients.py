@@ -67,11 +67,14 @@ class Client:
         JSON only where the model's signature has binary columns.
 
         Raises:
-            InputError: the server refused the input, and why; InputShapeError: an array has another shape than the
-                model or its signature, which the client asks for before it sends anything; InputDtypeError: numbers
-                would not be the same in the dtype of the model.
-            OutOfMemoryError: it has no room for it.
-            ServerError: it failed; ServerUnavailableError: there is none; ServerTimeoutError: it took too long.
+            InputError: the server refused the input, and why.
+            InputShapeError: an array has another shape than the model or its signature, which the client asks for
+                before it sends anything.
+            InputDtypeError: numbers would not be the same in the dtype of the model.
+            OutOfMemoryError: the server has no room for it.
+            ServerError: it failed.
+            ServerUnavailableError: there is none.
+            ServerTimeoutError: it took too long.
         """
         return self._follow(self._prediction.predict(inputs))
 

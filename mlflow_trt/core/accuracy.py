@@ -111,14 +111,25 @@ _DEFAULTS: Mapping[Precision, tuple[float, float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class OutputComparison:
-    """One output against the reference, over all samples together.
+    """One output of a model against that of its reference, over all samples.
 
-    `relative_error` is the norm of the difference over the norm of the reference. `nans` and `infinities` count values
-    that are so where the reference is finite, `other_shapes` the samples for which the shapes differ. `classes` is how
-    many classes it scores, where it looks as if it did; `top_class_agreement` is then the share of rows with the same
-    best class, `clear_agreement` that of the rows whose best class is beyond doubt (see Tolerance). `varies` tells
-    whether the reference varies enough to prove anything. `median_row_error` and `worst_row_error` are relative errors
-    of `rows` rows each by itself; None where there is only one, and the worst also where values are no floats.
+    Attributes:
+        name: of the output.
+        values: how many numbers were compared.
+        max_abs_error: the largest difference of a single value, in the unit of the output.
+        mean_abs_error: the mean of the differences, likewise.
+        relative_error: the norm of the difference over the norm of the reference.
+        cosine_similarity: -1 to 1.
+        nans: values that are NaN where the reference is finite.
+        infinities: values that are infinite where the reference is finite.
+        other_shapes: samples for which the output has another shape than the reference.
+        varies: whether the reference varies enough to prove anything.
+        classes: where the output looks like scores of classes, how many there are.
+        top_class_agreement: the share of rows with the same best class, 0 to 1.
+        clear_agreement: the same of those rows alone whose two best classes are further apart than the tolerated error.
+        rows: how many rows were compared each by itself.
+        median_row_error: the relative error of the row in the middle; None where there is only one row.
+        worst_row_error: the largest relative error of a row; None where there is only one, or values are no floats.
     """
 
     name: str
@@ -185,8 +196,12 @@ class OutputComparison:
 class Comparison:
     """All outputs of `subject` against those of the source model on ONNX Runtime, for the same inputs.
 
-    `inputs` tells what was run, and how much of it. Where nothing was compared there are no `outputs`, and `reason`
-    says why.
+    Attributes:
+        subject: what was compared: an engine on a GPU, or a typed model.
+        inputs: what was run, and how much of it.
+        tolerance: what the verdict is by.
+        outputs: the errors of each output; none where nothing was compared.
+        reason: why nothing was compared, else empty.
     """
 
     subject: str
@@ -206,10 +221,12 @@ class Comparison:
 
     @property
     def problems(self) -> tuple[str, ...]:
+        """What is beyond the tolerance, in words."""
         return tuple(problem for output in self.outputs for problem in output.problems(self.tolerance))
 
     @property
     def verdict(self) -> Verdict:
+        """`passed`, `failed`, `inconclusive` where the reference hardly varies, or `nothing was compared`."""
         if self.reason:
             return Verdict.NOTHING_COMPARED
         if self.problems:

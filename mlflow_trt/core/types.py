@@ -38,8 +38,8 @@ class Precision(StrEnum):
 
     `FP32` is strict: the builder's TF32 flag is cleared. `TF32` sets it, which lets matrix products and convolutions
     round their float32 operands to 10 bits of mantissa. TensorRT-RTX ignores that flag and always behaves like `TF32`.
-    `FP16` and `BF16` compute in 16 bits what bears it. `INT8` and `FP8` quantize the operands of matrix products and
-    convolutions. `BEST` stands for the fastest of these that is accurate enough, and is never that of an engine.
+    `FP16` and `BF16` run in 16 bits every node that tolerates it. `INT8` and `FP8` quantize the operands of matrix
+    products and convolutions. `BEST` stands for the fastest of these that is accurate enough; no engine has it.
     """
 
     FP32 = "fp32"

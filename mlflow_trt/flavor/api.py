@@ -110,16 +110,23 @@ def save_model(
         progress: called while the engine is built; None shows it on standard error.
         save_as_external_data: True keeps the weights in a file beside `model.onnx`, False in it; None leaves them where
             the source has them.
-        onnx_execution_providers, onnx_session_options: how ONNX Runtime runs the model where it is the runtime, as for
-            `mlflow.onnx.save_model`; they become load settings. Without providers it runs on the CPU.
-        conda_env, code_paths, mlflow_model, pip_requirements, extra_pip_requirements, metadata, extra_files: as for
-            `mlflow.onnx.save_model`.
+        onnx_execution_providers: where ONNX Runtime runs the model if it is the runtime, as for
+            `mlflow.onnx.save_model`: names of providers, or (name, options). It becomes a load setting. None: the CPU.
+        onnx_session_options: how it runs it, as for `mlflow.onnx.save_model`; it becomes a load setting.
+        conda_env: as for `mlflow.onnx.save_model`; None gives what `get_default_conda_env` does.
+        code_paths: files and folders of Python code that are stored with the model and importable once it is loaded.
+        mlflow_model: the MLflow model to add the flavor to.
+        pip_requirements: as for `mlflow.onnx.save_model`, instead of the default ones.
+        extra_pip_requirements: more requirements, beside the default ones.
+        metadata: any mapping, stored in the MLmodel file.
+        extra_files: more files to store with the model.
 
     Raises:
         OnnxModelError: the model cannot be read, lacks weights, or has inputs or outputs that TensorRT cannot have.
-        RecipeError: the recipe contradicts itself or the model. OptionError: another argument makes no sense.
-        BuildError: TensorRT built no engine; UnsupportedModelError names the nodes it cannot run, or the output that
-            would be wrong.
+        RecipeError: the recipe contradicts itself or the model.
+        OptionError: another argument makes no sense.
+        BuildError: TensorRT built no engine.
+        UnsupportedModelError: it cannot run the model; the text names the nodes, or the output that would be wrong.
         InputError: the calibration data does not fit the model.
         AccuracyError: the converted model is too far from the source model.
         MissingDependencyError: no TensorRT is installed, or no ONNX Runtime where the precision needs it.
@@ -201,14 +208,21 @@ def log_model(
     and targets become tags (`mlflow_trt.precision`, ...) of the logged model and the model version, and with batch
     range, TensorRT version and accuracy params of the logged model, where they can be searched for.
 
+    Keywords that are not listed here, and what is raised, are those of `save_model`.
+
     Args:
-        name: the name of the logged model. MLflow's old word for it, artifact_path, is accepted.
+        onnx_model: as for `save_model`.
+        name: the name of the logged model.
+        artifact_path: MLflow's old word for `name`.
         registered_model_name: register a version under this name, creating the registered model if need be.
         validate_serving_input: whether MLflow loads the logged model once to try the input example on it; None does so
             where a GPU can run it.
-        await_registration_for, params, tags, model_type, step, model_id: as for `mlflow.onnx.log_model`.
-
-        The others are those of `save_model`, which also lists what is raised.
+        await_registration_for: seconds to wait until the version is ready.
+        params: of the logged model, beside its own.
+        tags: of the logged model and the version, beside their own.
+        model_type: MLflow's, of the logged model.
+        step: of the metrics that are logged.
+        model_id: of a logged model to write to, instead of a new one.
 
     Returns:
         What every MLflow flavor returns: the logged model's URI, signature and, if registered, version.
@@ -294,19 +308,26 @@ def load_model(
 ) -> Session:
     """Load a model for its native interface, a Session. `mlflow.pyfunc.load_model` loads it the MLflow way.
 
+    All other keywords are load settings, which LoadSettings explains; None takes what the environment variable
+    MLFLOW_PYFUNC_INFERENCE_CONFIG says, or else the ones that the model was logged with.
+
     Args:
         model_uri: any model URI of MLflow, such as `models:/resnet50-trt/1` or a local folder.
         dst_path: an existing folder to download to; a temporary one if left out.
-        runtime, on_mismatch, device, kernel_specialization, cuda_graphs, max_batch_delay_ms, warm_up,
-            allow_engine_host_code, self_test, plugins, onnx_execution_providers, onnx_session_options, expected_digest,
-            trust_engines, signature, signed_by: load settings, see LoadSettings; None takes what the environment
-            variable MLFLOW_PYFUNC_INFERENCE_CONFIG says, or else the ones that the model was logged with.
         progress: called while an engine is built for this machine; None shows it on standard error.
 
+    Returns:
+        The model, to be closed or used in a `with` statement.
+
     Raises:
-        ArtifactError: it is no model of this flavor; IntegrityError: one of its files is not the one that was logged,
-            or it is not the one that is expected; SignatureError: it is not what was signed.
-        RuntimeUnavailableError, EngineMismatchError, ExecutionError: it cannot run here, and why.
+        ArtifactError: it is no model of this flavor.
+        IntegrityError: one of its files is not the one that was logged, or it is not the model that is expected.
+        SignatureError: it is not what was signed.
+        RuntimeUnavailableError: there is no GPU, or nothing that can call it.
+        EngineMismatchError: no stored engine fits, and `on_mismatch` is `error`.
+        BuildError: none fits, and none can be built here.
+        SelfTestError: the engine answers wrongly on this machine.
+        ExecutionError: it cannot be loaded, and why.
     """
     folder = fetch_folder(model_uri, dst_path)
     given = {

@@ -102,8 +102,9 @@ def log_engine(
     Args:
         plan: the file. It is executable content: take it from where you would take a program from.
         name: the name of the logged model.
-        inputs, outputs: {name: (dtype, shape)}, the dtype as numpy calls it or `bfloat16`, -1 for what varies. None
-            asks the engine, on a GPU of this machine that it was built for.
+        inputs: {name: (dtype, shape)}, the dtype as numpy calls it or `bfloat16`, -1 for what varies. None asks the
+            engine, on a GPU of this machine that it was built for.
+        outputs: likewise.
         shapes: {input: (min, opt, max)} shapes that the engine allows; a list for several optimization profiles. None
             asks the engine, too; without a GPU, inputs of fixed shapes need none.
         splits_batches: axis 0 of every input and output that varies counts rows, and these do not depend on each
@@ -112,7 +113,13 @@ def log_engine(
             without one, or with TensorRT-RTX, Ampere and later.
         model_config: load settings (see LoadSettings) that the model gets as its defaults.
         registered_model_name: register a version under this name, creating the registered model if need be.
-        signature, input_example, pip_requirements, extra_pip_requirements, metadata, params, tags: as for `log_model`.
+        signature: as for `save_model`.
+        input_example: as for `save_model`.
+        pip_requirements: as for `save_model`.
+        extra_pip_requirements: as for `save_model`.
+        metadata: as for `save_model`.
+        params: as for `log_model`.
+        tags: as for `log_model`.
 
     Returns:
         What every MLflow flavor returns: the logged model's URI, signature and, if registered, version.
@@ -120,7 +127,8 @@ def log_engine(
     Raises:
         OptionError: it is no plan, or what is said of its tensors makes no sense or is not enough.
         RuntimeUnavailableError: neither inputs and outputs are given, nor is there a GPU to ask the engine on.
-        EngineMismatchError, ExecutionError: TensorRT does not load the plan on this machine's GPU.
+        EngineMismatchError: the plan is not for this machine's GPU and TensorRT.
+        ExecutionError: TensorRT does not load the plan.
     """
     check_names(registered_model_name, tags)
     check_server()

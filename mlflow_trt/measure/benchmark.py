@@ -34,7 +34,15 @@ _MOST_TIMED = 2_000
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One row of the table. `part` is `engine alone`, `copies` (between host and GPU) or `predict` (all of it)."""
+    """One row of the table.
+
+    Attributes:
+        model: the URI of the model.
+        runtime: what ran it.
+        part: `engine alone`, `copies` (between host and GPU) or `predict` (all of it).
+        batch: rows at once.
+        latency: milliseconds.
+    """
 
     model: str
     runtime: str
@@ -55,7 +63,12 @@ class Measurement:
 class Benchmark:
     """All measurements, what ran them and where, and what could not be measured and why.
 
-    `machine` has the GPU, the driver and the releases of what took part, and `settings` what was asked for.
+    Attributes:
+        measurements: the rows of the table.
+        runtimes: what ran each model, as `Session.description` says.
+        problems: what could not be measured, and why.
+        machine: the GPU, the driver and the releases of what took part.
+        settings: what was asked for.
     """
 
     measurements: tuple[Measurement, ...]
@@ -107,16 +120,22 @@ def benchmark(
 
     Args:
         model_uri: any model URI of MLflow, or a folder.
-        batches: how many rows at once.
+        batches: how many rows at once, 1 or more each.
         data: inputs, whose rows are repeated or cut: arrays by name, or the one array of a single input, also as an
             `.npz` or `.npy` file, a DataFrame or an MLflow dataset; else the model's input example, else made up ones.
         seconds: how long each row of the table is measured, after a warm-up.
         against_source: measure the source model on ONNX Runtime too.
+        device: CUDA device ordinal.
         progress: called before each measurement.
 
-    Without a GPU the engine cannot be measured, which `problems` says; ONNX Runtime is measured all the same.
+    Returns:
+        A row for each model, part of a call and batch size, with latencies in milliseconds. Without a GPU the engine
+        cannot be measured, which its `problems` say; ONNX Runtime is measured all the same.
 
-    Raises InputError for data that does not fit the model.
+    Raises:
+        InputError: the data does not fit the model.
+        OptionError: a batch size is below 1, or `seconds` is not above 0.
+        ArtifactError: it is no model that can be measured.
     """
     _check(batches, seconds)
     problems: list[str] = []

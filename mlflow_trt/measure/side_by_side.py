@@ -25,9 +25,14 @@ _ROWS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class SideBySide:
-    """`comparison` is of the second model's outputs against the first one's; `benchmark` has the times of both.
+    """Two models, compared and measured.
 
-    `compared` says what of each was run: an engine and the GPU, or what stands in for it where there is none.
+    Attributes:
+        reference: the URI of the first model.
+        subject: the URI of the second.
+        compared: what of each was run: an engine and the GPU, or what stands in for it where there is none.
+        comparison: of the second model's outputs against the first one's.
+        benchmark: the times of both.
     """
 
     reference: str
@@ -63,15 +68,24 @@ def compare_models(
     on the same runtime, nothing is compared, and the verdict is that.
 
     Args:
-        reference_uri, subject_uri: models of this flavor, which run on TensorRT, or of one that it can be made from,
-            which run on ONNX Runtime.
-        batches, seconds, device, progress: as for `benchmark`.
+        reference_uri: a model of this flavor, which runs on TensorRT, or of one that it can be made from, which runs on
+            ONNX Runtime.
+        subject_uri: another one.
+        batches: how many rows at once, 1 or more each.
         data: inputs, in any form that `benchmark` takes, all of which are compared; else the second model's input
             example, else noise, which proves less.
         tolerance: what the second model may be off; None takes what is usual for its precision.
+        seconds: how long each row of the table is measured, after a warm-up.
+        device: CUDA device ordinal.
+        progress: called before each measurement.
 
-    Raises InputError for data that does not fit the second model, InputShapeError where the models do not have the same
-    outputs.
+    Returns:
+        How far the outputs are apart, with a verdict, and the latencies of both in milliseconds.
+
+    Raises:
+        InputError: the data does not fit the second model.
+        InputShapeError: the models do not have the same outputs.
+        ArtifactError: one of them is no model that can be run.
     """
     problems: list[str] = []
     with (

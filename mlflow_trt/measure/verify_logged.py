@@ -34,12 +34,18 @@ def verify_model(
     Runtime as when it was logged; where that is the source model itself, nothing is compared, and the verdict is that.
 
     Args:
+        model_uri: any model URI of MLflow, or a folder, of a model of this flavor.
         data: as `calibration_data` of `log_model`; None takes the model's golden sample.
         relative_error: what is tolerated, and of rows in proportion; None takes what the model was logged with.
+        device: CUDA device ordinal.
+
+    Returns:
+        The errors of each output, and a verdict. A failed one is returned, not raised.
 
     Raises:
         InputError: the data does not fit the model, or there is neither data nor a golden sample.
-        What loading the model raises, for example where its typed model cannot run on ONNX Runtime.
+        ArtifactError: it is no model of this flavor, or an imported plan, which has no source model.
+        ExecutionError: the engine, or the typed model on ONNX Runtime, cannot be loaded or run.
     """
     with open_folder(model_uri) as folder, scratch_folder() as workdir:
         record = folder.record

@@ -72,11 +72,12 @@ def add_engine(
         The new version, or the one that was given where it has such an engine already.
 
     Raises:
-        OptionError: the URI names no registered version. ArtifactError: it is no model of this flavor.
+        OptionError: the URI names no registered version.
+        ArtifactError: it is no model of this flavor.
         RecipeError: there is neither a GPU nor a target.
         RuntimeUnavailableError: kernels are to be stored, and there is no GPU to compile them on.
         SelfTestError: the new engine answers wrongly on this machine.
-        Everything that a build raises. After any failure or interruption the registry is as it was before.
+        BuildError: TensorRT built no engine. After any failure or interruption the registry is as it was before.
     """
     with extended_version(
         model_uri,

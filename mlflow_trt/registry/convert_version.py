@@ -77,11 +77,12 @@ def convert_model_version(
     made of it. What was made before, of the same source by the same recipe and TensorRT, is found and returned instead
     of made again, if it can be loaded.
 
+    Keywords that are not listed here are those of `save_model`.
+
     Args:
         model_uri: `models:/name/version`, `models:/name@alias`, `runs:/...`, or any other URI of an MLflow model; the
             path of an ONNX file will do as well.
-        precision, batch, shapes, recipe, targets, calibration_data, calibration_cache, verify, store_kernels,
-            model_config, allow_external_data_from, progress: as for `log_model`.
+        registered_model_name: the registered model that gets the new version; it is created if need be.
         tags: more tags of the new version; they come before those of the source.
         alias: set on the version once everything else succeeded.
         force: make a new version, even where there is one of the same source and recipe.
@@ -95,7 +96,7 @@ def convert_model_version(
 
     Raises:
         ArtifactError: the model is of no flavor that can be converted.
-        Everything that `log_model` raises. After any failure or interruption the registry is as it was before.
+        MlflowTrtError: what `save_model` raises. After any failure or interruption the registry is as it was before.
     """
     options = ConversionOptions(
         recipe=Recipe.of(recipe, precision=precision, batch=batch, shapes=shapes, targets=targets),

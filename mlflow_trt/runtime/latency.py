@@ -20,7 +20,16 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Milliseconds of a number of runs: their mean, and percentiles, of which p50 is the median."""
+    """Milliseconds of a number of runs.
+
+    Attributes:
+        runs: how many.
+        mean: their mean.
+        p10: the 10th percentile.
+        p50: the median.
+        p90: the 90th percentile.
+        p99: the 99th percentile.
+    """
 
     runs: int
     mean: float

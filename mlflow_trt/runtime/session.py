@@ -84,9 +84,11 @@ class Session(abc.ABC):
             For each of `self.outputs` a new array of its dtype, which the caller owns.
 
         Raises:
-            InputError: an input is missing, unknown, of a dtype that cannot be converted without loss, or NaN where an
-                integer is expected. InputShapeError, which is one: of a shape that no optimization profile takes.
-            ExecutionError: the runtime failed; OutOfMemoryError where it lacked memory.
+            InputError: an input is missing or unknown.
+            InputDtypeError: one has a dtype that cannot be converted without loss, or NaN where an integer is expected.
+            InputShapeError: one has a shape that no optimization profile takes.
+            ExecutionError: the runtime failed.
+            OutOfMemoryError: it lacked memory.
             SessionClosedError: after `close()`.
             RuntimeUnavailableError: in a process that was forked after the model was loaded.
         """
