@@ -11,7 +11,18 @@ from typing import NamedTuple
 
 _TIMEOUT_SECONDS = 600
 # Nothing that starts threads which a forked process would miss: neither TensorRT nor ONNX Runtime.
-_PRELOADED = ["mlflow.pyfunc", "mlflow_trt.cli", "mlflow_trt.flavor.api", "mlflow_trt.registry.convert_all"]
+_PRELOADED = [
+    "mlflow.pyfunc",
+    "mlflow_trt.cli",
+    "mlflow_trt.flavor.api",
+    "mlflow_trt.registry.convert_all",
+    # What these import when they need it: for a precision of 16 or 8 bits, and for a store on SQLite.
+    "onnx_ir.passes.common",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.store.model_registry.sqlalchemy_store",
+    "alembic.command",
+    "git",
+]
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(_PRELOADED)
 

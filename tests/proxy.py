@@ -71,7 +71,8 @@ class Proxy:
 
         self._server = _Server(("127.0.0.1", 0), Handler)
         self.address = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        # It looks whether it is to end that often, in seconds.
+        threading.Thread(target=self._server.serve_forever, args=[0.05], daemon=True).start()
 
     def hold(self, method: str, end: str, *, answers: bool = True) -> Held:
         """Hold back the next request, or its answer, of this method whose path ends so."""
