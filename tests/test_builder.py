@@ -217,6 +217,7 @@ def test_a_static_dimension_makes_another_engine(tmp_path):
     assert static.engine.size < dynamic.engine.size
 
 
+@pytest.mark.slow
 def test_reports_progress(tmp_path):
     seen = []
     build(REC, tmp_path, progress=seen.append, **REC.recipe)
@@ -547,6 +548,7 @@ def building(folder):
         process.communicate()
 
 
+@pytest.mark.slow
 class TestInterruption:
     def test_a_callback_that_raises_ends_the_build(self, tmp_path):
         before = children()

@@ -137,6 +137,7 @@ def test_models_end_with_their_block(product):
         model.run(["y"], {"x": networks.rows(2)})
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_the_one_that_started_it(product):
     script = f"""
 import os, signal

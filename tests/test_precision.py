@@ -431,6 +431,7 @@ class TestWeightsOnly:
         actual = CpuModel(typed.path, optimize=False).run(["y"], alive)
         assert 1e-4 < relative_error(actual, expected) < 0.01
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("model", [CLS, SILERO], ids=lambda model: model.name)
     def test_real_convolutions_build_smaller_and_stay_accurate(self, model, tmp_path):
         source = read(model, tmp_path)
@@ -475,6 +476,7 @@ def test_real_models_build_and_stay_accurate(model, precision, tmp_path):
     assert all(node.reason for node in typed.report.kept)
 
 
+@pytest.mark.slow
 def test_magika_keeps_its_labels_in_fp16_and_a_naive_conversion_does_not(tmp_path):
     feeds = MAGIKA.feeds(35)
     conversion = converted(MAGIKA, tmp_path, "fp16", feeds)

@@ -85,6 +85,7 @@ def test_onnx_files(data):
     targets.onnx_file(data)
 
 
+@pytest.mark.slow
 @MANY
 @given(st.data())
 def test_records(record, data):
@@ -103,6 +104,7 @@ def test_golden_samples(cls_folder, data):
     targets.golden(data.draw(damaged((cls_folder / "golden.npz").read_bytes()[:20_000])))
 
 
+@pytest.mark.slow
 @MANY
 @given(
     st.dictionaries(
@@ -115,12 +117,14 @@ def test_recipes(options):
     targets.recipe(options)
 
 
+@pytest.mark.slow
 @MANY
 @given(st.dictionaries(st.sampled_from(sorted(targets.LoadSettings.__dataclass_fields__)), VALUES, max_size=3))
 def test_load_settings(values):
     targets.settings(values)
 
 
+@pytest.mark.slow
 @MANY
 @given(SYNTAX)
 def test_syntaxes_of_the_command_line(text):
@@ -143,6 +147,7 @@ CELLS = (
 )
 
 
+@pytest.mark.slow
 @MANY
 @given(st.lists(CELLS, min_size=1, max_size=4), st.sampled_from(["x", 0, None, "y"]))
 def test_frames(cells, column):
@@ -155,6 +160,7 @@ def test_other_inputs(data):
     targets.pyfunc_input(data)
 
 
+@pytest.mark.slow
 @MANY
 @given(st.data())
 def test_bodies_of_open_inference(data):
@@ -182,6 +188,7 @@ def test_bodies_of_mlflow(data):
     targets.invocations_body(json.dumps(body).encode())
 
 
+@pytest.mark.slow
 @MANY
 @given(JSON | st.dictionaries(st.sampled_from(["predictions", "message", "detail"]), JSON))
 def test_answers(value):

@@ -20,6 +20,7 @@ from benchmarks.resnet50 import images, resnet50
 from mlflow_trt.backends.cuda_driver import probe
 
 
+@pytest.mark.slow
 def test_resnet50_is_valid_and_its_outputs_vary():
     model = resnet50()
     onnx.checker.check_model(model, full_check=True)

@@ -174,6 +174,7 @@ def test_a_model_that_onnx_runtime_cannot_be_asked_about(tmp_path, parse, monkey
     assert re.search("the shapes of outputs have to be .*: ONNX Runtime is not installed", made.remarks[0])
 
 
+@pytest.mark.slow
 def test_the_model_of_the_precision_with_its_external_data(tmp_path):
     weights = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
     model = networks.model(

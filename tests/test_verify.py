@@ -135,6 +135,7 @@ def test_noise_that_a_model_fails_on_is_said_to_be_noise(tmp_path):
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.slow
 def test_a_loud_row_does_not_make_the_others_pass(tmp_path, messages):
     """Beside it they are rounded to nothing in int8, and the error over all rows together is that of the loud one."""
     data = networks.rows(64)
