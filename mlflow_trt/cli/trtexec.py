@@ -206,4 +206,4 @@ def table() -> str:
             ours = f"`{option.becomes}`" if option.becomes.startswith("--") else option.becomes
             rows.append(f"| `{option.name}{'' if option.flag else '=...'}` | {ours} | {option.word} |")
     names = ", ".join(f"`{option.name}`" for option in OPTIONS if option.becomes == "benchmark")
-    return "\n".join([*rows, "", f"About running the engine, so left out with a word that names `benchmark`: {names}."])
+    return "\n".join([*rows, "", f"About running the engine, so left out, with a pointer to `benchmark`: {names}."])
