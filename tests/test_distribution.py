@@ -20,7 +20,9 @@ import networks
 import numpy as np
 import onnx
 import pytest
+import yaml
 from onnx.reference import ReferenceEvaluator
+from packaging.version import Version
 
 import mlflow_trt
 from mlflow_trt.client import AsyncClient, Client
@@ -107,6 +109,26 @@ def test_what_pypi_shows(metadata):
     urls = dict(value.split(", ") for value in metadata.get_all("Project-URL", []))
     assert set(urls) == {"Documentation", "Source", "Issues", "Changelog"}
     assert all(url.startswith(REPOSITORY) for url in urls.values())
+
+
+def test_each_python_that_is_named_is_tested(metadata):
+    named = re.findall(r":: (3\.\d+)$", "\n".join(metadata.get_all("Classifier", [])), re.MULTILINE)
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())["jobs"]
+    ones = [step["with"]["python-version"] for step in jobs["all"]["steps"] if "python-version" in step.get("with", {})]
+    assert len(ones) == 1
+    may_fail = re.findall(r"'(3\.\d+)'", jobs["python"]["continue-on-error"])
+    assert sorted(named) == sorted({*ones, *jobs["python"]["strategy"]["matrix"]["python"]} - set(may_fail))
+    assert metadata["Requires-Python"] == f">={min(named, key=Version)}"
+
+
+def test_actions_are_pinned_by_commit():
+    used = [
+        line
+        for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+        for line in re.findall(r"uses: (.+)", path.read_text())
+    ]
+    assert len(used) > 5
+    assert [line for line in used if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40}  # v[\d.]+", line)] == []
 
 
 def test_the_changelog_begins_with_this_version():
