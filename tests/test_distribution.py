@@ -101,9 +101,11 @@ def test_what_pypi_shows(metadata):
     assert description.startswith("# mlflow-trt")
     targets = re.findall(r'\]\(([^)\s]+)|^\[[^\]]+\]: +(\S+)|(?:href|src|srcset)="([^"]+)"', description, re.MULTILINE)
     links = ["".join(groups) for groups in targets]
-    ours = f"{REPOSITORY}/blob/v{mlflow_trt.__version__}/"
-    files = {link.removeprefix(ours).partition("#")[0] for link in links if link.startswith(ours)}
-    assert {"docs/quickstart.md", "CHANGELOG.md", "SECURITY.md"} <= files
+    tag = f"v{mlflow_trt.__version__}/"
+    pages, raw = f"{REPOSITORY}/blob/{tag}", f"{REPOSITORY.replace('github', 'raw.githubusercontent')}/{tag}"
+    files = {link.removeprefix(pages).removeprefix(raw).partition("#")[0] for link in links if tag in link}
+    assert {"docs/quickstart.md", "CHANGELOG.md", "SECURITY.md", "docs/pictures/way.svg"} <= files
+    assert f"]({raw}docs/pictures/way.svg)" in description
     assert [name for name in files if not (ROOT / name).is_file()] == []
     assert [link for link in links if not re.match(r"https?://|#", link)] == []
     urls = dict(value.split(", ") for value in metadata.get_all("Project-URL", []))
