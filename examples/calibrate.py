@@ -3,8 +3,8 @@
     python examples/calibrate.py models
 
 A classifier of text directions is quantized by the ranges of its tensors on some lines of a text, and measured on
-others, of which the truth is known. The models are left in the folder, a new one; `precision_report.md` in each tells more.
-Do not expect an engine to shrink with its weights: they are not all that it holds.
+others, of which the truth is known. The models are left in the folder, a new one; `precision_report.md` in each tells
+more. Do not expect an engine to shrink with its weights: they are not all that it holds.
 """
 
 from __future__ import annotations
