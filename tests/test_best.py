@@ -15,7 +15,7 @@ import pytest
 from command_line import run
 from compare import relative_error
 from helpers import convert_in, gpu, log_prepared, prepare, save_prepared
-from real_models import MAGIKA, TRANSFORMER, calibration_data
+from real_models import CLS, TRANSFORMER, calibration_data
 from test_rewriting import quantized
 from typer.testing import CliRunner
 
@@ -134,7 +134,7 @@ def test_errors_are_those_of_the_real_typed_models(bench, tmp_path):
     assert errors["fp8"] is None
 
 
-@pytest.mark.parametrize("model", [MAGIKA, TRANSFORMER], ids=lambda model: model.name)
+@pytest.mark.parametrize("model", [CLS, TRANSFORMER], ids=lambda model: model.name)
 def test_real_models(model, bench, tmp_path):
     recipe = Recipe(**model.recipe, precision="best")
     record = save(tmp_path / "m", bench, model=model.path(), recipe=recipe, calibration_data=calibration_data(model))
