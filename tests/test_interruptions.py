@@ -18,6 +18,7 @@ from pathlib import Path
 import mlflow
 import networks
 import pytest
+from command_line import started
 from compare import relative_error
 from helpers import wait_for
 from mlflow import MlflowClient
@@ -469,31 +470,14 @@ class TestAServerThatIsGone:
                 over.wait(SECONDS)
 
         proxy.fault = fault
-        with subprocess.Popen(
-            [sys.executable, "-c", _COMMAND, *command],
-            env={**os.environ, "MLFLOW_TRACKING_URI": proxy.address, "CUDA_VISIBLE_DEVICES": ""},
-            cwd=tmp_path,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
+        with started(*command, cwd=tmp_path, MLFLOW_TRACKING_URI=proxy.address, CUDA_VISIBLE_DEVICES="") as running:
             try:
-                wait_for(lambda: asked.is_set() or process.poll() is not None)
-                process.send_signal(number)
-                _, errors = process.communicate(timeout=SECONDS)
+                wait_for(lambda: asked.is_set() or running.has_ended)
+                running.send_signal(number)
+                code, _, errors = running.result()
             finally:
-                process.kill()
                 over.set()
-        assert process.returncode == 128 + number, errors
-
-
-# What runs in the background of a shell has Ctrl-C ignored, and so has this then.
-_COMMAND = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-from mlflow_trt.cli import main
-main()
-"""
+        assert code == 128 + number, errors
 
 
 def test_the_sweep_of_make_faults_in_short(tmp_path):
