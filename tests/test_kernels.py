@@ -184,7 +184,7 @@ class TestWhereTheyCannotBeCompiled:
 
     def test_nothing_can_call_the_driver(self, no_gpu, monkeypatch):
         monkeypatch.setattr(device, "probe", lambda: Hardware(driver="580", cuda="13.0", gpus=(gpu("sm86"),)))
-        for package in ("pycuda", "cuda"):
+        for package in ("pycuda", "cuda", "cuda.bindings"):
             monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(MissingDependencyError, match=r"store_kernels .*mlflow-trt\[cuda-core\]") as caught:
             check_kernels(Recipe(), LoadSettings())

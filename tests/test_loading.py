@@ -53,7 +53,7 @@ def test_onnxruntime_runs_the_source_model(cls_folder, magika_folder):
 
 def test_a_gpu_that_nothing_can_call_is_named(magika_folder, monkeypatch):
     monkeypatch.setattr(device, "probe", lambda: Hardware(driver="580", cuda="13.0", gpus=(A_GPU,)))
-    for package in ("pycuda", "cuda"):
+    for package in ("pycuda", "cuda", "cuda.bindings"):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingDependencyError, match=r"pycuda cannot be imported .*mlflow-trt\[cuda-core\]") as caught:
         mlflow_trt.load_model(str(magika_folder))
