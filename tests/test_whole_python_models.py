@@ -265,6 +265,8 @@ class TestDifferences:
         ([{"label": "a", "score": 0.75}], [{"label": "b", "score": 0.5}], answers.Tally(1, 0.5, 1, 0)),
         (np.array([1.0, 3.0]), np.array([1.0, 4.0]), answers.Tally(2, 0.25)),
         ([1.0, 3.0], [1.0, 4.0], answers.Tally(2, 0.25)),
+        ([np.float32(3)], [np.float32(4)], answers.Tally(1, 0.25)),
+        ({"score": np.float32(3)}, {"score": np.float32(4)}, answers.Tally(1, 0.25)),
         ({"a": [[1.0], [2.0]], "n": 3}, {"a": [[1.0], [4.0]], "n": 3}, answers.Tally(2, 0.5)),
         (np.array(["x", "y"]), np.array(["x", "y"]), answers.Tally(texts=2, equal=2)),
         (pd.Series([0.0, 0.0]), pd.Series([0.0, 0.0]), answers.Tally(2, 0.0)),

@@ -11,6 +11,7 @@ import pandas as pd
 
 from mlflow_trt.core.arrays import Array
 
+_FLOATS = (float, np.floating)
 _VISIBLE = 1e-3
 """Numbers that are smaller than this share of the largest beside them are not compared by their own size."""
 
@@ -56,11 +57,11 @@ class Tally:
         elif hasattr(expected, "detach"):
             self.count(answer.detach().cpu().numpy(), expected.detach().cpu().numpy())
         elif isinstance(expected, (list, tuple)) or _is_of_objects(expected):
-            if len(expected) and all(isinstance(one, float) for one in expected):
+            if len(expected) and all(isinstance(one, _FLOATS) for one in expected):
                 answer, expected = [np.asarray(answer, float)], [np.asarray(expected, float)]
             for one, other in zip(answer, expected, strict=True):
                 self.count(one, other)
-        elif isinstance(expected, float) or (isinstance(expected, np.ndarray) and expected.dtype.kind in "fc"):
+        elif isinstance(expected, _FLOATS) or (isinstance(expected, np.ndarray) and expected.dtype.kind in "fc"):
             self._measure(np.asarray(answer), np.asarray(expected))
 
     def _measure(self, answer: Array, expected: Array) -> None:
@@ -166,5 +167,5 @@ _BY_KIND: Mapping[Any, Callable[[Any, Any, float, str], Iterator[str]]] = {
     np.ndarray: _of_arrays,
     Mapping: _of_mappings,
     (list, tuple): _of_lists,
-    (float, np.floating): _of_numbers,
+    _FLOATS: _of_numbers,
 }
