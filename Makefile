@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test test-fast test-smoke test-lowest test-spark test-torch faults fuzz audit dist lint docs site blocks check-python clean
+.PHONY: quickstart test test-fast test-smoke test-lowest test-spark test-torch faults sanitize fuzz audit dist lint docs site blocks check-python clean
 
 quickstart: $(VENV)/.rtx
 	$(RUN) examples/quickstart.py
@@ -81,7 +81,10 @@ audit: $(SHIPPED)/.done | $(VENV)/.dev
 dist: $(SHIPPED)/.done | $(VENV)/.dev
 	rm -rf dist
 	$(RUN) -m pip install --quiet --editable '.[release]'
-	$(RUN) -m build
+	$(RUN) -m build --outdir dist/built
+	mv dist/built/*.tar.gz dist
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m auditwheel repair --wheel-dir dist dist/built/*.whl   # names the systems that it runs on, as PyPI wants it
+	rm -r dist/built
 	$(RUN) -m twine check --strict dist/*
 	$(RUN) -m cyclonedx_py environment --pyproject pyproject.toml --output-reproducible $(SHIPPED)/bin/python \
 	  --output-file "dist/mlflow-trt-$$($(SHIPPED)/bin/mlflow-trt --version).cdx.json"
@@ -95,6 +98,19 @@ test-spark: $(VENV)/.dev
 FAULTS_OPTIONS ?=
 faults: $(VENV)/.dev
 	PYTHONPATH=.:tests $(RUN) tests/faults.py $(FAULTS_OPTIONS)
+
+# The extension's own tests in C, with a stand-in for the GPU, under ThreadSanitizer, AddressSanitizer and UBSan.
+CC ?= cc
+SANITIZERS = thread address,undefined
+NATIVE_PARTS = native/copying.c
+sanitize:
+	@if ! command -v $(CC) >/dev/null; then \
+	  echo "No C compiler here: the extension is not tested under sanitizers."; exit 0; fi; \
+	mkdir -p native/build && for test in native/tests/test_*.c; do for sanitizer in $(SANITIZERS); do \
+	  program=native/build/$$(basename $$test .c)-$${sanitizer%%,*} && echo "$$test under $$sanitizer" && \
+	  $(CC) -std=c11 -O1 -g -Wall -Wextra -Werror -pthread -fsanitize=$$sanitizer -fno-sanitize-recover=all \
+	    -o $$program $$test $(NATIVE_PARTS) && $$program || exit 1; \
+	done; done
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
@@ -133,4 +149,4 @@ check-python:
 	  || { echo "Python 3.10 or later is needed; name one with: make PYTHON=python3.12 ..."; exit 1; }
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-shipped quickstart build dist site *.egg-info
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-shipped quickstart build dist site native/build *.egg-info

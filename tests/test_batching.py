@@ -14,7 +14,8 @@ from real_models import MAGIKA
 from mlflow_trt import InputShapeError
 from mlflow_trt.core.arrays import numpy_dtype
 from mlflow_trt.core.types import BatchAxis, InputRange, ShapeProfile
-from mlflow_trt.runtime.batching.host_copy import LEAST_BYTES, THREADS, copies, copy_rows
+from mlflow_trt.runtime import native
+from mlflow_trt.runtime.batching.host_copy import LEAST_BYTES, STEPS, THREADS, copies, copy_rows
 from mlflow_trt.runtime.batching.scheduler import Scheduler
 from mlflow_trt.runtime.batching.sizes import START_COST, AnySize, BatchRows, FewSizes, Piece, pieces
 from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
@@ -103,9 +104,12 @@ def test_parts_of_several_batches_come_one_after_another():
     assert filled(BatchRows(parts, AXIS, 5)).tolist() == [[1], [2], [3], [3], [3]]
 
 
+@pytest.mark.parametrize("in_c", [True, False], ids=["in C", "in Python"])
 @pytest.mark.parametrize("row_bytes", [8, LEAST_BYTES // 3, 2 * LEAST_BYTES])
 @pytest.mark.parametrize("counts", [(1,), (3, 1, 4), (1,) * 17, (40,)])
-def test_copies_by_several_threads_are_copies(row_bytes, counts):
+def test_copies_by_several_threads_are_copies(row_bytes, counts, in_c, monkeypatch):
+    if not in_c:
+        monkeypatch.setattr(native, "extension", None)
     random = np.random.default_rng(0)
     parts = [{"x": random.integers(0, 255, (count, row_bytes), dtype=np.uint8)} for count in counts]
     rows = BatchRows(parts, AXIS, sum(counts) + 2)
@@ -113,14 +117,17 @@ def test_copies_by_several_threads_are_copies(row_bytes, counts):
     arrived = list(copy_rows(rows.copies("x"), target))
     assert arrived == sorted(arrived)
     assert arrived[-1] == len(target)
-    assert len(arrived) <= THREADS + 1
+    assert len(arrived) <= max(THREADS, STEPS) + 1
     expected = np.concatenate([part["x"] for part in parts])
     assert np.array_equal(target, np.concatenate([expected, expected[-1:], expected[-1:]]))
 
 
+@pytest.mark.parametrize("in_c", [True, False], ids=["in C", "in Python"])
 @pytest.mark.parametrize("nbytes", [0, 24, LEAST_BYTES, LEAST_BYTES + 8, 5 * LEAST_BYTES + 16])
 @pytest.mark.parametrize("dtype", ["float32", "int64", "bool", "bfloat16"])
-def test_copies_are_new_arrays_whatever_their_size(nbytes, dtype):
+def test_copies_are_new_arrays_whatever_their_size(nbytes, dtype, in_c, monkeypatch):
+    if not in_c:
+        monkeypatch.setattr(native, "extension", None)
     kind = numpy_dtype(dtype)
     whole = np.random.default_rng(0).integers(0, 2, 2 * nbytes, dtype=np.uint8).view(kind).reshape(2, -1)
     sources = [whole[:1], whole[1:], np.empty((0, 3), kind), whole[1:, :0]]
@@ -153,6 +160,7 @@ def test_arrays_of_equal_dtypes_are_copied_whatever_python_calls_them(array):
 
 @pytest.mark.parametrize(("columns", "message"), [(2, "different structures"), (LEAST_BYTES, "broadcast")])
 def test_an_error_in_a_copy_reaches_the_caller(columns, message):
+    """Where rows differ nothing is copied byte by byte."""
     with pytest.raises(ValueError, match=message):
         list(copy_rows([(np.ones((4, columns), np.uint8), 0, 4)], np.ones((4, columns + 1), np.uint8)))
 

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 from helpers import PATIENCE
 
+from mlflow_trt.runtime import native
 from mlflow_trt.runtime.batching import host_copy as copying
+
+
+def use(in_c, monkeypatch):
+    """Copy by the extension, or without it."""
+    if not in_c:
+        monkeypatch.setattr(native, "extension", None)
+    elif native.extension is None:
+        pytest.skip(native.why_not)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), KeyboardInterrupt()], ids=type)
@@ -28,6 +37,7 @@ def test_nothing_is_copied_any_more_after_handing_out_failed(error, monkeypatch)
         if len(jobs) == 2:  # as the pool does: the job is in its queue when no thread can be started for it
             raise error
 
+    monkeypatch.setattr(native, "extension", None)
     monkeypatch.setattr(copying, "THREADS", 8)
     monkeypatch.setattr(pool, "submit", submit_two)
     source = np.ones((16, copying.LEAST_BYTES), np.uint8)
@@ -40,7 +50,9 @@ def test_nothing_is_copied_any_more_after_handing_out_failed(error, monkeypatch)
     assert not target.any()
 
 
-def test_a_forked_process_has_threads_of_its_own(monkeypatch):
+@pytest.mark.parametrize("in_c", [True, False], ids=["in C", "in Python"])
+def test_a_forked_process_has_threads_of_its_own(in_c, monkeypatch):
+    use(in_c, monkeypatch)
     monkeypatch.setattr(copying, "THREADS", 4)
     source = np.ones((4, copying.LEAST_BYTES), np.uint8)
     copying.copies([source])
@@ -51,3 +63,49 @@ def test_a_forked_process_has_threads_of_its_own(monkeypatch):
         signal.alarm(10)
         os._exit(0 if np.array_equal(copying.copies([source])[0], source) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_nothing_is_copied_any_more_for_who_stops_listening():
+    if native.extension is None:
+        pytest.skip(native.why_not)
+    source = np.ones((64, copying.LEAST_BYTES), np.uint8)
+    target = np.zeros_like(source)
+    arriving = copying.copy_rows([(source, 0, len(source))], target)
+    arrived = next(arriving)
+    assert target[:arrived].all()
+    arriving.close()  # type: ignore[attr-defined]  # a generator
+    now = target.copy()
+    source[:] = 2
+    copying.copies([source])  # the same threads did this, after what they were at
+    assert np.array_equal(target, now)
+
+
+class TestCopiesInC:
+    @pytest.fixture
+    def extension(self):
+        if native.extension is None:
+            pytest.skip(native.why_not)
+        return native.extension
+
+    def test_what_has_arrived_is_told(self, extension):
+        source = np.random.default_rng(0).integers(0, 255, 7 << 20, np.uint8)
+        target = np.zeros_like(source)
+        half = len(source) // 2
+        job = extension.Copying([native.address(target), native.address(source), half, 0, 0, 0,
+                                 native.address(target) + half, native.address(source) + half, half])  # fmt: skip
+        assert half <= job.advance(half) <= len(source)
+        assert np.array_equal(target[:half], source[:half])
+        assert job.advance(1 << 60) == len(source)
+        assert np.array_equal(target, source)
+        job.close()
+        job.close()
+        with pytest.raises(ValueError, match="closed"):
+            job.advance(1)
+
+    @pytest.mark.parametrize(
+        ("arguments", "error"),
+        [(([1, 2],), ValueError), ((["a", 0, 0],), TypeError), (([0, 0, -1],), OverflowError), (((),), TypeError)],
+    )
+    def test_what_are_no_copies(self, extension, arguments, error):
+        with pytest.raises(error):
+            extension.Copying(*arguments)

@@ -26,6 +26,7 @@ from packaging.version import Version
 
 import mlflow_trt
 from mlflow_trt.client import AsyncClient, Client
+from mlflow_trt.runtime import native
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = Path(__file__).with_name("user_program.py")
@@ -79,9 +80,32 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
         names = set(wheel.namelist())
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "mlflow_trt").rglob("*.py")}
     assert modules <= names
-    assert "mlflow_trt/py.typed" in names
+    assert {"mlflow_trt/py.typed", "mlflow_trt/_native.pyi"} <= names
+    assert not [name for name in names if name.endswith((".c", ".h"))]
     assert {name.split("/")[0] for name in names} == {"mlflow_trt", f"mlflow_trt-{mlflow_trt.__version__}.dist-info"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+@pytest.mark.skipif(native.extension is None, reason=native.why_not)
+def test_one_wheel_serves_every_python(built):
+    """The extension uses nothing but the stable ABI."""
+    assert "-cp310-abi3-linux_" in built[0].name
+    with zipfile.ZipFile(built[0]) as wheel:
+        assert "mlflow_trt/_native.abi3.so" in wheel.namelist()
+
+
+def test_without_a_compiler_the_package_is_built_all_the_same(built, tmp_path):
+    with tarfile.open(built[1]) as sdist:
+        sdist.extractall(tmp_path, filter="data")
+    (folder,) = tmp_path.iterdir()
+    environment = os.environ | {"CC": "no-compiler-of-this-name"}
+    command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path / "out", folder]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    (found,) = (tmp_path / "out").glob("*.whl")
+    with zipfile.ZipFile(found) as wheel:
+        names = wheel.namelist()
+    assert "mlflow_trt/runtime/native.py" in names
+    assert not [name for name in names if name.endswith(".so")]
 
 
 def test_the_sdist_holds_what_the_tests_need(built):
@@ -91,7 +115,9 @@ def test_the_sdist_holds_what_the_tests_need(built):
     assert {"tests/conftest.py", "tests/gpu/test_session.py", "tests/mypy.ini", "tests/plugin"} <= names | {
         str(Path(name).parent) for name in names
     }
+    assert {"setup.py", "native/module.c", "native/module.h", "native/tests/test_copying.c"} <= names
     assert {"pyproject.toml", ".ci/run", ".github/workflows/release.yml", "mkdocs.yml"} <= names
+    assert not [name for name in names if name.endswith(".so")]
     assert not [name for name in names if "__pycache__" in name or name.startswith((".venv", "dist", "quickstart"))]
 
 

@@ -50,7 +50,7 @@ def examine() -> Diagnosis:
     checks = [Check(name="Python", ok=True, detail=platform.python_version())]
     checks.append(Check(name="mlflow-trt", ok=True, detail=__version__))
     checks += [_package(name) for name in ("mlflow", "onnx", "numpy")]
-    checks += [_onnxruntime(), *_tensorrt(), *_hardware(), _cuda_package()]
+    checks += [_onnxruntime(), *_tensorrt(), *_hardware(), _cuda_package(), _native()]
     with scratch_folder() as workdir:
         build, conversion = _try_build(workdir)
         run = _try_tensorrt(conversion)
@@ -114,6 +114,13 @@ def _cuda_package() -> Check:
     except MlflowTrtError as error:
         return Check(name="CUDA calls", ok=False, detail=error.message)
     return Check(name="CUDA calls", ok=True, detail=f"{package} {_package(package).detail}")
+
+
+def _native() -> Check:
+    """What callers run on: the extension, or Python, which is slower and otherwise the same."""
+    from mlflow_trt.runtime import native
+
+    return Check(name="extension", ok=True, detail=native.description())
 
 
 def _small_model() -> onnx.ModelProto:
