@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import json
-import os
-import sys
 from pathlib import Path
 
 import mlflow
@@ -16,7 +14,7 @@ import pandas as pd
 import pytest
 
 import mlflow_trt
-from examples.serving import ServerProcess, free_port, running, served
+from examples.serving import TensorServer, free_port, running, served
 from mlflow_trt import InputError, ServerUnavailableError
 from mlflow_trt.client import AsyncClient, Client
 from mlflow_trt.core import wire
@@ -59,14 +57,10 @@ def address(request, made):
         with served("models:/made/1", made.uri, CPU) as address:
             yield address
         return
-    address = f"http://127.0.0.1:{(port := free_port())}"
-    command = [
-        sys.executable, "-m", "mlflow_trt", "serve", "models:/made/1", "--port", str(port), "--model-config",
-        json.dumps(CPU),
-    ]  # fmt: skip
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": made.uri}
-    with running(ServerProcess(command, environment, ready=f"{address}/v2/health/ready")):
-        yield address
+    environment = {"MLFLOW_TRACKING_URI": made.uri}
+    server = TensorServer("models:/made/1", model_config=CPU, environment=environment)
+    with running(server):
+        yield server.address
 
 
 def check(answer, expected):

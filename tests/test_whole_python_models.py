@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from command_line import run
+from text_classifier import TextClassifier
 
 import mlflow_trt
 from mlflow_trt import AccuracyError, ArtifactError, IntegrityError, OnnxModelError, OptionError, SelfTestError
@@ -30,31 +31,7 @@ TEXTS = [
 ]
 
 
-class Classifier(mlflow.pyfunc.PythonModel):
-    """Texts to labels: its own tokenizer, and a network on ONNX Runtime."""
-
-    labels = np.array(["low", "middle", "high"])
-
-    def load_context(self, context):
-        import onnxruntime
-
-        self.session = onnxruntime.InferenceSession(context.artifacts["network"], providers=["CPUExecutionProvider"])
-        self.decimals = (context.model_config or {}).get("decimals", 6)
-
-    def __getstate__(self):  # MLflow loads the context before it pickles the model, and sessions cannot be pickled
-        return {}
-
-    def tokens(self, texts):
-        rows = [[sum(map(ord, word)) % (networks.VOCABULARY - 1) + 1 for word in text.split()] for text in texts]
-        longest = max(map(len, rows))
-        ids = np.array([row + [0] * (longest - len(row)) for row in rows])
-        return {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int64)}
-
-    def predict(self, context, model_input, params=None):
-        (logits,) = self.session.run(["logits"], self.tokens(list(model_input["text"])))
-        scores = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-        answer = pd.DataFrame({"label": self.labels[scores.argmax(1)], "score": scores.max(1)}, index=model_input.index)
-        return answer.round(self.decimals)
+CODE = Path(__file__).with_name("text_classifier.py")
 
 
 @pytest.fixture(scope="module")
@@ -77,21 +54,23 @@ def both(**config):
 
 
 class TestOnnxRuntimeSession:
-    @pytest.fixture
-    def converted(self, store, network_file):
-        log(Classifier(), network_file, pd.DataFrame({"text": TEXTS}), model_config={"decimals": 6})
+    @pytest.fixture(params=[CODE], ids=["from code"])
+    def converted(self, request, store, network_file):
+        log(request.param, network_file, pd.DataFrame({"text": TEXTS}), model_config={"decimals": 6})
         mlflow_trt.convert_model_version(
             "models:/source/1", "made", batch=(1, 4, 8), shapes={"input_ids": ((-1, 1), (-1, 8), (-1, 64))}
         )
 
+    @pytest.mark.parametrize("converted", [CODE, TextClassifier()], ids=["from code", "pickled"], indirect=True)
     def test_its_face_is_that_of_the_source(self, converted):
         source, made = both()
         frame = pd.DataFrame({"text": [*TEXTS, *reversed(TEXTS)] * 3}, index=pd.Index(range(100, 124), name="id"))
         expected, answer = source.predict(frame), made.predict(frame)
         pd.testing.assert_frame_equal(answer, expected, atol=1e-5)
+        assert answer["label"].nunique() > 1
         assert answer["score"].std() > 1e-3
         assert made.metadata.signature == source.metadata.signature
-        assert type(made.unwrap_python_model()).__name__ == "Classifier"
+        assert type(made.unwrap_python_model()).__name__ == "TextClassifier"
         record = read_record("models:/made/1")
         assert record.whole is not None
         assert record.whole.network == "python_model.session"
@@ -144,9 +123,9 @@ class TestOnnxRuntimeSession:
         with pytest.raises(IntegrityError, match=r"more.py is not among the files that were logged"):
             mlflow.pyfunc.load_model(str(folder), model_config=CPU)
         (folder / "whole" / "more.py").unlink()
-        with (folder / "whole" / "python_model.pkl").open("ab") as file:
-            file.write(b"!")
-        with pytest.raises(IntegrityError, match="python_model.pkl is not the file that was logged"):
+        with (folder / "whole" / CODE.name).open("a") as file:
+            file.write("# more")
+        with pytest.raises(IntegrityError, match="text_classifier.py is not the file that was logged"):
             mlflow.pyfunc.load_model(str(folder), model_config=CPU)
 
     def test_the_input_example_is_answered_at_load(self, converted, tmp_path):
@@ -163,6 +142,7 @@ class TestOnnxRuntimeSession:
             mlflow.pyfunc.load_model(str(folder), model_config=CPU)
         mlflow.pyfunc.load_model(str(folder), model_config={**CPU, "self_test": False})
 
+    @pytest.mark.parametrize("converted", [TextClassifier()], ids=["pickled"], indirect=True)
     def test_pickles_are_refused_where_mlflow_refuses_them(self, converted, monkeypatch):
         monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
         with pytest.raises(mlflow.exceptions.MlflowException, match="Deserializing model using pickle is disallowed"):
@@ -214,7 +194,7 @@ def test_a_model_without_a_network_is_an_error(store):
 
 
 def test_a_model_that_answers_otherwise_is_not_registered(store, network_file):
-    class Fickle(Classifier):
+    class Fickle(TextClassifier):
         def predict(self, context, model_input, params=None):
             answer = super().predict(context, model_input)
             is_its_own = hasattr(self.session, "disable_fallback")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,7 +9,7 @@ import requests
 from whole_sources import TEXTS, bert, log_pipeline
 
 import mlflow_trt
-from examples.serving import ServerProcess, free_port, running, served
+from examples.serving import TensorServer, running, served
 
 pytest.importorskip("torch", reason="needs the extra test-torch")
 pytest.importorskip("transformers", reason="needs the extra test-torch")
@@ -86,14 +83,10 @@ def test_many_at_once(servers):
 
 
 def test_our_own_server(made, servers):
-    address = f"http://127.0.0.1:{(port := free_port())}"
-    command = [
-        sys.executable, "-m", "mlflow_trt", "serve", "models:/made/1", "--port", str(port), "--model-config",
-        json.dumps(CPU),
-    ]  # fmt: skip
-
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": made.uri}
-    with running(ServerProcess(command, environment, ready=f"{address}/v2/health/ready")):
+    environment = {"MLFLOW_TRACKING_URI": made.uri}
+    server = TensorServer("models:/made/1", model_config=CPU, environment=environment)
+    with running(server):
         for body in (BODIES["texts"], BODIES["a frame"], BODIES["over-long"]):
-            check_same(post(address, body), post(servers[0], body))
-        assert requests.get(f"{address}/v2/models", timeout=60).status_code in {200, 404}
+            check_same(post(server.address, body), post(servers[0], body))
+        described = requests.get(f"{server.address}/v2/models/made", timeout=60).json()
+    assert {one["name"] for one in described["inputs"]} == {"input_ids", "token_type_ids", "attention_mask"}
