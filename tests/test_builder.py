@@ -245,9 +245,43 @@ class TestFailures:
         assert caught.value.nodes == ("where_set (NonZero)",)
         assert caught.value.get_http_status_code() == 400
 
+    @pytest.mark.parametrize("operator", ["QLinearMatMul", "MatMulInteger"])
+    def test_what_was_quantized_for_cpus_is_called_that(self, operator, tmp_path):
+        scales = [networks.constant("scale", np.float32(0.1)), networks.constant("zero", np.int8(0))]
+        weights = networks.constant("w", np.eye(16, dtype=np.int8))
+        scaled = ["q", "scale", "zero", "w", "scale", "zero", "scale", "zero"]
+        nodes = [
+            helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+            helper.make_node(operator, scaled if operator == "QLinearMatMul" else ["q", "w"], ["p"], name="product"),
+            helper.make_node("Cast", ["p"], ["y"], to=networks.FLOAT),
+        ]
+        x, y = (networks.value(name, networks.FLOAT, [4, 16]) for name in "xy")
+        with pytest.raises(UnsupportedModelError, match=r"product .*no reason.* convert the float model") as caught:
+            build(networks.model(nodes, [x], [y], [*scales, weights]), tmp_path)
+        assert caught.value.nodes == (f"product ({operator})",)
+
+    def test_a_reason_of_the_parser_is_one_line_without_the_missing_gpu(self, tmp_path, monkeypatch):
+        """It quotes what was logged meanwhile, in lines of their own."""
+        monkeypatch.setattr(builder, "probe", lambda: Hardware(problem="no NVIDIA driver"))
+        shape = ["batch", 2, 8, 16]
+        tensors = [networks.value(name, networks.FLOAT, shape) for name in ("q", "k", "v")]
+        attention = helper.make_node("Attention", ["q", "k", "v", "mask"], ["y"], name="attend", is_causal=1)
+        model = networks.model(
+            [attention], [*tensors, networks.value("mask", networks.FLOAT, [8, 8])],
+            [networks.value("y", networks.FLOAT, shape)],
+        )  # fmt: skip
+        model.opset_import[0].version = 23
+        with pytest.raises(UnsupportedModelError, match=r"attend \(Attention\): .*mask cannot be used") as caught:
+            build(model, tmp_path)
+        assert "\n" not in caught.value.message
+        assert "CUDA driver" not in caught.value.message
+
     def test_a_node_without_a_kernel_is_named(self, tmp_path):
         model = networks.model(
-            [helper.make_node("NonMaxSuppression", ["boxes", "scores", "most"], ["y"], name="suppress")],
+            [
+                helper.make_node("Relu", ["boxes"], ["positive"], name="sup"),  # the layer's name begins with it, too
+                helper.make_node("NonMaxSuppression", ["positive", "scores", "most"], ["y"], name="suppress"),
+            ],
             [
                 networks.value("boxes", networks.FLOAT, [1, 8, 4]),
                 networks.value("scores", networks.FLOAT, [1, 2, 8]),

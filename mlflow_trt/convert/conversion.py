@@ -210,7 +210,9 @@ def _naming_nodes(error: BuildError, source: OnnxModel) -> BuildError:
     without_kernel = re.search(r"(\S+) has no runners that implement it", error.message)
     if without_kernel is not None:
         layer = without_kernel[1]
-        nodes = [label_of(node) for node in source.proto.graph.node if node.name and layer.startswith(node.name)]
+        named = [node for node in source.proto.graph.node if node.name and layer.startswith(node.name)]
+        # conv_1 is no part of the layer conv_10.
+        nodes = [label_of(max(named, key=lambda node: len(node.name)))] if named else []
         return UnsupportedModelError(
             f"TensorRT has no kernel for {', '.join(nodes) or layer}; export the model without it, or log it with "
             f"mlflow.onnx, which runs it on ONNX Runtime. {error.message}",

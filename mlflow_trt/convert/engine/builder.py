@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from mlflow_trt.convert.engine.worker import main
 main(int(sys.argv[2]))
 """
 _LINES_QUOTED = 5
+_INTEGER_OPERATOR = re.compile(r"\((QLinear\w+|ConvInteger|MatMulInteger|DynamicQuantizeLinear)\)$")
 
 
 class Built(NamedTuple):
@@ -237,6 +239,8 @@ def _is_about_no_gpu(line: str) -> bool:
 def _raise(tensorrt: trt.TensorRT, outcome: dict[str, Any], words: Sequence[str]) -> NoReturn:
     """Turn the worker's report into the error that the user gets."""
     kind, message, tensor = outcome["kind"], outcome["message"], outcome.get("tensor")
+    # The parser's reasons quote the lines that were logged meanwhile.
+    message = "; ".join(line for line in message.splitlines() if not _is_about_no_gpu(line))
     words = [line for line in words if not _is_about_no_gpu(line)]
     log = [*(line for line in outcome.get("log", ()) if not _is_about_no_gpu(line)), *words]
     if kind == "parse":
@@ -248,6 +252,11 @@ def _raise(tensorrt: trt.TensorRT, outcome: dict[str, Any], words: Sequence[str]
                 ". Operators that are not of ONNX are custom operators, which TensorRT runs as plugins: name their "
                 "libraries with Recipe(plugins=[...]) or --dynamic-plugins, for the tensorrt distribution, since "
                 "TensorRT-RTX has no plugins. Or export the model with operators of ONNX, or log it with mlflow.onnx"
+            )
+        if any(_INTEGER_OPERATOR.search(node) for node in nodes):
+            said += (
+                ". A model that computes with integers was quantized for CPUs: convert the float model with precision "
+                "int8, or quantize it in the QDQ format"
             )
         raise UnsupportedModelError(f"{tensorrt} cannot run{which}: {message}{said}", nodes=nodes, log=log)
     if kind == "interface":

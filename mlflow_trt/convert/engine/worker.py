@@ -193,7 +193,9 @@ def _text(tensors: list[list[str]]) -> str:
 def _parser_failure(tensorrt: TensorRT, parser: trt_api.OnnxParser) -> BuildFailure:
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     nodes = [f"{error.node_name() or 'unnamed'} ({error.node_operator()})" for error in errors if error.node_operator()]
-    message = "; ".join(dict.fromkeys(error.desc().strip() for error in errors)) or "the parser gives no reason"
+    reasons = dict.fromkeys(error.desc().strip() for error in errors)
+    # Of operators that it never takes it only says that a check of theirs is false.
+    message = "; ".join(reason for reason in reasons if reason != "false") or "the parser gives no reason"
     return BuildFailure("parse", message, nodes=list(dict.fromkeys(nodes)), log=tensorrt.log.errors())
 
 
