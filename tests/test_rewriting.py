@@ -225,6 +225,58 @@ def test_weights_that_come_quantized_are_quantized_anew_where_what_they_meet_is_
     assert 0 < typed.comparison.relative_error < 0.02
 
 
+def of_microsoft(kind: int, zero: int, low: int, high: int, *, opset: int, activation: int = 0) -> onnx.ModelProto:
+    """Activations in int8 and weights in `kind`, by Q/DQ of ONNX Runtime's own domain.
+
+    Its quantizer takes that for 4 and 16 bits before opset 21.
+    """
+    made = quantized(np.int8(activation), opset=opset, scale=0.03)
+    made.graph.node.insert(0, node("DequantizeLinear", ["stored", "scales", "zeros"], ["weights"], axis=1))
+    made.graph.node[-1].input[1] = "weights"
+    for one in made.graph.node[:-1]:
+        one.domain = "com.microsoft"
+    made.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    stored = np.random.default_rng(0).integers(low, high + 1, 256)
+    made.graph.initializer.extend(
+        [
+            helper.make_tensor("stored", kind, (16, 16), stored.tolist()),
+            constant("scales", np.linspace(0.01, 0.03, 16).astype(np.float32)),
+            helper.make_tensor("zeros", kind, (16,), [zero] * 16),
+        ]
+    )
+    return made
+
+
+INT8, INT4, UINT4 = TensorProto.INT8, TensorProto.INT4, TensorProto.UINT4
+
+
+@pytest.mark.parametrize("opset", [11, 17, 21])
+@pytest.mark.parametrize(
+    "weights",
+    [(INT8, 0, -127, 127), (INT8, 5, -100, 100), (INT4, 3, -4, 7), (UINT4, 8, 1, 15)],
+    ids=["int8", "int8 with a zero point", "int4", "uint4"],
+)
+def test_the_domain_of_onnxruntime_stays_where_onnx_has_no_such_operator(weights, opset, tmp_path):
+    rewritten = check_same(of_microsoft(*weights, opset=opset, activation=-7), positive(8), tmp_path)
+    (reader,) = (one for one in rewritten.graph.node if one.op_type == "DequantizeLinear")
+    # Of opset 11, ONNX's has no axis.
+    has_it = opset >= (13 if weights[0] == INT8 else 21)
+    assert reader.domain == ("" if has_it else "com.microsoft")
+
+
+@pytest.mark.parametrize("opset", [13, 21])
+def test_what_that_domain_quantizes_is_counted(opset, tmp_path):
+    model = of_microsoft(INT8, 0, -127, 127, opset=opset)
+    assert typed_model(model, tmp_path, "int8", positive(32)).report.share == 1
+
+
+@pytest.mark.parametrize("weights", [(INT8, 0, -127, 127), (INT4, 0, -7, 7), (UINT4, 8, 1, 15)])
+def test_weights_of_that_domain_are_quantized_anew(weights, tmp_path):
+    typed = typed_model(of_microsoft(*weights, opset=17, activation=-7), tmp_path, "int8", positive(32))
+    assert typed.report.share > 0.5
+    assert 0 < typed.comparison.relative_error < 0.02
+
+
 @pytest.mark.parametrize("where", ["output", "between"])
 def test_a_model_that_computes_nothing_quantized_is_quantized(where, tmp_path):
     """Q/DQ for an output alone, or around what only moves values, leave the product in float."""

@@ -30,6 +30,8 @@ _QUANTIZED: frozenset[int] = frozenset(
         TensorProto.UINT16, TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2,
     }
 )  # fmt: skip
+_DEQUANTIZING = ("", "com.microsoft")
+"""Domains that have DequantizeLinear: ONNX Runtime's quantizer takes its own for 4 bits, up to opset 20."""
 _GROWTH = 4
 """Up to how many times as large as what it is computed from a result may be: broadcasting can make a lot."""
 
@@ -50,11 +52,10 @@ def fold_constants(
     folded: dict[str, NodeProto] = {}
     for node in graph.node:
         names = [name for name in node.input if name]
-        is_quantized = with_dequantized and node.op_type == "DequantizeLinear"
+        is_quantized = with_dequantized and node.op_type == "DequantizeLinear" and node.domain in _DEQUANTIZING
         types = _TYPES | _QUANTIZED if is_quantized else _TYPES
         is_wanted = (
-            (node.op_type in _FOLDED or is_quantized)
-            and not node.domain
+            (is_quantized or (node.op_type in _FOLDED and not node.domain))
             and names
             and all(name in constants and constants[name].data_type in types for name in names)
             and not outputs.intersection(node.output)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
 """TensorRT's parser reads operators of com.microsoft as those of ONNX."""
 _ROUND_SINCE = 11
+_AXIS_SINCE, _HALF_SINCE, _NARROW_SINCE = 13, 19, 21
+"""Opsets since which ONNX's Q/DQ have an axis, scales in float16, and 4 and 16 bits and blocks."""
 _MIDDLE = 128
 """The zero point of uint8 that becomes 0 in int8, which is the only one that TensorRT has."""
 
@@ -40,6 +42,8 @@ def rewrite_quantized(model: ir.Model) -> Iterator[str]:
     2. A pair of uint8 with the zero point 128 becomes one of int8 with the zero point 0, and computes exactly the same.
     3. A pair of uint8 or int8 with another zero point, or of 16 bits, is written as the float arithmetic by which ONNX
        defines it, which gives the same numbers; what reads it computes in float.
+    4. What is left of com.microsoft becomes ONNX's own, where that has it in the model's opset, so that passes and onnx
+       know it.
 
     Raises UnsupportedModelError for a node of which none of this can be done.
     """
@@ -67,6 +71,24 @@ def rewrite_quantized(model: ir.Model) -> Iterator[str]:
             yield _rewrite_int32_reader(node)
         elif _is_foreign(node, kind):
             yield _rewrite_reader(node)
+    renamed = [node for node in nodes if node not in gone and _is_in_onnx_too(node, opset)]
+    for node in renamed:
+        node.domain = ""
+    if renamed:
+        yield f"{label(renamed[0])} and its like are of com.microsoft: they are written as those of ONNX, the same"
+
+
+def _is_in_onnx_too(node: ir.Node, opset: int) -> bool:
+    """Whether it is of com.microsoft, and ONNX has the same in this opset."""
+    import onnx_ir as ir
+
+    scale = constant_of(node.inputs[1])
+    if node.domain != "com.microsoft" or node.graph is None or scale is None:
+        return False
+    is_usual = _stored_type(node) in (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32)
+    if not is_usual or "block_size" in node.attributes:
+        return opset >= _NARROW_SINCE
+    return opset >= (_HALF_SINCE if scale.dtype == np.float16 else _AXIS_SINCE)
 
 
 def _is_foreign(node: ir.Node, kind: ir.DataType | None) -> bool:
@@ -189,7 +211,6 @@ def _store_numbers(node: ir.Node, form: _ScaleAndZeroPoint, integers: npt.NDArra
 def _write_around_zero(node: ir.Node, form: _ScaleAndZeroPoint, dtype: npt.DTypeLike) -> None:
     import onnx_ir as ir
 
-    node.domain = ""
     if node.op_type == "QuantizeLinear":
         node.attributes.pop("output_dtype", None)
         node.outputs[0].type = ir.TensorType(ir.DataType.INT8)

@@ -51,7 +51,7 @@ def quantized_nodes(model: FlatModel) -> frozenset[str]:
 
     found = set()
     for node in model.proto.graph.node:
-        operands = [name for name in node.input[:2] if name and model.types.get(name) in _FLOATS]
+        operands = [name for name in node.input[:2] if is_quantized(name) or model.types.get(name) in _FLOATS]
         if node.op_type not in MOVING and operands and all(is_quantized(name) for name in operands):
             found.add(node.name)
     return frozenset(found)
