@@ -62,6 +62,16 @@ def test_infinity_where_the_reference_has_it_is_no_error():
     assert compared(reference, reference).verdict is Verdict.PASSED
 
 
+@pytest.mark.parametrize(("actual", "error", "nans"), [(2.0, 0.0, 0), (2.1, 0.05, 0), (np.nan, 0.0, 1)])
+def test_outputs_without_an_axis(actual, error, nans):
+    """One number for each sample, such as a loss."""
+    pairs = [({"y": np.array(actual)}, {"y": np.array(2.0)}), ({"y": np.array(-2.0)}, {"y": np.array(-2.0)})]
+    (output,) = compare("subject", "inputs", pairs, Tolerance(), batch_axis=AXIS).outputs
+    assert (output.values, output.nans) == (2 - nans, nans)
+    assert output.max_abs_error == pytest.approx(error * 2)
+    assert output.worst_row_error == pytest.approx(error)
+
+
 @pytest.mark.parametrize("reference", [np.zeros((4, 5), np.float32), np.full((4, 5), 0.2, np.float32)])
 def test_a_reference_that_hardly_varies_proves_nothing(reference):
     assert compared(reference, reference, Tolerance(relative_error=0.1)).verdict is Verdict.INCONCLUSIVE

@@ -32,6 +32,12 @@ def test_what_builds_in_float32_builds_in_16_bits(cases):
     assert built >= 8
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_an_output_without_an_axis_is_compared(precision, cases):
+    case = next(case for case in cases if case.name == "test_size")
+    assert coverage_sweep.examine(case, precision).outcome in ("built", "correct")
+
+
 def test_neighbours_change_nothing_but_are_there(cases):
     case = next(case for case in cases if case.name == "test_relu")
     changed = coverage_sweep._with_neighbours(case.model)

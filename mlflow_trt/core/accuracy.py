@@ -349,7 +349,7 @@ class _Totals:
             self.nans += int((np.isnan(got) & finite).sum())
             self.infinities += int((np.isinf(got) & finite).sum())
             got, wanted = np.where(usable, got, 0), np.where(usable, wanted, 0)  # which adds nothing to any sum
-        difference = got - wanted
+        difference = np.asarray(got - wanted)  # of arrays without an axis, numpy makes a number
         self.row_errors.add(difference, wanted, usable, by_row=self.by_row)
         error = np.abs(difference, out=difference).ravel()
         got, wanted = got.ravel(), wanted.ravel()
