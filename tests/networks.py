@@ -19,13 +19,13 @@ def constant(name: str, array) -> onnx.TensorProto:
     return numpy_helper.from_array(np.asarray(array), name)
 
 
-def product(batch: int | str | None = "batch", width: int = 16) -> onnx.ModelProto:
+def product(batch: int | str | None = "batch", width: int = 16, outputs: int = 8) -> onnx.ModelProto:
     """y = x @ w: the simplest model whose rows do not depend on each other."""
-    weights = np.random.default_rng(1).standard_normal((width, 8)).astype(np.float32)
+    weights = np.random.default_rng(1).standard_normal((width, outputs)).astype(np.float32)
     return model(
         [helper.make_node("MatMul", ["x", "w"], ["y"], name="product")],
         [value("x", FLOAT, [batch, width])],
-        [value("y", FLOAT, [batch, 8])],
+        [value("y", FLOAT, [batch, outputs])],
         [constant("w", weights)],
     )
 

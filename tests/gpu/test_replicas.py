@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import mlflow
 import networks
@@ -25,20 +26,8 @@ from mlflow_trt.backends.cuda_driver import probe
 from mlflow_trt.runtime.replicas import ReplicaSession
 
 pytestmark = pytest.mark.gpu
+HERE = Path(__file__).resolve().parent
 several = pytest.mark.skipif(len(probe().gpus) < 2, reason="there are no two GPUs")
-
-LOSE = """
-import pycuda.driver as cuda
-
-def lose(ordinal):
-    '''Run a kernel that crashes: CUDA gives this GPU up until the process ends.'''
-    from mlflow_trt.runtime.cuda.device import open_device
-
-    ptx = b".version 7.0\\n.target sm_70\\n.address_size 64\\n.visible .entry crash() { trap; ret; }\\0"
-    with open_device(ordinal).current():
-        kernel = cuda.module_from_buffer(ptx).get_function("crash")
-        kernel(block=(1, 1, 1))
-"""
 
 
 @pytest.fixture
@@ -48,12 +37,14 @@ def folder(tmp_path):
 
 
 def run_script(folder, body):
-    """In a process of its own, which the loss of a GPU would end the use of."""
-    script = textwrap.dedent(LOSE) + textwrap.dedent(body)
+    """In a process of its own, which the loss of a GPU would end the use of. It has `lost_gpu` at hand."""
+    script = "from lost_gpu import lose\n" + textwrap.dedent(body)
     script = f"SCRIPT = {script!r}\n{script}"
     done = subprocess.run(
-        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
+        [sys.executable, "-c", script, str(folder)],
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])},
+    )  # fmt: skip
     assert "as expected" in done.stdout, done.stdout + done.stderr
 
 

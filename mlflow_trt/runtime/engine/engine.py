@@ -308,12 +308,11 @@ class Engine:
         tensorrt, gpu = self.tensorrt, self.device.gpu
         doubt = tensorrt.engine_validity(runtime, plan)
         engine = runtime.deserialize_cuda_engine(plan)
-        if engine is None and doubt is not None:
-            raise EngineMismatchError(
-                f"{tensorrt} cannot run this engine on {gpu}: {doubt} ({tensorrt.log.last_error()})"
-            )
         if engine is None:
-            raise self.failure("load the engine")
+            failure = self.failure("load the engine")
+            if doubt is None or isinstance(failure, OutOfMemoryError):
+                raise failure
+            raise EngineMismatchError(f"{tensorrt} cannot run this engine on {gpu}: {doubt} ({failure})")
         if doubt is not None:
             _log.warning(
                 "%s does not officially run this engine on %s (%s). Its results may be wrong: compare them with "

@@ -1,0 +1,45 @@
+"""What takes a GPU away from a process: a kernel that crashes, and others who hold its memory."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+from mlflow_trt.backends.cuda_driver import DriverLibrary
+from mlflow_trt.runtime.cuda.device import open_device
+
+_TRAP = b".version 7.0\n.target sm_70\n.address_size 64\n.visible .entry crash() { trap; ret; }\0"
+
+
+def lose(ordinal: int = 0) -> None:
+    """Run a kernel that crashes: CUDA gives this GPU up until the process ends."""
+    driver = DriverLibrary()
+    module, kernel = ctypes.c_void_p(), ctypes.c_void_p()
+    with open_device(ordinal).current():
+        driver.call("cuModuleLoadData", ctypes.byref(module), _TRAP)
+        driver.call("cuModuleGetFunction", ctypes.byref(kernel), module, b"crash")
+        driver.call("cuLaunchKernel", kernel, 1, 1, 1, 1, 1, 1, 0, None, None, None)
+
+
+def free_bytes() -> int:
+    """Of the first GPU's memory, whoever has the rest."""
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    with open_device(0).current():
+        DriverLibrary().call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+    return free.value
+
+
+def take_memory(nbytes: int) -> None:
+    """Hold all of the first GPU's memory but for so much, until standard input ends."""
+    device = open_device(0)
+    taken = device.device_buffer()
+    left = free_bytes()
+    with device.current():
+        taken.reserve(left - nbytes)
+    sys.stdout.write("taken\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    take_memory(int(sys.argv[1]))
