@@ -7,6 +7,8 @@ import hashlib
 import os
 import signal
 import stat
+import subprocess
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -257,26 +259,25 @@ def test_the_lock_of_a_timing_cache_does_not_empty_what_a_link_leads_to(tmp_path
     assert (tmp_path / "diary").read_text() == "dear diary"
 
 
-def test_a_process_that_waits_says_so(messages):
-    waits = threading.Event()
-    said = messages.handler.emit
-
-    def emit(record):
-        said(record)
-        if "waiting for it" in record.getMessage():
-            waits.set()
-
-    messages.handler.emit = emit
+def test_a_process_that_waits_says_so_and_a_thread_does_not(messages):
+    script = (
+        "from mlflow_trt.store import cache\nwith cache.lock_key('key'):\n    print('held', flush=True)\n    input()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
     order = []
 
-    def second():
+    def third():
         with cache.lock_key("key"):
-            order.append("second")
+            order.append("third")
 
-    thread = threading.Thread(target=second)
-    with cache.lock_key("key"):
+    threads = [threading.Thread(target=third) for _ in range(3)]
+    for thread in threads:
         thread.start()
-        assert waits.wait(60)
-        order.append("first")
-    thread.join()
-    assert order == ["first", "second"]
+    wait_for(lambda: "waiting for it" in messages.text)
+    order.append("first")
+    other.communicate("\n")
+    for thread in threads:
+        thread.join()
+    assert order == ["first", "third", "third", "third"]
+    assert messages.text.count("waiting for it") == 1

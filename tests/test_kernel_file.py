@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
+import types
+from unittest.mock import MagicMock
 
 import pytest
 
+from mlflow_trt.backends.tensorrt import Contexts
 from mlflow_trt.store import cache
 from mlflow_trt.store.kernel_cache import KernelFile
 
@@ -76,3 +79,55 @@ def test_where_nothing_can_be_kept_nothing_fails(tmp_path, monkeypatch):
     file = KernelFile("a" * 64)
     file.update(lambda kept: b"kernels")
     assert file.read() == []
+
+
+def test_what_is_there_already_is_not_written_again(file):
+    file.update(lambda kept: b"kernels")
+    written = file.path.stat().st_ino
+    file.update(lambda kept: b"kernels")
+    assert file.path.stat().st_ino == written
+    file.update(lambda kept: kept[0] + b" and more")
+    assert file.read() == [b"kernels and more"]
+
+
+class Runtime:
+    """Caches of kernels as those of TensorRT-RTX, which count how often kernels are read."""
+
+    def __init__(self):
+        self.reads = 0
+        self.made = []
+
+    def create_runtime_config(self):
+        return types.SimpleNamespace(
+            create_runtime_cache=self.create, set_runtime_cache=lambda _: None,
+            set_execution_context_allocation_strategy=lambda _: None,
+        )  # fmt: skip
+
+    def create(self):
+        kernels = set()
+
+        def deserialize(blob):
+            self.reads += 1
+            kernels.update(blob.split(b","))
+
+        made = types.SimpleNamespace(deserialize=deserialize, serialize=lambda: b",".join(sorted(kernels)))
+        self.made.append(kernels)
+        return made
+
+
+def test_kernels_are_read_once_unless_others_have_added_some(file):
+    """TensorRT-RTX keeps what it takes to read them."""
+    file.update(lambda _: b"a")
+    runtime = Runtime()
+    contexts = Contexts(MagicMock(), runtime, "eager", file.read(), is_rtx=True)
+    own, *_ = runtime.made
+    for kernel in (b"b", b"c"):
+        own.add(kernel)
+        file.update(contexts.kernels)
+    assert file.read() == [b"a,b,c"]
+    assert runtime.reads == 1
+    file.update(lambda kept: kept[0] + b",d")  # another process
+    own.add(b"e")
+    for _ in range(2):
+        file.update(contexts.kernels)
+        assert file.read() == [b"a,b,c,d,e"]

@@ -6,6 +6,7 @@ The only module that imports `tensorrt` or `tensorrt_rtx`, and the only one that
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -273,6 +274,10 @@ class TensorRT:
         return Contexts(self._module, engine, kernel_specialization, kernels, is_rtx=self.is_rtx)
 
 
+def _digest(blob: bytes) -> bytes:
+    return hashlib.sha256(blob).digest()
+
+
 class Contexts:
     """Makes execution contexts that bring no scratch memory of their own: `set_device_memory` gives it to them.
 
@@ -292,6 +297,8 @@ class Contexts:
         self._engine: trt_api.ICudaEngine | None = engine
         self._config: trt_api.RtxIRuntimeConfig | None = None
         self._cache: trt_api.RtxIRuntimeCache | None = None
+        # TensorRT-RTX never gives back what it takes to read kernels: half a megabyte each time.
+        self._contained = {_digest(blob) for blob in kernels}
         if is_rtx:
             self._config = self._configured(kernel_specialization)
             self._cache = self._config.create_runtime_cache()
@@ -314,10 +321,12 @@ class Contexts:
         if self._cache is None or self._config is None:
             return None
         own = _bytes(self._cache.serialize())
-        if not others:
+        foreign = [blob for blob in others if _digest(blob) not in self._contained]
+        if not foreign:
+            self._contained.add(_digest(own))
             return own
         together = self._config.create_runtime_cache()
-        for blob in (*others, own):
+        for blob in (*foreign, own):
             together.deserialize(blob)
         return _bytes(together.serialize())
 

@@ -13,6 +13,8 @@ import json
 import os
 import shutil
 import tempfile
+import threading
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +51,8 @@ _RECORD = "engine.json"
 _PLAN = "engine.plan"
 _log = get_logger(__name__)
 _told: set[str] = set()
+_of_this_process: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+os.register_at_fork(after_in_child=_of_this_process.clear)  # whoever held one is not there
 _records = TypeAdapter(EngineRecord)
 
 
@@ -117,8 +121,8 @@ def read_entry(path: Path) -> bytes:
 
 @contextmanager
 def lock_key(key: str) -> Iterator[None]:
-    """Let one process at a time make what belongs to `key`: the others wait, and then find it."""
-    with contextlib.ExitStack() as stack:
+    """Let one process at a time make what belongs to `key`, and one thread of it: the others wait, and then find it."""
+    with _of_this_process[key], contextlib.ExitStack() as stack:
         # Nowhere to lock is nowhere to keep: see store_engine. And some file systems have no locks.
         with contextlib.suppress(OSError):
             path = folder_of("locks") / key

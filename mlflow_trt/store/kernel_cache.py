@@ -45,8 +45,9 @@ class KernelFile:
     def update(self, merge: Callable[[list[bytes]], bytes | None]) -> None:
         """Keep `merge(what other processes kept)`, whole or not at all; where that is impossible, say so and go on."""
         with cache.lock_key(self._key):
-            kernels = merge(self._kept())
-            if kernels is None:
+            kept = self._kept()
+            kernels = merge(kept)
+            if kernels is None or kernels in kept:
                 return
             try:
                 write_whole(self.path, hashlib.sha256(kernels).digest() + kernels)
