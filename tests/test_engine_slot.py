@@ -239,6 +239,19 @@ def test_contexts_are_kept_for_the_shapes_that_came_last():
         assert tensorrt.made == made
 
 
+def test_contexts_are_kept_for_every_size_of_every_profile():
+    lengths = (8, 16, 32, 64)
+    profiles = tuple(((1, columns), (4, columns), (64, columns)) for columns in lengths)
+    with fake_gpu.session(profiles=profiles) as (session, _, tensorrt):
+        session.warm_up()
+        made = tensorrt.made
+        assert made > 2 * MOST_CONTEXTS
+        for size in (1, 2, 4, 8, 16, 32, 64):
+            for columns in lengths:
+                check(session, rows(size, columns))
+        assert tensorrt.made == made
+
+
 def test_a_context_is_told_of_scratch_memory_that_grew_in_its_place():
     """It takes no shapes that need more than it was told of, whatever lies at the address."""
     with fake_gpu.session() as (session, _, _):

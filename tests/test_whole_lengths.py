@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -11,7 +12,13 @@ from mlflow.data.pandas_dataset import from_pandas
 
 from mlflow_trt.core.whole_model import Lengths
 from mlflow_trt.errors import InputError
-from mlflow_trt.flavor.whole.lengths import computed_tokens, few_lengths, run_in_lengths
+from mlflow_trt.flavor.whole.lengths import (
+    computed_tokens,
+    ends_of,
+    few_lengths,
+    group_rows,
+    run_in_lengths,
+)
 from mlflow_trt.registry.sources.whole.examples import read_data, variations
 
 LENGTHS = Lengths(
@@ -57,6 +64,38 @@ def test_rows_come_back_in_their_places(ends):
         assert (answer[name] == array).all()
     assert {shape[1] for shape in network.shapes} <= set(LENGTHS.sizes)
     assert sum(rows * length for rows, length in network.shapes) == computed_tokens(given["attention_mask"], LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("start_cost", "groups"),
+    [
+        (0, [(8, [0, 3, 4]), (16, [2]), (32, [1, 5])]),
+        (7, [(8, [0, 3, 4]), (16, [2]), (32, [1, 5])]),
+        (17, [(8, [0, 3, 4]), (32, [1, 2, 5])]),  # one row more of 32 tokens instead of 16
+        (1000, [(32, [0, 1, 2, 3, 4, 5])]),
+    ],
+)
+def test_rows_are_padded_further_where_that_costs_less_than_a_run(start_cost, groups):
+    given = feeds(3, 24, 9, 8, 1, 17)
+    assert group_rows(ends_of(given["attention_mask"]), LENGTHS.sizes, start_cost) == groups
+    network = Network()
+    answer = run_in_lengths(network, given, LENGTHS, start_cost)
+    for name, array in Network()(given).items():
+        assert (answer[name] == array).all()
+    assert [rows for rows, _ in network.shapes] == [len(rows) for _, rows in groups]
+
+
+def test_the_fewest_tokens_of_all_ways():
+    """Checked against every way to pad each row to any length."""
+    random = np.random.default_rng(3)
+    for _ in range(60):
+        ends = random.integers(1, 33, random.integers(1, 6))
+        start_cost = int(random.integers(0, 80))
+        ways = itertools.product(*([size for size in LENGTHS.sizes if size >= end] for end in ends))
+        best = min(sum(way) + start_cost * len(set(way)) for way in ways)
+        found = group_rows(ends, LENGTHS.sizes, start_cost)
+        assert sum(size * len(rows) + start_cost for size, rows in found) == best
+        assert sorted(row for _, rows in found for row in rows) == list(range(len(ends)))
 
 
 def test_what_does_not_end_with_its_padding_is_run_as_it_is():

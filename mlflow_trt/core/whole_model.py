@@ -53,12 +53,15 @@ class Lengths:
 
     Rows are padded at the end, which is allowed since `mask` tells the network where they end. `padding` names the
     inputs whose axis 1 is that of the mask and what they are padded with, `outputs` the outputs that carry the axis.
+    `start_cost` is how many tokens a GPU computes while it could start another run: it decides whether rows are padded
+    to the length of others or run by themselves.
     """
 
     mask: str
     padding: Mapping[str, int]
     outputs: tuple[str, ...]
     sizes: tuple[int, ...]
+    start_cost: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,7 +101,7 @@ class TensorRTSession(Session):
                 kernel_store=kernel_store,
             )
         scheduler: Scheduler[EngineSlot] = Scheduler(
-            lambda: EngineSlot(engine),
+            lambda: EngineSlot(engine, _count_sizes(scheduler, engine)),
             profiles=engine.profiles,
             axis=batch_axis,
             max_batch_delay=max_batch_delay_ms / 1e3,
@@ -204,6 +204,12 @@ class TensorRTSession(Session):
 
     def _release(self) -> None:
         self._finalizer()
+
+
+def _count_sizes(scheduler: Scheduler[EngineSlot], engine: Engine) -> int:
+    """How many shapes calls are run in, rows of the usual shape of each profile."""
+    every = [scheduler.sizes_of(number) for number in range(len(engine.profiles))]
+    return sum(len(sizes.all) if sizes else 1 for sizes in every)
 
 
 def _prepare(engine: Engine, profile: int, feeds: Feeds) -> None:

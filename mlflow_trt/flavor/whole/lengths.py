@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,27 +24,57 @@ def few_lengths(usual: int, longest: int) -> tuple[int, ...]:
     return tuple(sorted({*sizes, longest}))
 
 
-def run_in_lengths(run: Callable[[Feeds], Outputs], feeds: Feeds, lengths: Lengths) -> dict[str, Array]:
+def run_in_lengths(
+    run: Callable[[Feeds], Outputs], feeds: Feeds, lengths: Lengths, start_cost: int = 0
+) -> dict[str, Array]:
     """What `run` makes of the feeds. Positions behind the end of a row are zeros in outputs that carry them.
 
     Rows that do not end with their padding are run as they are: where they begin tells some networks something.
+    `start_cost` is what a run costs by itself, in tokens: see `group_rows`.
     """
     mask = feeds[lengths.mask]
     ends = ends_of(mask)
     if ends is None:
         return dict(run(feeds))
     rows, given = mask.shape
-    groups: dict[int, list[int]] = {}
-    for row, end in enumerate(ends):
-        groups.setdefault(_hold(lengths.sizes, int(end)), []).append(row)
+    groups = group_rows(ends, lengths.sizes, start_cost)
     if len(groups) == 1:
-        ((size, _),) = groups.items()
+        ((size, _),) = groups
         return _in_place([(np.arange(rows), run(_resized(feeds, lengths, size)))], rows, given, lengths)
     parts = []
-    for size, members in sorted(groups.items()):
+    for size, members in groups:
         picked = {name: array[members] if _has_rows(array, rows) else array for name, array in feeds.items()}
         parts.append((np.asarray(members), run(_resized(picked, lengths, size))))
     return _in_place(parts, rows, given, lengths)
+
+
+def group_rows(ends: npt.NDArray[Any], sizes: Sequence[int], start_cost: int) -> list[tuple[int, list[int]]]:
+    """Rows to run together, by the length they are padded to, the shortest first.
+
+    Each row is padded to its next length, unless starting a run for it would take longer than padding it to the length
+    of another group: of all ways to put neighbours together the one with the fewest tokens, counting `start_cost` of
+    them for each run.
+    """
+    groups: dict[int, list[int]] = {}
+    for row, end in enumerate(ends):
+        groups.setdefault(_hold(sizes, int(end)), []).append(row)
+    found = sorted(groups.items())
+
+    def cost(ways: Sequence[int]) -> int:
+        """`ways` names the groups whose length others are padded to."""
+        start, tokens = 0, 0
+        for way in ways:
+            tokens += start_cost + found[way][0] * sum(len(rows) for _, rows in found[start : way + 1])
+            start = way + 1
+        return tokens
+
+    last = len(found) - 1
+    every = ((*chosen, last) for count in range(last, -1, -1) for chosen in itertools.combinations(range(last), count))
+    start, together = 0, []
+    for way in min(every, key=cost):  # of equals that with the most groups
+        together.append((found[way][0], sorted(row for _, rows in found[start : way + 1] for row in rows)))
+        start = way + 1
+    return together
 
 
 def computed_tokens(mask: Array, lengths: Lengths) -> int:

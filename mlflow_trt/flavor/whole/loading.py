@@ -112,9 +112,26 @@ def exchange(impl: Any, whole: WholeModel, network: Network) -> None:
         EngineMethods(network, original).put_into(original)
         return
     original.forward = EngineForward(network, inspect.signature(original.forward))
+    if whole.flavor == "sentence_transformers":
+        _empty_networks(original)
     for tensor in (*original.parameters(), *original.buffers()):
         # The same shape and dtype, for code that asks for these, and one element of memory, on the CPU.
         tensor.data = tensor.data.new_zeros((), device="cpu").expand(tensor.shape)
+
+
+def _empty_networks(module: Any) -> None:
+    """Leave one parameter of each network of transformers, for its dtype and device.
+
+    sentence_transformers walks through all layers several times for each call, which takes longer than the engine.
+    """
+    networks: Any = importlib.import_module("transformers").PreTrainedModel
+    for network in [one for one in module.modules() if isinstance(one, networks)]:
+        first = next(network.parameters(), None)
+        network._modules.clear()  # noqa: SLF001  # torch has no other name for them, also below
+        network._buffers.clear()  # noqa: SLF001
+        network._parameters.clear()  # noqa: SLF001
+        if first is not None:
+            network.register_parameter("held_by_the_engine", first)
 
 
 def parent_of(impl: Any, path: str) -> tuple[Any, str]:

@@ -34,7 +34,8 @@ class Network:
                 "model truncate them",
                 tensor=self._lengths.mask,
             )
-        return run_in_lengths(self.session.run, feeds, self._lengths)
+        start_cost = self._lengths.start_cost if self.session.runtime == "tensorrt" else 0
+        return run_in_lengths(self.session.run, feeds, self._lengths, start_cost)
 
 
 def named_arguments(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

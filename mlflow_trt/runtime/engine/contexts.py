@@ -12,8 +12,9 @@ from mlflow_trt.runtime.engine.buffers import Buffers
 from mlflow_trt.runtime.engine.engine import ENGINE_ALONE, Around, Context, Engine
 
 MOST_CONTEXTS = 16
-"""Each keeps its shapes, its bindings and its CUDA graph, so that a shape that comes again costs nothing but a launch.
-They share their kernels and scratch memory: one takes up to 4 MB and 30 ms to make."""
+"""Or as many as there are sizes to run profiles in, where these are more. Each keeps its shapes, its bindings and its
+CUDA graph, so that a shape that comes again costs nothing but a launch. They share their kernels and scratch memory:
+one takes up to 4 MB and 30 ms to make."""
 
 
 def depends_on_data(shape: tuple[int, ...]) -> bool:
@@ -24,8 +25,9 @@ def depends_on_data(shape: tuple[int, ...]) -> bool:
 class Bindings:
     """Contexts by shapes, the ones used last. All methods want the device to be current."""
 
-    def __init__(self, engine: Engine, buffers: Buffers, stream: Stream) -> None:
+    def __init__(self, engine: Engine, buffers: Buffers, stream: Stream, most: int) -> None:
         self._engine = engine
+        self._most = max(most, MOST_CONTEXTS)
         self._buffers = buffers
         self._stream = stream
         self._done: Event | None = engine.device.event()
@@ -48,7 +50,7 @@ class Bindings:
             return context, key
         context = self._contexts.pop(key, None)
         if context is None:
-            if len(self._contexts) < MOST_CONTEXTS:
+            if len(self._contexts) < self._most:
                 context = self._engine.new_context()
             else:
                 _, context = self._contexts.popitem(last=False)

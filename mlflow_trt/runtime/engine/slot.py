@@ -29,12 +29,16 @@ _log = get_logger(__name__)
 class EngineSlot:
     """Runs one batch at a time. The methods of `Slot` make the device current by themselves; the others want it so.
 
+    Args:
+        engine: what runs.
+        shapes: how many different ones are expected, each of which keeps a context.
+
     Attributes:
         shapes, profile: of the inputs that were loaded last.
         context: what ran last, or None before that.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, shapes: int = 0) -> None:
         self.engine = engine
         self._device = engine.device
         self.profile = 0
@@ -44,7 +48,7 @@ class EngineSlot:
         with self._device.current():
             self.stream = self._device.stream()
             self.buffers = Buffers(engine)
-            self.bindings = Bindings(engine, self.buffers, self.stream)
+            self.bindings = Bindings(engine, self.buffers, self.stream, shapes)
         self._arounds = {
             (up, down): Around(
                 f"{'upload, ' if up else ''}engine{', download' if down else ''}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from mlflow_trt.registry.sources.whole.shapes import (
     find_lengths,
     samples_of,
     shapes_of,
+    start_cost,
     text_limits,
 )
 
@@ -120,6 +121,8 @@ def open_whole(
         else:
             export_network(network, call, runs, names, file)
             export = Export(path=file, modules=("torch", "onnxscript"))
+        if lengths is not None:
+            lengths = replace(lengths, start_cost=start_cost(file))
     return OpenedWhole(
         source=WholeSource(
             folder=folder,
