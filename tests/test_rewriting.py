@@ -409,6 +409,61 @@ def test_functions_that_quantize_are_written_out(tmp_path):
     assert not check_same(model, positive(8), tmp_path).functions
 
 
+def own_relu(name: str) -> onnx.ModelProto:
+    """A function of the model that has the name of an operator and does something else; another one calls it."""
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    negate = helper.make_function("own", name, ["a"], ["b"], [node("Neg", ["a"], ["b"])], imports)
+    call = helper.make_function("own", "Twice", ["a"], ["c"], [
+        node(name, ["a"], ["b"], domain="own"), node("Add", ["a", "b"], ["zero"]), node("Sub", ["b", "zero"], ["c"]),
+    ], imports)  # fmt: skip
+    model = networks.model(
+        [node("Twice", ["x"], ["y"], domain="own")],
+        [value("x", FLOAT, ["batch", 16])],
+        [value("y", FLOAT, ["batch", 16])],
+        [],
+    )
+    model.functions.extend([negate, call])
+    model.opset_import.append(helper.make_opsetid("own", 1))
+    return model
+
+
+@pytest.mark.parametrize("name", ["Relu", "Softmax", "MatMulNBits"])
+def test_functions_with_names_of_operators_are_written_out(name, tmp_path):
+    """TensorRT would compute the operator of that name."""
+    rewritten = check_same(own_relu(name), positive(8), tmp_path)
+    assert not rewritten.functions
+    assert {one.op_type for one in rewritten.graph.node} == {"Neg", "Add", "Sub"}
+
+
+def test_other_functions_stay(tmp_path):
+    assert not rewrite(own_relu("Negate"), tmp_path, tmp_path).remarks
+
+
+@pytest.mark.parametrize(
+    ("domain", "advice"), [("acme", "other names"), ("com.microsoft.nchwc", "before ONNX Runtime optimized it")]
+)
+@pytest.mark.parametrize("where", ["graph", "branch"])
+def test_operators_of_other_domains_are_not_taken_for_those_of_onnx(where, domain, advice):
+    """TensorRT's parser looks at their names alone."""
+    model = networks.product()
+    own = node("Relu", ["y"], ["z"], name="own", domain=domain)
+    if where == "branch":
+        body = helper.make_graph([own], "body", [], [value("z", FLOAT, ["batch", 8])])
+        model.graph.node.append(node("If", ["condition"], ["chosen"], then_branch=body, else_branch=body))
+    else:
+        model.graph.node.append(own)
+    with pytest.raises(UnsupportedModelError, match=rf"own \(Relu\).* of {domain}, .*{advice}") as caught:
+        check_nodes(model)
+    assert caught.value.nodes == ("own (Relu)",)
+
+
+@pytest.mark.parametrize("operator", [("Gelu", "com.microsoft"), ("Frobnicate", "acme")])
+def test_operators_that_are_taken_for_no_other_are_left_to_the_parser(operator):
+    model = networks.product()
+    model.graph.node.append(node(operator[0], ["y"], ["z"], domain=operator[1]))
+    check_nodes(model)
+
+
 def test_an_output_that_is_an_input_is_refused():
     model = networks.product()
     model.graph.output.append(model.graph.input[0])

@@ -11,7 +11,7 @@ from onnx import ModelProto, NodeProto, TensorProto, shape_inference
 from mlflow_trt.backends import cuda_driver as hardware
 from mlflow_trt.backends import tensorrt as trt
 from mlflow_trt.convert.onnx.graph import label_of
-from mlflow_trt.convert.onnx.model import attribute_of, subgraphs_of
+from mlflow_trt.convert.onnx.model import attribute_of, bodies_of, is_operator_name
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.types import ComputeCapability, HardwareCompatibility, Precision, Weights
@@ -20,6 +20,9 @@ from mlflow_trt.errors import RecipeError, UnsupportedModelError
 _log = get_logger(__name__)
 FIRST_WITH_FP8 = ComputeCapability(8, 9)
 
+_READ_BY_NAME = ("", "ai.onnx", "com.microsoft")
+"""Domains whose operators TensorRT's parser has. Of com.microsoft, what shares a name of ONNX's means the same, but for
+Attention, whose shapes the parser refuses."""
 _NONPAD_KV_SEQLEN = 6
 """The position of this input of Attention, since opset 24."""
 
@@ -85,7 +88,8 @@ def check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
 def check_nodes(model: ModelProto) -> None:
     """Raise UnsupportedModelError for what TensorRT's parser takes, and whose engine is no good."""
     _check_names(model)
-    bodies = [model.graph, *subgraphs_of(model.graph.node), *model.functions]
+    _check_domains(model)
+    bodies = list(bodies_of(model))
     for is_refused, reason in _REFUSED.items():
         nodes = [node for body in bodies for node in body.node if not node.domain and is_refused(node)]
         if nodes:
@@ -98,6 +102,31 @@ def check_nodes(model: ModelProto) -> None:
             f"{', '.join(misread)}; export the model in float32 and choose precision='fp16' or 'bf16', which keep "
             "them in float32",
             nodes=misread,
+        )
+
+
+def _check_domains(model: ModelProto) -> None:
+    """TensorRT's parser looks at the name of an operator alone, and takes one of another domain for ONNX's."""
+    functions = {(function.domain, function.name) for function in model.functions}  # which rewriting sees to
+    nodes = [
+        node
+        for body in bodies_of(model)
+        for node in body.node
+        if node.domain not in _READ_BY_NAME
+        and (node.domain, node.op_type) not in functions
+        and is_operator_name(node.op_type)
+    ]
+    if nodes:
+        refused = list(dict.fromkeys(map(label_of, nodes)))
+        domains = sorted({node.domain for node in nodes})
+        of_onnxruntime = any(domain.startswith(("com.microsoft.", "com.ms.")) for domain in domains)
+        advice = (
+            "convert the model from before ONNX Runtime optimized it" if of_onnxruntime else "give them other names"
+        )
+        raise UnsupportedModelError(
+            f"TensorRT's parser takes {', '.join(refused)} for operators of ONNX, but they are of "
+            f"{', '.join(domains)}, where they may mean anything; {advice}",
+            nodes=refused,
         )
 
 

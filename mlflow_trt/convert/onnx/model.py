@@ -37,6 +37,13 @@ _DTYPES: Mapping[int, str] = {
     TensorProto.BOOL: "bool",
 }
 
+_READ_OF_MICROSOFT = frozenset(
+    {
+        "GroupQueryAttention", "MatMulNBits", "MultiHeadAttention", "QMoE", "SimplifiedLayerNormalization",
+        "SkipSimplifiedLayerNormalization",
+    }
+)  # fmt: skip
+"""Operators of ONNX Runtime that TensorRT-RTX 1.7's parser has, and ONNX has not."""
 
 _MOST_DIMENSIONS = 8  # TensorRT's nvinfer1::Dims::MAX_DIMS
 
@@ -183,6 +190,11 @@ def graphs_below(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
 def bodies_of(proto: ModelProto) -> Iterator[GraphProto | FunctionProto]:
     """Everything in a model that has nodes."""
     yield from (proto.graph, *graphs_below(proto.graph.node), *proto.functions)
+
+
+def is_operator_name(name: str) -> bool:
+    """Whether TensorRT's parser, which looks at names alone, may take a node or a function for an operator it has."""
+    return onnx.defs.has(name) or name in _READ_OF_MICROSOFT
 
 
 def attribute_of(node: NodeProto, name: str) -> AttributeProto:

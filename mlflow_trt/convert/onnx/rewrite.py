@@ -14,7 +14,7 @@ import numpy as np
 from onnx import AttributeProto, ModelProto, TensorProto, numpy_helper
 
 from mlflow_trt.convert.onnx.insert import insert_constant, insert_node, label, replace
-from mlflow_trt.convert.onnx.model import bodies_of, graphs_below
+from mlflow_trt.convert.onnx.model import bodies_of, graphs_below, is_operator_name
 from mlflow_trt.convert.onnx.quantized_nodes import rewrite_quantized
 from mlflow_trt.convert.onnx.weights import detach_weights
 
@@ -42,8 +42,8 @@ def rewrite(model: ModelProto, folder: Path, workdir: Path) -> RewrittenModel:
     """Rewrite what needs it in a copy of `model`, whose external weights are in `folder`; a copy's are in `workdir`.
 
     1. Sparse initializers become dense.
-    2. Functions are inlined where they hold a node that the following rules look at: TensorRT gives their tensors the
-       same names at every call.
+    2. Functions are inlined where they hold a node that the following rules look at, since TensorRT gives their tensors
+       the same names at every call; and where one has the name of an operator, which TensorRT would take it for.
     3. uint8 and int32 around Q/DQ: see `quantized_nodes`.
     4. A Loop without a condition gets one that is always true.
     5. GroupNormalization of opset 18 to 20 becomes an InstanceNormalization of its groups.
@@ -51,11 +51,13 @@ def rewrite(model: ModelProto, folder: Path, workdir: Path) -> RewrittenModel:
     Raises UnsupportedModelError for uint8 that can be said in no other way.
     """
     sparse = has_sparse_tensors(model)
-    if not sparse and not any(node.op_type in _LOOKED_AT for body in bodies_of(model) for node in body.node):
+    misnamed = any(is_operator_name(function.name) for function in model.functions)
+    is_looked_at = any(node.op_type in _LOOKED_AT for body in bodies_of(model) for node in body.node)
+    if not (sparse or misnamed or is_looked_at):
         return RewrittenModel(proto=model, folder=folder)
     remarks = ["sparse initializers are stored as dense ones"] if sparse else []
     copy = open_ir(make_dense(model) if sparse else model, folder)
-    if any(node.op_type in _LOOKED_AT for function in model.functions for node in function.node):
+    if misnamed or any(node.op_type in _LOOKED_AT for function in model.functions for node in function.node):
         inline_functions(copy)
         remarks.append("functions of the model are written out where they are called")
     lift_constants(copy)
