@@ -174,8 +174,8 @@ def test_loading_and_closing_leaves_nothing(tmp_path, report):
     first = CYCLES // 4
     growth = f"GPU {(used[-1] - used[first]) / 1e6:+.1f} MB, process {(resident[-1] - resident[first]) / 1e6:+.1f} MB"
     report(("product", f"{CYCLES} times loaded and closed", growth, "", "", "", ""))
-    # TensorRT-RTX 1.6.1 keeps 0.04 MB of the GPU and half a megabyte of the process whenever it reads stored kernels,
-    # in a bare loop, too.
+    # TensorRT-RTX 1.6.1 keeps 0.04 MB of the GPU and a megabyte of the process whenever it reads stored kernels and
+    # serializes them, in a bare loop, too.
     counted = CYCLES - 1 - first
     assert used[-1] - used[first] < (4 << 20) + counted * 60_000
-    assert resident[-1] - resident[first] < (24 << 20) + counted * 800_000
+    assert resident[-1] - resident[first] < (24 << 20) + counted * 1_500_000
