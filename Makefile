@@ -102,7 +102,7 @@ faults: $(VENV)/.dev
 # The extension's own tests in C, with a stand-in for the GPU, under ThreadSanitizer, AddressSanitizer and UBSan.
 CC ?= cc
 SANITIZERS = thread address,undefined
-NATIVE_PARTS = native/copying.c
+NATIVE_PARTS = native/batcher.c native/copying.c
 sanitize:
 	@if ! command -v $(CC) >/dev/null; then \
 	  echo "No C compiler here: the extension is not tested under sanitizers."; exit 0; fi; \

@@ -38,6 +38,7 @@ from benchmarks.fresh import fresh
 from benchmarks.models import MODELS, BenchmarkModel, Feeds
 from benchmarks.options import parse_names
 from mlflow_trt.backends.cuda_driver import probe
+from mlflow_trt.runtime import native
 from mlflow_trt.runtime.batching.host_copy import copies, copy_rows
 from mlflow_trt.runtime.batching.sizes import BatchRows, pieces
 from mlflow_trt.runtime.engine.timing import replay
@@ -131,7 +132,12 @@ def measure_models(options: argparse.Namespace) -> None:
             mlflow_trt.save_model(model.source(), folder, verify=False, **model.recipe)
             loaded = mlflow.pyfunc.load_model(str(folder), model_config={"warm_up": "on"})
             with loaded.get_raw_model() as session:
-                about = {"runtime": session.description, "driver": probe().driver, "numpy": np.__version__}
+                about = {
+                    "runtime": session.description,
+                    "driver": probe().driver,
+                    "numpy": np.__version__,
+                    "extension": native.description(),
+                }
                 bench = Bench(model, loaded, session, options.repeats, options.seconds)
                 for case in options.cases:
                     if case in LOADED:
@@ -169,7 +175,7 @@ def measure_peers(options: argparse.Namespace) -> None:
                                   seconds=options.seconds)  # fmt: skip
             measured |= found
             headings, cells = peers.table(found[name])
-            print(f"\n{name}; {probe().gpus[0]}\n")
+            print(f"\n{name}; {probe().gpus[0]}; extension {native.description()}\n")
             print_table(headings, cells)
     if options.json:
         options.json.write_text(json.dumps(measured, indent=2))

@@ -1,52 +1,42 @@
+#define _POSIX_C_SOURCE 200809L /* signals */
+
 #include "copying.h"
 
+#include <pthread.h>
+#include <sched.h>
 #include <signal.h>
-#include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-enum { BLOCK = 1 << 19, OWNER = MOST_COPYING_THREADS - 1 };
-
-static const size_t NOTHING = SIZE_MAX;
+enum { MOST_HELPERS = 7, BLOCK = 1 << 18, SPINS = 4000 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t wanted = PTHREAD_COND_INITIALIZER;
 static struct copying *first; /* of those with blocks that nobody has taken */
-static size_t helpers;        /* threads that were started; they stay */
+static size_t helpers, idle;  /* threads that were started, which stay; and those of them that sleep */
 
 static size_t smaller(size_t one, size_t other) {
     return one < other ? one : other;
 }
 
-/* Go over the next bytes, up to a block, and copy them unless `moves` is false; the place after them. */
-static struct place pass(const struct copying *job, struct place at, int moves) {
-    size_t left = BLOCK;
-    while (left && at.index < job->count) {
-        const struct copy *copy = &job->copies[at.index];
-        size_t bytes = smaller(left, copy->bytes - at.offset);
-        if (moves && bytes)
-            memcpy(copy->to + at.offset, copy->from + at.offset, bytes);
-        left -= bytes;
-        at.before += bytes;
-        at.offset += bytes;
-        if (at.offset == copy->bytes) {
-            at.index++;
-            at.offset = 0;
-        }
-    }
-    return at;
+/* For another thread, which is at work and takes microseconds: waking up from sleep would take longer. */
+static void spin(unsigned *rounds) {
+    if (++*rounds > SPINS)
+        sched_yield();
 }
 
-static int is_taken(const struct copying *job) {
-    return job->next.index == job->count;
-}
-
-/* The bytes that have arrived, without a gap. */
-static size_t arrived(const struct copying *job) {
-    size_t bytes = job->next.before;
-    for (size_t thread = 0; thread < MOST_COPYING_THREADS; thread++)
-        bytes = smaller(bytes, job->in_work[thread]);
-    return bytes;
+/* Take the next block and copy it; whether there was one. */
+static int copy_block(struct copying *job) {
+    size_t index = atomic_load(&job->next);
+    if (index < job->count)
+        index = atomic_fetch_add(&job->next, 1);
+    if (index >= job->count)
+        return 0;
+    struct block *block = &job->blocks[index];
+    memcpy(block->to, block->from, block->bytes);
+    atomic_store_explicit(&block->is_done, 1, memory_order_release);
+    return 1;
 }
 
 static void leave_list(const struct copying *job) {
@@ -57,95 +47,110 @@ static void leave_list(const struct copying *job) {
         }
 }
 
-/* Take a block and copy it, without the lock meanwhile. */
-static void work(struct copying *job, size_t thread) {
-    struct place start = job->next;
-    job->next = pass(job, start, 0);
-    job->in_work[thread] = start.before;
-    if (is_taken(job))
-        leave_list(job);
-    pthread_mutex_unlock(&lock);
-    pass(job, start, 1);
-    pthread_mutex_lock(&lock);
-    job->in_work[thread] = NOTHING;
-    pthread_cond_signal(&job->changed); /* the owner may go on, and free the job once the lock is let go */
-}
-
-static void *help(void *argument) {
-    size_t thread = (size_t)(uintptr_t)argument;
-    pthread_mutex_lock(&lock);
-    for (;;) {
-        while (!first)
-            pthread_cond_wait(&wanted, &lock);
-        work(first, thread);
-    }
-    return NULL;
-}
-
-/* Threads to share `blocks` with. Those that the system does not give are done without. */
-static void find_help(size_t blocks) {
-    long processors = sysconf(_SC_NPROCESSORS_ONLN);
-    size_t most = smaller(processors > 1 ? (size_t)processors - 1 : 0, OWNER);
-    if (helpers < most) {
-        sigset_t all, before;
-        pthread_attr_t detached;
-        sigfillset(&all); /* signals are for the program's own threads */
-        pthread_sigmask(SIG_SETMASK, &all, &before);
-        pthread_attr_init(&detached);
-        pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
-        pthread_t thread;
-        while (helpers < most && pthread_create(&thread, &detached, help, (void *)(uintptr_t)helpers) == 0)
-            helpers++;
-        pthread_attr_destroy(&detached);
-        pthread_sigmask(SIG_SETMASK, &before, NULL);
-    }
-    for (size_t woken = 0; woken + 1 < blocks && woken < helpers; woken++)
+/* Wake one more thread, if another one is of use. Each wakes the next, so that the owner can begin; with the lock. */
+static void call_one(const struct copying *job) {
+    if (idle && atomic_load(&job->next) + 1 < job->count)
         pthread_cond_signal(&wanted);
 }
 
-void copying_begin(struct copying *job, const struct copy *copies, size_t count) {
-    memset(job, 0, sizeof *job);
-    job->copies = copies;
-    job->count = count;
-    for (size_t thread = 0; thread < MOST_COPYING_THREADS; thread++)
-        job->in_work[thread] = NOTHING;
-    for (size_t index = 0; index < count; index++)
-        job->bytes += copies[index].bytes;
-    pthread_cond_init(&job->changed, NULL);
+static void *help(void *nothing) {
     pthread_mutex_lock(&lock);
-    if (!is_taken(job)) {
-        struct copying **link = &first;
-        while (*link)
-            link = &(*link)->following;
-        *link = job;
-        find_help((job->bytes + BLOCK - 1) / BLOCK);
+    for (;;) {
+        while (!first) {
+            idle++;
+            pthread_cond_wait(&wanted, &lock);
+            idle--;
+        }
+        struct copying *job = first;
+        atomic_fetch_add(&job->helpers, 1);
+        call_one(job);
+        pthread_mutex_unlock(&lock);
+        while (copy_block(job)) {
+        }
+        pthread_mutex_lock(&lock);
+        leave_list(job);
+        atomic_fetch_sub(&job->helpers, 1); /* from here on its owner may free it */
     }
+    return nothing;
+}
+
+/* Those that the system does not give are done without; with the lock. */
+static void start_helpers(void) {
+    long processors = sysconf(_SC_NPROCESSORS_ONLN);
+    size_t most = smaller(processors > 1 ? (size_t)processors - 1 : 0, MOST_HELPERS);
+    if (helpers >= most)
+        return;
+    sigset_t all, before;
+    pthread_attr_t detached;
+    pthread_t thread;
+    sigfillset(&all); /* signals are for the program's own threads */
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pthread_attr_init(&detached);
+    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    while (helpers < most && pthread_create(&thread, &detached, help, NULL) == 0)
+        helpers++;
+    pthread_attr_destroy(&detached);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+void copying_begin(struct copying *job, const struct copy *copies, size_t count) {
+    size_t blocks = 0;
+    memset(job, 0, sizeof *job);
+    for (size_t index = 0; index < count; index++) {
+        blocks += (copies[index].bytes + BLOCK - 1) / BLOCK;
+        job->bytes += copies[index].bytes;
+    }
+    job->blocks = calloc(blocks ? blocks : 1, sizeof *job->blocks);
+    if (!job->blocks) {
+        for (size_t index = 0; index < count; index++)
+            memcpy(copies[index].to, copies[index].from, copies[index].bytes);
+        job->front_bytes = job->bytes;
+        return;
+    }
+    for (size_t index = 0; index < count; index++)
+        for (size_t start = 0; start < copies[index].bytes; start += BLOCK) {
+            struct block *block = &job->blocks[job->count++];
+            block->to = copies[index].to + start;
+            block->from = copies[index].from + start;
+            block->bytes = smaller(BLOCK, copies[index].bytes - start);
+        }
+    if (job->count < 2)
+        return;
+    pthread_mutex_lock(&lock);
+    struct copying **link = &first;
+    while (*link)
+        link = &(*link)->following;
+    *link = job;
+    start_helpers();
+    call_one(job);
     pthread_mutex_unlock(&lock);
 }
 
 size_t copying_advance(struct copying *job, size_t bytes) {
-    pthread_mutex_lock(&lock);
+    unsigned rounds = 0;
     bytes = smaller(bytes, job->bytes);
-    while (arrived(job) < bytes) {
-        if (is_taken(job))
-            pthread_cond_wait(&job->changed, &lock);
-        else
-            work(job, OWNER);
+    for (;;) {
+        while (job->front < job->count &&
+               atomic_load_explicit(&job->blocks[job->front].is_done, memory_order_acquire)) {
+            job->front_bytes += job->blocks[job->front++].bytes;
+            rounds = 0;
+        }
+        if (job->front_bytes >= bytes)
+            return job->front_bytes;
+        if (!copy_block(job))
+            spin(&rounds);
     }
-    bytes = arrived(job);
-    pthread_mutex_unlock(&lock);
-    return bytes;
 }
 
 void copying_end(struct copying *job) {
+    unsigned rounds = 0;
+    atomic_store(&job->next, job->count);
     pthread_mutex_lock(&lock);
     leave_list(job);
-    job->next.index = job->count;
-    job->next.before = job->bytes;
-    while (arrived(job) < job->bytes)
-        pthread_cond_wait(&job->changed, &lock);
     pthread_mutex_unlock(&lock);
-    pthread_cond_destroy(&job->changed);
+    while (atomic_load(&job->helpers))
+        spin(&rounds);
+    free(job->blocks);
 }
 
 void copy_bytes(char *to, const char *from, size_t bytes) {
@@ -164,5 +169,5 @@ void copying_after_fork(void) {
     pthread_mutex_init(&lock, NULL);
     pthread_cond_init(&wanted, NULL);
     first = NULL;
-    helpers = 0;
+    helpers = idle = 0;
 }

@@ -2,10 +2,8 @@
 #ifndef COPYING_H
 #define COPYING_H
 
-#include <pthread.h>
+#include <stdatomic.h>
 #include <stddef.h>
-
-enum { MOST_COPYING_THREADS = 8 };
 
 /* What is worth a thread's while: waking one takes about as long as copying a few hundred kilobytes. */
 static const size_t COPIED_ALONE = 1 << 20;
@@ -16,22 +14,24 @@ struct copy {
     size_t bytes;
 };
 
-/* A place in a list of copies: `before` counts the bytes that come before it. */
-struct place {
-    size_t index, offset, before;
+struct block {
+    char *to;
+    const char *from;
+    size_t bytes;
+    atomic_int is_done;
 };
 
 /* Copies that are made block by block, in their order, by whoever takes the next block. */
 struct copying {
-    const struct copy *copies;
+    struct block *blocks; /* none: all was copied at once, since there was no memory for them */
     size_t count, bytes;
-    struct place next;                        /* what nobody has taken yet */
-    size_t in_work[MOST_COPYING_THREADS];     /* bytes before the block that each thread works on */
-    pthread_cond_t changed;
-    struct copying *following;                /* in the list of those that want help */
+    atomic_size_t next;         /* that nobody has taken yet */
+    atomic_size_t helpers;      /* threads that look into this */
+    size_t front, front_bytes;  /* blocks that have arrived without a gap, as far as the owner has seen */
+    struct copying *following;  /* in the list of those that want help */
 };
 
-/* Let others begin. The copies and the job stay where they are until `copying_end`. */
+/* Let others begin. What is copied, and the job, stay where they are until `copying_end`. */
 void copying_begin(struct copying *job, const struct copy *copies, size_t count);
 
 /* Take part until the first `bytes` bytes have arrived; returns how many have. */

@@ -11,6 +11,9 @@ void *address_of(PyObject *number);
 /* A count in an int of Python's; (size_t)-1 with an exception set where it is none. */
 size_t size_of(PyObject *number);
 
-extern PyType_Spec copying_spec;
+/* Where the elements of a contiguous array lie, which are so many bytes; NULL with an exception set for anything else. */
+char *memory_of(PyObject *array, size_t bytes, int is_written);
+
+extern PyType_Spec batcher_spec, copying_spec;
 
 #endif

@@ -8,6 +8,7 @@ its memory, comes without a current context or disturbs a capture is an error.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import math
 import threading
@@ -20,9 +21,11 @@ from helpers import PATIENCE
 from mlflow_trt.core.types import BatchAxis, ComputeCapability, Gpu, TensorSpec
 from mlflow_trt.runtime.cuda import dlpack
 from mlflow_trt.runtime.cuda.device import Device
+from mlflow_trt.runtime.cuda.graphs import EntryPoints
 from mlflow_trt.runtime.tensorrt_session import TensorRTSession
 
 GARBAGE = 0xA5
+OUT_OF_MEMORY, LAUNCH_FAILED = 2, 719  # CUresult
 BATCH_AXIS = BatchAxis(inputs=("x",), splits=True, declared=True)
 
 
@@ -39,6 +42,7 @@ class Driver:
         self.blocks = {}
         self.freed = []
         self.missed = []
+        self.refused = []  # what the extension was answered with a status
         self.streams = {}
         self.running = threading.RLock()
         self.room = 1 << 40
@@ -49,6 +53,12 @@ class Driver:
         self.graphs = 0  # that were not closed
         self.captures = 0
         self.launches = 0
+        self.native_launches = 0  # of these, from the extension
+        self.native_uploads = 0
+        self.graphs_by_handle = {}
+        self.waiting = 0  # callers of the extension's for whom the GPU works
+        self.may_run = threading.Event()  # held up where a test clears it
+        self.may_run.set()
         self.Context = types.SimpleNamespace(pop=self._pop, synchronize=self.check_no_capture)
 
     def init(self):
@@ -126,6 +136,53 @@ class Driver:
         self.captures += 1
         return FakeGraph(self, stream, work)
 
+    def entry_points(self):
+        """As `Graphs` does: functions with the signatures of the driver's, for the extension to call."""
+
+        def function(work, *arguments):
+            def call(*values):
+                try:
+                    return work(*values) or 0
+                except self.MemoryError:
+                    return OUT_OF_MEMORY
+                except self.Error as error:
+                    self.refused.append(error)
+                    return LAUNCH_FAILED
+
+            return ctypes.CFUNCTYPE(ctypes.c_int, *arguments)(call)
+
+        def launch(graph, stream):
+            if graph not in self.graphs_by_handle:
+                self.missed.append("a graph was launched that is closed")
+                return LAUNCH_FAILED
+            assert self.graphs_by_handle[graph].stream is self.streams[stream]
+            self.native_launches += 1
+            return self.graphs_by_handle[graph].launch()
+
+        def synchronize(stream):
+            self.waiting += 1
+            try:
+                assert self.may_run.wait(PATIENCE)
+                self.streams[stream].synchronize()
+            finally:
+                self.waiting -= 1
+
+        def upload(address, source, nbytes, stream):
+            memory = np.ctypeslib.as_array(ctypes.cast(source, ctypes.POINTER(ctypes.c_uint8)), (nbytes,))
+            self.native_uploads += 1
+            self.memcpy_htod_async(address, memory, self.streams[stream])
+
+        pointer = ctypes.c_void_p
+        functions = {
+            "push": function(lambda _: self._push(), pointer),
+            "pop": function(lambda _: self._pop(), pointer),
+            "upload": function(upload, ctypes.c_ulonglong, pointer, ctypes.c_size_t, pointer),
+            "launch": function(launch, pointer, pointer),
+            "synchronize": function(synchronize, pointer),
+        }
+        found = {name: ctypes.cast(each, pointer).value for name, each in functions.items()}
+        return EntryPoints(**found, context=1, owner=functions)
+
     def _push(self):
         self._pushed.depth = getattr(self._pushed, "depth", 0) + 1
 
@@ -162,19 +219,22 @@ class Pinned:
 class FakeGraph:
     def __init__(self, driver, stream, work):
         self._driver = driver
-        self._stream = stream
+        self.stream = stream
         self._work = work
+        self.handle = next(driver._numbers) << 8
+        driver.graphs_by_handle[self.handle] = self
 
     def launch(self):
         if self._work is None:
             raise self._driver.Error("the graph was closed")
         self._driver.launches += 1
         for work in self._work:
-            self._stream.enqueue(work)
+            self.stream.enqueue(work)
 
     def close(self):
         self._driver.check_current()
         if self._work is not None:
+            del self._driver.graphs_by_handle[self.handle]
             self._driver.graphs -= 1
             self._work = None
 
@@ -194,11 +254,17 @@ class FakeStream:
         (self._work if self.captured is None else self.captured).append(work)
 
     def run(self, until=None):
+        failures = []
         with self._driver.running:
             while self._done < (len(self._work) if until is None else until):
                 work, self._work[self._done] = self._work[self._done], None
                 self._done += 1
-                work()
+                try:
+                    work()
+                except self._driver.Error as error:  # what comes after it is done all the same
+                    failures.append(error)
+        if failures:
+            raise failures[0]
 
     def position(self):
         return len(self._work)
@@ -242,6 +308,9 @@ class FakeTensorRT:
         self.profiles = profiles
         self.made = 0
         self.compiled = set()
+        self.computed = []  # what each run was given
+        self.bad = None  # a number that no run survives
+        self.most_rows = 1 << 30  # that there is memory for
         self.may_compile = threading.Event()  # held up where a test clears it
         self.may_compile.set()
         self.late_shape = lambda rows: (rows,)
@@ -374,6 +443,11 @@ class FakeContext:
                 driver.at(addresses[name], count * 4).view(np.float32)
                 for name, count in (("x", rows * columns), ("y", rows * columns), ("z", numbers))
             )
+            self._tensorrt.computed.append(x.reshape(rows, columns).copy())
+            if self._tensorrt.bad is not None and (x == self._tensorrt.bad).any():
+                raise driver.Error(f"{self._tensorrt.bad} is a bad number")
+            if rows > self._tensorrt.most_rows:
+                raise driver.MemoryError(f"no room for {rows} rows")
             y[:] = x * 2
             z.reshape(rows, -1)[:] = x.reshape(rows, columns)[:, :1]
 

@@ -17,6 +17,7 @@ from real_models import MAGIKA, nested_if
 
 import mlflow_trt
 from mlflow_trt.cli.options import combine_shapes, parse_batch, parse_shapes
+from mlflow_trt.runtime import native
 
 pytestmark = pytest.mark.slow
 
@@ -185,6 +186,7 @@ class TestDoctor:
         assert checks["TensorRT-RTX"]["ok"]
         assert checks["can build"]["detail"].startswith("TensorRT-RTX")
         assert {"Python", "mlflow", "onnx", "ONNX Runtime", "driver", "CUDA calls", "cache"} <= set(checks)
+        assert checks["extension"]["detail"] == native.description()
 
     def test_a_machine_without_a_gpu_cannot_run_engines(self):
         code, output, _ = run("doctor", "--need", "run", CUDA_VISIBLE_DEVICES="")

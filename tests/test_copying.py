@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -78,6 +80,20 @@ def test_nothing_is_copied_any_more_for_who_stops_listening():
     source[:] = 2
     copying.copies([source])  # the same threads did this, after what they were at
     assert np.array_equal(target, now)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [("0", "none, Python does its work more slowly: MLFLOW_TRT_NATIVE is 0"), (None, "in C")]
+)
+def test_the_environment_turns_the_extension_off(value, said):
+    if native.extension is None:
+        pytest.skip(native.why_not)
+    environment = {name: kept for name, kept in os.environ.items() if name != native.VARIABLE}
+    if value is not None:
+        environment[native.VARIABLE] = value
+    program = "from mlflow_trt.runtime import native; print(native.description())"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == said
 
 
 class TestCopiesInC:

@@ -14,12 +14,14 @@ import pytest
 from helpers import PATIENCE, wait_for
 
 from mlflow_trt.errors import OutOfMemoryError
+from mlflow_trt.runtime import native
 from mlflow_trt.runtime.batching.sizes import BatchRows
 from mlflow_trt.runtime.cuda.device import Device
 from mlflow_trt.runtime.engine import slot as slot_module
 from mlflow_trt.runtime.engine.contexts import MOST_CONTEXTS
 from mlflow_trt.runtime.engine.engine import MOST_FAILED_CAPTURES
 
+EITHER_WAY = pytest.mark.parametrize("extension", [native.extension, None], ids=["in C", "in Python"])
 TOGETHER = pytest.mark.parametrize("delay", [0, 5.0], ids=["each by itself", "together"])
 LATE = pytest.mark.parametrize("late", [False, True], ids=["shapes known", "shapes late"])
 
@@ -35,17 +37,21 @@ def check(session, x):
     return outputs
 
 
+@EITHER_WAY
 @TOGETHER
 @LATE
-def test_buffers_grow_and_are_used_again(delay, late):
+def test_buffers_grow_and_are_used_again(delay, late, extension, monkeypatch):
+    monkeypatch.setattr(native, "extension", extension)
     with fake_gpu.session(late=late, max_batch_delay_ms=delay) as (session, _, _):
         for seed, (count, columns) in enumerate([(1, 1), (16, 2), (3, 2), (16, 64), (1, 1), (40, 64), (3, 2)]):
             check(session, rows(count, columns, seed))
 
 
+@EITHER_WAY
 @TOGETHER
-def test_freed_memory_that_comes_back_smaller_at_the_same_address_is_bound_again(delay):
+def test_freed_memory_that_comes_back_smaller_at_the_same_address_is_bound_again(delay, extension, monkeypatch):
     """A context is not good for what its addresses happen to be, but for the memory that it was bound to."""
+    monkeypatch.setattr(native, "extension", extension)
     with fake_gpu.session(max_batch_delay_ms=delay) as (session, _, _):
         check(session, rows(4, 64))
         session._scheduler.slots.trim()
@@ -350,10 +356,12 @@ def test_warm_means_that_no_context_is_made_again():
         assert tensorrt.made == made
 
 
+@EITHER_WAY
 @TOGETHER
 @LATE
-def test_stress(delay, late):
+def test_stress(delay, late, extension, monkeypatch):
     """Threads, sizes and shapes mixed; buffers grow and are freed meanwhile."""
+    monkeypatch.setattr(native, "extension", extension)
     with fake_gpu.session(late=late, max_batch_delay_ms=delay) as (session, _, _):
         barrier = threading.Barrier(8)
 

@@ -77,6 +77,10 @@ class DriverLibrary:
         found: Callable[..., int] = getattr(self._held, function)
         return found
 
+    def address(self, function: str) -> int:
+        """Where a function is, for code that calls it without Python."""
+        return ctypes.cast(getattr(self._library, function), ctypes.c_void_p).value or 0
+
     def check(self, function: str, status: int) -> None:
         """Raises DriverError for what is not success."""
         if status != 0:

@@ -29,14 +29,15 @@ def _is_wanted() -> bool:
     return True
 
 
-_wanted = _is_wanted()
+wanted = _is_wanted()
+"""Whether functions are marked that are defined from now on."""
 
 
 def marked(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Mark each call of a function as a range of this name, where that is wanted; else the function stays as it is."""
 
     def mark(function: Callable[_P, _R]) -> Callable[_P, _R]:
-        if not _wanted:
+        if not wanted:
             return function
         import nvtx
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -29,6 +27,7 @@ from mlflow_trt.runtime.cuda.device_array import DeviceArray
 from mlflow_trt.runtime.engine import on_device
 from mlflow_trt.runtime.engine import timing as slot_timing
 from mlflow_trt.runtime.engine.engine import Engine, KernelStore
+from mlflow_trt.runtime.engine.native_calls import native_batches
 from mlflow_trt.runtime.engine.slot import EngineSlot
 from mlflow_trt.runtime.engine.timing import Phases
 from mlflow_trt.runtime.session import Session
@@ -106,6 +105,7 @@ class TensorRTSession(Session):
             axis=batch_axis,
             max_batch_delay=max_batch_delay_ms / 1e3,
             prepare=partial(_prepare, engine) if compile_beside_calls and tensorrt.is_rtx else None,
+            native=partial(native_batches, engine, max_batch_delay_ms / 1e3),
         )
         super().__init__(
             scheduler, [engine.described(spec) for spec in inputs], [engine.described(spec) for spec in outputs]
@@ -114,7 +114,6 @@ class TensorRTSession(Session):
         self._finalizer = finalize(self, _close, scheduler, engine)
         self._scheduler = scheduler
         self._batch_axis = batch_axis
-        self._warming = threading.Lock()  # or two of them would wait for each other's slots
         self.profiles = engine.profiles
 
     @property
@@ -126,7 +125,8 @@ class TensorRTSession(Session):
 
     def run_on_device(self, inputs: Mapping[str, Any]) -> dict[str, DeviceArray]:
         self._check_open()
-        with self._scheduler.slots.borrow() as slot, self._device.current():
+        slots = self._scheduler.slots
+        with slots.kept_here(), slots.borrow() as slot, self._device.current():
             given = on_device.views(slot, inputs, self.inputs)
             try:
                 stand_ins = {
@@ -149,22 +149,30 @@ class TensorRTSession(Session):
         After it no call compiles kernels or makes contexts, unless it brings other shapes.
         """
         self._check_open()
-        with self._warming, contextlib.ExitStack() as stack:
-            slots = [stack.enter_context(self._scheduler.slots.borrow()) for _ in range(MOST_SLOTS)]
+        with self._scheduler.slots.borrow_several(MOST_SLOTS) as slots:
             # The second run captures a graph, which is no good any more once a later shape made scratch memory grow.
             for _ in range(3):
                 self._run_every_size(slots)
+            for number in range(len(self.profiles)):
+                sizes = self._scheduler.sizes_of(number)
+                if sizes is not None:
+                    self._scheduler.prepare_native(self._usual_feeds(number, sizes.all[0]), slots)
+
+    def _usual_feeds(self, number: int, size: int | None) -> Feeds:
+        """Zeros of a profile's usual shape, so many rows of them."""
+        batched = self._batch_axis.inputs if self._batch_axis is not None else ()
+        ranges = self.profiles[number].ranges
+        return {
+            spec.name: make_zeros(spec, ranges.get(spec.name), size if spec.name in batched else None)
+            for spec in self.inputs
+        }
 
     def _run_every_size(self, slots: Sequence[EngineSlot]) -> None:
-        batched = self._batch_axis.inputs if self._batch_axis is not None else ()
-        for number, profile in enumerate(self.profiles):
+        for number in range(len(self.profiles)):
             # The largest first, so that no buffer grows later and takes the CUDA graphs' addresses with it.
             sizes = self._scheduler.sizes_of(number)
             for size in reversed(sizes.all) if sizes else (None,):
-                feeds = {
-                    spec.name: make_zeros(spec, profile.ranges.get(spec.name), size if spec.name in batched else None)
-                    for spec in self.inputs
-                }
+                feeds = self._usual_feeds(number, size)
                 for slot in slots:
                     slot.launch(BatchRows([feeds], None, 0), number)
                     slot.finish()

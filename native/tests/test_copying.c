@@ -1,4 +1,5 @@
 /* Many copies at the same time, under a sanitizer: what arrives, in which order, and what is left when one ends early. */
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from typing import ClassVar
 
 import networks
 import numpy as np
@@ -30,9 +31,11 @@ from mlflow_trt import (
 )
 from mlflow_trt.backends import tensorrt as trt
 from mlflow_trt.backends.cuda_driver import DriverLibrary
+from mlflow_trt.runtime import native
 from mlflow_trt.runtime.batching.scheduler import MOST_SLOTS
 from mlflow_trt.runtime.cuda.device import open_device
 from mlflow_trt.runtime.engine import contexts as bindings
+from mlflow_trt.runtime.engine import slot as slot_module
 from mlflow_trt.runtime.tensorrt_session import TensorRTSession
 
 pytestmark = pytest.mark.gpu
@@ -355,7 +358,8 @@ class TestSpeedChangesNothing:
             list(pool.map(work, range(16)))
         assert min(counts) > 20
 
-    def test_calls_at_the_same_time_run_together(self, opened):
+    def test_calls_at_the_same_time_run_together(self, opened, monkeypatch):
+        monkeypatch.setattr(native, "extension", None)
         session, expected = opened(networks.product(), batch=(1, 4, 32), settings={"max_batch_delay_ms": 5.0})
         session.warm_up()
         feeds = [{"x": networks.rows(1, seed=n)} for n in range(64)]
@@ -391,6 +395,139 @@ class TestSpeedChangesNothing:
         same(second, expected, {"x": networks.rows(4)})
         same(second, expected, {"x": networks.rows(8)})
         assert len(store.kept) >= size
+
+
+@pytest.mark.skipif(native.extension is None, reason=native.why_not)
+class TestAroundPython:
+    """Calls that the extension runs give what Python's give in the same size, bit for bit, and nobody else's rows."""
+
+    SETTINGS: ClassVar = {"max_batch_delay_ms": 2.0}
+
+    @staticmethod
+    def natively(session):
+        return sum(count for _, count in session._scheduler._native.runs)
+
+    @pytest.fixture
+    def sessions(self, opened, monkeypatch):
+        """One that goes around Python, and one that does not."""
+
+        def open_both(model, *, rows_in_graph=None, **recipe):
+            if rows_in_graph is not None:
+                monkeypatch.setattr(slot_module, "GRAPH_INPUT_BYTES", networks.rows(rows_in_graph).nbytes)
+            session, _ = opened(model, on_cpu=False, settings=self.SETTINGS, **recipe)
+            with monkeypatch.context() as patch:
+                patch.setattr(native, "extension", None)
+                alone, _ = opened(model, on_cpu=False, **recipe)
+            return session, alone
+
+        return open_both
+
+    @pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
+    def test_one_caller(self, warm, sessions):
+        session, alone = sessions(networks.product(), batch=(1, 4, 16))
+        if warm:
+            session.warm_up()
+        for seed in range(3):
+            for rows in range(1, 17):
+                x = networks.rows(rows, seed=seed)
+                assert np.array_equal(session.run({"x": x})["y"], alone.run({"x": x})["y"])
+        assert session.runs == alone.runs
+        assert self.natively(session) >= (48 if warm else 16)
+
+    def test_several_inputs(self, sessions):
+        shapes = {"input_ids": ((-1, 4), (-1, 8), (-1, 16))}
+        session, alone = sessions(networks.transformer(), batch=(1, 2, 4), shapes=shapes)
+        session.warm_up()
+        for rows in (1, 2, 3, 4):
+            feeds = networks.sentences(rows, 8)
+            outputs = session.run(feeds)
+            for name, array in alone.run(feeds).items():
+                assert outputs[name].dtype == array.dtype
+                assert np.array_equal(outputs[name], array), name
+        assert self.natively(session) == 4
+
+    def test_rows_of_megabytes(self, opened):
+        """Which are uploaded as they are copied."""
+        width = 1 << 18
+        relu = networks.model(
+            [networks.helper.make_node("Relu", ["x"], ["y"])],
+            [networks.value("x", networks.FLOAT, ["batch", width])],
+            [networks.value("y", networks.FLOAT, ["batch", width])],
+        )
+        session, _ = opened(relu, on_cpu=False, batch=(1, 2, 8), settings=self.SETTINGS)
+        session.warm_up()
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+
+            def call(n):
+                x = np.random.default_rng(n).standard_normal((n % 5 + 1, width)).astype(np.float32)
+                assert np.array_equal(session.run({"x": x})["y"], np.maximum(x, 0))
+
+            for n in range(5):
+                call(n)
+            list(pool.map(call, range(200)))
+        assert self.natively(session) > 20
+
+    @pytest.mark.parametrize("rows_in_graph", [1000, 3])
+    def test_threads(self, rows_in_graph, sessions):
+        """With rows of many numbers; meanwhile the slots are wanted for what only Python does."""
+        sizes = (1, 2, 4, 8, 16, 32)
+        session, alone = sessions(networks.product(), batch=(1, 8, 32), rows_in_graph=rows_in_graph)
+        batches = [networks.rows(n % 7 + 1, seed=n) for n in range(64)]
+        expected = []
+        for batch in batches:
+            padded = (np.concatenate([batch, batch[-1:].repeat(size - len(batch), 0)]) for size in sizes
+                      if size >= len(batch))  # fmt: skip
+            expected.append([alone.run({"x": x})["y"][: len(batch)].tobytes() for x in padded])
+        large = networks.rows(70)
+        expected_large = alone.run({"x": large})["y"]
+        end, counts = time.monotonic() + STRESS_SECONDS, [0] * 32
+
+        def work(thread):
+            n = thread
+            while time.monotonic() < end:
+                n = (n * 5 + 3) % len(batches)
+                assert session.run({"x": batches[n]})["y"].tobytes() in expected[n]
+                counts[thread] += 1
+                if thread == 0 and counts[0] % 50 == 0:
+                    assert np.array_equal(session.run({"x": large})["y"], expected_large)
+                if thread == 1 and counts[1] % 200 == 0:
+                    session._scheduler.slots.trim()
+
+        with concurrent.futures.ThreadPoolExecutor(32) as pool:
+            list(pool.map(work, range(32)))
+        assert min(counts) > 20
+        assert self.natively(session) > sum(counts) / 100
+
+    def test_callers_who_wait_get_their_own_rows(self, opened):
+        session, expected = opened(networks.product(), batch=(1, 4, 32), settings=self.SETTINGS)
+        session.warm_up()
+        feeds = [{"x": networks.rows(1, seed=n)} for n in range(64)]
+        with concurrent.futures.ThreadPoolExecutor(64) as pool:
+            results = list(pool.map(session.run, feeds * 50))
+        for n, result in enumerate(results):
+            assert relative_error(result, expected.run(feeds[n % 64])) < TF32
+        assert self.natively(session) == sum(session.runs.values())
+        assert sum(size * runs for size, runs in session.runs.items()) >= len(results)
+
+    def test_closing_while_they_run(self, opened):
+        session, _ = opened(networks.product(), batch=(1, 4, 16), settings=self.SETTINGS)
+        session.warm_up()
+        done = []
+
+        def call(n):
+            x = networks.rows(n % 5 + 1, seed=n)
+            while True:
+                try:
+                    done.append(session.run({"x": x})["y"].shape)
+                except SessionClosedError:
+                    return
+
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            calls = [pool.submit(call, n) for n in range(16)]
+            wait_for(lambda: len(done) > 1000)
+            session.close()
+            for each in calls:
+                each.result(PATIENCE)
 
 
 class TestOnTheGpu:

@@ -23,7 +23,7 @@ class Plan(NamedTuple):
     """What to do with feeds of some shapes.
 
     Without `sizes` they run as they are, alone. `together`: with others of the same `key` and the same values of the
-    `shared` inputs, which have no rows.
+    `shared` inputs, which have no rows. `nbytes` are those of the inputs.
     """
 
     profile: int
@@ -33,7 +33,11 @@ class Plan(NamedTuple):
     key: Hashable = None
     together: bool = False
     shared: tuple[str, ...] = ()
-    large: bool = False
+    nbytes: int = 0
+
+    @property
+    def is_large(self) -> bool:
+        return self.nbytes > _LARGE_BYTES
 
     def key_of(self, feeds: Feeds) -> Hashable:
         """What the requests of a batch have in common."""
@@ -163,8 +167,8 @@ class Plans:
             and sum(feeds[name].nbytes for name in shared) <= _MOST_SHARED_BYTES
         )
         key = self._family(profile, feeds)
-        large = sum(array.nbytes for array in feeds.values()) > _LARGE_BYTES
-        return Plan(profile, fits, rows, sizes, key, together, shared, large)
+        nbytes = sum(array.nbytes for array in feeds.values())
+        return Plan(profile, fits, rows, sizes, key, together, shared, nbytes)
 
     def _family(self, profile: int, feeds: Feeds) -> Hashable:
         """What calls have in common whose rows can be run together, but for the values of shared inputs."""

@@ -6,13 +6,15 @@ import collections
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Generic
+from functools import partial
+from typing import Any, Generic, Protocol
 
 from mlflow_trt.core.arrays import Feeds, Outputs
 from mlflow_trt.core.types import BatchAxis, ShapeProfile
 from mlflow_trt.errors import OutOfMemoryError, SessionClosedError
 from mlflow_trt.runtime.batching.host_copy import copies
 from mlflow_trt.runtime.batching.microbatch import MicroBatcher, QueuedCall
+from mlflow_trt.runtime.batching.native_batches import BatchFailedError
 from mlflow_trt.runtime.batching.pieces import run_pieces
 from mlflow_trt.runtime.batching.plans import Plan, Plans
 from mlflow_trt.runtime.batching.readiness import Prepare
@@ -23,6 +25,17 @@ from mlflow_trt.runtime.batching.submissions import Done, PendingAnswer, Submiss
 
 MOST_SLOTS = 2
 """One that the GPU works on and one that is filled meanwhile; a third gained nothing in measurements."""
+
+
+class NativeCalls(Protocol):
+    """Runs calls around Python: NativeBatches, which says more of each method."""
+
+    @property
+    def runs(self) -> Sequence[tuple[int, int]]: ...
+    def takes(self, plan: Plan) -> bool: ...
+    def run(self, plan: Plan, feeds: Feeds) -> Outputs | None: ...
+    def prepare(self, plan: Plan, feeds: Feeds, slots: Sequence[Any]) -> None: ...
+    def close(self) -> None: ...
 
 
 class Scheduler(Generic[AnySlot]):
@@ -36,6 +49,7 @@ class Scheduler(Generic[AnySlot]):
             not put together either.
         max_batch_delay: seconds for which a batch of several callers stays open at most; 0 runs each call by itself.
         prepare: makes a batch size ready beside the calls, which are run in sizes that are; None: all of them are.
+        native: makes the batcher in C for these slots, where there is one.
     """
 
     def __init__(
@@ -47,13 +61,17 @@ class Scheduler(Generic[AnySlot]):
         largest: int | None = None,
         max_batch_delay: float = 0.0,
         prepare: Prepare | None = None,
+        native: Callable[[Slots[AnySlot], BatchAxis], NativeCalls | None] | None = None,
     ) -> None:
         self.slots: Slots[AnySlot] = Slots(make_slot, MOST_SLOTS)
+        if prepare is not None:
+            prepare = partial(self._prepare_here, prepare)
         self._plans = Plans(profiles, axis, largest=largest, puts_together=max_batch_delay > 0, prepare=prepare)
         self._axis, self._readiness = self._plans.axis, self._plans.readiness
         self._batcher = MicroBatcher(
             self.slots, self._axis, self._run_alone, self._shrink_batches, self._count, max_batch_delay
         )
+        self._native = native(self.slots, self._axis) if native and self._axis and max_batch_delay > 0 else None
         self._threads = Threads(MOST_SLOTS)
         self._runs: collections.Counter[int] = collections.Counter()
         self._calls = 0
@@ -63,7 +81,11 @@ class Scheduler(Generic[AnySlot]):
     def runs(self) -> dict[int, int]:
         """How often each batch size was run so far; 0 stands for runs without a batch axis."""
         with self._counting:
-            return dict(sorted(self._runs.items()))
+            runs = self._runs.copy()
+        for size, count in self._native.runs if self._native is not None else ():
+            if count:
+                runs[size] += count
+        return dict(sorted(runs.items()))
 
     def run(self, feeds: Feeds) -> Outputs:
         """New arrays. Raises InputShapeError where no profile accepts the feeds, and what the runtime raises."""
@@ -87,6 +109,7 @@ class Scheduler(Generic[AnySlot]):
         """
         plan, answer = self._plans.plan(feeds), PendingAnswer(done)
         self._threads.check_open()
+        self.slots.keep_here()
         with self._counting:
             self._calls += 1
             alone = self._calls == 1
@@ -96,7 +119,7 @@ class Scheduler(Generic[AnySlot]):
             else:
                 self._submit_together(feeds, plan, plan.sizes, answer)
         except BaseException:
-            self._end(plan)
+            self._end_submission(plan)
             raise
         return answer
 
@@ -115,7 +138,7 @@ class Scheduler(Generic[AnySlot]):
             try:
                 self._threads.do(lambda: self._answer(answer, plan, lambda: result(request)))
             except SessionClosedError as error:
-                self._end(plan)
+                self._end_submission(plan)
                 answer.give(None, error)
 
         request = SubmittedRequest(feeds, plan.rows, plan.profile, sizes, plan.key_of(feeds), answer, end)
@@ -137,8 +160,12 @@ class Scheduler(Generic[AnySlot]):
                 outputs = result()
         except Exception as error:  # noqa: BLE001  # told to whoever submitted it
             failure = error
-        self._end(plan)
+        self._end_submission(plan)
         answer.give(outputs, failure)
+
+    def _end_submission(self, plan: Plan) -> None:
+        self.slots.let_go()
+        self._end(plan)
 
     def _end(self, plan: Plan) -> None:
         """A call has come to its end."""
@@ -175,6 +202,10 @@ class Scheduler(Generic[AnySlot]):
 
         Raises what the runtime raises, after giving back what was not finished.
         """
+        with self.slots.kept_here():
+            self._take_part(work)
+
+    def _take_part(self, work: Work) -> None:
         sizes, failure = self._plans.sizes_of(work.profile), ""
         assert sizes is not None  # noqa: S101  # for the type checker
         while True:
@@ -193,7 +224,10 @@ class Scheduler(Generic[AnySlot]):
 
     def _shrink_batches(self, request: QueuedCall, cause: str) -> None:
         """For a batch of several requests: the next one is to be smaller."""
-        self._plans.limit(request.profile, request.sizes.largest - 1, cause)
+        self._limit_batches(request.profile, request.sizes, cause)
+
+    def _limit_batches(self, profile: int, sizes: Sizes, cause: str) -> None:
+        self._plans.limit(profile, sizes.largest - 1, cause)
         self.slots.trim()
 
     def sizes_of(self, profile: int) -> Sizes | None:
@@ -204,6 +238,12 @@ class Scheduler(Generic[AnySlot]):
         """Feeds of so many rows were run in every slot."""
         self._plans.mark_ready(feeds, profile, size)
 
+    def prepare_native(self, feeds: Feeds, slots: Sequence[AnySlot]) -> None:
+        """Make calls of such rows ready to go around Python, where they can, in these slots, which the caller holds."""
+        plan = self._plans.plan(feeds)
+        if self._native is not None and self._native.takes(plan):
+            self._native.prepare(plan, feeds, slots)
+
     def close(self) -> None:
         """Refuse new calls, and wait for those that run."""
         self._threads.refuse()
@@ -211,10 +251,33 @@ class Scheduler(Generic[AnySlot]):
             self.slots.close()
         finally:
             self._threads.close()
+            if self._native is not None:
+                self._native.close()
             if self._readiness is not None:
                 self._readiness.stop()
 
+    def _prepare_here(self, prepare: Prepare, profile: int, feeds: Feeds) -> None:
+        # In a slot of its own, which knows nothing of runs that Python knows nothing of.
+        with self.slots.kept_here():
+            prepare(profile, feeds)
+
+    def _run_natively(self, feeds: Feeds, plan: Plan) -> Outputs | None:
+        """What came of a call that went around Python; None for one that cannot."""
+        native = self._native
+        if native is None or not native.takes(plan):
+            return None
+        try:
+            return native.run(plan, feeds)
+        except BatchFailedError as failure:
+            outputs = self._run_in_pieces(feeds, plan.rows, plan.profile)
+            if failure.no_room and plan.sizes is not None:  # while there was some for one request: it was the size
+                self._limit_batches(plan.profile, plan.sizes, "the GPU is out of memory")
+            return outputs
+
     def _run_rows(self, feeds: Feeds, plan: Plan, *, alone: bool) -> Outputs:
+        outputs = self._run_natively(feeds, plan)
+        if outputs is not None:
+            return outputs
         if plan.sizes is None or self._runs_in_pieces(plan, alone=alone):
             return self._run_in_pieces(feeds, plan.rows, plan.profile)
         if alone and self._batcher.expects_nobody:
@@ -247,13 +310,13 @@ class Scheduler(Generic[AnySlot]):
 
     def _runs_in_pieces(self, plan: Plan, *, alone: bool) -> bool:
         # A large batch with nobody to share the GPU with is better copied and uploaded at the same time.
-        return not plan.together or (alone and plan.large)
+        return not plan.together or (alone and plan.is_large)
 
     def _run_alone(self, request: QueuedCall) -> Outputs:
         return self._run_in_pieces(request.feeds, request.rows, request.profile)
 
     def _run_whole(self, feeds: Feeds, profile: int) -> Outputs:
-        with self.slots.borrow() as slot:
+        with self.slots.kept_here(), self.slots.borrow() as slot:
             slot.launch(BatchRows([feeds], None, 0), profile)
             outputs = slot.finish()
             results = dict(zip(outputs, copies(list(outputs.values())), strict=True))

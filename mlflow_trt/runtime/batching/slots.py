@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Generic, NoReturn, Protocol, TypeVar
 
@@ -41,6 +41,8 @@ class Slots(Generic[AnySlot]):
     """Lends slots, first to who asked first; makes one when all are lent, up to `most`.
 
     `make` may raise: who asked gets the error, and the others go on with the slots there are.
+
+    All of them together may be lent to somebody who runs batches in them by other means, until the next one asks.
     """
 
     def __init__(self, make: Callable[[], AnySlot], most: int) -> None:
@@ -52,13 +54,72 @@ class Slots(Generic[AnySlot]):
         self._free: list[AnySlot] = []
         self._made = 0
         self._closed = False
+        self._several = threading.Lock()  # who holds some and waits for others, or two would wait for each other
+        self._lent: list[AnySlot] = []
+        self._recall: Callable[[], None] | None = None
+        self._kept_here = 0  # how many want them not to be lent
+
+    @property
+    def are_lent(self) -> bool:
+        return self._recall is not None
+
+    @property
+    def made(self) -> int:
+        """How many there are."""
+        return self._made
+
+    def lend(self, hand_over: Callable[[Sequence[AnySlot]], None], recall: Callable[[], None]) -> bool:
+        """Lend all slots, after those who asked before, unless they are lent already.
+
+        False where there are none, or somebody wants them kept here. `hand_over` is told the slots. `recall` is called
+        by who asks next, and returns when nobody uses them any more: a function in C, which Ctrl-C cannot cut short.
+        Raises SessionClosedError after `close`.
+        """
+        if self._recall is not None:
+            return True
+        with self._lock:
+            self._check_open()
+            if self._kept_here:
+                return False
+            if self._line or not self._can_lend():
+                self._wait_in_line(self._can_lend)
+            if self._recall is None and not self._kept_here and self._free:
+                hand_over(self._free)
+                self._lent, self._free, self._recall = self._free, [], recall
+            self._wake()
+            return self._recall is not None
+
+    def keep_here(self) -> None:
+        """Lend nothing until `let_go`: who would have lent them had better do as all others."""
+        with self._lock:
+            self._kept_here += 1
+            try:
+                self._take_back()
+                self._wake()
+            except BaseException:
+                self._kept_here -= 1
+                raise
+
+    def let_go(self) -> None:
+        with self._lock:
+            self._kept_here -= 1
+
+    @contextmanager
+    def kept_here(self) -> Iterator[None]:
+        """A block in which nothing is lent."""
+        self.keep_here()
+        try:
+            yield
+        finally:
+            self.let_go()
 
     def acquire(self) -> AnySlot:
         """A slot, after those who asked before. Raises SessionClosedError after `close`."""
         with self._lock:
             self._check_open()
             if self._line or not self._available():
-                self._wait_in_line()
+                self._wait_in_line(self._available)
+            self._take_back()
             if self._free:
                 return self._free.pop()
             self._made += 1
@@ -70,6 +131,7 @@ class Slots(Generic[AnySlot]):
             self._check_open()
             if self._line or not self._available():
                 return None
+            self._take_back()
             if self._free:
                 return self._free.pop()
             self._made += 1
@@ -78,6 +140,7 @@ class Slots(Generic[AnySlot]):
     def trim(self) -> None:
         """Let the slots that nobody uses free what they need not keep."""
         with self._lock:
+            self._take_back()
             idle, self._free = self._free, []
         with ExitStack() as stack:  # all of them come back, whatever one of them raises
             for slot in idle:
@@ -102,10 +165,17 @@ class Slots(Generic[AnySlot]):
         finally:
             self.release(slot)
 
+    @contextmanager
+    def borrow_several(self, count: int) -> Iterator[list[AnySlot]]:
+        """So many slots at the same time. Nothing is lent meanwhile, or who wants to lend all would be waited for."""
+        with self._several, self.kept_here(), ExitStack() as stack:
+            yield [stack.enter_context(self.borrow()) for _ in range(count)]
+
     def close(self) -> None:
         """Refuse new callers, wait for every lent slot, and close them all. Raises what closing one of them raises."""
         with self._lock:
             self._closed = True
+            self._take_back()
             for place in self._line:
                 place.notify()
             while len(self._free) < self._made:
@@ -126,17 +196,16 @@ class Slots(Generic[AnySlot]):
                 self._wake()
             raise
 
-    def _wait_in_line(self) -> None:
+    def _wait_in_line(self, is_ready: Callable[[], bool]) -> None:
         place = threading.Condition(self._lock)
         self._line.append(place)
         try:
-            while self._line[0] is not place or not self._available():
+            while self._line[0] is not place or not is_ready():
                 place.wait()
                 self._check_open()
         finally:
             self._line.remove(place)
-            if self._available():
-                self._wake()
+            self._wake()  # it may not have wanted what there is
 
     def _wake(self) -> None:
         if self._line:
@@ -145,7 +214,20 @@ class Slots(Generic[AnySlot]):
             self._returned.notify_all()
 
     def _available(self) -> bool:
-        return bool(self._free) or self._made < self._most
+        return bool(self._free) or self._made < self._most or self._recall is not None
+
+    def _can_lend(self) -> bool:
+        """Or it is settled that nothing will be."""
+        return len(self._free) == self._made or self._recall is not None or self._kept_here > 0
+
+    def _take_back(self) -> None:
+        if self._recall is None:
+            return
+        try:
+            self._recall()
+        finally:
+            self._free += self._lent
+            self._lent, self._recall = [], None
 
     def _check_open(self) -> None:
         if self._closed:

@@ -20,7 +20,7 @@ from mlflow_trt.backends.cuda_driver import Hardware, probe
 from mlflow_trt.core.types import Gpu
 from mlflow_trt.errors import ExecutionError, OutOfMemoryError, RuntimeUnavailableError
 from mlflow_trt.runtime.cuda.driver import Driver, load_driver
-from mlflow_trt.runtime.cuda.graphs import DriverGraphs, Graph, Graphs
+from mlflow_trt.runtime.cuda.graphs import DriverGraphs, EntryPoints, Graph, Graphs
 
 _devices: dict[int, Device] = {}
 _devices_lock = threading.Lock()
@@ -119,6 +119,11 @@ class Device:
             with self.allocating, self.current():
                 self._driver.memcpy_dtoh(array.reshape(-1).view(np.uint8), buffer.address)
         return array
+
+    def entry_points(self) -> EntryPoints:
+        """What launches graphs on this GPU without Python. Raises ExecutionError."""
+        with self.current():
+            return self._graphs.entry_points()
 
     def stream(self) -> Stream:
         return Stream(self._driver.Stream(), self._driver, self._graphs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from mlflow_trt.backends.cuda_driver import DriverError, DriverLibrary
 from mlflow_trt.errors import ExecutionError, OutOfMemoryError
@@ -22,6 +22,10 @@ _CAPTURE_MODE_THREAD_LOCAL = 1
 class Graph(Protocol):
     """Good for the addresses that it was captured with. Its methods want the device to be current."""
 
+    @property
+    def handle(self) -> int:
+        """What the driver calls it, until it is closed."""
+
     def launch(self) -> None:
         """Enqueue all of it on the stream that it was captured from."""
 
@@ -29,8 +33,26 @@ class Graph(Protocol):
         """Free it. It does not run any more."""
 
 
+class EntryPoints(NamedTuple):
+    """The addresses of the driver's functions with which graphs are launched without Python, and the current context.
+
+    `owner` keeps them good.
+    """
+
+    push: int
+    pop: int
+    upload: int
+    launch: int
+    synchronize: int
+    context: int
+    owner: object
+
+
 class Graphs(Protocol):
     """Captures graphs."""
+
+    def entry_points(self) -> EntryPoints:
+        """What launches them without Python. The device is current. Raises ExecutionError."""
 
     def capture(self, stream: int, enqueue: Callable[[], None]) -> Graph:
         """What `enqueue` sends to the stream of that handle, which does not run for it. The device is current.
@@ -64,6 +86,20 @@ class DriverGraphs:
                 self._call("cuGraphDestroy", template)
         return _DriverGraph(self._library, graph, handle)
 
+    def entry_points(self) -> EntryPoints:
+        context = ctypes.c_void_p()
+        self._call("cuCtxGetCurrent", ctypes.byref(context))
+        find = self._library.address
+        return EntryPoints(
+            push=find("cuCtxPushCurrent_v2"),
+            pop=find("cuCtxPopCurrent_v2"),
+            upload=find("cuMemcpyHtoDAsync_v2"),
+            launch=find("cuGraphLaunch"),
+            synchronize=find("cuStreamSynchronize"),
+            context=context.value or 0,
+            owner=self._library,
+        )
+
     def _call(self, function: str, *arguments: object) -> None:
         _call(self._library.call, function, *arguments)
 
@@ -74,6 +110,10 @@ class _DriverGraph:
         self._graph: ctypes.c_void_p | None = graph
         self._stream = stream
         self._launch = library.held("cuGraphLaunch")
+
+    @property
+    def handle(self) -> int:
+        return (self._graph.value if self._graph is not None else None) or 0
 
     def launch(self) -> None:
         status = self._launch(self._graph, self._stream)

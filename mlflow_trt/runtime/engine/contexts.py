@@ -8,6 +8,7 @@ from collections.abc import Hashable
 from mlflow_trt.errors import ExecutionError, InputShapeError
 from mlflow_trt.runtime.batching.sizes import Shapes
 from mlflow_trt.runtime.cuda.device import Event, Stream
+from mlflow_trt.runtime.cuda.graphs import Graph
 from mlflow_trt.runtime.engine.buffers import Buffers
 from mlflow_trt.runtime.engine.engine import ENGINE_ALONE, Around, Context, Engine
 
@@ -80,6 +81,15 @@ class Bindings:
             return context.outputs
         found = {**self._allocated, **context.outputs}
         return {name: found[name] for name in self._engine.outputs}
+
+    def graphs(self, name: str) -> dict[Hashable, Graph]:
+        """The graphs of that name that are good for the memory there is, by what `bind` names their shapes."""
+        moves, scratch = self._buffers.moves.count, self._engine.scratch_address
+        return {
+            key: context.graphs[name]
+            for key, context in self._contexts.items()
+            if name in context.graphs and (context.moves, context.scratch_address) == (moves, scratch)
+        }
 
     def clear(self) -> None:
         """Let go of everything, while the device is current: pycuda frees an event when nobody refers to it."""

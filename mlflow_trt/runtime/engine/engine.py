@@ -159,6 +159,11 @@ class Engine:
         self._met: set[Hashable] = set()
         self._contexts = tensorrt.contexts(engine, kernel_specialization, self._store.read() if self._store else ())
 
+    @property
+    def scratch_address(self) -> int:
+        """Of the memory that contexts share, for now."""
+        return self._scratch.address
+
     def described(self, spec: TensorSpec) -> TensorSpec:
         """The tensor as the engine has it: its dtype, and fixed where the engine is."""
         if spec.name not in self.dtypes:

@@ -23,6 +23,8 @@ GRAPH_INPUT_BYTES = 2 << 20
 pinned memory, and while another run is not done."""
 GRAPH_OUTPUT_BYTES = 2 << 20
 """Up to which a run's outputs are downloaded by its CUDA graph. Larger ones come back while the next run has begun."""
+_MOST_RUNS_FOR_A_GRAPH = 6
+"""The first one compiles, the second one captures, unless another thread allocates just then."""
 _log = get_logger(__name__)
 
 
@@ -103,6 +105,43 @@ class EngineSlot:
                 self.bindings.clear()
                 self.buffers.free()
                 self.stream.close()
+
+    # ---- what a slot can do whose runs are launched without Python
+
+    def capture_call(self, rows: BatchRows, profile: int) -> Shapes:
+        """Run rows until it is a graph, with the way back, and small inputs' way there; returns the shapes of the
+        outputs, or none where there is no graph to be had.
+        """
+        for _ in range(_MOST_RUNS_FOR_A_GRAPH):
+            with self._device.current():
+                self.profile, self.shapes = profile, rows.shapes
+                upload = self._graph_uploads()
+                around = self._arounds[upload, True]
+                for name in self.engine.inputs:
+                    self._load(name, rows, upload=not upload)
+                context, key = self.bindings.bind(profile, self.shapes)
+                if key in self.bindings.graphs(around.name):
+                    self.stream.synchronize()
+                    return context.outputs
+                if not self.engine.uses_cuda_graphs or not context.captures:
+                    self.stream.synchronize()
+                    break
+                self._run(context, key, around)
+            self.finish()
+        return {}
+
+    def call_graphs(self) -> dict[Hashable, int]:
+        """The handles of such graphs, by profile and the shapes of the inputs. They are good until the slot is used."""
+        graphs = [self.bindings.graphs(self._arounds[upload, True].name) for upload in (True, False)]
+        return {key: graph.handle for each in graphs for key, graph in each.items()}
+
+    def addresses(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """The stream, the pinned memory of all inputs and outputs, and that of the inputs on the GPU."""
+        return (
+            self.stream.handle,
+            tuple(buffer.address for buffer in self.buffers.host.values()),
+            tuple(self.buffers.memory[name].address for name in self.engine.inputs),
+        )
 
     # ---- steps
 
