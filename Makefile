@@ -99,18 +99,24 @@ FAULTS_OPTIONS ?=
 faults: $(VENV)/.dev
 	PYTHONPATH=.:tests $(RUN) tests/faults.py $(FAULTS_OPTIONS)
 
-# The extension's own tests in C, with a stand-in for the GPU, under ThreadSanitizer, AddressSanitizer and UBSan.
+# The extension's own tests in C, with a stand-in for the GPU, under ThreadSanitizer, AddressSanitizer and UBSan, as far
+# as the compiler has them and they run here.
 CC ?= cc
 SANITIZERS = thread address,undefined
 NATIVE_PARTS = native/batcher.c native/copying.c
 sanitize:
 	@if ! command -v $(CC) >/dev/null; then \
 	  echo "No C compiler here: the extension is not tested under sanitizers."; exit 0; fi; \
-	mkdir -p native/build && for test in native/tests/test_*.c; do for sanitizer in $(SANITIZERS); do \
-	  program=native/build/$$(basename $$test .c)-$${sanitizer%%,*} && echo "$$test under $$sanitizer" && \
-	  $(CC) -std=c11 -O1 -g -Wall -Wextra -Werror -pthread -fsanitize=$$sanitizer -fno-sanitize-recover=all \
-	    -o $$program $$test $(NATIVE_PARTS) && $$program || exit 1; \
-	done; done
+	mkdir -p native/build && for sanitizer in $(SANITIZERS); do \
+	  probe=native/build/probe-$${sanitizer%%,*}; \
+	  if ! { echo 'int main(void) { return 0; }' | \
+	    $(CC) -x c - -fsanitize=$$sanitizer -o $$probe && $$probe; } 2>native/build/probe.log; then \
+	    echo "Not tested under $$sanitizer, with which no program runs here: $$(tail -n 1 native/build/probe.log)"; continue; fi; \
+	  for test in native/tests/test_*.c; do \
+	    program=native/build/$$(basename $$test .c)-$${sanitizer%%,*} && echo "$$test under $$sanitizer" && \
+	    $(CC) -std=c11 -O1 -g -Wall -Wextra -Werror -pthread -fsanitize=$$sanitizer -fno-sanitize-recover=all \
+	      -o $$program $$test $(NATIVE_PARTS) && $$program || exit 1; \
+	  done; done
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
