@@ -17,6 +17,8 @@ class Batcher:
 
     wants: int
     """Counts how often a graph was missed, or a second slot."""
+    callers: int
+    """How many are in here, in the line or in a batch."""
 
     def __init__(
         self,

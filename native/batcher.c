@@ -424,6 +424,13 @@ struct wish batcher_wanted(struct batcher *self) {
     return wanted;
 }
 
+size_t batcher_callers(struct batcher *self) {
+    pthread_mutex_lock(&self->lock);
+    size_t callers = self->inside;
+    pthread_mutex_unlock(&self->lock);
+    return callers;
+}
+
 /* ---- what Python does */
 
 int batcher_init(struct batcher *self, struct driver driver, size_t inputs, size_t outputs, double most_delay) {

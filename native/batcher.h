@@ -140,4 +140,7 @@ void batcher_run(struct batcher *self, struct request *request);
 /* What was missed last. */
 struct wish batcher_wanted(struct batcher *self);
 
+/* How many requests are here: in the line, or in a batch. */
+size_t batcher_callers(struct batcher *self);
+
 #endif

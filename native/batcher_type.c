@@ -226,6 +226,11 @@ static PyObject *get_wants(PyObject *self, void *nothing) {
     return PyLong_FromSize_t(atomic_load(&of(self)->wants));
 }
 
+static PyObject *get_callers(PyObject *self, void *nothing) {
+    (void)nothing;
+    return PyLong_FromSize_t(batcher_callers(of(self)));
+}
+
 static PyMethodDef methods[] = {
     {"add_route", add_route, METH_VARARGS, NULL},
     {"lend", lend, METH_VARARGS, NULL},
@@ -240,6 +245,7 @@ static PyMethodDef methods[] = {
 
 static PyGetSetDef attributes[] = {
     {"wants", get_wants, NULL, NULL, NULL},
+    {"callers", get_callers, NULL, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

@@ -70,7 +70,8 @@ def occupied(pool, session, driver):
 
 
 def inside(session):
-    return session._scheduler._calls
+    """How many calls have reached the extension, and are in the order in which they came."""
+    return session._scheduler._native._batcher.callers
 
 
 class TestOneCaller:
