@@ -431,6 +431,14 @@ class TestLending:
 
 
 class TestInterruptions:
+    @pytest.fixture
+    def ctrl_c(self):
+        """Ctrl-C as in a terminal: what a shell starts in the background ignores it."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
+    @pytest.mark.usefixtures("ctrl_c")
     @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="Ctrl-C is the main thread's")
     def test_ctrl_c_while_waiting_leaves_the_batch_to_the_others(self, warm, pool):
         session, driver, _ = warm
