@@ -394,7 +394,7 @@ COMMANDS = [
     ["verify", "models:/s/1"],
     ["benchmark", "models:/s/1"],
     ["export-triton", "models:/s/1", "--repository", "out"],
-    ["serve", "models:/s/1"],
+    ["serve", "models:/s/1", "--port", "0"],
 ]
 
 
