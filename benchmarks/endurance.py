@@ -10,7 +10,6 @@ same rows alone, within a tolerance that the answers of other rows are far from.
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from rich.table import Table
 
 import mlflow_trt
 from benchmarks.models import MODELS, Feeds
+from benchmarks.served import resident_bytes
 from mlflow_trt.backends.cuda_driver import probe
 from mlflow_trt.backends.nvml import gpu_memory
 from mlflow_trt.core.arrays import Outputs
@@ -139,11 +139,6 @@ def distinct_rows(session: mlflow_trt.Session, feeds: Feeds, least: float) -> li
 
 def _rows(arrays: Feeds, numbers: Sequence[int]) -> Feeds:
     return {name: np.ascontiguousarray(array[list(numbers)]) for name, array in arrays.items()}
-
-
-def resident_bytes() -> int:
-    """Memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def gpu_bytes() -> int:

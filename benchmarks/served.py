@@ -215,9 +215,9 @@ def cpu_seconds(server: ServerProcess) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def resident_bytes(server: ServerProcess) -> int:
-    """Memory of the process that was started."""
-    return int(Path(f"/proc/{server.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident_bytes(pid: int | str = "self") -> int:
+    """Memory of a process, this one if none is named."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def save(model: Path | onnx.ModelProto, folder: Path, recipe: Mapping[str, Any]) -> None:

@@ -143,7 +143,7 @@ def _load(state: Soak, askers: Askers, seconds: float) -> None:
     try:
         for _ in range(_SAMPLES):
             time.sleep(seconds / _SAMPLES)
-            state.resident.append(resident_bytes(state.server))
+            state.resident.append(resident_bytes(state.server.pid))
     finally:
         state.ends.set()
         for thread in threads:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 from mlflow_trt.backends.cuda_driver import DriverLibrary
 from mlflow_trt.runtime.cuda.device import open_device
@@ -29,17 +33,28 @@ def free_bytes() -> int:
     return free.value
 
 
-def take_memory(nbytes: int) -> None:
-    """Hold all of the first GPU's memory but for so much, until standard input ends."""
+@contextlib.contextmanager
+def left_free(nbytes: int) -> Iterator[None]:
+    """Somebody else takes the first GPU's memory, but for so much."""
     device = open_device(0)
-    taken = device.device_buffer()
     left = free_bytes()
     with device.current():
+        taken = device.device_buffer()
         taken.reserve(left - nbytes)
-    sys.stdout.write("taken\n")
-    sys.stdout.flush()
-    sys.stdin.read()
+    try:
+        yield
+    finally:
+        with device.current():
+            taken.free()
+
+
+def environment() -> dict[str, str]:
+    """For processes that import what these tests do, this module among it."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
 
 
 if __name__ == "__main__":
-    take_memory(int(sys.argv[1]))
+    with left_free(int(sys.argv[1])):
+        sys.stdout.write("taken\n")
+        sys.stdout.flush()
+        sys.stdin.read()

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import networks
 import numpy as np
@@ -15,16 +14,16 @@ import pytest
 import requests
 from compare import relative_error
 from helpers import PATIENCE, wait_for
-from lost_gpu import free_bytes
+from lost_gpu import environment, free_bytes
 
 import mlflow_trt
+from benchmarks.served import resident_bytes
 from examples.serving import ServerProcess, free_port, running
 from mlflow_trt.client import Client
 from mlflow_trt.errors import MlflowTrtError, OutOfMemoryError
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
-HERE = Path(__file__).resolve().parent
 CYCLES = int(os.environ.get("LOAD_CYCLES", "40"))
 WIDTH = 8192
 """Of a square matrix of float32: 256 MiB of weights."""
@@ -42,15 +41,11 @@ sys.exit(main())
 """
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-
-
 @contextlib.contextmanager
 def taken_by_another(left: int):
     """Another process holds the GPU's memory, but for so many bytes."""
     other = subprocess.Popen(
-        [sys.executable, str(HERE / "lost_gpu.py"), str(left)],
+        [sys.executable, "-m", "lost_gpu", str(left)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
     )  # fmt: skip
     try:
@@ -170,7 +165,7 @@ def test_loading_and_closing_leaves_nothing(tmp_path, report):
         expected = answer if expected is None else expected
         assert np.array_equal(answer, expected)
         used.append(-free_bytes())
-        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+        resident.append(resident_bytes())
     first = CYCLES // 4
     growth = f"GPU {(used[-1] - used[first]) / 1e6:+.1f} MB, process {(resident[-1] - resident[first]) / 1e6:+.1f} MB"
     report(("product", f"{CYCLES} times loaded and closed", growth, "", "", "", ""))

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import mlflow
 import networks
@@ -18,6 +17,7 @@ import pytest
 import requests
 from compare import relative_error
 from helpers import PATIENCE, wait_for
+from lost_gpu import environment
 from real_models import CLS
 
 import mlflow_trt
@@ -26,7 +26,6 @@ from mlflow_trt.backends.cuda_driver import probe
 from mlflow_trt.runtime.replicas import ReplicaSession
 
 pytestmark = pytest.mark.gpu
-HERE = Path(__file__).resolve().parent
 several = pytest.mark.skipif(len(probe().gpus) < 2, reason="there are no two GPUs")
 
 
@@ -43,7 +42,7 @@ def run_script(folder, body):
     done = subprocess.run(
         [sys.executable, "-c", script, str(folder)],
         capture_output=True, text=True, timeout=PATIENCE, check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])},
+        env=environment(),
     )  # fmt: skip
     assert "as expected" in done.stdout, done.stdout + done.stderr
 

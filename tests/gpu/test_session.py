@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import ctypes
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 from compare import relative_error
 from helpers import PATIENCE, convert_in, read, reference, wait_for
+from lost_gpu import left_free
 
 import mlflow_trt
 from mlflow_trt import (
@@ -30,7 +30,6 @@ from mlflow_trt import (
     SessionClosedError,
 )
 from mlflow_trt.backends import tensorrt as trt
-from mlflow_trt.backends.cuda_driver import DriverLibrary
 from mlflow_trt.runtime import native
 from mlflow_trt.runtime.batching.scheduler import MOST_SLOTS
 from mlflow_trt.runtime.cuda.device import open_device
@@ -66,22 +65,6 @@ def opened(tmp_path):
             return session, stack.enter_context(reference(conversion.source)) if on_cpu else None
 
         yield open_both
-
-
-@contextlib.contextmanager
-def left_free(nbytes):
-    """Somebody else takes the GPU's memory, but for so much."""
-    device = open_device(0)
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    with device.current():
-        DriverLibrary().call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
-        hog = device.device_buffer()
-        hog.reserve(free.value - nbytes)
-    try:
-        yield
-    finally:
-        with device.current():
-            hog.free()
 
 
 class Store:
