@@ -69,6 +69,15 @@ def occupied(pool, session, driver):
     return first
 
 
+def lined_up(pool, session, batches):
+    """The calls of other threads with these, which have come in this order to where the GPU is busy."""
+    calls = []
+    for number, batch in enumerate(batches):
+        calls.append(pool.submit(check, session, batch))
+        wait_for(lambda number=number: inside(session) == number + 2)
+    return calls
+
+
 def inside(session):
     """How many calls have reached the extension, and are in the order in which they came."""
     return session._scheduler._native._batcher.callers
@@ -187,10 +196,7 @@ class TestSeveralCallers:
     def test_calls_that_wait_run_together(self, warm, pool):
         session, driver, _ = warm
         first = occupied(pool, session, driver)
-        others = []
-        for seed in range(6):
-            others.append(pool.submit(check, session, rows(1, seed=seed)))
-            wait_for(lambda seed=seed: inside(session) == seed + 2)
+        others = lined_up(pool, session, [rows(1, seed=seed) for seed in range(6)])
         driver.may_run.set()
         for call in (first, *others):
             call.result(PATIENCE)
@@ -266,10 +272,7 @@ class TestFailures:
         first = occupied(pool, session, driver)
         tensorrt.bad = 13.0
         batches = [np.full((1, 2), value, np.float32) for value in range(10, 18)]
-        calls = []
-        for number, batch in enumerate(batches):
-            calls.append(pool.submit(check, session, batch))
-            wait_for(lambda number=number: inside(session) == number + 2)
+        calls = lined_up(pool, session, batches)
         driver.may_run.set()
         first.result(PATIENCE)
         for batch, call in zip(batches, calls, strict=True):
@@ -309,10 +312,7 @@ class TestFailures:
     def test_too_little_memory_for_calls_together_makes_smaller_batches(self, warm, pool, messages):
         session, driver, tensorrt = warm
         first = occupied(pool, session, driver)
-        calls = []
-        for seed in range(8):
-            calls.append(pool.submit(check, session, rows(2, seed=seed)))
-            wait_for(lambda seed=seed: inside(session) == seed + 2)
+        calls = lined_up(pool, session, [rows(2, seed=seed) for seed in range(8)])
         tensorrt.most_rows = 2
         driver.may_run.set()
         for call in (first, *calls):
@@ -443,8 +443,7 @@ class TestInterruptions:
     def test_ctrl_c_while_waiting_leaves_the_batch_to_the_others(self, warm, pool):
         session, driver, _ = warm
         first = occupied(pool, session, driver)
-        other = pool.submit(check, session, rows(2, seed=1))
-        wait_for(lambda: inside(session) == 2)
+        (other,) = lined_up(pool, session, [rows(2, seed=1)])
 
         def interrupt():
             wait_for(lambda: inside(session) == 3)
