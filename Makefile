@@ -101,7 +101,6 @@ faults: $(VENV)/.dev
 
 # The extension's own tests in C, with a stand-in for the GPU, under ThreadSanitizer, AddressSanitizer and UBSan, as far
 # as the compiler has them and they run here.
-CC ?= cc
 SANITIZERS = thread address,undefined
 NATIVE_PARTS = native/batcher.c native/copying.c
 sanitize:
