@@ -5,15 +5,16 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import multiprocessing
 import threading
 from typing import Any
 
 import fake_gpu
 import numpy as np
 import pytest
-from helpers import PATIENCE, wait_for
+from helpers import PATIENCE, no_threads, wait_for
 
-from mlflow_trt.errors import OutOfMemoryError
+from mlflow_trt.errors import OutOfMemoryError, RuntimeUnavailableError
 from mlflow_trt.runtime import native
 from mlflow_trt.runtime.batching.sizes import BatchRows
 from mlflow_trt.runtime.cuda.device import Device
@@ -390,7 +391,7 @@ class TestCompilingBesideCalls:
             assert session.runs[2] == 1 + 1 + 1 + 2 + 4 + 8 + 20
             tensorrt.may_compile.set()
             wait_for(lambda: {shape[0] for shape in tensorrt.compiled.copy()} == {1, 2, 4, 8, 16})
-            wait_for(lambda: not session._scheduler._readiness._thread)
+            wait_for(lambda: not session._scheduler._readiness._worker._thread)
             for count in (1, 7, 16):
                 check(session, rows(count, seed=count))
             assert set(session.runs) == {1, 2, 8, 16}
@@ -413,7 +414,7 @@ class TestCompilingBesideCalls:
             check(session, rows(1, 5))
             check(session, rows(8, 5))
             wait_for(lambda: (8, 5) in tensorrt.compiled)
-            wait_for(lambda: not session._scheduler._readiness._thread)
+            wait_for(lambda: not session._scheduler._readiness._worker._thread)
             assert {shape for shape in tensorrt.compiled if shape[1] == 5} == {(1, 5), (8, 5)}
 
     def test_threads_that_come_together_want_larger_sizes(self):
@@ -446,10 +447,42 @@ class TestCompilingBesideCalls:
         with fake_gpu.session(compile_beside_calls=True) as (session, _, tensorrt):
             check(session, rows(2))
             wait_for(lambda: (16, 2) in tensorrt.compiled)
-            wait_for(lambda: not session._scheduler._readiness._thread)
+            wait_for(lambda: not session._scheduler._readiness._worker._thread)
             check(session, rows(7))
             assert 8 not in session.runs
         assert "Batches of 8 rows are run in other sizes" in messages.text
+
+    @pytest.mark.parametrize(("columns", "sizes"), [(2, {1, 2, 4, 8, 16}), (5, {2, 8})], ids=["usual", "unusual"])
+    def test_calls_do_without_a_thread_and_ask_again(self, columns, sizes):
+        with fake_gpu.session(compile_beside_calls=True) as (session, _, tensorrt):
+            with no_threads():
+                for count in (2, 7, 16, 7):
+                    check(session, rows(count, columns, seed=count))
+                assert session.runs == {2: 1 + 4 + 8 + 4}
+                assert {shape for shape in tensorrt.compiled if shape[1] == columns} == {(2, columns)}
+            check(session, rows(7, columns))
+            wait_for(lambda: not session._scheduler._readiness._worker._thread)
+            assert {count for count, width in tensorrt.compiled if width == columns} == sizes
+            session._scheduler._runs.clear()
+            check(session, rows(7, columns))
+            assert session.runs == {8: 1}
+
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # is what this is about
+    def test_a_process_that_is_forked_meanwhile_does_not_wait_for_it(self):
+        def run_in_a_fork():
+            with pytest.raises(RuntimeUnavailableError, match="loaded before this process was forked"):
+                session.run({"x": rows(2)})
+            session.close()
+
+        with fake_gpu.session(compile_beside_calls=True) as (session, _, tensorrt):
+            tensorrt.may_compile.clear()
+            assert session._scheduler._readiness._worker.submit(tensorrt.may_compile.wait)
+            process = multiprocessing.get_context("fork").Process(target=run_in_a_fork)
+            process.start()
+            process.join(PATIENCE)
+            assert process.exitcode == 0
+            tensorrt.may_compile.set()
+            check(session, rows(2))
 
     def test_closing_ends_it(self):
         with fake_gpu.session(compile_beside_calls=True) as (session, _, tensorrt):
@@ -459,7 +492,7 @@ class TestCompilingBesideCalls:
                 wait_for(tensorrt._compiling.locked)
                 tensorrt.may_compile.set()
                 call.result(PATIENCE)
-        assert session._scheduler._readiness._thread is None
+        assert session._scheduler._readiness._worker._thread is None
 
     def test_empty_batches(self):
         with fake_gpu.session(compile_beside_calls=True) as (session, _, _):

@@ -12,7 +12,7 @@ import threading
 import fake_gpu
 import numpy as np
 import pytest
-from helpers import PATIENCE, wait_for
+from helpers import PATIENCE, no_threads, wait_for
 
 from mlflow_trt import ExecutionError, OutOfMemoryError, RuntimeUnavailableError, SessionClosedError
 from mlflow_trt.core import nvtx
@@ -38,7 +38,7 @@ def check(session, x):
 
 def captured(session):
     """Wait until nothing is being captured."""
-    wait_for(lambda: session._scheduler._native._thread is None)
+    wait_for(lambda: session._scheduler._native._worker._thread is None)
 
 
 def counted(driver, call):
@@ -213,6 +213,31 @@ class TestSeveralCallers:
 
                 wait_for(ready)
             captured(session)
+            assert counted(driver, lambda: check(session, rows(1))) == 1
+
+    def test_calls_do_without_a_thread_to_capture_and_ask_again(self, pool):
+        with fake_gpu.session(max_batch_delay_ms=5.0) as (session, driver, _):
+
+            def stand_in_line():
+                """Somebody has to, for want of a second slot."""
+                first = occupied(pool, session, driver)
+                others = lined_up(pool, session, [rows(1, seed=seed) for seed in range(2)])
+                driver.may_run.set()
+                for call in (first, *others):
+                    call.result(PATIENCE)
+                captured(session)
+
+            for seed in range(3):
+                check(session, rows(1, seed=seed))
+            with no_threads():
+                for _ in range(3):
+                    assert counted(driver, stand_in_line) == 3
+                assert [len(slot) for slot in graphs(session)] == [1]
+            check(session, rows(1))  # lends the slots again
+            stand_in_line()
+            assert session._scheduler.slots.made == 2
+            assert all(graphs(session))
+            check(session, rows(1))
             assert counted(driver, lambda: check(session, rows(1))) == 1
 
     @pytest.mark.parametrize("rows_in_graph", [1000, 3])

@@ -8,11 +8,11 @@ would have filled together. Memory for other sizes would be taken in vain.
 from __future__ import annotations
 
 import bisect
-import collections
 import math
 import threading
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from mlflow_trt.core.arrays import Feeds, Outputs
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.types import BatchAxis
 from mlflow_trt.errors import MlflowTrtError, SessionClosedError
+from mlflow_trt.runtime.batching.background_worker import BackgroundWorker
 from mlflow_trt.runtime.batching.plans import Plan
 from mlflow_trt.runtime.batching.sizes import BatchRows, Shapes
 from mlflow_trt.runtime.batching.slots import Slot, Slots
@@ -90,14 +91,6 @@ class _Route:
         return BatchRows([self.row], axis, size)
 
 
-class _Wish(NamedTuple):
-    """The graphs of some sizes, by their index, in all slots and at least so many."""
-
-    route: _Route
-    indices: Sequence[int]
-    slots: int
-
-
 class NativeBatches(Generic[AnyNativeSlot]):
     """The batcher in C, on the slots of a session.
 
@@ -134,9 +127,7 @@ class NativeBatches(Generic[AnyNativeSlot]):
         self._numbered: list[_Route] = []
         self._heard = 0  # of what the batcher wants
         self._lock = threading.Lock()
-        self._wanted: collections.deque[_Wish] = collections.deque()
-        self._thread: threading.Thread | None = None
-        self._closed = False
+        self._worker = BackgroundWorker("mlflow-trt-capture")
 
     @property
     def runs(self) -> list[tuple[int, int]]:
@@ -180,12 +171,7 @@ class NativeBatches(Generic[AnyNativeSlot]):
 
     def close(self) -> None:
         """Capture nothing any more; after the slots were closed."""
-        with self._lock:
-            self._closed = True
-            self._wanted.clear()
-            thread = self._thread
-        if thread is not None:
-            thread.join()
+        self._worker.close()
 
     def _route(self, plan: Plan) -> _Route | None:
         sizes = plan.sizes.all if plan.sizes is not None else ()
@@ -213,12 +199,9 @@ class NativeBatches(Generic[AnyNativeSlot]):
         if index not in route.met:
             route.met.add(index)
             return
-        with self._lock:
-            if route.is_asked_for:
-                return
-            route.is_asked_for = True
-        route.keep_row(feeds)
-        self._grant(_Wish(route, [index], slots=1))
+        if self._ask_for(route):
+            route.keep_row(feeds)
+            self._grant(route, [index], slots=1)
 
     def _listen(self, feeds: Feeds) -> None:
         """What the batcher missed: a graph, or a second slot for callers who stand in line."""
@@ -227,42 +210,25 @@ class NativeBatches(Generic[AnyNativeSlot]):
         route = self._numbered[number]
         if kind == _ONE_GRAPH:
             self._meet(route, index, feeds)
-        else:
-            self._want(_Wish(route, range(index + 1), slots=2 if kind == _ANOTHER_SLOT else 1))
+        elif not route.given_up and self._ask_for(route):
+            slots = 2 if kind == _ANOTHER_SLOT else 1
+            if not self._worker.submit(partial(self._grant, route, range(index + 1), slots)):
+                route.is_asked_for = False  # a later call asks again
 
-    def _want(self, wish: _Wish) -> None:
-        route = wish.route
+    def _ask_for(self, route: _Route) -> bool:
+        """Whether the caller is to see to graphs of a route, since nobody else does."""
         with self._lock:
-            if route.given_up or route.is_asked_for or self._closed:
-                return
-            route.is_asked_for = True
-            self._wanted.append(wish)
-            if self._thread is None:
-                # As a daemon: the interpreter would wait for it before it closes the session that ends it.
-                thread = threading.Thread(target=self._work, name="mlflow-trt-capture", daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError:  # the system has none to give
-                    self._wanted.clear()
-                    route.is_asked_for = False
-                    return
-                self._thread = thread
+            was_asked_for, route.is_asked_for = route.is_asked_for, True
+        return not was_asked_for
 
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                if not self._wanted:
-                    self._thread = None
-                    return
-                wish = self._wanted.popleft()
-            self._grant(wish)
+    def _grant(self, route: _Route, indices: Sequence[int], slots: int) -> None:
+        """Capture the graphs of some sizes, by their index, in all slots and at least so many.
 
-    def _grant(self, wish: _Wish) -> None:
-        """Capture what is wished for. Where that fails, calls stay in Python, which has its own ways to fail."""
-        route = wish.route
+        Where that fails, calls stay in Python, which has its own ways to fail.
+        """
         try:
-            with self._slots.borrow_several(max(wish.slots, self._slots.made)) as slots:
-                self._capture(route, wish.indices, slots)
+            with self._slots.borrow_several(max(slots, self._slots.made)) as held:
+                self._capture(route, indices, held)
         except SessionClosedError:
             route.given_up = True
         except MlflowTrtError as error:

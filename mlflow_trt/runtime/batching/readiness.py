@@ -7,16 +7,18 @@ all are made ready, for any others those that calls would have been run in.
 
 from __future__ import annotations
 
-import collections
 import threading
 from collections.abc import Callable, Hashable, Iterable
+from functools import partial
+from typing import NoReturn
 
 import numpy as np
 
 from mlflow_trt.core.arrays import Feeds
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.types import BatchAxis
-from mlflow_trt.errors import MlflowTrtError
+from mlflow_trt.errors import MlflowTrtError, SessionClosedError
+from mlflow_trt.runtime.batching.background_worker import BackgroundWorker
 from mlflow_trt.runtime.batching.sizes import GivenSizes, Sizes
 
 MOST_FAMILIES = 256
@@ -38,8 +40,13 @@ class _Family:
         self._row = {name: array[:1].copy() if name in axis.inputs else array.copy() for name, array in feeds.items()}
         self.every = every
         self.ready = {first}
+        self.asked_for = {first}  # ready, being made ready, or not to be had
         self.is_usual = is_usual
         self.has_run = False
+
+    def mark(self, size: int) -> None:
+        self.ready.add(size)
+        self.asked_for.add(size)
 
     def feeds(self, size: int) -> Feeds:
         """So many rows, all of them valid: repeated from those of a call."""
@@ -60,14 +67,12 @@ class Readiness:
     """
 
     def __init__(self, prepare: Prepare, axis: BatchAxis, changed: Callable[[], None]) -> None:
-        self._prepare: Prepare | None = prepare
+        self._prepare = prepare
         self._axis = axis
         self._changed = changed
         self._lock = threading.Lock()
         self._families: dict[Hashable, _Family] = {}
-        self._wanted: collections.deque[tuple[Hashable, int]] = collections.deque()
-        self._met: set[tuple[Hashable, int]] = set()
-        self._thread: threading.Thread | None = None
+        self._worker = BackgroundWorker("mlflow-trt-compile")
 
     def usable(self, key: Hashable, profile: int, rows: int, every: Sizes, feeds: Feeds, *, is_usual: bool) -> Sizes:
         """The sizes to run these rows in; `every` names all that there may be. The rows are at least one.
@@ -84,23 +89,22 @@ class Readiness:
                 self._families[key] = family
             ready = tuple(size for size in every.all if size in family.ready)
             if not ready:  # there is no room for those that were
-                family.ready.add(first)
+                family.mark(first)
                 ready = (first,)
             if family.has_run:
-                self._want(key, family, every.cut(rows))
+                self._want(family, every.cut(rows))
         return every if len(ready) == len(every.all) else GivenSizes(ready)
 
     def ran(self, key: Hashable, rows: int) -> None:
         """A call has run, while so many rows wanted to: from now on other sizes are compiled beside the calls."""
         family = self._families.get(key)
-        if family is None or family.ready.issuperset(family.every.all):
+        if family is None or family.asked_for.issuperset(family.every.all):
             return
         with self._lock:
-            every = family.every
-            self._want(key, family, every.cut(max(1, min(rows, every.largest))))
-            if family.is_usual and not family.has_run:
-                self._want(key, family, every.all)
             family.has_run = True
+            self._want(family, family.every.cut(max(1, min(rows, family.every.largest))))
+            if family.is_usual:
+                self._want(family, family.every.all)
 
     def mark(self, key: Hashable, profile: int, every: Sizes, size: int, feeds: Feeds) -> None:
         """A size was made ready by other means."""
@@ -109,46 +113,34 @@ class Readiness:
             if family is None:
                 family = _Family(profile, feeds, self._axis, every, size, is_usual=True)
                 self._families[key] = family
+            family.mark(size)
+        self._changed()
+
+    def close(self) -> None:
+        """Make nothing ready any more, once what is under way has ended."""
+        self._worker.close()
+        self._prepare = _refuse  # lets go of what it runs
+
+    def _want(self, family: _Family, sizes: Iterable[int]) -> None:
+        for size in sizes:
+            if size not in family.asked_for:
+                if not self._worker.submit(partial(self._make_ready, family, size)):
+                    return  # a later call asks again
+                family.asked_for.add(size)
+
+    def _make_ready(self, family: _Family, size: int) -> None:
+        try:
+            self._prepare(family.profile, family.feeds(size))
+        except MlflowTrtError as error:
+            _log.warning("Batches of %d rows are run in other sizes, since they failed: %s", size, error.message)
+            return
+        except Exception:  # noqa: BLE001  # the calls go on in the sizes there are
+            _log.exception("Batches of %d rows are run in other sizes, since they failed", size)
+            return
+        with self._lock:
             family.ready.add(size)
         self._changed()
 
-    def stop(self) -> None:
-        """Make nothing ready any more, once what is under way has ended."""
-        with self._lock:
-            self._prepare = None
-            self._wanted.clear()
-            thread = self._thread
-        if thread is not None:
-            thread.join()
 
-    def _want(self, key: Hashable, family: _Family, sizes: Iterable[int]) -> None:
-        for size in sizes:
-            if size not in family.ready and (key, size) not in self._met:
-                self._met.add((key, size))
-                self._wanted.append((key, size))
-        if self._wanted and self._thread is None and self._prepare is not None:
-            # As a daemon: the interpreter would wait for it before it closes the session that ends it.
-            thread = threading.Thread(target=self._work, name="mlflow-trt-compile", daemon=True)
-            thread.start()
-            self._thread = thread
-
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                prepare = self._prepare
-                if not self._wanted or prepare is None:
-                    self._thread = None
-                    return
-                key, size = self._wanted.popleft()
-                family = self._families[key]
-            try:
-                prepare(family.profile, family.feeds(size))
-            except MlflowTrtError as error:
-                _log.warning("Batches of %d rows are run in other sizes, since they failed: %s", size, error.message)
-                continue
-            except Exception:  # noqa: BLE001  # the calls go on in the sizes there are
-                _log.exception("Batches of %d rows are run in other sizes, since they failed", size)
-                continue
-            with self._lock:
-                family.ready.add(size)
-            self._changed()
+def _refuse(_profile: int, _feeds: Feeds) -> NoReturn:
+    raise SessionClosedError

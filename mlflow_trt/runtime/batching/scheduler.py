@@ -254,7 +254,7 @@ class Scheduler(Generic[AnySlot]):
             if self._native is not None:
                 self._native.close()
             if self._readiness is not None:
-                self._readiness.stop()
+                self._readiness.close()
 
     def _prepare_here(self, prepare: Prepare, profile: int, feeds: Feeds) -> None:
         # In a slot of its own, which knows nothing of runs that Python knows nothing of.
