@@ -25,31 +25,56 @@ def use(in_c, monkeypatch):
         pytest.skip(native.why_not)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), KeyboardInterrupt()], ids=type)
-def test_nothing_is_copied_any_more_after_handing_out_failed(error, monkeypatch):
-    pool = copying._threads()
-    submit, jobs, proceed = pool.submit, [], threading.Event()
+class HandedOut:
+    """What the pool was given: it begins with none of it before it may, and fails with the second."""
 
-    def slowly(*job):
-        proceed.wait(PATIENCE)
-        job[0](*job[1:])
+    def __init__(self, error, monkeypatch):
+        self.jobs = []
+        self._error = error
+        self._may_begin = threading.Event()
+        pool = copying._threads()
+        self._submit = pool.submit
+        monkeypatch.setattr(native, "extension", None)
+        monkeypatch.setattr(copying, "THREADS", 8)
+        monkeypatch.setattr(pool, "submit", self._submit_two)
 
-    def submit_two(*job):
-        jobs.append(submit(slowly, *job))
-        if len(jobs) == 2:  # as the pool does: the job is in its queue when no thread can be started for it
-            raise error
+    def end(self):
+        self._may_begin.set()
+        for job in self.jobs:
+            job.result(timeout=PATIENCE)
 
-    monkeypatch.setattr(native, "extension", None)
-    monkeypatch.setattr(copying, "THREADS", 8)
-    monkeypatch.setattr(pool, "submit", submit_two)
+    def _submit_two(self, *job):
+        self.jobs.append(self._submit(self._slowly, *job))
+        if len(self.jobs) == 2:  # as the pool does: the job is in its queue when no thread can be started for it
+            raise self._error
+
+    def _slowly(self, do, *arguments):
+        assert self._may_begin.wait(PATIENCE)
+        do(*arguments)
+
+
+def test_nothing_is_copied_any_more_after_handing_out_was_interrupted(monkeypatch):
+
+    handed_out = HandedOut(KeyboardInterrupt(), monkeypatch)
     source = np.ones((16, copying.LEAST_BYTES), np.uint8)
     target = np.zeros_like(source)
-    with pytest.raises(type(error)):
+    with pytest.raises(KeyboardInterrupt):
         list(copying.copy_rows([(source, 0, len(source))], target))
-    proceed.set()
-    for job in jobs:
-        job.result(timeout=PATIENCE)
+    handed_out.end()
     assert not target.any()
+
+
+def test_the_caller_copies_what_the_system_has_no_thread_for(monkeypatch):
+    handed_out = HandedOut(RuntimeError("can't start new thread"), monkeypatch)
+    source = np.random.default_rng(0).integers(0, 255, (16, copying.LEAST_BYTES), np.uint8)
+    target = np.zeros_like(source)
+    assert list(copying.copy_rows([(source, 0, len(source))], target)) == list(range(2, 17, 2))
+    assert np.array_equal(target, source)
+    copied = target.copy()
+    source[:] = 0
+    handed_out.end()
+    assert len(handed_out.jobs) == 2
+    assert np.array_equal(target, copied)
 
 
 @pytest.mark.parametrize("in_c", [True, False], ids=["in C", "in Python"])

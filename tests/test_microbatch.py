@@ -10,7 +10,7 @@ import time
 import networks
 import numpy as np
 import pytest
-from helpers import PATIENCE, read, reference, wait_for
+from helpers import PATIENCE, no_threads, read, reference, wait_for
 
 from mlflow_trt import ExecutionError, InputError, OutOfMemoryError, SessionClosedError
 from mlflow_trt.core.types import BatchAxis, InputRange, ShapeProfile
@@ -434,6 +434,55 @@ class TestSubmit:
         closing.result(PATIENCE)
         assert all(isinstance(outcome, SessionClosedError) for outcome in told.wait(40).values())
         assert all(future.exception(PATIENCE) is None for future in first)
+
+
+class TestSubmitWithoutThreads:
+    """The system has none to give: whoever submits runs it, or who leads the batch."""
+
+    @pytest.mark.parametrize("count", [0, 3, 65])
+    def test_requests_are_answered(self, scheduler, count):
+        told, values = Told(), list(range(count))
+        with no_threads():
+            scheduler.submit(rows(*values), told(0))
+            assert np.array_equal(told.outcomes[0], rows(*values)["x"] * 2)
+        scheduler.submit(rows(*values), told(1))
+        assert np.array_equal(told.wait(2)[1], rows(*values)["x"] * 2)
+
+    def test_a_batch_that_fails_keeps_nobody_waiting(self, pool, scheduler, gate):
+        first, told = occupied(pool, scheduler, gate), Told()
+        gate.bad = 3
+        with no_threads():
+            (leader,) = send(pool, scheduler, [1])
+            for value in (2, 3, 4):
+                scheduler.submit(rows(value), told(value))
+            (last,) = send(pool, scheduler, [5])
+            gate.open.set()
+            outcomes = told.wait(3)
+            assert [call.result(PATIENCE)["y"][0, 0] for call in (leader, last)] == [2, 10]
+        assert isinstance(outcomes.pop(3), ExecutionError)
+        assert {value: outcome.tolist() for value, outcome in outcomes.items()} == {2: [[4, 4]], 4: [[8, 8]]}
+        assert all(future.exception(PATIENCE) is None for future in first)
+
+    def test_those_that_are_lacking_are_started_later(self, scheduler, gate, monkeypatch):
+        start, started = threading.Thread.start, []
+
+        def start_one(thread):
+            if started:
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
+            start(thread)
+
+        gate.open.clear()
+        told = Told()
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start_one)
+            for value in range(2):
+                scheduler.submit(rows(*[value] * 17), told(value))
+            assert gate.started.acquire(timeout=PATIENCE)
+        scheduler.submit(rows(*[2] * 17), told(2))
+        assert len(scheduler._threads._threads) == MOST_SLOTS
+        gate.open.set()
+        assert {value: outcome[0, 0] for value, outcome in told.wait(3).items()} == {0: 0, 1: 2, 2: 4}
 
 
 def test_a_slot_that_cannot_be_made_is_one_callers_error(pool, gate):

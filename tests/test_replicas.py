@@ -9,7 +9,7 @@ import networks
 import numpy as np
 import pytest
 from failing import FailingSession
-from helpers import PATIENCE, read, reference
+from helpers import PATIENCE, no_threads, read, reference
 
 import mlflow_trt
 from mlflow_trt import InputDtypeError, OutOfMemoryError, RuntimeUnavailableError, SessionClosedError
@@ -107,6 +107,13 @@ class TestBulk:
         with pytest.raises(InputShapeError, match="wrong from here on"):
             session.run(rows(ROWS))
         assert sum(gpu.runs.get(8, 0) for gpu in gpus) <= 9
+
+    def test_without_threads_one_gpu_does_what_others_cannot(self, session, gpus, expected):
+        gpus[0].failure, gpus[0].runs_before_failure = ExecutionError("not now"), 2
+        feeds = rows(ROWS)
+        with no_threads():
+            assert np.allclose(session.run(feeds)["y"], expected(feeds), rtol=1e-6)
+        assert [gpu.runs.get(8, 0) for gpu in gpus] == [2, ROWS // 8 - 2, 0]
 
     def test_a_gpu_without_room_runs_less_at_once(self, session, gpus, expected):
         gpus[2].failure, gpus[2].runs_before_failure = OutOfMemoryError("no room"), 1
@@ -240,6 +247,12 @@ class TestSubmit:
         feeds = rows(count)
         assert np.allclose(self.submit(session, feeds), expected(feeds), rtol=1e-6)
         assert np.allclose(self.submit(session, feeds), expected(feeds), rtol=1e-6)
+
+    @pytest.mark.parametrize("count", [1, ROWS])
+    def test_without_threads(self, session, expected, count):
+        feeds = rows(count)
+        with no_threads():
+            assert np.allclose(self.submit(session, feeds), expected(feeds), rtol=1e-6)
 
     def test_what_fails_everywhere_is_told(self, session, gpus):
         for gpu in gpus:

@@ -190,18 +190,21 @@ class Replicas:
                     if not isinstance(error, ExecutionError):
                         work.stop()
 
-        helpers = [threading.Thread(target=take_part, args=(ordinal,)) for ordinal in able[1:]]
-        started = []
+        helpers = []
         try:
-            for helper in helpers:
-                helper.start()
-                started.append(helper)
+            for ordinal in able[1:]:
+                helper = threading.Thread(target=take_part, args=(ordinal,), name="mlflow-trt-replica")
+                try:
+                    helper.start()
+                except RuntimeError:  # the system has no thread to give: those that take part do the rest
+                    break
+                helpers.append(helper)
             take_part(able[0])
         except BaseException:
             work.stop()
             raise
         finally:
-            for helper in started:
+            for helper in helpers:
                 helper.join()
 
     def _usable_devices(self, failures: Mapping[int, Exception]) -> list[int]:

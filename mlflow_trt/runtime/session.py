@@ -103,8 +103,8 @@ class Session(abc.ABC):
         Args:
             inputs: as for `run`. They must not change until `done` is called.
             done: called once, with the outputs and None, or with None and the error: what `run` returns or raises. A
-                thread of the session or of another caller calls it, so it should not take long. What it raises is
-                logged.
+                thread of the session or of another caller calls it, so it should not take long; where the system has
+                no thread to give, this call does, before it returns. What it raises is logged.
 
         Returns:
             What can be cancelled: then `done` is not called, and nothing runs that does not run already.

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -122,15 +122,19 @@ def _is_alike(source: Array, target: Array) -> bool:
 def _by_threads(groups: Iterable[tuple[int, list[Copy]]]) -> Iterator[int]:
     """Make each group of copies in a thread, the first in the caller's; yields the number of each that is done."""
     (first, own), *others = groups
-    # Our own futures: where the pool cannot start a thread, `submit` raises, and the job still waits for the others.
+    # Our own futures: one that is cancelled is not begun any more, though the pool has its job.
     running: list[tuple[int, list[Copy], Future[None]]] = [(number, group, Future()) for number, group in others]
     try:
-        for _, group, job in running:
-            _threads().submit(_work_on, job, group)
+        with suppress(RuntimeError):  # the system has no thread to give
+            for _, group, job in running:
+                _threads().submit(_work_on, job, group)
         _copy(own)  # the caller takes its share: it would only wait
         yield first
-        for number, _, job in running:
-            job.result()
+        for number, group, job in running:
+            if job.cancel():  # nobody has begun
+                _copy(group)
+            else:
+                job.result()
             yield number
     finally:
         # Whoever stops listening gets back memory that nobody reads or writes any more.

@@ -103,7 +103,7 @@ class Scheduler(Generic[AnySlot]):
             self._end(plan)
 
     def submit(self, feeds: Feeds, done: Done) -> Submission:
-        """Run feeds without letting the caller wait; `done` is told what came of it.
+        """Run feeds and tell `done` what came of it. The caller waits only where the system has no thread to give.
 
         Raises InputShapeError where no profile accepts the feeds, SessionClosedError after `close`.
         """
@@ -146,9 +146,8 @@ class Scheduler(Generic[AnySlot]):
         if batch.leader is request:
             try:
                 self._threads.do(lambda: self._batcher.lead(batch))
-            except (SessionClosedError, RuntimeError):
-                # No thread to be had, or closed meanwhile. Others may have joined, and want to be told.
-                self._batcher.lead(batch)
+            except SessionClosedError:
+                self._batcher.lead(batch)  # others may have joined, and want to be told
 
     def _answer(self, answer: PendingAnswer, plan: Plan, result: Callable[[], Outputs]) -> None:
         """Tell what came of a submission, and count it off before, since who is told may send the next one."""

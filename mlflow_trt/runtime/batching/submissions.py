@@ -116,12 +116,15 @@ class Threads:
             raise SessionClosedError
 
     def do(self, task: Callable[[], None]) -> None:
-        """Raises SessionClosedError after `refuse`, RuntimeError where the system has no thread to give."""
+        """In the caller's thread where the system has none to give. Raises SessionClosedError after `refuse`."""
         with self._lock:
             self.check_open()
-            if not self._threads:
-                self._start()
-            self._tasks.put(task)
+            if len(self._threads) < self._most:
+                self._start_another()
+            if self._threads:
+                self._tasks.put(task)
+                return
+        _do(task)
 
     def refuse(self) -> None:
         """Take no more tasks."""
@@ -137,27 +140,29 @@ class Threads:
             if thread is not threading.current_thread():
                 thread.join()
 
-    def _start(self) -> None:
-        for _ in range(self._most):
-            # As daemons: the interpreter would wait for them before it closes the session that ends them.
-            thread = threading.Thread(target=_work, args=(self._tasks,), name="mlflow-trt-run", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:
-                if not self._threads:
-                    raise
-                return
-            self._threads.append(thread)
-        finalize(self, _end, self._tasks, self._most)
+    def _start_another(self) -> None:
+        # As a daemon: the interpreter would wait for it before it closes the session that ends it.
+        thread = threading.Thread(target=_work, args=(self._tasks,), name="mlflow-trt-run", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # there is none to be had, for now
+            return
+        if not self._threads:
+            finalize(self, _end, self._tasks, self._most)
+        self._threads.append(thread)
 
 
 def _work(tasks: queue.SimpleQueue[Callable[[], None] | None]) -> None:
     while (task := tasks.get()) is not None:
-        try:
-            task()
-        except Exception:  # noqa: BLE001  # the thread goes on with the next task
-            _log.exception("A task of the session's own threads failed")
+        _do(task)
         del task  # or what it refers to would stay until the next one
+
+
+def _do(task: Callable[[], None]) -> None:
+    try:
+        task()
+    except Exception:  # noqa: BLE001  # who calls this goes on with the next task
+        _log.exception("A task of the session's own threads failed")
 
 
 def _end(tasks: queue.SimpleQueue[Callable[[], None] | None], threads: int) -> None:
