@@ -97,9 +97,10 @@ def mlflow_server(folder: Path, settings: Mapping[str, Any], workdir: Path) -> S
     )
 
 
-def our_server(folder: Path, settings: Mapping[str, Any]) -> ServerProcess:
+def our_server(folder: Path, settings: Mapping[str, Any], front_ends: int = 0) -> ServerProcess:
     """`mlflow-trt serve`."""
-    return TensorServer(f"{NAME}={folder}", model_config=settings, options=["--shared-memory-prefix", _PREFIX])
+    options = ["--shared-memory-prefix", _PREFIX, "--front-ends", str(front_ends)]
+    return TensorServer(f"{NAME}={folder}", model_config=settings, options=options)
 
 
 def triton_server(folder: Path, settings: Mapping[str, Any], workdir: Path) -> ServerProcess | None:
@@ -137,12 +138,12 @@ def binary_target(name: str, server: ServerProcess, feeds: Arrays) -> Target:
 
 
 @contextlib.contextmanager
-def shared_target(server: ServerProcess, case: Case, clients: int) -> Iterator[Target]:
-    """The same server, with inputs and outputs of each client in memory of its own, written beforehand."""
+def shared_target(name: str, server: ServerProcess, case: Case, clients: int) -> Iterator[Target]:
+    """A server of ours, with inputs and outputs of each client in memory of its own, written beforehand."""
     with contextlib.ExitStack() as stack:
         regions = [stack.enter_context(_Region(server, case)) for _ in range(clients)]
         asked = [region.request for region in regions]
-        yield Target(name="the same, shared memory", server=server, requests=asked, read=lambda _: regions[0].outputs())
+        yield Target(name=name, server=server, requests=asked, read=lambda _: regions[0].outputs())
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
     python -m benchmarks.serving                                    # a model that does nothing, on the CPU
     python -m benchmarks.serving --model resnet50 --runtime tensorrt   # on a GPU
+    python -m benchmarks.serving --front-ends 4                     # also a server with front ends
     python -m benchmarks.serving --soak 600                         # mixed load for ten minutes: errors and memory
 
 All servers run at the same time and are asked in turns: one image of 3x224x224 in float32, and rows of 2 kB. MLflow's
@@ -47,6 +48,7 @@ from examples.serving import running
 from mlflow_trt.cli.options import parse_numbers
 
 MLFLOW, HTTP, SHARED, TRITON = "mlflow models serve", "mlflow-trt serve", "the same, shared memory", "triton"
+FRONT_ENDS, FRONT_ENDS_SHARED = "with front ends", "with front ends, shared memory"
 IMAGE, ROW = "one image", "a row of 2 kB"
 _OWN_CALLS = 200
 
@@ -58,6 +60,7 @@ class Plan:
     seconds: float
     settings: dict[str, Any]
     with_triton: bool
+    front_ends: int = 0  # of a second server of ours; 0: there is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +78,15 @@ def measure(case: Case, plan: Plan, console: Console) -> Iterator[Measured]:
     with ExitStack() as stack:
         workdir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlflow-trt-")))
         theirs, ours = mlflow_server(case.folder, plan.settings, workdir), our_server(case.folder, plan.settings)
+        split = our_server(case.folder, plan.settings, plan.front_ends) if plan.front_ends else None
         triton = triton_server(case.folder, plan.settings, workdir) if plan.with_triton else None
-        for server in filter(None, (theirs, ours, triton)):
+        for server in filter(None, (theirs, ours, split, triton)):
             stack.enter_context(running(server))
-        targets = [parquet_target(theirs, case.feeds), binary_target(HTTP, ours, case.feeds)]
-        targets.append(stack.enter_context(shared_target(ours, case, max(plan.clients))))
+        targets = [parquet_target(theirs, case.feeds)]
+        for mine, http, shared in ((ours, HTTP, SHARED), (split, FRONT_ENDS, FRONT_ENDS_SHARED)):
+            if mine is not None:
+                targets.append(binary_target(http, mine, case.feeds))
+                targets.append(stack.enter_context(shared_target(shared, mine, case, max(plan.clients))))
         if triton is not None:
             targets.append(binary_target(TRITON, triton, case.feeds))
         for target in targets:
@@ -179,8 +186,9 @@ def goals(rows: list[Measured], cases: list[Case], model: str) -> list[Goal]:
         add(f"{clients} clients, images, Triton", 3, _ratio(rate(IMAGE, TRITON, clients), beside))
     add("64 clients, rows of 2 kB", 25, _ratio(rate(ROW, HTTP, 64), rate(ROW, MLFLOW, 64)))
     if model == "resnet50":
-        add("64 clients, by HTTP", 2500, rate(IMAGE, HTTP, 64), "/s")
-        add("64 clients, shared memory", 6000, rate(IMAGE, SHARED, 64), "/s")
+        for http, shared in ((HTTP, SHARED), (FRONT_ENDS, FRONT_ENDS_SHARED)):
+            add(f"64 clients, {http}, by HTTP", 2500, rate(IMAGE, http, 64), "/s")
+            add(f"64 clients, {http}, shared memory", 6000, rate(IMAGE, shared, 64), "/s")
     return found
 
 
@@ -212,6 +220,9 @@ def main(
     triton: Annotated[
         bool, typer.Option("--triton", help="Beside a tritonserver from PyPI, with our backend.")
     ] = False,
+    front_ends: Annotated[
+        int, typer.Option(help="Beside a second server of ours, with so many front ends.", min=0)
+    ] = 0,
     soak_seconds: Annotated[float, typer.Option("--soak", help="Mixed load for so long instead.")] = 0.0,
     output: Annotated[Path | None, typer.Option(help="Write the numbers to this file, as JSON.")] = None,
 ) -> None:
@@ -227,6 +238,7 @@ def main(
         seconds=seconds,
         settings={"runtime": runtime},
         with_triton=triton,
+        front_ends=front_ends,
     )
     rows: list[Measured] = []
     with tempfile.TemporaryDirectory(prefix="mlflow-trt-") as folder:

@@ -1,6 +1,6 @@
 """`mlflow-trt serve` with a model on the CPU that waits, or loses its GPU, when it is told to.
 
-    python tests/gated_server.py FOLDER PORT SECONDS_OF_DRAINING
+    python tests/gated_server.py FOLDER PORT SECONDS_OF_DRAINING FRONT_ENDS
 
 It takes three requests at once. A row that begins with -1 waits until there is a file `open` in the folder; one that
 begins with 1000 loses the GPU.
@@ -49,7 +49,7 @@ def wait(folder, first):
 
 
 if __name__ == "__main__":
-    folder, port, drain = sys.argv[1:]
+    folder, port, drain, front_ends = sys.argv[1:]
     limits = Limits(requests=3, body_bytes=1 << 20, pending_bytes=1 << 21, seconds=30)
-    options = ServeOptions(port=int(port), drain_seconds=float(drain), limits=limits)
+    options = ServeOptions(port=int(port), drain_seconds=float(drain), limits=limits, front_ends=int(front_ends))
     sys.exit(not serve([f"product={folder}"], options, lambda _: None, load))

@@ -37,9 +37,16 @@ KEY = "0123456789abcdef-key"
 CLIENTS = 64
 
 
+@pytest.fixture(scope="module", params=[0, 2], ids=["alone", "front ends"])
+def front_ends(request):
+    """How many processes speak HTTP for the server."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def server(product_folder):
-    server = TensorServer(str(product_folder), model_config=CPU, options=["--max-body-mib", "1", "--timeout", "20"])
+def server(product_folder, front_ends):
+    options = ["--max-body-mib", "1", "--timeout", "20", "--front-ends", str(front_ends)]
+    server = TensorServer(str(product_folder), model_config=CPU, options=options)
     with running(server):
         yield server
 
@@ -47,12 +54,12 @@ def server(product_folder):
 class Gated(ServerProcess):
     """The server of `gated_server`, and its gate."""
 
-    def __init__(self, folder, drain_seconds):
+    def __init__(self, folder, drain_seconds, front_ends):
         self.folder = folder
         self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         script = Path(__file__).with_name("gated_server.py")
-        command = [sys.executable, str(script), str(folder), str(self.port), str(drain_seconds)]
+        command = [sys.executable, str(script), str(folder), str(self.port), str(drain_seconds), str(front_ends)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # as pytest made it
         super().__init__(command, environment, ready=f"{self.address}/v2/health/ready")
 
@@ -68,8 +75,8 @@ class Gated(ServerProcess):
 
 
 @contextmanager
-def gated(folder, drain_seconds=0):
-    server = Gated(folder, drain_seconds)
+def gated(folder, front_ends, drain_seconds=0):
+    server = Gated(folder, drain_seconds, front_ends)
     try:
         with running(server):
             yield server
@@ -268,8 +275,8 @@ def malformed(chance, body, headers):
 
 
 @pytest.fixture(scope="module")
-def gate(tmp_path_factory):
-    with gated(tmp_path_factory.mktemp("gate")) as server:
+def gate(tmp_path_factory, front_ends):
+    with gated(tmp_path_factory.mktemp("gate"), front_ends) as server:
         yield server
 
 
@@ -326,9 +333,9 @@ class TestWaiting:
 
 
 class TestEnding:
-    def test_ending_while_one_waits(self, tmp_path, product_weights):
+    def test_ending_while_one_waits(self, tmp_path, front_ends, product_weights):
         """The request that it has is answered before it ends, and no other is taken."""
-        with gated(tmp_path) as server, ThreadPoolExecutor(1) as pool, connection(server) as over:
+        with gated(tmp_path, front_ends) as server, ThreadPoolExecutor(1) as pool, connection(server) as over:
             asking = pool.submit(infer, over, WAITS)
             wait_for(server.has_one_waiting)
             os.kill(server.pid, signal.SIGTERM)
@@ -340,7 +347,7 @@ class TestEnding:
             assert np.allclose(y, WAITS @ product_weights, atol=1e-4)
             wait_for(lambda: server.has_ended)
 
-    def test_draining_under_load(self, tmp_path, product_weights):
+    def test_draining_under_load(self, tmp_path, front_ends, product_weights):
         """Until its time is over, a server that ends answers all, and asks clients to come again by another way."""
         answers, closing_answers = [], []
         ended = threading.Event()
@@ -362,7 +369,7 @@ class TestEnding:
                         if len(closing_answers) > 100:
                             return  # as a balancer does that asked whether it is ready
 
-        with gated(tmp_path, 2) as server, ThreadPoolExecutor(3) as pool:
+        with gated(tmp_path, front_ends, 2) as server, ThreadPoolExecutor(3) as pool:
             asking = [pool.submit(client, seed) for seed in range(3)]
             wait_for(lambda: len(answers) > 50)
             os.kill(server.pid, signal.SIGTERM)
@@ -374,8 +381,8 @@ class TestEnding:
         assert all(answers)
         assert len(closing_answers) > 100
 
-    def test_a_lost_gpu(self, tmp_path):
-        with gated(tmp_path) as server:
+    def test_a_lost_gpu(self, tmp_path, front_ends):
+        with gated(tmp_path, front_ends) as server:
             with connection(server) as over:
                 status, message = infer(over, np.full((1, 16), 1000, np.float32))
             assert status == 500

@@ -17,7 +17,10 @@ from benchmarks.soak import Soak, _report
 pytestmark = pytest.mark.server
 
 ROOT = Path(__file__).resolve().parent.parent
-SERVERS = {"mlflow models serve", "mlflow-trt serve", "the same, shared memory"}
+SERVERS = {
+    "mlflow models serve", "mlflow-trt serve", "the same, shared memory", "with front ends",
+    "with front ends, shared memory",
+}  # fmt: skip
 
 
 def run(*arguments):
@@ -27,7 +30,18 @@ def run(*arguments):
 
 def test_a_short_run(tmp_path):
     """Each answer is compared before it is measured."""
-    options = ["--clients", "1,3", "--rounds", "1", "--seconds", "0.2", "--output", str(tmp_path / "result.json")]
+    options = [
+        "--clients",
+        "1,3",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0.2",
+        "--front-ends",
+        "1",
+        "--output",
+        str(tmp_path / "result.json"),
+    ]
     done = run(*options)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "result.json").read_text())

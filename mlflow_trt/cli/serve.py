@@ -23,6 +23,9 @@ def serve(
     reuse_port: Annotated[
         bool, typer.Option("--reuse-port", help="Let several servers share the port, such as one for each GPU.")
     ] = False,
+    front_ends: Annotated[
+        int, typer.Option(help="Processes that speak HTTP for the one that has the GPU; 0: it does so itself.")
+    ] = 0,
     device: Annotated[str, typer.Option(help="A CUDA device ordinal, several like 0,1, all, or own.")] = "",
     model_config: Annotated[str, typer.Option(help='Load settings as JSON, like \'{"runtime": "auto"}\'.')] = "",
     follow_aliases: Annotated[float, typer.Option(help="Seconds between two looks where aliases lead; 0: never.")] = 0,
@@ -66,6 +69,7 @@ def serve(
         host=host,
         port=port,
         reuse_port=reuse_port,
+        front_ends=front_ends,
         settings=settings,
         follow_aliases=follow_aliases,
         limits=Limits(

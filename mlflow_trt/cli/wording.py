@@ -31,6 +31,7 @@ OPTIONS = {
     "path": "--output",
     "wheels": "--wheel",
     "follow_aliases": "--follow-aliases",
+    "front_ends": "--front-ends",
     "drain_seconds": "--drain-seconds",
     "api_key_file": "--api-key-file",
     "shared_memory_prefix": "--shared-memory-prefix",
@@ -48,7 +49,7 @@ OPTIONS = {
 _WEIGHTS: dict[str, str] = {"stripped": "--strip-weights", "refittable": "--refit"}
 _SETTINGS = "runtime|on_mismatch|kernel_specialization|cuda_graphs|warm_up"
 _SUBJECTS = (
-    "port|batches|seconds|instances|queue_delay|follow_aliases|drain_seconds|avg_timing_iterations|optimization_level|"
+    "port|batches|seconds|instances|queue_delay|follow_aliases|front_ends|drain_seconds|avg_timing_iterations|optimization_level|"
     "workspace_bytes|memory_pools|name|backend|server|base|targets|wheels"
 )
 _CHOOSERS = r"\bsave_model, log_model, convert_model_version and `mlflow-trt convert`, which choose"

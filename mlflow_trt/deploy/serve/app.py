@@ -13,7 +13,7 @@ from mlflow_trt.core.scoring_server import end_server
 from mlflow_trt.deploy.serve import keys
 from mlflow_trt.deploy.serve.access_log import AccessLog
 from mlflow_trt.deploy.serve.calls import Calls
-from mlflow_trt.deploy.serve.http import Exchange, Receive, Scope, Send
+from mlflow_trt.deploy.serve.http import Exchange
 from mlflow_trt.deploy.serve.limits import Deadline, Limits
 from mlflow_trt.deploy.serve.metrics import Metrics
 from mlflow_trt.deploy.serve.pages import EXTENSIONS, Pages
@@ -21,6 +21,7 @@ from mlflow_trt.deploy.serve.problems import Cause, DisconnectedError, HttpError
 from mlflow_trt.deploy.serve.repository import ModelRepository
 from mlflow_trt.deploy.serve.shared_memory import ADDRESS as SHARED_MEMORY
 from mlflow_trt.deploy.serve.shared_memory import SharedMemory
+from mlflow_trt.deploy.serve.uvicorn_config import Receive, Scope, Send
 
 _OPEN = frozenset({"/ping", "/health", "/v2/health/live", "/v2/health/ready"})
 """What probes ask, who have no key."""
@@ -59,7 +60,7 @@ class App:
         self.draining = False
         self.lost: str | None = None
         self._repository = repository
-        self._calls = Calls(limits, regions, self._lose)
+        self._calls = Calls(limits, regions, self.lose)
         self._keys = api_keys
         self._access_log = access_log
         self._refused: collections.Counter[Cause] = collections.Counter()
@@ -89,6 +90,12 @@ class App:
         """Free all that is served, after the calls that run."""
         self._calls.close()
         self._repository.close()
+
+    def lose(self, reason: str) -> None:
+        """End, since nothing can be answered any more."""
+        if self.lost is None:
+            self.lost = reason
+            end_server(reason)
 
     async def _dispatch(self, exchange: Exchange, method: str, path: str) -> None:
         if method == "HEAD":
@@ -154,11 +161,6 @@ class App:
     def _unready(self) -> HttpError | None:
         reason = self.lost or ("it is about to end" if self.draining else self._repository.broken())
         return HttpError(503, Cause.FAILED, f"the server is not ready: {reason}") if reason else None
-
-    def _lose(self, reason: str) -> None:
-        if self.lost is None:
-            self.lost = reason
-            end_server(reason)
 
 
 def _no_such(*, is_address: bool) -> HttpError:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
 
 from mlflow_trt.core import open_inference as oip
 from mlflow_trt.deploy.serve import json_text
 from mlflow_trt.deploy.serve.limits import Ticket
 from mlflow_trt.deploy.serve.problems import Cause, DisconnectedError, HttpError
+from mlflow_trt.deploy.serve.uvicorn_config import Message, Receive, Scope, Send
+from mlflow_trt.runtime.native import address
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
 JSON = b"application/json"
@@ -82,8 +82,8 @@ class Exchange:
     async def _read_known(self, size: int, start: int) -> memoryview:
         message = await self._next()
         chunk = message.get("body", b"")
-        if not message.get("more_body") and not start:
-            return memoryview(chunk)  # it came whole, as small ones do
+        if not message.get("more_body") and _misalignment(chunk) == start:
+            return memoryview(chunk)  # it came whole: small ones do, and those that a front end read
         buffer = bytearray(start + size)
         at = start
         while True:
@@ -158,3 +158,8 @@ class Exchange:
             return
         length = (oip.HEADER_LENGTH.encode(), b"%d" % header_length)
         await self.answer(200, parts, oip.BINARY.encode(), [length])
+
+
+def _misalignment(chunk: bytes | memoryview) -> int:
+    """Of its first byte in memory."""
+    return 0 if isinstance(chunk, bytes) else address(np.frombuffer(chunk, np.uint8)) % _ALIGNMENT

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import socket
-import ssl
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,17 +30,19 @@ try:
     from mlflow_trt.deploy.serve.access_log import AccessLog
     from mlflow_trt.deploy.serve.app import App
     from mlflow_trt.deploy.serve.follow import AliasFollower
+    from mlflow_trt.deploy.serve.front_ends.processes import FrontEnds
     from mlflow_trt.deploy.serve.keys import read_keys
     from mlflow_trt.deploy.serve.repository import ModelRepository
     from mlflow_trt.deploy.serve.served_model import ServedModel, load_served_model
     from mlflow_trt.deploy.serve.shared_memory import SharedMemory
+    from mlflow_trt.deploy.serve.uvicorn_config import uvicorn_config
 except ImportError as error:
     raise MissingDependencyError(
         f"{error.name} is not installed: `pip install 'mlflow-trt[serve]'`", packages=(str(error.name),)
     ) from error
 
 _IN_SERVER = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"
-_KEEP_ALIVE = 75
+_MOST_FRONT_ENDS = 64
 _USED = (_httptools, _uvloop)  # uvicorn imports them by name: missing ones are missed here
 _log = get_logger(__name__)
 
@@ -54,6 +55,7 @@ class ServeOptions:
         host: the address to listen on.
         port: the port; 0 for a free one.
         reuse_port: let several servers listen on one port, such as one for each GPU: the kernel shares out connections.
+        front_ends: processes that speak HTTP for the one that has the models; 0 lets it do so itself.
         settings: load settings, for all models.
         follow_aliases: seconds between two looks where aliases lead; 0 for never.
         limits: what is refused.
@@ -72,6 +74,7 @@ class ServeOptions:
     host: str = "127.0.0.1"
     port: int = 8080
     reuse_port: bool = False
+    front_ends: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
     follow_aliases: float = 0.0
     limits: Limits = field(default_factory=Limits)
@@ -89,6 +92,12 @@ class ServeOptions:
         LoadSettings.of(self.settings)
         if not 0 <= self.port < 1 << 16:
             raise OptionError(f"port is {self.port}; expected 0 to 65535", option="port")
+        if not 0 <= self.front_ends <= _MOST_FRONT_ENDS:
+            raise OptionError(
+                f"front_ends is {self.front_ends}; expected 0 to {_MOST_FRONT_ENDS} processes", option="front_ends"
+            )
+        if self.front_ends and not hasattr(os, "memfd_create"):
+            raise OptionError("front_ends needs memory that processes share as Linux has it", option="front_ends")
         for option in ("follow_aliases", "drain_seconds"):
             if not 0 <= getattr(self, option) < float("inf"):
                 raise OptionError(f"{option} is {getattr(self, option)}; expected seconds, 0 or more", option=option)
@@ -100,6 +109,18 @@ class ServeOptions:
             path = getattr(self, option)
             if path is not None and not path.is_file():
                 raise OptionError(f"{option}: {path} is no file", option=option)
+
+    @property
+    def ssl(self) -> dict[str, str | None]:
+        """What uvicorn is told of HTTPS; nothing for HTTP."""
+        if self.ssl_certfile is None:
+            return {}
+        return {
+            "ssl_keyfile": str(self.ssl_keyfile),
+            "ssl_certfile": str(self.ssl_certfile),
+            "ssl_keyfile_password": self.ssl_keyfile_password,
+            "ssl_ca_certs": str(self.ssl_ca_certs) if self.ssl_ca_certs else None,
+        }
 
 
 Load = Callable[[ModelSource, Mapping[str, Any]], ServedModel]
@@ -129,7 +150,7 @@ def serve(
     if options.follow_aliases and not any(source.alias for source in sources):
         raise OptionError("follow_aliases follows models like models:/NAME@ALIAS, and none is", option="follow_aliases")
     with contextlib.ExitStack() as stack:
-        listening = stack.enter_context(_bound_socket(options))
+        sockets = [stack.enter_context(bound) for bound in _bound_sockets(options)]
         repository = _load(sources, load, options.settings, stack, told)
         gpus = probe().gpus if any(model.session.runtime == "tensorrt" for model in repository) else ()
         app = App(
@@ -141,15 +162,21 @@ def serve(
             gpu_memory=lambda: gpu_memory(gpus),
         )
         stack.pop_all()
-        stack.enter_context(listening)
+        for bound in sockets:
+            stack.enter_context(bound)
         stack.callback(app.close)
         follower = None
         if options.follow_aliases:
             follower = AliasFollower(repository, lambda source: load(source, options.settings), options.follow_aliases)
-        address = f"{'https' if options.ssl_certfile else 'http'}://{options.host}:{listening.getsockname()[1]}"
-        server = _Server(_config(app if traced is None else traced(app), options), app, follower, options.drain_seconds)
+        address = f"{'https' if options.ssl else 'http'}://{options.host}:{sockets[0].getsockname()[1]}"
+        asgi = app if traced is None else traced(app)
+        front_ends = None
+        if options.front_ends:
+            front_ends = FrontEnds(asgi, sockets, seconds=options.limits.seconds, ssl=options.ssl, lose=app.lose)
+        config = uvicorn_config(asgi, options.limits.seconds, {} if front_ends is not None else options.ssl)
+        server = _Server(config, app, follower, front_ends, options.drain_seconds)
         server.ready = lambda: told(f"Serving at {address}")
-        server.run([listening])
+        server.run([] if front_ends is not None else sockets)
         return app.lost is None
 
 
@@ -170,50 +197,55 @@ def _load(
     return ModelRepository(loaded)
 
 
-def _bound_socket(options: ServeOptions) -> socket.socket:
-    """Taken before models are loaded, which may last minutes, and open for connections after."""
+def _bound_sockets(options: ServeOptions) -> list[socket.socket]:
+    """One, or one for each front end, all at the same address.
+
+    Taken before models are loaded, which may last minutes, and open for connections after.
+    """
+    first = _bound_socket(options, options.port, shared=options.reuse_port)
+    if not options.front_ends:
+        return [first]
+    port = first.getsockname()[1]
+    first.close()  # it said that nobody else listens there; now several do
+    bound: list[socket.socket] = []
+    try:
+        bound.extend(_bound_socket(options, port, shared=True) for _ in range(options.front_ends))
+    except OSError:
+        for one in bound:
+            one.close()
+        raise
+    return bound
+
+
+def _bound_socket(options: ServeOptions, port: int, *, shared: bool) -> socket.socket:
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if options.reuse_port:
+        if shared:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        listening.bind((options.host, options.port))
+        listening.bind((options.host, port))
     except OSError as error:
         listening.close()
-        raise OSError(error.errno, f"cannot listen on {options.host}:{options.port}: {error.strerror}") from error
+        raise OSError(error.errno, f"cannot listen on {options.host}:{port}: {error.strerror}") from error
     return listening
-
-
-def _config(app: Any, options: ServeOptions) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        loop="uvloop",
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        interface="asgi3",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE,
-        timeout_graceful_shutdown=int(options.limits.seconds) + 1,
-        ssl_keyfile=options.ssl_keyfile,
-        ssl_certfile=options.ssl_certfile,
-        ssl_keyfile_password=options.ssl_keyfile_password,
-        ssl_ca_certs=str(options.ssl_ca_certs) if options.ssl_ca_certs else None,
-        # Without it, the certificates of clients would not be looked at.
-        ssl_cert_reqs=ssl.CERT_REQUIRED if options.ssl_ca_certs else ssl.CERT_NONE,
-    )
 
 
 class _Server(uvicorn.Server):
     """Drains before it ends, and follows aliases while it runs."""
 
-    def __init__(self, config: uvicorn.Config, app: App, follower: AliasFollower | None, drain_seconds: float) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        app: App,
+        follower: AliasFollower | None,
+        front_ends: FrontEnds | None,
+        drain_seconds: float,
+    ) -> None:
         super().__init__(config)
         self._app = app
         self._follower = follower
+        self._front_ends = front_ends
         self._drain_seconds = drain_seconds
         self._loop: asyncio.AbstractEventLoop | None = None
         self.ready: Callable[[], None] = lambda: None
@@ -221,12 +253,16 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
+        if self._front_ends is not None:
+            await self._front_ends.start()
         self._following = asyncio.ensure_future(self._follower.follow()) if self._follower is not None else None
         self.ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._following is not None:
             self._following.cancel()
+        if self._front_ends is not None:
+            await self._front_ends.stop(lambda: self.force_exit)
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

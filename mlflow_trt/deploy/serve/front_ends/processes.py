@@ -1,0 +1,129 @@
+"""Front ends as processes: started, started again where one ends, and ended."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from mlflow_trt.core.log import get_logger
+from mlflow_trt.deploy.serve.front_ends.gateway import Gateway
+from mlflow_trt.deploy.serve.front_ends.memory import create_memory
+from mlflow_trt.deploy.serve.uvicorn_config import Application
+
+_FRONT_END = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from mlflow_trt.deploy.serve.front_ends.front_end import main
+main()
+"""
+_LOOKS = 0.05  # seconds between two looks whether front ends are to end at once
+_log = get_logger(__name__)
+
+
+class FrontEnds:
+    """Front ends of a server, one for each socket.
+
+    Args:
+        app: the server's application.
+        sockets: where they listen. All are bound to one address, and stay open while one front end takes the place of
+            another, so that no connection is refused.
+        seconds: for a request.
+        ssl: as `uvicorn_config` has it.
+        lose: told why there can be no front ends.
+    """
+
+    def __init__(
+        self,
+        app: Application,
+        sockets: Sequence[socket.socket],
+        *,
+        seconds: float,
+        ssl: Mapping[str, str | None],
+        lose: Callable[[str], None],
+    ) -> None:
+        self._app = app
+        self._sockets = sockets
+        self._settings = {"seconds": seconds, "ssl": dict(ssl)}
+        self._lose = lose
+        self._running: dict[Gateway, subprocess.Popen[bytes]] = {}
+        self._keeping: list[asyncio.Task[None]] = []
+        self._stopping = False
+
+    async def start(self) -> None:
+        """Return when all of them take requests. Raises RuntimeError where one ends instead."""
+        first = [await self._begin(listening) for listening in self._sockets]
+        for gateway in first:
+            await asyncio.wait((gateway.ready, gateway.lost), return_when=asyncio.FIRST_COMPLETED)
+            if not gateway.ready.done():
+                await self.stop(lambda: True)
+                raise RuntimeError("a front end ended when it was started; what it printed says why")
+        for listening, gateway in zip(self._sockets, first, strict=True):
+            self._keeping.append(asyncio.ensure_future(self._keep(listening, gateway)))
+
+    async def stop(self, is_urgent: Callable[[], bool]) -> None:
+        """Let them answer the requests that they have, and end; at once where that is urgent."""
+        self._stopping = True
+        for listening in self._sockets:
+            listening.close()  # or connections would still be taken, and never answered
+        for gateway in self._running:
+            gateway.frames.tell({"stop": True})
+        while not is_urgent() and not all(gateway.lost.done() for gateway in self._running):
+            await asyncio.sleep(_LOOKS)
+        for gateway in list(self._running):
+            await self._end(gateway)
+        await asyncio.gather(*self._keeping)
+
+    async def _keep(self, listening: socket.socket, gateway: Gateway) -> None:
+        """Put another front end in the place of one that ends."""
+        while True:
+            await gateway.lost
+            if self._stopping:
+                return
+            status = await self._end(gateway)
+            if self._stopping:
+                return
+            if not gateway.ready.done():
+                self._lose("a front end ended when it was started")
+                return
+            _log.error("A front end ended with status %d; another one takes its place", status)
+            gateway = await self._begin(listening)
+            if self._stopping:
+                await self._end(gateway)
+                return
+
+    async def _begin(self, listening: socket.socket) -> Gateway:
+        memory = create_memory()
+        ours, theirs = socket.socketpair()
+        try:
+            gateway = Gateway(self._app, memory)
+            passed = {"listening": listening.fileno(), "channel": theirs.fileno(), "memory": memory}
+            process = subprocess.Popen(  # noqa: S603  # this interpreter, with our own module
+                [sys.executable, "-I", "-c", _FRONT_END, json.dumps([entry for entry in sys.path if entry])],
+                stdin=subprocess.PIPE,
+                pass_fds=list(passed.values()),
+            )
+            assert process.stdin is not None  # noqa: S101  # for the type checker
+            process.stdin.write(json.dumps({**passed, **self._settings}).encode())
+            process.stdin.close()
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(memory)
+        self._running[gateway] = process
+        await asyncio.get_running_loop().create_unix_connection(lambda: gateway.frames, sock=ours)
+        return gateway
+
+    async def _end(self, gateway: Gateway) -> int:
+        """See to it that a front end is no more; returns its status."""
+        process = self._running.pop(gateway)
+        gateway.frames.close()
+        await gateway.lost
+        process.kill()
+        return await asyncio.get_running_loop().run_in_executor(None, process.wait)
