@@ -487,8 +487,9 @@ class Owner:
         del self._blocks[self._address]
 
 
-@contextlib.contextmanager
-def session(*, late=False, batch_axis=BATCH_AXIS, profiles=FakeTensorRT.profiles, driver=None, calls=None, **settings):
+def open_session(
+    *, late=False, batch_axis=BATCH_AXIS, profiles=FakeTensorRT.profiles, driver=None, calls=None, **settings
+):
     """A session on such a GPU, and the GPU's driver and TensorRT. `calls` is what the session calls the driver by."""
     driver = driver or Driver()
     tensorrt = FakeTensorRT(driver, late=late, profiles=profiles)
@@ -503,6 +504,13 @@ def session(*, late=False, batch_axis=BATCH_AXIS, profiles=FakeTensorRT.profiles
         batch_axis=batch_axis,
         **settings,
     )  # fmt: skip
+    return opened, driver, tensorrt
+
+
+@contextlib.contextmanager
+def session(**settings):
+    """The same, closed at the end, which leaves nothing behind."""
+    opened, driver, tensorrt = open_session(**settings)
     with opened:
         yield opened, driver, tensorrt
     assert not driver.blocks

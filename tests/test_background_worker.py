@@ -18,7 +18,7 @@ from mlflow_trt.runtime.batching.background_worker import BackgroundWorker
 
 @pytest.fixture
 def worker():
-    worker = BackgroundWorker("mlflow-trt-test")
+    worker = BackgroundWorker("test")
     yield worker
     worker.close()
 
@@ -137,13 +137,6 @@ class TestClose:
         assert not worker.submit(pytest.fail)
         assert worker._thread is None
 
-    def test_a_job_may_be_who_closes(self, worker):
-        done = []
-        assert worker.submit(lambda: (worker.close(), done.append(1)))
-        ended(worker)
-        assert done == [1]
-        assert not worker.submit(partial(done.append, 2))
-
 
 class TestNoThread:
     def test_the_job_is_left_out(self, worker):
@@ -172,7 +165,7 @@ class TestNoThread:
 
 class Owner:
     def __init__(self):
-        self.worker = BackgroundWorker("mlflow-trt-test")
+        self.worker = BackgroundWorker("test")
 
     def do(self):
         pass
@@ -215,7 +208,7 @@ BUSY = """if True:
             pass
         print("done", flush=True)
 
-    begun, owner, worker = threading.Event(), Owner(), BackgroundWorker("mlflow-trt-test")
+    begun, owner, worker = threading.Event(), Owner(), BackgroundWorker("test")
     assert worker.submit(do)
     assert begun.wait()
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import gc
 import multiprocessing
 import threading
 from typing import Any
@@ -324,6 +325,45 @@ def test_ctrl_c_while_closing_takes_nothing_from_calls_that_run(monkeypatch):
         slots.close()
         with engine.device.current():
             engine.close()
+
+
+OWN_THREADS = {
+    "compile": lambda scheduler, job: scheduler._readiness._worker.submit(job),
+    "capture": lambda scheduler, job: scheduler._native._worker.submit(job),
+    "run": lambda scheduler, job: scheduler._threads.do(job),
+}
+
+
+@pytest.mark.skipif(native.extension is None, reason=native.why_not)
+@pytest.mark.parametrize("thread", OWN_THREADS)
+def test_a_session_that_its_own_thread_finds_to_be_garbage_is_closed(thread):
+    """That thread has a slot, which closing waits for."""
+    session, driver, _ = fake_gpu.open_session(max_batch_delay_ms=5.0, compile_beside_calls=True)
+    check(session, rows(2))
+    scheduler, finalizer = session._scheduler, session._finalizer
+    wait_for(lambda: not scheduler._readiness._worker._thread)
+    begun, may_collect, found = threading.Event(), threading.Event(), []
+
+    def collect():
+        with scheduler.slots.borrow():
+            begun.set()
+            assert may_collect.wait(PATIENCE)
+            gc.collect()
+            found.append((finalizer.alive, bool(driver.blocks)))
+
+    OWN_THREADS[thread](scheduler, collect)
+    assert begun.wait(PATIENCE)
+    gc.disable()  # in this thread
+    try:
+        session.itself = session
+        del session
+        assert finalizer.alive
+        may_collect.set()
+        wait_for(lambda: found)
+    finally:
+        gc.enable()
+    wait_for(lambda: not driver.blocks)
+    assert found == [(False, True)]
 
 
 def test_two_may_warm_up_at_the_same_time():

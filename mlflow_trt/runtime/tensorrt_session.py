@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +21,7 @@ from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.types import BatchAxis, TensorSpec
 from mlflow_trt.errors import ExecutionError, InputShapeError
 from mlflow_trt.runtime.batching.choose_profile import choose_profile
+from mlflow_trt.runtime.batching.own_threads import is_own_thread
 from mlflow_trt.runtime.batching.scheduler import MOST_SLOTS, Scheduler
 from mlflow_trt.runtime.batching.sizes import BatchRows
 from mlflow_trt.runtime.cuda.device import Device
@@ -231,7 +233,21 @@ def _prepare(engine: Engine, profile: int, feeds: Feeds) -> None:
 
 
 def _close(scheduler: Scheduler[EngineSlot], engine: Engine) -> None:
-    """Free everything, after the calls in flight. Where the GPU is lost, that is left to the end of the process."""
+    """Free everything, after the calls in flight.
+
+    The garbage collector, too, calls this, in any thread. One of the session's own would wait for what it is at itself.
+    """
+    if not is_own_thread():
+        _free(scheduler, engine)
+        return
+    try:
+        threading.Thread(target=_free, args=(scheduler, engine)).start()
+    except RuntimeError as error:  # the system has no thread to give
+        _log.warning("Nothing could be freed: %s", error)
+
+
+def _free(scheduler: Scheduler[EngineSlot], engine: Engine) -> None:
+    """Where the GPU is lost, this is left to the end of the process."""
     try:
         with engine.device.current():
             try:

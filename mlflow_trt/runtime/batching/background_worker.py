@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 from mlflow_trt.core.log import get_logger
+from mlflow_trt.runtime.batching.own_threads import start_thread
 
 Job = Callable[[], object]
 
@@ -35,23 +36,19 @@ class BackgroundWorker:
             if self._closed:
                 return False
             if self._thread is None:
-                # As a daemon: the interpreter would wait for it before it closes the session that ends it.
-                thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError:
+                self._thread = start_thread(self._name, self._work)
+                if self._thread is None:
                     return False
-                self._thread = thread
             self._jobs.append(job)  # which the thread, if it is new, waits for at the lock
             return True
 
     def close(self) -> None:
-        """Begin no job any more, and wait for the end of the one that runs, unless that is what calls this."""
+        """Begin no job any more, and wait for the end of the one that runs."""
         with self._lock:
             self._closed = True
             self._jobs.clear()
             thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        if thread is not None:
             thread.join()
 
     def _work(self) -> None:

@@ -127,7 +127,7 @@ class NativeBatches(Generic[AnyNativeSlot]):
         self._numbered: list[_Route] = []
         self._heard = 0  # of what the batcher wants
         self._lock = threading.Lock()
-        self._worker = BackgroundWorker("mlflow-trt-capture")
+        self._worker = BackgroundWorker("capture")
 
     @property
     def runs(self) -> list[tuple[int, int]]:

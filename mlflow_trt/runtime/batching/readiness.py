@@ -72,7 +72,7 @@ class Readiness:
         self._changed = changed
         self._lock = threading.Lock()
         self._families: dict[Hashable, _Family] = {}
-        self._worker = BackgroundWorker("mlflow-trt-compile")
+        self._worker = BackgroundWorker("compile")
 
     def usable(self, key: Hashable, profile: int, rows: int, every: Sizes, feeds: Feeds, *, is_usual: bool) -> Sizes:
         """The sizes to run these rows in; `every` names all that there may be. The rows are at least one.

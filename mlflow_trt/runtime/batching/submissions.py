@@ -16,6 +16,7 @@ from mlflow_trt.core.forking import finalize
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.errors import SessionClosedError
 from mlflow_trt.runtime.batching.microbatch import QueuedCall
+from mlflow_trt.runtime.batching.own_threads import start_thread
 from mlflow_trt.runtime.batching.sizes import Sizes
 
 Done = Callable[["Outputs | None", "Exception | None"], object]
@@ -141,11 +142,8 @@ class Threads:
                 thread.join()
 
     def _start_another(self) -> None:
-        # As a daemon: the interpreter would wait for it before it closes the session that ends it.
-        thread = threading.Thread(target=_work, args=(self._tasks,), name="mlflow-trt-run", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:  # there is none to be had, for now
+        thread = start_thread("run", _work, self._tasks)
+        if thread is None:
             return
         if not self._threads:
             finalize(self, _end, self._tasks, self._most)
