@@ -488,9 +488,19 @@ class Owner:
 
 
 def open_session(
-    *, late=False, batch_axis=BATCH_AXIS, profiles=FakeTensorRT.profiles, driver=None, calls=None, **settings
+    *,
+    late=False,
+    batch_axis=BATCH_AXIS,
+    profiles=FakeTensorRT.profiles,
+    driver=None,
+    calls=None,
+    dtype="float32",
+    **settings,
 ):
-    """A session on such a GPU, and the GPU's driver and TensorRT. `calls` is what the session calls the driver by."""
+    """A session on such a GPU, and the GPU's driver and TensorRT. `calls` is what the session calls the driver by.
+
+    `dtype` is the model's; the engine has float32.
+    """
     driver = driver or Driver()
     tensorrt = FakeTensorRT(driver, late=late, profiles=profiles)
     gpu = Gpu(ordinal=0, name="a GPU of the tests", compute_capability=ComputeCapability(9, 0), memory=0, uuid="")
@@ -498,8 +508,8 @@ def open_session(
         b"",
         tensorrt=tensorrt,
         device=Device(gpu, None, calls or driver, driver),
-        inputs=[TensorSpec(name="x", dtype="float32", shape=("rows", "columns"))],
-        outputs=[TensorSpec(name=name, dtype="float32", shape=shape)
+        inputs=[TensorSpec(name="x", dtype=dtype, shape=("rows", "columns"))],
+        outputs=[TensorSpec(name=name, dtype=dtype, shape=shape)
                  for name, shape in (("y", ("rows", "columns")), ("z", ("rows",)))],
         batch_axis=batch_axis,
         **settings,

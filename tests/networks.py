@@ -252,6 +252,16 @@ def bfloat16_product() -> onnx.ModelProto:
     )
 
 
+def wide_product() -> onnx.ModelProto:
+    """y = x @ w in float64."""
+    return model(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], name="product")],
+        [value("x", TensorProto.DOUBLE, ["batch", 4])],
+        [value("y", TensorProto.DOUBLE, ["batch", 512])],
+        [constant("w", np.random.default_rng(1).standard_normal((4, 512)))],
+    )
+
+
 def rarely_alive() -> onnx.ModelProto:
     """y = x @ w + relu(x @ w - 100) @ v, of which the second part is 0 for all but large x."""
     random = np.random.default_rng(3)

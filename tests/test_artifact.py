@@ -82,8 +82,8 @@ def test_a_changed_or_missing_model_is_found(folder):
 
 
 def test_a_newer_format_is_refused(folder):
-    edit(folder, lambda record: record.update(format=3, mlflow_trt_version="9.0", something="new"))
-    with pytest.raises(FormatError, match=r"is of format 3, written by mlflow-trt 9.0; .* Upgrade mlflow-trt"):
+    edit(folder, lambda record: record.update(format=4, mlflow_trt_version="9.0", something="new"))
+    with pytest.raises(FormatError, match=r"is of format 4, written by mlflow-trt 9.0; .* Upgrade mlflow-trt"):
         read_folder(folder)
 
 

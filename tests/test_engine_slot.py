@@ -22,6 +22,7 @@ from mlflow_trt.runtime.cuda.device import Device
 from mlflow_trt.runtime.engine import slot as slot_module
 from mlflow_trt.runtime.engine.contexts import MOST_CONTEXTS
 from mlflow_trt.runtime.engine.engine import MOST_FAILED_CAPTURES
+from mlflow_trt.runtime.replicas import ReplicaSession
 
 EITHER_WAY = pytest.mark.parametrize("extension", [native.extension, None], ids=["in C", "in Python"])
 TOGETHER = pytest.mark.parametrize("delay", [0, 5.0], ids=["each by itself", "together"])
@@ -275,6 +276,32 @@ def test_results_are_the_callers():
         session._scheduler.slots.trim()
         assert np.array_equal(first["y"], x * 2)
         assert all(output.base is None for output in first.values())
+
+
+@TOGETHER
+def test_a_model_of_float64_is_run_in_float32(delay):
+    with fake_gpu.session(dtype="float64", max_batch_delay_ms=delay) as (session, driver, _):
+        assert [spec.dtype for spec in (*session.inputs, *session.outputs)] == ["float64"] * 3
+        session.warm_up()
+        x = np.random.default_rng(0).standard_normal((3, 2))
+        narrow = x.astype(np.float32)
+        for found in (session.run({"x": x}), session.run({"x": narrow}), submitted(session, x)):
+            assert [output.dtype for output in found.values()] == [np.float64] * 2
+            assert np.array_equal(found["y"], narrow * 2)
+        on_device = session.run_on_device({"x": fake_gpu.Lent(driver, narrow)})
+        assert np.array_equal(on_device["y"].numpy(), narrow * 2)
+        del on_device
+        with ReplicaSession({0: session}) as replicas:
+            assert np.array_equal(replicas.run({"x": x})["y"], narrow * 2)
+
+
+def submitted(session, x):
+    answers = []
+    session.submit({"x": x}, lambda outputs, error: answers.append((outputs, error)))
+    wait_for(lambda: answers)
+    ((outputs, error),) = answers
+    assert error is None
+    return outputs
 
 
 def test_too_little_memory_passes():

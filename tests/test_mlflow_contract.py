@@ -25,7 +25,7 @@ from onnx import helper
 from scoring_client import scored
 
 import mlflow_trt
-from mlflow_trt import OnnxModelError, UnsupportedModelError
+from mlflow_trt import OnnxModelError, RecipeError, UnsupportedModelError
 
 COLUMNS = ["sepal length", "sepal width", "petal length", "petal width"]
 FLAVORS = pytest.mark.parametrize("flavor", [mlflow.onnx, mlflow_trt], ids=["mlflow.onnx", "mlflow_trt"])
@@ -79,6 +79,31 @@ def two_columns(dtype: int = networks.FLOAT) -> onnx.ModelProto:
         [networks.value(name, dtype, [10]) for name in ("first:0", "second:0")],
         [networks.value("output:0", dtype, [10])],
     )
+
+
+def classifier(*, zipmap: bool) -> onnx.ModelProto:
+    """What skl2onnx makes of a LogisticRegression: labels, and probabilities, which are dicts by default."""
+    random = np.random.default_rng(5)
+    nodes = [
+        helper.make_node("LinearClassifier", ["input"], ["label", "scores"], name="scores", domain="ai.onnx.ml",
+                         classlabels_ints=[0, 1, 2], coefficients=random.standard_normal(12), multi_class=1,
+                         intercepts=random.standard_normal(3), post_transform="SOFTMAX"),
+        helper.make_node("Normalizer", ["scores"], ["probabilities"], name="normal", domain="ai.onnx.ml", norm="L1"),
+    ]  # fmt: skip
+    probabilities = networks.value("probabilities", networks.FLOAT, ["batch", 3])
+    if zipmap:
+        nodes.append(helper.make_node("ZipMap", ["probabilities"], ["dicts"], domain="ai.onnx.ml",
+                                      classlabels_int64s=[0, 1, 2]))  # fmt: skip
+        scores = helper.make_tensor_type_proto(networks.FLOAT, [])
+        dicts = helper.make_sequence_type_proto(helper.make_map_type_proto(networks.INT64, scores))
+        probabilities = helper.make_value_info("dicts", dicts)
+    model = networks.model(
+        nodes,
+        [networks.value("input", networks.FLOAT, ["batch", 4])],
+        [networks.value("label", networks.INT64, ["batch"]), probabilities],
+    )
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 1))
+    return model
 
 
 def heavy() -> onnx.ModelProto:
@@ -310,12 +335,15 @@ class TestPredict:
 
     @FLAVORS
     @pytest.mark.parametrize("external", [True, False])
-    def test_columns_for_several_inputs(self, flavor, external, path, monkeypatch):
-        save(flavor, two_columns(), path, save_as_external_data=external)
+    @pytest.mark.parametrize("dtype", [networks.FLOAT, onnx.TensorProto.DOUBLE], ids=["float32", "float64"])
+    def test_columns_for_several_inputs(self, flavor, dtype, external, path, monkeypatch):
+        save(flavor, two_columns(dtype), path, save_as_external_data=external)
         frame = pd.DataFrame(np.random.default_rng(4).random((10, 2)), columns=["first:0", "second:0"])
         expected = (frame["first:0"] * frame["second:0"]).to_numpy().reshape(-1, 1)
         model = mlflow.pyfunc.load_model(path)
-        assert np.allclose(model.predict(frame).to_numpy(), expected, rtol=1e-5, atol=1e-5)
+        answer = model.predict(frame)
+        assert answer["output:0"].dtype == helper.tensor_dtype_to_np_dtype(dtype)
+        assert np.allclose(answer.to_numpy(), expected, rtol=1e-5, atol=1e-5)
         response = scored(model, monkeypatch, {"dataframe_split": frame.to_dict(orient="split")})
         assert np.allclose([row["output:0"] for row in response["predictions"]], expected.reshape(-1), rtol=1e-5)
 
@@ -335,19 +363,43 @@ class TestPredict:
         with pytest.raises(Exception, match="first:0"):
             model.predict(pd.DataFrame({"first:0": list("abcdefghij"), "second:0": list("abcdefghij")}))
 
-    def test_different_what_tensorrt_has_no_type_for_is_refused_when_it_is_logged(self, path):
-        """Of MLflow's models in float64, and of sklearn's that answer with lists of dicts, no engine can be made."""
-        with pytest.raises(OnnxModelError, match="float64|double|DOUBLE"):
-            mlflow_trt.save_model(two_columns(onnx.TensorProto.DOUBLE), path)
+    @pytest.mark.parametrize("answer", ["dicts", "a tensor"])
+    def test_different_what_scikit_learn_makes_is_refused_when_it_is_logged(self, answer, path):
+        """TensorRT has none of its operators; what to do instead is told at once, whatever comes out."""
+        with pytest.raises(
+            UnsupportedModelError, match="needs LinearClassifier, Normalizer.* with --whole for"
+        ) as told:
+            mlflow_trt.save_model(classifier(zipmap=answer == "dicts"), path)
+        assert told.value.nodes[:2] == ("scores (LinearClassifier)", "normal (Normalizer)")
+        assert ("ZipMap" in str(told.value)) == (answer == "dicts")
+        assert not Path(path).exists()
+
+    def test_different_sequences_are_refused_when_it_is_logged(self, path):
         sequence = helper.make_sequence_type_proto(helper.make_tensor_type_proto(networks.FLOAT, ["batch", 4]))
         model = networks.model(
             [helper.make_node("SequenceConstruct", ["input"], ["listed"])],
             [networks.value("input", networks.FLOAT, ["batch", 4])],
             [helper.make_value_info("listed", sequence)],
         )
-        with pytest.raises((OnnxModelError, UnsupportedModelError), match="a sequence; TensorRT has only tensors"):
+        with pytest.raises(OnnxModelError, match="a sequence; TensorRT has only tensors; .* log the model with mlflow"):
             mlflow_trt.save_model(model, path)
         assert not Path(path).exists()
+
+    @FLAVORS
+    def test_batches_that_the_exporter_named_apart(self, flavor, path, flowers):
+        """As torch.onnx.export does for `dynamic_axes={"sepal": [0], "petal": [0]}`: here the user says it is one."""
+        model = two_tensors()
+        for value in model.graph.input:
+            value.type.tensor_type.shape.dim[0].dim_param = f"{value.name}_dynamic_axes_1"
+        model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "Gemm_dim_0"
+        if flavor is mlflow_trt:
+            with pytest.raises(RecipeError, match=r"axis 0 \(petal_dyn.*or batch=\(min, opt, max\) if all of them are"):
+                mlflow_trt.save_model(model, path)
+        save(flavor, model, path, **({"batch": (1, 8, 64)} if flavor is mlflow_trt else {}))
+        x = flowers.to_numpy(np.float32)
+        parts = {"sepal": x[:, :2], "petal": x[:, 2:]}
+        answer = mlflow.pyfunc.load_model(path).predict(parts)["target"]
+        assert np.allclose(answer, computed(model, **parts), rtol=1e-5, atol=1e-5)
 
 
 class TestEnvironments:

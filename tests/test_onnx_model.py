@@ -83,7 +83,7 @@ def of_type(kind):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (of_type(TensorProto.DOUBLE), "input 'x' is of type double, which TensorRT does not have"),
+        (of_type(TensorProto.UINT16), "input 'x' is of type uint16, which TensorRT does not have"),
         (of_type(TensorProto.STRING), "input 'x' is of type string"),
         (lambda proto: proto.graph.node[0].input.__setitem__(0, "nowhere"), "no valid ONNX model"),
         (lambda proto: proto.graph.ClearField("node"), "has a graph without nodes"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mlflow_trt.backends.onnxruntime_worker import CUDA, make_options
 from mlflow_trt.core.arrays import Array
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.optional import is_installed
+from mlflow_trt.core.types import TensorSpec
 from mlflow_trt.errors import (
     ExecutionError,
     InputError,
@@ -117,6 +119,12 @@ class CpuModel:
     def inference_session(self) -> Any:
         """ONNX Runtime's own object."""
         return self._session
+
+    def described(self, spec: TensorSpec) -> TensorSpec:
+        """An input with the dtype that it has in the file."""
+        types = {value.name: value.type for value in self._session.get_inputs()}
+        dtype = NUMPY_TYPES.get(types.get(spec.name, ""))
+        return spec if dtype is None else replace(spec, dtype=dtype.name)
 
     def run(self, names: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs of these names. Raises InputError, ExecutionError or OutOfMemoryError."""

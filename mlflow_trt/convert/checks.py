@@ -11,7 +11,7 @@ from onnx import ModelProto, NodeProto, TensorProto, shape_inference
 from mlflow_trt.backends import cuda_driver as hardware
 from mlflow_trt.backends import tensorrt as trt
 from mlflow_trt.convert.onnx.graph import label_of
-from mlflow_trt.convert.onnx.model import attribute_of, bodies_of, is_operator_name
+from mlflow_trt.convert.onnx.model import attribute_of, bodies_of, check_classical, is_operator_name
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.types import ComputeCapability, HardwareCompatibility, Precision, Weights
@@ -86,7 +86,8 @@ def check_recipe(tensorrt: trt.TensorRT, recipe: Recipe) -> None:
 
 
 def check_nodes(model: ModelProto) -> None:
-    """Raise UnsupportedModelError for what TensorRT's parser takes, and whose engine is no good."""
+    """Raise UnsupportedModelError for what TensorRT's parser takes, and whose engine is no good, or explains badly."""
+    check_classical(model)
     _check_names(model)
     _check_domains(model)
     bodies = list(bodies_of(model))

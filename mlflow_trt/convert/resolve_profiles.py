@@ -237,4 +237,8 @@ class _Resolution:
         return (
             f"no range is known for {axes}. Give its smallest, usual and largest shape: "
             f"shapes={{{spec.name!r}: (({pattern}), ({pattern}), ({pattern}))}}"
+            + (", or batch=(min, opt, max) if all of them are one batch" if self._may_be_a_batch(missing) else "")
         )
+
+    def _may_be_a_batch(self, missing: Sequence[tuple[TensorSpec, int]]) -> bool:
+        return not self._batched and len(missing) > 1 and all(axis == 0 for _, axis in missing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,15 @@ class Samples:
                 digest.update(f"{name} {array.dtype.name} {array.shape[1:]};".encode())
                 digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
+
+    def narrowed(self) -> Samples:
+        """As a typed model takes them, which has float32 where the source model has float64."""
+        with np.errstate(over="ignore"):
+            feeds = [
+                {name: array.astype(np.float32) if array.dtype == np.float64 else array for name, array in one.items()}
+                for one in self.feeds
+            ]
+        return replace(self, feeds=tuple(feeds))
 
     def __str__(self) -> str:
         return f"{self.rows} row{'s' if self.rows != 1 else ''} of {self.origin}"

@@ -36,7 +36,14 @@ from mlflow_trt.convert.samples import Samples
 from mlflow_trt.core.accuracy import Comparison, Tolerance, compare
 from mlflow_trt.core.arrays import Outputs
 from mlflow_trt.core.types import BatchAxis, CalibrationMethod, Precision, PrecisionReport, TensorSpec
-from mlflow_trt.errors import ExecutionError, OutOfMemoryError, RecipeError, UnsupportedModelError
+from mlflow_trt.errors import (
+    ExecutionError,
+    InputError,
+    OutOfMemoryError,
+    RecipeError,
+    RuntimeUnavailableError,
+    UnsupportedModelError,
+)
 
 _QUANTIZED = (Precision.INT8, Precision.FP8)
 _FEWEST_ROWS = 8
@@ -52,9 +59,10 @@ _SAME = Tolerance(relative_error=1e-3)
 class TypedModel:
     """The ONNX that TensorRT parses. `path` is the source model's own where nothing was changed.
 
-    `inputs` and `outputs` are the source model's, but for dimension names that were told apart. `external_files` lie
-    beside `path` and are part of the model. `comparison` is that with the source model, where there was one, and
-    `reference` what the source model computed for it. `changed` are the nodes that run in the precision asked for.
+    `inputs` and `outputs` are the source model's, but for dimension names that were told apart; where they are float64,
+    the file has float32. `external_files` lie beside `path` and are part of the model. `comparison` is that with the
+    source model, where there was one, and `reference` what the source model computed for it. `changed` are the nodes
+    that run in the precision asked for.
     """
 
     path: Path
@@ -107,7 +115,7 @@ def maker_for(
     if recipe.precision in _QUANTIZED and is_quantized(rewritten.proto):
         precision_pass = None
     if precision_pass is None:
-        return _Unchanged(source, rewritten, recipe, workdir, samples)
+        return _Unchanged(source, rewritten, recipe, workdir, samples, tolerance, profiles.batch_axis)
     cache = open_calibration_cache(calibration_cache, source, recipe)
     check_calibration(rewritten.proto, recipe, samples, cache)
     return _Retyped(source, rewritten, recipe, workdir, precision_pass, samples, tolerance, profiles.batch_axis, cache)
@@ -140,13 +148,22 @@ class _Unchanged:
     """The graph in the types that it has: as it is, or as it was rewritten for TensorRT."""
 
     def __init__(
-        self, source: OnnxModel, rewritten: RewrittenModel, recipe: Recipe, workdir: Path, samples: Samples
+        self,
+        source: OnnxModel,
+        rewritten: RewrittenModel,
+        recipe: Recipe,
+        workdir: Path,
+        samples: Samples,
+        tolerance: Tolerance | None,
+        batch_axis: BatchAxis | None,
     ) -> None:
         self._source = source
         self._rewritten = rewritten
         self._recipe = recipe
         self._workdir = workdir
         self._samples = samples
+        self._tolerance = tolerance
+        self._batch_axis = batch_axis
 
     def make(self, kept: Mapping[str, str]) -> TypedModel:
         del kept  # everything is in the types that it had
@@ -163,7 +180,30 @@ class _Unchanged:
             )
         path = _typed_path(self._workdir, self._recipe.precision)
         write_model(rewritten.proto, rewritten.folder, path)
-        return _written(path, report)
+        written = _written(path, report, source)
+        if rewritten.is_narrowed and self._tolerance is not None:
+            return self._compared(written, self._tolerance)
+        return written
+
+    def _compared(self, typed: TypedModel, tolerance: Tolerance) -> TypedModel:
+        """With how far it is off; as it is where ONNX Runtime cannot tell, which whoever verifies it says."""
+        names, samples = [spec.name for spec in self._source.outputs], self._samples
+        try:
+            reference = reference_outputs(self._source, samples.feeds)
+            runner = IsolatedModel(typed.path, optimize=False)
+            comparison = compare(
+                f"the {self._recipe.precision} model, on ONNX Runtime,",
+                str(samples),
+                (
+                    (runner.run(names, feeds), expected)
+                    for feeds, expected in zip(samples.narrowed().feeds, reference, strict=False)
+                ),
+                tolerance,
+                batch_axis=self._batch_axis,
+            )
+        except (RuntimeUnavailableError, ExecutionError, InputError):
+            return typed
+        return replace(typed, comparison=comparison, reference=reference)
 
     def _report(self) -> PrecisionReport:
         remarks = self._rewritten.remarks
@@ -178,7 +218,7 @@ class _Unchanged:
         return replace(
             report,
             changed_nodes=len(quantized),
-            share=share_of(flat, self._samples.feeds[0])(quantized),
+            share=share_of(flat, self._samples.narrowed().feeds[0])(quantized),
             remarks=(remark, *remarks),
         )
 
@@ -202,7 +242,7 @@ class _Retyped:
         self._recipe = recipe
         self._batch_axis = batch_axis
         self._workdir = workdir
-        self._samples = samples
+        self._samples = samples.narrowed()
         self._source_digest = source.digest
         self._tolerance = tolerance or Tolerance()
         self._refines = tolerance is not None
@@ -337,7 +377,7 @@ class _Retyped:
         write_model(graph.proto, self._flat.folder, path)
         self._check_types(path)
         return replace(
-            _written(path, report),
+            _written(path, report, self._source),
             comparison=comparison,
             reference=self._reference,
             changed=graph.changed,
@@ -418,8 +458,11 @@ def _typed_path(workdir: Path, precision: Precision) -> Path:
     return folder / f"{precision}.onnx"
 
 
-def _written(path: Path, report: PrecisionReport) -> TypedModel:
+def _written(path: Path, report: PrecisionReport, source: OnnxModel) -> TypedModel:
     proto = onnx.load(path, load_external_data=False)
-    inputs, outputs = describe(proto, path)
+    inputs, outputs = (
+        tuple(replace(spec, dtype=before.dtype) for spec, before in zip(specs, given, strict=True))
+        for specs, given in zip(describe(proto, path), (source.inputs, source.outputs), strict=True)
+    )
     files = {file.name: sha256_of(file) for file in (path, path.with_name(f"{path.name}.data")) if file.exists()}
     return TypedModel(path=path, files=files, is_source=False, inputs=inputs, outputs=outputs, report=report)

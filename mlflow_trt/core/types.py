@@ -136,6 +136,11 @@ class TensorSpec:
         """The shape with None for every dimension that may vary."""
         return tuple(dim if isinstance(dim, int) else None for dim in self.shape)
 
+    @property
+    def narrowed(self) -> TensorSpec:
+        """As a typed model and its engines have it: with float32 in place of float64, which TensorRT has not."""
+        return replace(self, dtype="float32") if self.dtype == "float64" else self
+
     def __str__(self) -> str:
         dims = ", ".join("?" if dim is None else str(dim) for dim in self.shape)
         return f"{self.name}: {self.dtype}[{dims}]"

@@ -167,7 +167,13 @@ def _write_engines(folder: ModelFolder, target: Path) -> _ModelRepository:
     if all(engine.version_compatible for engine in chosen):
         needs += " or a later minor release, started with --backend-config=tensorrt,version-compatible=true"
     remarks = (needs, *(f"left out {reason}" for reason in left_out))
-    return _ModelRepository(folder.record, default or next(iter(names.values())), names, remarks)
+    return _ModelRepository(_narrowed(folder.record), default or next(iter(names.values())), names, remarks)
+
+
+def _narrowed(record: Record) -> Record:
+    """With inputs and outputs as typed model and engines have them."""
+    inputs, outputs = (tuple(spec.narrowed for spec in specs) for specs in (record.inputs, record.outputs))
+    return replace(record, inputs=inputs, outputs=outputs)
 
 
 def _loadable(engines: Sequence[EngineRecord]) -> tuple[list[EngineRecord], list[str]]:
@@ -202,8 +208,8 @@ def _release(engine: EngineRecord) -> str:
 
 
 def _write_onnx(folder: ModelFolder, target: Path) -> _ModelRepository:
-    record = folder.record
-    use_source = record.recipe.precision in _SOURCE_FOR_ONNXRUNTIME
+    use_source = folder.record.recipe.precision in _SOURCE_FOR_ONNXRUNTIME
+    record = folder.record if use_source else _narrowed(folder.record)
     stored: StoredModel = record.source if use_source else record.typed
     path = folder.checked_model(stored)
     for file in stored.files:

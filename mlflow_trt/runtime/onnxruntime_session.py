@@ -20,7 +20,7 @@ from mlflow_trt.runtime.session import Session
 
 
 class OnnxRuntimeSession(Session):
-    """Runs an ONNX file on the CPU.
+    """Runs an ONNX file on the CPU: a source model, or a typed one, which has float32 in place of float64.
 
     With `prefer_cuda` it runs on the GPU where ONNX Runtime's CUDA provider is installed and works; `device` says.
     With `optimize=False` every node computes what it says, one after the other.
@@ -74,6 +74,7 @@ class OnnxRuntimeSession(Session):
             ),
             inputs,
             outputs,
+            taken=[loaded.described(spec) for spec in inputs],
         )
 
     @property

@@ -42,7 +42,8 @@ class ReplicaSession(Session):
         self._sessions = dict(sessions)
         runners = {ordinal: session._runner for ordinal, session in sessions.items()}  # noqa: SLF001  # of its own kind
         self._replicas = Replicas(sessions, runners)
-        super().__init__(self._replicas, first.inputs, first.outputs)
+        taken = first._taken  # noqa: SLF001  # as above
+        super().__init__(self._replicas, first.inputs, first.outputs, taken=taken)
 
     @property
     def description(self) -> str:

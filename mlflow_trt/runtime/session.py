@@ -61,10 +61,20 @@ class Session(abc.ABC):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
-    def __init__(self, runner: Runner, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        *,
+        taken: Sequence[TensorSpec] | None = None,
+    ) -> None:
+        """`taken` are the inputs as `runner` takes them: it may have float32 where the model has float64."""
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
-        self._input_check = InputCheck(self.inputs)
+        self._taken = tuple(inputs if taken is None else taken)
+        self._input_check = InputCheck(self._taken)
+        self._wide = [spec.name for spec in outputs if spec.dtype == "float64"]
         self.fallback_reason: str | None = None
         self._runner = runner
         self._closed = False
@@ -93,7 +103,7 @@ class Session(abc.ABC):
             RuntimeUnavailableError: in a process that was forked after the model was loaded.
         """
         self._check_open()
-        return self._runner.run(self._input_check.prepare(inputs))
+        return self._widened(self._runner.run(self._input_check.prepare(inputs)))
 
     def submit(self, inputs: Mapping[str, npt.ArrayLike], done: Done) -> Submission:
         """Run the model like `run`, but return at once: for servers, which need no thread for each request.
@@ -114,14 +124,14 @@ class Session(abc.ABC):
             SessionClosedError: after `close()`. Requests that wait for their turn at that time end with this error.
         """
         self._check_open()
-        return self._runner.submit(self._input_check.prepare(inputs), done)
+        return self._runner.submit(self._input_check.prepare(inputs), self._widening(done) if self._wide else done)
 
     def run_on_device(self, inputs: Mapping[str, Any]) -> dict[str, DeviceArray]:  # noqa: ARG002  # for those that can
         """Run the model on arrays that are on the session's GPU; the outputs stay there, one new array for each.
 
         Args:
-            inputs: by name, contiguous and of the dtypes of `self.inputs`: anything with `__dlpack__` (torch, cupy,
-                jax) or `__cuda_array_interface__`.
+            inputs: by name, contiguous and of the dtypes of `self.inputs`, with float32 for float64: anything with
+                `__dlpack__` (torch, cupy, jax) or `__cuda_array_interface__`.
 
         Raises:
             RuntimeUnavailableError: the session does not run on TensorRT.
@@ -159,6 +169,15 @@ class Session(abc.ABC):
 
     def _release(self) -> None:
         self._runner.close()
+
+    def _widened(self, outputs: Outputs) -> Outputs:
+        """With the float64 that the model has and TensorRT has not."""
+        for name in self._wide:
+            outputs[name] = outputs[name].astype(np.float64, copy=False)
+        return outputs
+
+    def _widening(self, done: Done) -> Done:
+        return lambda outputs, error: done(None if outputs is None else self._widened(outputs), error)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -46,7 +46,8 @@ class TensorRTSession(Session):
         plan: the engine's bytes. They are executable content: check where they come from before.
         tensorrt: the distribution and release that built it.
         device: the GPU.
-        inputs, outputs: the model's tensors, for their names and order; dtypes are the engine's own.
+        inputs, outputs: the model's tensors, for their names and order; dtypes are the engine's own, but for float64,
+            which the engine has as float32.
         batch_axis: what may be split and padded where a batch does not fit the engine's profiles.
         kernel_specialization: TensorRT-RTX only. `eager` compiles the kernels for a new shape before the first
             result, which then equals all later ones; `lazy` answers with generic kernels first.
@@ -110,7 +111,10 @@ class TensorRTSession(Session):
             native=partial(native_batches, engine, max_batch_delay_ms / 1e3),
         )
         super().__init__(
-            scheduler, [engine.described(spec) for spec in inputs], [engine.described(spec) for spec in outputs]
+            scheduler,
+            [_described(spec, engine) for spec in inputs],
+            [_described(spec, engine) for spec in outputs],
+            taken=[engine.described(spec) for spec in inputs],
         )
         # Runs at close(), at the latest before the interpreter ends: TensorRT and pycuda must still be alive.
         self._finalizer = finalize(self, _close, scheduler, engine)
@@ -129,11 +133,11 @@ class TensorRTSession(Session):
         self._check_open()
         slots = self._scheduler.slots
         with slots.kept_here(), slots.borrow() as slot, self._device.current():
-            given = on_device.views(slot, inputs, self.inputs)
+            given = on_device.views(slot, inputs, self._taken)
             try:
                 stand_ins = {
                     spec.name: np.broadcast_to(np.zeros((), numpy_dtype(spec.dtype)), given[spec.name].shape)
-                    for spec in self.inputs
+                    for spec in self._taken
                 }
                 choice = choose_profile(self.profiles, stand_ins, self._batch_axis)
                 sizes = self._scheduler.sizes_of(choice.profile)
@@ -166,7 +170,7 @@ class TensorRTSession(Session):
         ranges = self.profiles[number].ranges
         return {
             spec.name: make_zeros(spec, ranges.get(spec.name), size if spec.name in batched else None)
-            for spec in self.inputs
+            for spec in self._taken
         }
 
     def _run_every_size(self, slots: Sequence[EngineSlot]) -> None:
@@ -203,7 +207,7 @@ class TensorRTSession(Session):
     def _load_slot(self, inputs: Mapping[str, npt.ArrayLike]) -> Iterator[EngineSlot]:
         """A slot with these inputs, as they are."""
         self._check_open()
-        feeds = prepare_feeds(inputs, self.inputs)
+        feeds = prepare_feeds(inputs, self._taken)
         choice = choose_profile(self.profiles, feeds, self._batch_axis)
         if choice.rows is not None:
             raise InputShapeError(f"the engine runs this batch in pieces of {choice.rows[0]} to {choice.rows[1]} rows")
@@ -214,6 +218,12 @@ class TensorRTSession(Session):
 
     def _release(self) -> None:
         self._finalizer()
+
+
+def _described(spec: TensorSpec, engine: Engine) -> TensorSpec:
+    """The tensor as callers see it."""
+    described = engine.described(spec)
+    return spec if spec.narrowed.dtype == described.dtype else described
 
 
 def _count_sizes(scheduler: Scheduler[EngineSlot], engine: Engine) -> int:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _LARGEST_FILE = 64 * 2**20
 _LONGEST_NAME = 255
 """In bytes: what file systems allow for a part of a path."""
-_DTYPES = frozenset({"float32", "float16", "bfloat16", "int8", "uint8", "int32", "int64", "bool"})
+_DTYPES = frozenset({"float32", "float16", "bfloat16", "int8", "uint8", "int32", "int64", "bool", "float64"})
 
 _RELEASE = re.compile(r"\d{1,9}(\.\d{1,9}){0,4}((a|b|rc)\d{1,9})?(\.post\d{1,9})?(\.dev\d{1,9})?")
 """A version as packages have it, all of which `packaging.version` can read: 10.0.0b6, 8.6.1.post1."""

@@ -22,9 +22,11 @@ from mlflow_trt.store.check_record import check_record, read_json
 FLAVOR_NAME = "mlflow_trt"
 RECORD_FILE = "mlflow_trt.json"
 FORMAT = 1
-"""The record format that this version writes."""
+"""The record format that this version writes for most models."""
 ENGINE_ONLY_FORMAT = 2
-"""That of a plan that was imported, which releases that know of no such models cannot read; the newest that is read."""
+"""That of a plan that was imported, which releases that know of no such models cannot read."""
+FLOAT64_FORMAT = 3
+"""That of a model with inputs or outputs of float64, for the same reason; the newest that is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +58,11 @@ class StoredGolden:
 class Record:
     """What `mlflow_trt.json` says.
 
-    `inputs` and `outputs` are those of the typed model, which equals the source model where the precision pass changed
-    nothing. `comparisons` has the numbers of its verification, `remarks` what the user was told about choices made for
-    them. `lineage` tells where the source model came from, for one that was converted from the registry. `selection`
-    tells how the precision of `recipe` was chosen, where `best` was asked for. `whole` is what surrounds the network of
-    a whole model.
+    `inputs` and `outputs` are those of the source model, with the typed model's names of dimensions; typed model and
+    engines have float32 in place of float64. `comparisons` has the numbers of its verification, `remarks` what the user
+    was told about choices made for them. `lineage` tells where the source model came from, for one that was converted
+    from the registry. `selection` tells how the precision of `recipe` was chosen, where `best` was asked for. `whole`
+    is what surrounds the network of a whole model.
     """
 
     format: int
@@ -113,10 +115,10 @@ def read_record_file(file: Path, uri: str | None = None) -> tuple[Record, str]:
     version = content.get("format") if isinstance(content, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ArtifactError(f"{file} names no format; it is not a record of mlflow-trt", path=file)
-    if version > ENGINE_ONLY_FORMAT:
+    if version > FLOAT64_FORMAT:
         raise FormatError(
             f"{file} is of format {version}, written by mlflow-trt {content.get('mlflow_trt_version', 'unknown')}; "
-            f"this is mlflow-trt {__version__}, which reads up to format {ENGINE_ONLY_FORMAT}. Upgrade mlflow-trt.",
+            f"this is mlflow-trt {__version__}, which reads up to format {FLOAT64_FORMAT}. Upgrade mlflow-trt.",
             path=file,
         )
     try:

@@ -18,7 +18,7 @@ from mlflow_trt.core.types import EngineRecord, Gpu, KernelsRecord
 from mlflow_trt.core.whole_model import Agreement, WholeModel
 from mlflow_trt.store.folder import read_folder
 from mlflow_trt.store.golden import GOLDEN_FILE, Golden, to_npz
-from mlflow_trt.store.record import FORMAT, Record, StoredGolden, StoredModel, write_record_file
+from mlflow_trt.store.record import FLOAT64_FORMAT, FORMAT, Record, StoredGolden, StoredModel, write_record_file
 
 
 def write_folder(
@@ -38,23 +38,23 @@ def write_folder(
     `golden` is the golden sample, `tolerance` what engines may be off from it; `remarks` come after those of the
     conversion.
     """
-    source = conversion.source
+    source, typed = conversion.source, conversion.typed
     source.copy_to(folder)
     stored_source = StoredModel(file=MODEL_FILE, files=source.files)
     engine = replace(conversion.engine, file=f"engines/{plan_name(conversion.engine)}")
     (folder / "engines").mkdir()
     shutil.copyfile(conversion.plan, folder / engine.file)
     record = Record(
-        format=FORMAT,
+        format=FLOAT64_FORMAT if any(spec != spec.narrowed for spec in (*typed.inputs, *typed.outputs)) else FORMAT,
         mlflow_trt_version=__version__,
         source=stored_source,
         typed=_write_typed(conversion, folder) or stored_source,
         recipe=replace(conversion.recipe, plugins=tuple(plugin.name for plugin in engine.plugins)),
-        inputs=conversion.typed.inputs,
-        outputs=conversion.typed.outputs,
+        inputs=typed.inputs,
+        outputs=typed.outputs,
         profiles=conversion.profiles.profiles,
         batch_axis=conversion.profiles.batch_axis,
-        precision_report=conversion.typed.report,
+        precision_report=typed.report,
         engines=(engine,),
         remarks=(*conversion.remarks, *remarks),
         comparisons=tuple(comparisons),

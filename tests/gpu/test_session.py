@@ -137,6 +137,11 @@ class TestTensors:
             assert outputs[name].dtype == array.dtype
             assert np.array_equal(outputs[name], array), name
 
+    def test_float64_is_computed_in_float32(self, opened):
+        session, expected = opened(networks.wide_product(), batch=(1, 2, 4))
+        outputs = same(session, expected, {"x": np.random.default_rng(0).standard_normal((7, 4))})
+        assert outputs["y"].dtype == np.float64
+
     def test_bfloat16(self, opened):
         session, _ = opened(networks.bfloat16_product(), on_cpu=False, batch=(1, 2, 4))
         x = networks.rows(3)

@@ -155,8 +155,8 @@ def _job(
         hardware_compatibility=recipe.hardware_compatibility.value,
         plugins=[str(Path(library).absolute()) for library in recipe.plugins],
         targets=list(recipe.targets),
-        inputs=[[spec.name, spec.dtype] for spec in interface.inputs],
-        outputs=[[spec.name, spec.dtype] for spec in interface.outputs],
+        inputs=[[spec.name, spec.narrowed.dtype] for spec in interface.inputs],
+        outputs=[[spec.name, spec.narrowed.dtype] for spec in interface.outputs],
     )
 
 

@@ -20,7 +20,7 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 from mlflow_trt.convert.onnx.external_data import check_external_data, without_links
 from mlflow_trt.convert.onnx.missing_shapes import add_missing_shapes
 from mlflow_trt.core.types import LARGEST_DIMENSION, Dim, TensorSpec
-from mlflow_trt.errors import OnnxModelError
+from mlflow_trt.errors import OnnxModelError, UnsupportedModelError
 
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
@@ -36,7 +36,10 @@ _DTYPES: Mapping[int, str] = {
     TensorProto.INT64: "int64",
     TensorProto.BOOL: "bool",
 }
+_SOURCE_DTYPES: Mapping[int, str] = {**_DTYPES, TensorProto.DOUBLE: "float64"}
+"""Those of a source model: float64 becomes float32 in the typed model."""
 
+_CLASSICAL = "ai.onnx.ml"
 _READ_OF_MICROSOFT = frozenset(
     {
         "GroupQueryAttention", "MatMulNBits", "MultiHeadAttention", "QMoE", "SimplifiedLayerNormalization",
@@ -111,7 +114,8 @@ def read_onnx(
     False into it; None leaves them where they are.
 
     Raises OnnxModelError for a file that is no ONNX model, is truncated, lacks external weights, is refused by
-    onnx.checker, or whose inputs or outputs are of a type that TensorRT does not have.
+    onnx.checker, or whose inputs or outputs are of a type that TensorRT does not have; and UnsupportedModelError where
+    they are, and `check_classical` says more.
     """
     if isinstance(model, ModelProto):
         path = _write_proto(model, workdir)
@@ -128,7 +132,11 @@ def read_onnx(
         external_files = check_external_data(tensors_of(proto), path, None)
     path = without_links(path, external_files, workdir)
     is_completed = add_missing_shapes(proto, path)
-    inputs, outputs = describe(proto, path)
+    try:
+        inputs, outputs = describe(proto, path)
+    except OnnxModelError:
+        check_classical(proto)  # which tells all at once
+        raise
     _check(path, proto, workdir, is_completed=is_completed)
     return OnnxModel(
         path=path,
@@ -145,6 +153,22 @@ def describe(proto: ModelProto, path: Path) -> tuple[tuple[TensorSpec, ...], tup
     initializers = {tensor.name for tensor in proto.graph.initializer}
     inputs = [_describe(value, "input", path) for value in proto.graph.input if value.name not in initializers]
     return tuple(inputs), tuple(_describe(value, "output", path) for value in proto.graph.output)
+
+
+def check_classical(proto: ModelProto) -> None:
+    """Raise UnsupportedModelError for ONNX's operators for classical machine learning, of which TensorRT has none."""
+    nodes = [node for body in bodies_of(proto) for node in body.node if node.domain == _CLASSICAL]
+    if not nodes:
+        return
+    operators = ", ".join(dict.fromkeys(node.op_type for node in nodes))
+    raise UnsupportedModelError(
+        f"the model needs {operators}, operators of ONNX for classical machine learning ({_CLASSICAL}), of which "
+        "TensorRT has none. If skl2onnx made it of a linear model, a neural network, PCA or a scaler, log the "
+        "estimator with mlflow.sklearn and convert that (`mlflow-trt convert`, with --whole for its labels): it is "
+        "exported without them. Trees, support vectors and neighbours stay with mlflow.onnx, which runs them on ONNX "
+        "Runtime",
+        nodes=[f"{node.name or 'unnamed'} ({node.op_type})" for node in nodes],
+    )
 
 
 def tensors_of(proto: ModelProto) -> Iterator[TensorProto]:
@@ -349,14 +373,16 @@ def _describe(value: ValueInfoProto, role: str, path: Path) -> TensorSpec:
     if kind != "tensor_type":
         raise OnnxModelError(
             f"{path}: the {role} {value.name!r} is a {(kind or 'value of no type').removesuffix('_type')}; "
-            "TensorRT has only tensors",
+            "TensorRT has only tensors; export what is in it as tensors, or log the model with mlflow.onnx, which runs "
+            "it on ONNX Runtime",
             path=path,
         )
     tensor = value.type.tensor_type
-    if tensor.elem_type not in _DTYPES:
+    if tensor.elem_type not in _SOURCE_DTYPES:
         raise OnnxModelError(
             f"{path}: the {role} {value.name!r} is of type {_type_name(tensor.elem_type)}, "
-            f"which TensorRT does not have; export the model with one of {', '.join(sorted(_DTYPES.values()))}",
+            f"which TensorRT does not have; export the model with one of {', '.join(sorted(_DTYPES.values()))}, or log "
+            "it with mlflow.onnx, which runs it on ONNX Runtime",
             path=path,
         )
     if not tensor.HasField("shape"):
@@ -373,7 +399,7 @@ def _describe(value: ValueInfoProto, role: str, path: Path) -> TensorSpec:
             f"{_MOST_DIMENSIONS} dimensions, each below 2**31",
             path=path,
         )
-    return TensorSpec(name=value.name, dtype=_DTYPES[tensor.elem_type], shape=shape)
+    return TensorSpec(name=value.name, dtype=_SOURCE_DTYPES[tensor.elem_type], shape=shape)
 
 
 def _type_name(number: int) -> str:

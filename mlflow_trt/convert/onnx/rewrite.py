@@ -1,6 +1,7 @@
 """Say what a model says in other words, where TensorRT's parser misreads or refuses it as it stands.
 
-The precision does not matter here: this is done for all of them, and the numbers stay the same.
+The precision does not matter here: this is done for all of them, and the numbers stay the same, but for those of
+float64, which become float32.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from onnx import AttributeProto, ModelProto, TensorProto, numpy_helper
 
 from mlflow_trt.convert.onnx.insert import insert_constant, insert_node, label, replace
 from mlflow_trt.convert.onnx.model import bodies_of, graphs_below, is_operator_name
+from mlflow_trt.convert.onnx.narrow import has_float64, narrow_float64
 from mlflow_trt.convert.onnx.quantized_nodes import rewrite_quantized
 from mlflow_trt.convert.onnx.weights import detach_weights
 
@@ -24,43 +26,55 @@ if TYPE_CHECKING:
 _GROUPS_BY_CHANNEL = 21
 """Since this opset, GroupNormalization has a scale for each channel; before, for each group."""
 _LOOKED_AT = frozenset({"QuantizeLinear", "DequantizeLinear", "Loop", "GroupNormalization"})
+_NARROWED = (
+    "the model computes with float64, which TensorRT has not: the engine does it with float32; runtime='onnxruntime' "
+    "computes it as it is"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewrittenModel:
     """A model in words that TensorRT understands. Its weights are in it, or in files of `folder`.
 
-    `remarks` tells what was rewritten; where there is none, it is the model that was given.
+    `remarks` tells what was rewritten; where there is none, it is the model that was given. With `is_narrowed`, it has
+    float32 where that one has float64, in its inputs and outputs, too.
     """
 
     proto: ModelProto
     folder: Path
     remarks: tuple[str, ...] = ()
+    is_narrowed: bool = False
 
 
 def rewrite(model: ModelProto, folder: Path, workdir: Path) -> RewrittenModel:
     """Rewrite what needs it in a copy of `model`, whose external weights are in `folder`; a copy's are in `workdir`.
 
     1. Sparse initializers become dense.
-    2. Functions are inlined where they hold a node that the following rules look at, since TensorRT gives their tensors
-       the same names at every call; and where one has the name of an operator, which TensorRT would take it for.
-    3. uint8 and int32 around Q/DQ: see `quantized_nodes`.
-    4. A Loop without a condition gets one that is always true.
-    5. GroupNormalization of opset 18 to 20 becomes an InstanceNormalization of its groups.
+    2. Functions are inlined where they hold what the following rules look at, since TensorRT gives their tensors the
+       same names at every call; and where one has the name of an operator, which TensorRT would take it for.
+    3. float64 becomes float32.
+    4. uint8 and int32 around Q/DQ: see `quantized_nodes`.
+    5. A Loop without a condition gets one that is always true.
+    6. GroupNormalization of opset 18 to 20 becomes an InstanceNormalization of its groups.
 
-    Raises UnsupportedModelError for uint8 that can be said in no other way.
+    Raises UnsupportedModelError for uint8 that can be said in no other way, and for float64 beyond float32.
     """
     sparse = has_sparse_tensors(model)
     misnamed = any(is_operator_name(function.name) for function in model.functions)
     is_looked_at = any(node.op_type in _LOOKED_AT for body in bodies_of(model) for node in body.node)
-    if not (sparse or misnamed or is_looked_at):
+    narrows = has_float64(model)
+    if not (sparse or misnamed or is_looked_at or narrows):
         return RewrittenModel(proto=model, folder=folder)
     remarks = ["sparse initializers are stored as dense ones"] if sparse else []
     copy = open_ir(make_dense(model) if sparse else model, folder)
-    if misnamed or any(node.op_type in _LOOKED_AT for function in model.functions for node in function.node):
+    in_functions = any(node.op_type in _LOOKED_AT for function in model.functions for node in function.node)
+    if misnamed or in_functions or (narrows and model.functions):
         inline_functions(copy)
         remarks.append("functions of the model are written out where they are called")
     lift_constants(copy)
+    if narrows:
+        narrow_float64(copy)
+        remarks.append(_NARROWED)
     infer_shapes(copy)
     remarks += [*rewrite_quantized(copy), *_close_loops(copy), *_rewrite_group_normalizations(copy)]
     if not remarks:
@@ -68,7 +82,10 @@ def rewrite(model: ModelProto, folder: Path, workdir: Path) -> RewrittenModel:
     remove_unused_nodes(copy)
     fix_names(copy)
     return RewrittenModel(
-        proto=detach_weights(copy, workdir, "rewritten.weights"), folder=workdir, remarks=tuple(remarks)
+        proto=detach_weights(copy, workdir, "rewritten.weights"),
+        folder=workdir,
+        remarks=tuple(remarks),
+        is_narrowed=narrows,
     )
 
 

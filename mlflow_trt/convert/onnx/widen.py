@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +10,8 @@ import numpy as np
 if TYPE_CHECKING:
     import onnx_ir as ir  # imported where it is used: it takes a second
 
-_NAMING_TYPES = ("to", "dtype", "output_dtype")
+NAMING_TYPES = ("to", "dtype", "output_dtype")
+"""Attributes that say of what type a node's output is."""
 
 
 def widen_float16(model: ir.Model) -> None:
@@ -17,9 +19,12 @@ def widen_float16(model: ir.Model) -> None:
     import onnx_ir as ir
 
     for graph in (model.graph, *model.graph.subgraphs()):
-        _widen_values(graph, is_main=graph is model.graph)
+        # The inputs of the model keep their types.
+        inputs = () if graph is model.graph else graph.inputs
+        for value in retype_values(graph, inputs, ir.DataType.FLOAT16):
+            value.meta["was_float16"] = True
         for node in graph:
-            _widen_attributes(node)
+            retype_attributes(node, ir.DataType.FLOAT16)
     half = [value for value in model.graph.inputs if value.dtype == ir.DataType.FLOAT16]
     casts = [_cast(value, f"{value.name}_float32", ir.DataType.FLOAT) for value in half]
     for value, cast in zip(half, casts, strict=True):
@@ -46,36 +51,41 @@ def _cast(value: ir.Value, name: str, to: ir.DataType) -> ir.Node:
     return cast
 
 
-def _widen_values(graph: ir.Graph, *, is_main: bool) -> None:
-    """Of everything but the inputs of the model, which keep their types."""
+def retype_values(graph: ir.Graph, inputs: Iterable[ir.Value], dtype: ir.DataType) -> list[ir.Value]:
+    """Make float32 of what is of another type among these inputs, the initializers and what nodes compute.
+
+    Returns the values that were.
+    """
     import onnx_ir as ir
 
-    inputs = () if is_main else graph.inputs
+    retyped = []
     computed = (value for node in graph for value in node.outputs)
     for value in (*inputs, *graph.initializers.values(), *computed):
-        if value.dtype == ir.DataType.FLOAT16:
+        if value.dtype == dtype:
             value.type = ir.TensorType(ir.DataType.FLOAT)
-            value.meta["was_float16"] = True
-        if value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT16:
-            value.const_value = _widened(value.const_value)
+            retyped.append(value)
+        if value.const_value is not None and value.const_value.dtype == dtype:
+            value.const_value = _converted(value.const_value)
+    return retyped
 
 
-def _widen_attributes(node: ir.Node) -> None:
+def retype_attributes(node: ir.Node, dtype: ir.DataType) -> None:
+    """Make float32 of a type in the attributes of a node: of constants, and where it is named."""
     import onnx_ir as ir
 
     for name, attribute in list(node.attributes.items()):
-        if name in _NAMING_TYPES and attribute.type == ir.AttributeType.INT:
-            if attribute.as_int() == ir.DataType.FLOAT16.value:
+        if name in NAMING_TYPES and attribute.type == ir.AttributeType.INT:
+            if attribute.as_int() == dtype.value:
                 node.attributes[name] = ir.AttrInt64(name, ir.DataType.FLOAT.value)
-        elif attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == ir.DataType.FLOAT16:
+        elif attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == dtype:
             node.attributes[name] = ir.AttrTensor(name, ir.tensor(attribute.as_tensor().numpy().astype(np.float32)))
 
 
-def _widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+def _converted(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     """Read and converted when it is written: all of them together would be twice the model in memory."""
     import onnx_ir as ir
 
-    def wide() -> ir.TensorProtocol:
+    def converted() -> ir.TensorProtocol:
         return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
 
-    return ir.LazyTensor(wide, dtype=ir.DataType.FLOAT, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)
+    return ir.LazyTensor(converted, dtype=ir.DataType.FLOAT, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)
