@@ -6,3 +6,10 @@ A front end sends the head of a request over a socket, and puts its body into me
 the server copies its rows to the GPU; answers come back the same way. The server answers as if it had read the request
 itself: to its ASGI application a front end is a connection like any other.
 """
+
+from __future__ import annotations
+
+import signal
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""For the server, which lets its front ends end when they have answered: they themselves ignore them."""

@@ -28,21 +28,31 @@ class Frames(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._writable = asyncio.Event()
         self._writable.set()
+        self._unsent: list[bytes | memoryview] = []
 
     def tell(self, told: Told, data: bytes | memoryview = b"") -> None:
-        """Send it, soon; nothing where the other end is gone."""
+        """Send it, together with what else is told at this turn of the event loop; nothing where nobody is there."""
         if self._transport is None or self._transport.is_closing():
             return
         text = orjson.dumps(told)
-        self._transport.write(b"".join((_LENGTHS.pack(len(text), len(data)), text, data)))
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._send)
+        self._unsent += (_LENGTHS.pack(len(text), len(data)), text, data)
 
     async def drain(self) -> None:
         """Wait while there is much that was not sent yet."""
+        self._send()
         await self._writable.wait()
 
     def close(self) -> None:
         if self._transport is not None:
+            self._send()
             self._transport.close()
+
+    def _send(self) -> None:
+        if self._unsent and self._transport is not None:
+            unsent, self._unsent = b"".join(self._unsent), []
+            self._transport.write(unsent)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]  # that of a socket writes, too

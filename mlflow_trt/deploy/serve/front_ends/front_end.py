@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import uvicorn
 
+from mlflow_trt.deploy.serve.front_ends import SIGNALS
 from mlflow_trt.deploy.serve.front_ends.frames import Frames, Told
 from mlflow_trt.deploy.serve.front_ends.memory import REQUEST_BYTES, SMALL, Blocks, map_memory
 from mlflow_trt.deploy.serve.uvicorn_config import Message, Receive, Scope, Send, uvicorn_config
 
 _ALIGNMENT = 16
 _HEADER_LENGTH = b"inference-header-content-length"  # tensors begin after it: open_inference.HEADER_LENGTH
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class _Answer(NamedTuple):
@@ -235,8 +235,9 @@ class _Server(uvicorn.Server):
 
 def main() -> None:
     """Serve, as standard input says, until the server ends."""
-    for number in _SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # they were held back until here
     told: dict[str, Any] = json.load(sys.stdin)
     with socket.socket(fileno=told["listening"]) as listening, socket.socket(fileno=told["channel"]) as channel:
         relay = Relay(map_memory(told["memory"]), told["seconds"])

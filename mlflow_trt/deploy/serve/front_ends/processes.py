@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from mlflow_trt.core.log import get_logger
+from mlflow_trt.deploy.serve.front_ends import SIGNALS
 from mlflow_trt.deploy.serve.front_ends.gateway import Gateway
 from mlflow_trt.deploy.serve.front_ends.memory import create_memory
 from mlflow_trt.deploy.serve.uvicorn_config import Application
@@ -99,6 +101,7 @@ class FrontEnds:
     async def _begin(self, listening: socket.socket) -> Gateway:
         memory = create_memory()
         ours, theirs = socket.socketpair()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for the front end, until it ignores them
         try:
             gateway = Gateway(self._app, memory)
             passed = {"listening": listening.fileno(), "channel": theirs.fileno(), "memory": memory}
@@ -114,6 +117,7 @@ class FrontEnds:
             ours.close()
             raise
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()
             os.close(memory)
         self._running[gateway] = process
