@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -203,17 +203,24 @@ class _Region:
         self._memory.unlink()
 
 
-def cpu_seconds(server: ServerProcess) -> float:
-    """What the server's processes, which are a group of their own, used of the CPU so far."""
-    ticks = 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it ended
-            continue
-        if int(fields[2]) == server.pid:
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+class CpuSeconds(NamedTuple):
+    """What a server's processes, which are a group of their own, used of the CPU so far, and its first one alone."""
+
+    all: float
+    first: float
+
+    @classmethod
+    def of(cls, server: ServerProcess) -> CpuSeconds:
+        ticks = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text().rpartition(")")[2].split()
+            except OSError:  # it ended
+                continue
+            if int(fields[2]) == server.pid:
+                ticks[int(stat.parent.name)] = int(fields[11]) + int(fields[12])
+        second = os.sysconf("SC_CLK_TCK")
+        return cls(sum(ticks.values()) / second, ticks.get(server.pid, 0) / second)
 
 
 def resident_bytes(pid: int | str = "self") -> int:

@@ -32,9 +32,9 @@ from benchmarks.load import Answer, Load, drive, summarized
 from benchmarks.models import MODELS
 from benchmarks.served import (
     Case,
+    CpuSeconds,
     Target,
     binary_target,
-    cpu_seconds,
     mlflow_server,
     nothing,
     our_server,
@@ -44,7 +44,7 @@ from benchmarks.served import (
     triton_server,
 )
 from benchmarks.soak import soak
-from examples.serving import running
+from examples.serving import TensorServer, running
 from mlflow_trt.cli.options import parse_numbers
 
 MLFLOW, HTTP, SHARED, TRITON = "mlflow models serve", "mlflow-trt serve", "the same, shared memory", "triton"
@@ -65,12 +65,15 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One row of the table. `cpu_ms` is what the server used of the CPU for a request."""
+    """One row of the table. `cpu_ms` is what the server used of the CPU for a request, `model_cpu_ms` what of it the
+    process with the model did, where we know which one it is.
+    """
 
     case: str
     target: str
     load: Load
     cpu_ms: float
+    model_cpu_ms: float | None = None
 
 
 def measure(case: Case, plan: Plan, console: Console) -> Iterator[Measured]:
@@ -99,15 +102,22 @@ def measure(case: Case, plan: Plan, console: Console) -> Iterator[Measured]:
 def _in_turns(case: Case, targets: list[Target], clients: int, plan: Plan) -> Iterator[Measured]:
     """What the clients of each server see, in rounds: a machine that gets slower or faster does so for all."""
     seen: dict[str, list[list[Answer]]] = {target.name: [] for target in targets}
-    used = dict.fromkeys(seen, 0.0)
+    used = {name: CpuSeconds(0, 0) for name in seen}
     for _ in range(plan.rounds):
         for target in targets:
-            before = cpu_seconds(target.server)
+            before = CpuSeconds.of(target.server)
             seen[target.name].append(drive(target.server.address, target.requests, clients, plan.seconds))
-            used[target.name] += cpu_seconds(target.server) - before
-    for name, rounds in seen.items():
-        load = summarized(clients, rounds)
-        yield Measured(case=case.name, target=name, load=load, cpu_ms=1e3 * used[name] / max(1, load.requests))
+            after, so_far = CpuSeconds.of(target.server), used[target.name]
+            used[target.name] = CpuSeconds(
+                *(one + end - begin for one, end, begin in zip(so_far, after, before, strict=True))
+            )
+    for target in targets:
+        load = summarized(clients, seen[target.name])
+        cpu, model_cpu = (1e3 * seconds / max(1, load.requests) for seconds in used[target.name])
+        is_ours = isinstance(target.server, TensorServer)
+        yield Measured(
+            case=case.name, target=target.name, load=load, cpu_ms=cpu, model_cpu_ms=model_cpu if is_ours else None
+        )
 
 
 def make_cases(model: str, folder: Path, settings: dict[str, Any]) -> list[Case]:
@@ -140,15 +150,23 @@ def table(rows: list[Measured]) -> Table:
     shown = Table(title="Requests of one image or row", title_justify="left")
     for heading in ("request", "clients", "server"):
         shown.add_column(heading)
-    for heading in ("requests/s", "p50 ms", "p99 ms", "server CPU ms", "times MLflow's", "failed"):
+    for heading in (
+        "requests/s",
+        "p50 ms",
+        "p99 ms",
+        "server CPU ms",
+        "of it the model's process",
+        "times MLflow's",
+        "failed",
+    ):
         shown.add_column(heading, justify="right")
     for row in rows:
         base = _find(rows, row.case, MLFLOW, row.load.clients)
         ratio = f"{row.load.requests_per_second / base.load.requests_per_second:.1f}" if base else ""
         shown.add_row(
             row.case, str(row.load.clients), row.target, f"{row.load.requests_per_second:.0f}",
-            f"{row.load.p50_ms:.2f}", f"{row.load.p99_ms:.1f}", f"{row.cpu_ms:.2f}", ratio,
-            str(row.load.failures or ""),
+            f"{row.load.p50_ms:.2f}", f"{row.load.p99_ms:.1f}", f"{row.cpu_ms:.2f}",
+            "" if row.model_cpu_ms is None else f"{row.model_cpu_ms:.2f}", ratio, str(row.load.failures or ""),
         )  # fmt: skip
     return shown
 
@@ -227,7 +245,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Write the numbers to this file, as JSON.")] = None,
 ) -> None:
     """Serve a model in several ways and measure what clients see."""
-    console = Console(width=140)
+    console = Console(width=160)
     if model not in {"nothing", "resnet50"}:
         raise typer.BadParameter(f"--model: {model!r}: expected nothing or resnet50")
     if soak_seconds:

@@ -8,6 +8,7 @@ Source: https://github.com/kserve/open-inference-protocol and Triton's extension
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,12 @@ _LENGTH = struct.Struct("<I")
 def dtype_of(datatype: str) -> np.dtype[np.generic]:
     """Numpy's type. Raises KeyError for BYTES and what the protocol does not have."""
     return numpy_dtype(_NAMES[datatype])
+
+
+@functools.lru_cache(maxsize=64)  # numpy makes a dtype's name anew each time
+def datatype_of(dtype: np.dtype[np.generic]) -> str:
+    """The protocol's name. Raises KeyError for what it does not have."""
+    return DATATYPES[dtype.name]
 
 
 def is_size(value: object) -> bool:

@@ -169,7 +169,7 @@ def _tensor(name: str, value: Any, wanted: str | None) -> tuple[str, list[int], 
         return oip.BYTES, [len(cells)], oip.packed_cells(cells)
     dtype = None if wanted in {None, oip.BYTES} else oip.dtype_of(str(wanted))
     array = _converted(name, value, dtype)
-    return oip.DATATYPES[array.dtype.name], list(array.shape), oip.raw(array)
+    return oip.datatype_of(array.dtype), list(array.shape), oip.raw(array)
 
 
 def _converted(name: str, array: Array, wanted: np.dtype[np.generic] | None) -> Array:

@@ -165,7 +165,7 @@ def make_answer(request: InferRequest, name: str, version: str, outputs: Outputs
         array = outputs[wanted.name]
         tensor: dict[str, Any] = {
             "name": wanted.name,
-            "datatype": oip.DATATYPES[array.dtype.name],
+            "datatype": oip.datatype_of(array.dtype),
             "shape": list(array.shape),
         }
         if wanted.region is not None:
