@@ -216,11 +216,32 @@ class TestSaveAndLoad:
         with pytest.raises(mlflow_trt.IntegrityError):
             mlflow_trt.load_model(path)
 
-    def test_a_model_that_is_damaged_is_not_loaded(self, path):
-        mlflow_trt.save_model(regressor(), path)
-        (Path(path) / "model.onnx").write_bytes(b"damaged")
-        with pytest.raises(mlflow_trt.IntegrityError):
+    @pytest.mark.parametrize(
+        ("file", "content", "error", "message"),
+        [
+            ("model.onnx", "damaged", mlflow_trt.IntegrityError, "is not the file that was logged"),
+            ("model.onnx.data", "damaged", mlflow_trt.IntegrityError, "is not the file that was logged"),
+            ("model.onnx.data", None, mlflow_trt.ArtifactError, "is missing; download the model again"),
+            ("MLmodel", None, mlflow_trt.ArtifactError, "has no MLmodel; download the model again"),
+            ("MLmodel", "flavors: {}", mlflow_trt.ArtifactError, "not python_function"),
+            ("MLmodel", "flavors: {", mlflow_trt.ArtifactError, "is damaged"),
+        ],
+    )
+    def test_a_model_that_is_damaged_is_not_loaded(self, file, content, error, message, path):
+        mlflow_trt.save_model(heavy(), path, save_as_external_data=True)
+        damaged = Path(path) / file
+        damaged.unlink() if content is None else damaged.write_text(content)
+        with pytest.raises(error, match=message):
             mlflow_trt.load_model(path)
+
+    def test_different_what_is_loaded_is_no_proto(self, path):
+        """A session; who asks it for the graph is told where that is."""
+        mlflow_trt.save_model(regressor(), path)
+        with mlflow_trt.load_model(path) as session:
+            for name, advice in (("graph", "; mlflow.onnx.load_model returns the onnx.ModelProto"), ("grapf", "$")):
+                with pytest.raises(AttributeError, match=f"no attribute '{name}'{advice}"):
+                    getattr(session, name)
+        assert mlflow.onnx.load_model(path).graph == regressor().graph
 
     @FLAVORS
     @pytest.mark.parametrize("in_a_run", [False, True])
@@ -355,6 +376,15 @@ class TestPredict:
         assert model.predict(frame)["output:0"].tolist() == [float(n * n) for n in range(10)]
         with pytest.raises(mlflow_trt.InputDtypeError, match="row 0"):
             model.predict(frame + 2**24 + 1)
+
+    def test_a_column_that_holds_no_numbers_is_named(self, path, flowers):
+        mlflow_trt.save_model(regressor(), path)
+        model = mlflow.pyfunc.load_model(path)
+        for values in (pd.Timestamp("2026-11-26"), pd.Timedelta("1s"), 1j):
+            with pytest.raises(mlflow_trt.InputDtypeError, match="column 'petal length', row 0: .* is of dtype"):
+                model.predict(flowers.assign(**{"petal length": values}))
+        with pytest.raises(mlflow_trt.InputShapeError, match="the cells of column 3 are numbers"):
+            model.predict(flowers.iloc[3])
 
     @FLAVORS
     def test_another_type_of_input_is_refused(self, flavor, path):

@@ -59,9 +59,9 @@ def _is_one_row(frame: pd.DataFrame, spec: TensorSpec) -> bool:
 
 def _rows(frame: pd.DataFrame, spec: TensorSpec) -> Array:
     """All columns as the rows of one input."""
-    if len(frame.columns) == 1:
-        return _column(frame.iloc[:, 0], spec, None, of_one=True)
     labels = list(frame.columns)
+    if len(labels) == 1:
+        return _column(frame.iloc[:, 0].rename(labels[0]), spec, None, of_one=True)  # not numpy's number as its name
 
     def place(position: tuple[int, ...]) -> str:
         return f"column {labels[position[1]]!r}, row {position[0]}: the value"

@@ -125,22 +125,23 @@ def convert_array(array: Array, spec: TensorSpec, place: Place | None = None) ->
     wanted = numpy_dtype(spec.dtype)
     if array.dtype == wanted:
         return array
-    place = place or _place_in_input(spec.name)
     source, target = _kind(array.dtype), _kind(wanted)
     if source == "O":
-        return _convert_objects(array, spec, place)
+        return _convert_objects(array, spec, place or _place_in_input(spec.name))
     if source == "b" and target in "iuf":
         return array.astype(wanted)
+    if source not in "iuf" or target not in "iuf":
+        where = place((0,) * array.ndim) if place is not None and array.size else f"input {spec.name!r}"
+        raise InputDtypeError(
+            f"{where} is of dtype {array.dtype}; expected {spec.dtype}, or one that converts without loss",
+            tensor=spec.name,
+        )
+    place = place or _place_in_input(spec.name)
     if source == "f" and target in "iu":
         _check(~np.isfinite(array), spec, place, "is missing or infinite, which no {} is")
         _check(array != np.trunc(array), spec, place, "is no whole number, which every {} is")
         # A float beyond may be any of several integers.
         _check(np.abs(array) > 2.0 ** (_mantissa(array.dtype) + 1), spec, place, _UNFIT)
-    if source not in "iuf" or target not in "iuf":
-        raise InputDtypeError(
-            f"input {spec.name!r} is of dtype {array.dtype}; expected {spec.dtype}, or one that converts without loss",
-            tensor=spec.name,
-        )
     with np.errstate(over="ignore", invalid="ignore"):
         converted = array.astype(wanted)
         changed = converted.astype(array.dtype) != array

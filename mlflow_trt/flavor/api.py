@@ -349,8 +349,8 @@ def load_model(
         "signed_by": None if signed_by is None else os.fspath(signed_by),
     }
     mlmodel = read_mlmodel(str(folder.path))
-    _add_code_from_conf_to_system_path(str(folder.path), mlmodel.flavors[FLAVOR_NAME])
     logged = model_config_of(mlmodel)
+    _add_code_from_conf_to_system_path(str(folder.path), mlmodel.flavors.get(FLAVOR_NAME, {}))
     LoadSettings.check_logged(logged)
     wanted = {name: value for name, value in given.items() if value is not None}
     # MLflow's environment variable comes between, as it does for pyfunc.

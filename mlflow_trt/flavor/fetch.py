@@ -99,7 +99,7 @@ def _record_and_digest(folder: ModelFolder) -> tuple[Record, str]:
 def read_mlmodel(model_uri: str) -> Model:
     """What the file `MLmodel` of a model says, wherever it is.
 
-    Raises ArtifactError where it is damaged, and what MLflow raises where it is missing.
+    Raises ArtifactError where it is damaged or a folder lacks it, and what MLflow raises where a store does.
     """
     try:
         model = _load_mlmodel(model_uri)
@@ -118,6 +118,8 @@ def read_mlmodel(model_uri: str) -> Model:
 def _load_mlmodel(model_uri: str) -> Model:
     local = local_path(model_uri)
     if local.is_dir():  # not by MLflow, which takes a per cent sign in a path for that of an escape
+        if not (local / MLMODEL_FILE_NAME).is_file():
+            raise ArtifactError(f"{model_uri} has no {MLMODEL_FILE_NAME}; download the model again", path=local)
         return Model.from_dict(yaml.safe_load((local / MLMODEL_FILE_NAME).read_text()))
     _check_exists(model_uri)
     return Model.load(model_uri)

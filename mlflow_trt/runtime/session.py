@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from mlflow_trt.runtime.cuda.device_array import DeviceArray
 
 
+_OF_PROTOS = frozenset({"SerializeToString", "graph", "ir_version", "metadata_props", "opset_import"})
+"""What is asked of a model where `mlflow.onnx.load_model` stood before."""
+
+
 class Runner(Protocol):
     """What a session runs feeds with, which are checked already: a scheduler, or those of several GPUs as one."""
 
@@ -183,6 +187,12 @@ class Session(abc.ABC):
         if self._closed:
             raise SessionClosedError
         check_not_forked(self._generation, "this model")
+
+    if not TYPE_CHECKING:  # to a type checker, it would be an answer to every name
+
+        def __getattr__(self, name: str) -> NoReturn:
+            advice = "; mlflow.onnx.load_model returns the onnx.ModelProto, which has it" if name in _OF_PROTOS else ""
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{advice}")
 
     def __reduce__(self) -> NoReturn:
         raise NotPicklableError(
