@@ -297,6 +297,17 @@ class TestRequests:
 
         within(slow_echo, use)
 
+    @pytest.mark.parametrize("header", [b"content-length", _HEADER_LENGTH])
+    def test_numbers_with_more_digits_than_python_reads(self, header):
+        """The server refuses them; a front end takes no notice."""
+
+        async def use(pair):
+            body = numbers(100_000)
+            client = Client(pair, body, headers=[(header, b"0" * 5000 + b"100000")])
+            assert await client.ask() == body
+
+        within(echo, use)
+
     def test_a_client_that_waits_to_be_told_sends_nothing_before(self):
         told = []
 
@@ -406,6 +417,50 @@ class TestEnds:
 
         within(app, use)
         assert "as it was asked to" in caplog.text
+
+    @pytest.mark.parametrize("size", [10, 1 << 18])
+    def test_an_answer_that_is_none_ends_its_request(self, size, caplog):
+        """As does an application that is cancelled. Clients would wait for ever."""
+
+        async def app(scope, receive, send):
+            await body_of(receive)
+            if scope["query_string"] == b"cancel":
+                raise asyncio.CancelledError
+            await send({**WHOLE, "status": object()})
+            await send({"type": "http.response.body", "body": b""})
+
+        async def use(pair):
+            for query in (b"cancel", b""):
+                client = Client(pair, numbers(size), query_string=query)
+                await client.ask()
+                assert client.status is None
+
+        within(app, use)
+        assert "not JSON serializable" in caplog.text
+
+    def test_a_request_that_cannot_be_read_is_given_up(self):
+        """And the server works on it no longer."""
+        ended = []
+
+        async def app(_scope, receive, _send):
+            try:
+                await body_of(receive)
+            except ConnectionError:
+                ended.append("left")
+
+        async def fail():
+            raise RuntimeError("no more")
+
+        async def use(pair):
+            client = Client(pair, numbers(1 << 18))
+            client._chunks.pop()
+            client._incoming.put_nowait({})
+            client._incoming.get = fail
+            with pytest.raises(RuntimeError, match="no more"):
+                await client.ask()
+
+        within(app, use)
+        assert ended == ["left"]
 
     def test_a_front_end_that_is_no_more_lets_its_requests_end(self):
         waits, ended = asyncio.Event(), []

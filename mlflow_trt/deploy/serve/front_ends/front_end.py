@@ -21,6 +21,7 @@ from mlflow_trt.deploy.serve.front_ends.memory import REQUEST_BYTES, SMALL, Bloc
 from mlflow_trt.deploy.serve.uvicorn_config import Message, Receive, Scope, Send, uvicorn_config
 
 _ALIGNMENT = 16
+_MOST_DIGITS = 18
 _HEADER_LENGTH = b"inference-header-content-length"  # tensors begin after it: open_inference.HEADER_LENGTH
 
 
@@ -30,8 +31,11 @@ class _Answer(NamedTuple):
     body: bytes
 
 
+_END = b'{"error":"the server has ended"}'
 _ENDED = _Answer(
-    503, [(b"content-type", b"application/json"), (b"connection", b"close")], b'{"error":"the server has ended"}'
+    503,
+    [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(_END)), (b"connection", b"close")],
+    _END,
 )
 
 
@@ -51,14 +55,17 @@ class _Call:
 
     @property
     def body_size(self) -> int | None:
-        value = self.headers.get(b"content-length", b"")
-        return int(value) if value.isdigit() else None
+        return self._number(b"content-length")
 
     @property
     def padding(self) -> int:
         """Bytes before the body, so that its tensors lie where numbers of any type may."""
-        value = self.headers.get(_HEADER_LENGTH, b"")
-        return -int(value) % _ALIGNMENT if value.isdigit() and len(value) < _ALIGNMENT else 0
+        return -(self._number(_HEADER_LENGTH) or 0) % _ALIGNMENT
+
+    def _number(self, header: bytes) -> int | None:
+        """None also for what the server refuses."""
+        value = self.headers.get(header, b"")
+        return int(value) if value.isdigit() and len(value) <= _MOST_DIGITS else None
 
 
 class Relay:
@@ -95,11 +102,11 @@ class Relay:
             answer = await call.answer
         finally:
             sending.cancel()
-            del self._calls[call.number]
-            if not call.answer.done() or call.answer.cancelled():
+            if self._calls.pop(call.number, None) is not None:  # the server works on it in vain
                 self.frames.tell({"gone": call.number})
         if answer is not None:
-            await asyncio.wait_for(_answer(send, answer), self._seconds)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(_answer(send, answer), self._seconds)
 
     async def _send_request(self, call: _Call, scope: Scope, receive: Receive) -> None:
         """Give the server the request, and tell it when the client goes away before it has its answer."""
@@ -161,22 +168,25 @@ class Relay:
             if "at" in told:
                 data = bytes(self._memory[told["at"] : told["at"] + told["size"]])
                 self.frames.tell({"free": told["at"]})
-            call = self._calls.get(told["answer"])
-            if call is not None and not call.answer.done():
-                headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in told["headers"]]
-                call.answer.set_result(_Answer(told["status"], headers, data))
+            headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in told["headers"]]
+            self._settle(told["answer"], _Answer(told["status"], headers, data))
         elif "wanted" in told:
             if (call := self._calls.get(told["wanted"])) is not None:
                 call.wanted.set()
-        elif "ended" in told and (call := self._calls.get(told["ended"])) is not None and not call.answer.done():
-            call.answer.set_result(None)
+        elif "ended" in told:
+            self._settle(told["ended"], None)
+
+    def _settle(self, number: int, answer: _Answer | None) -> None:
+        """What the server made of a request, unless nobody waits for it any more."""
+        call = self._calls.pop(number, None)
+        if call is not None and not call.answer.done():
+            call.answer.set_result(answer)
 
     def _lose(self) -> None:
         """The server has ended."""
         self._is_lost = True
-        for call in self._calls.values():
-            if not call.answer.done():
-                call.answer.set_result(_ENDED)
+        for number in list(self._calls):
+            self._settle(number, _ENDED)
         self.stopped.set()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import threading
 import weakref
 from functools import partial
@@ -71,11 +72,12 @@ class Gateway:
             await self._app(request.scope, request.receive, request.send)
         except Exception:  # noqa: BLE001  # the front end is told, and the others go on
             _log.exception("A request failed")
-        del self._requests[request.number]
-        if not request.is_answered:
-            self.frames.tell({"ended": request.number})
-        request.forget()
-        self._give_back()
+        finally:
+            del self._requests[request.number]
+            if not request.is_answered:
+                self.frames.tell({"ended": request.number})
+            request.forget()
+            self._give_back()
 
     def answer(self, number: int, start: Message, body: bytes) -> None:
         """Send an answer to the front end."""
@@ -100,8 +102,9 @@ class Gateway:
         """In the thread that was the last to refer to the body."""
         del self._bodies[block]
         self._read.append(block)
-        if threading.get_ident() != self._thread and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._give_back)
+        if threading.get_ident() != self._thread:
+            with contextlib.suppress(RuntimeError):  # the event loop has ended, and so does the front end
+                self._loop.call_soon_threadsafe(self._give_back)
 
     def _give_back(self) -> None:
         if self._read:
@@ -111,7 +114,8 @@ class Gateway:
     def _lose(self) -> None:
         for request in self._requests.values():
             request.leave()
-        self.lost.set_result(None)
+        if not self.lost.done():  # cancelled with who waited for it
+            self.lost.set_result(None)
 
 
 class _Request:
@@ -160,8 +164,8 @@ class _Request:
             return
         self._parts.append(message.get("body", b""))
         if not message.get("more_body") and not self.is_answered:
-            self.is_answered = True
             self._gateway.answer(self.number, self._start, b"".join(self._parts))
+            self.is_answered = True
 
     def _wake(self) -> None:
         if self._waiting is not None and not self._waiting.done():
