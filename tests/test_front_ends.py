@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
+import signal
 import socket
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from hypothesis import strategies as st
 
 from mlflow_trt.core import open_inference as oip
 from mlflow_trt.deploy.serve.front_ends import memory as memory_module
+from mlflow_trt.deploy.serve.front_ends import processes
 from mlflow_trt.deploy.serve.front_ends.frames import Frames
 from mlflow_trt.deploy.serve.front_ends.front_end import _HEADER_LENGTH, Relay
 from mlflow_trt.deploy.serve.front_ends.gateway import Gateway
@@ -26,6 +31,7 @@ from mlflow_trt.deploy.serve.front_ends.memory import (
     create_memory,
     map_memory,
 )
+from mlflow_trt.deploy.serve.front_ends.processes import FrontEnds
 
 PAGE = 4096
 WHOLE = {"type": "http.response.start", "status": 200, "headers": []}
@@ -102,6 +108,29 @@ def test_frames_come_out_as_they_went_in(told, cut):
     for start in range(0, len(received), cut):
         receiver.data_received(received[start : start + cut])
     assert heard == told
+
+
+def test_what_was_told_when_the_connection_ends_is_not_written():
+    """uvloop raises an error then."""
+
+    class Wire:
+        has_ended = False
+
+        def is_closing(self):
+            return self.has_ended
+
+        def write(self, _data):
+            raise AssertionError
+
+    async def send():
+        sender = Frames(lambda *_: None, lambda: None)
+        sender.connection_made(Wire())
+        sender.tell({"free": []})
+        Wire.has_ended = True
+        sender._send()
+        assert not sender._unsent
+
+    asyncio.run(send())
 
 
 class Client:
@@ -488,3 +517,99 @@ class TestEnds:
 
         asyncio.run(use())
         assert ended == ["http.disconnect"]
+
+
+def maps_of_memory():
+    return Path("/proc/self/maps").read_text().count("mlflow-trt-front-end")
+
+
+class TestProcesses:
+    """Front ends as processes, whose server is this one."""
+
+    @contextlib.asynccontextmanager
+    async def started(self, lost, seconds=PATIENCE):
+        listening = socket.socket()
+        listening.bind(("127.0.0.1", 0))
+        front_ends = FrontEnds(echo, [listening], seconds=seconds, ssl={}, lose=lost.append)
+        self.port = listening.getsockname()[1]
+        await front_ends.start()
+        try:
+            yield front_ends
+        finally:
+            await asyncio.wait_for(front_ends.stop(lambda: True), PATIENCE)
+
+    async def until(self, condition):
+        async def look():
+            while not condition():
+                await asyncio.sleep(0.001)
+
+        await asyncio.wait_for(look(), PATIENCE)
+
+    async def ask(self):
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(b"POST / HTTP/1.1\r\nContent-Length: 4\r\nConnection: close\r\n\r\n1234")
+        answer = await asyncio.wait_for(reader.read(), PATIENCE)
+        writer.close()
+        return answer
+
+    def test_one_takes_the_place_of_another_and_of_its_memory(self):
+        lost = []
+
+        async def use():
+            async with self.started(lost) as front_ends:
+                gc.collect()
+                before = maps_of_memory()
+                gc.disable()  # memory is not to wait for it
+                for _ in range(2):
+                    (process,) = front_ends._running.values()
+                    assert os.getsid(process.pid) == process.pid  # no terminal asks for a password, or sends Ctrl-C
+                    process.kill()
+                    await self.until(lambda ended=process: list(front_ends._running.values()) not in ([], [ended]))
+                    assert (await self.ask()).startswith(b"HTTP/1.1 200 OK")
+                    await self.until(lambda: maps_of_memory() == before)
+
+        try:
+            asyncio.run(use())
+        finally:
+            gc.enable()
+        assert not lost
+
+    @pytest.mark.parametrize("is_urgent", [True, False])
+    def test_one_that_hangs_does_not_keep_the_server(self, is_urgent, monkeypatch):
+        monkeypatch.setattr(processes, "_PATIENCE", 0.01)
+
+        async def use():
+            async with self.started([], seconds=0.01) as front_ends:
+                ((gateway, process),) = front_ends._running.items()
+                process.send_signal(signal.SIGSTOP)
+                gateway.frames.tell({"free": []}, bytes(1 << 24))  # which it does not read
+                await asyncio.wait_for(front_ends.stop(lambda: is_urgent), PATIENCE)
+                assert process.returncode == -signal.SIGKILL
+
+        asyncio.run(use())
+
+    def test_one_that_cannot_be_replaced_ends_the_server(self, monkeypatch):
+        """Its socket would go on to take connections that nobody answers."""
+        lost = []
+
+        async def use():
+            async with self.started(lost) as front_ends:
+                monkeypatch.setattr(sys, "executable", "/nowhere/python")
+                (process,) = front_ends._running.values()
+                process.kill()
+                await self.until(lambda: lost)
+
+        asyncio.run(use())
+        assert "a front end cannot be started: [Errno 2] No such file" in lost[0]
+
+    def test_one_that_cannot_start(self, monkeypatch):
+        monkeypatch.setattr(processes, "_FRONT_END", "import sys; sys.exit(3)")
+        lost = []
+
+        async def use():
+            async with self.started(lost):
+                pass
+
+        with pytest.raises(RuntimeError, match="a front end ended when it was started"):
+            asyncio.run(use())
+        assert not lost

@@ -50,16 +50,17 @@ class Frames(asyncio.Protocol):
             self._transport.close()
 
     def _send(self) -> None:
-        if self._unsent and self._transport is not None:
-            unsent, self._unsent = b"".join(self._unsent), []
-            self._transport.write(unsent)
+        unsent, self._unsent = self._unsent, []
+        if unsent and self._transport is not None and not self._transport.is_closing():
+            self._transport.write(b"".join(unsent))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]  # that of a socket writes, too
 
     def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002  # asyncio's signature
         self._writable.set()
-        self._lost()
+        lost, self._heard, self._lost = self._lost, _ignore, _ignore  # what they belong to refers to this, too
+        lost()
 
     def pause_writing(self) -> None:
         self._writable.clear()
@@ -80,3 +81,7 @@ class Frames(asyncio.Protocol):
             at = end
             self._heard(orjson.loads(received[text : text + text_size]), bytes(received[end - data_size : end]))
         del received[:at]
+
+
+def _ignore(*_: object) -> None:
+    """Nothing is heard after the end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from mlflow_trt.deploy.serve.front_ends.front_end import main
 main()
 """
 _LOOKS = 0.05  # seconds between two looks whether front ends are to end at once
+_PATIENCE = 5.0  # seconds for what a front end does without waiting for clients
 _log = get_logger(__name__)
 
 
@@ -50,7 +52,8 @@ class FrontEnds:
     ) -> None:
         self._app = app
         self._sockets = sockets
-        self._settings = {"seconds": seconds, "ssl": dict(ssl)}
+        self._seconds = seconds
+        self._ssl = dict(ssl)
         self._lose = lose
         self._running: dict[Gateway, subprocess.Popen[bytes]] = {}
         self._keeping: list[asyncio.Task[None]] = []
@@ -58,23 +61,26 @@ class FrontEnds:
 
     async def start(self) -> None:
         """Return when all of them take requests. Raises RuntimeError where one ends instead."""
-        first = [await self._begin(listening) for listening in self._sockets]
-        for gateway in first:
-            await asyncio.wait((gateway.ready, gateway.lost), return_when=asyncio.FIRST_COMPLETED)
-            if not gateway.ready.done():
-                await self.stop(lambda: True)
-                raise RuntimeError("a front end ended when it was started; what it printed says why")
+        try:
+            first = [await self._begin(listening) for listening in self._sockets]
+            for gateway in first:
+                await _started(gateway)
+        except BaseException:
+            await self.stop(lambda: True)
+            raise
         for listening, gateway in zip(self._sockets, first, strict=True):
             self._keeping.append(asyncio.ensure_future(self._keep(listening, gateway)))
 
     async def stop(self, is_urgent: Callable[[], bool]) -> None:
-        """Let them answer the requests that they have, and end; at once where that is urgent."""
+        """Let them answer the requests that they have, and end; at once where that is urgent, or they hang."""
         self._stopping = True
         for listening in self._sockets:
             listening.close()  # or connections would still be taken, and never answered
         for gateway in self._running:
             gateway.frames.tell({"stop": True})
-        while not is_urgent() and not all(gateway.lost.done() for gateway in self._running):
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._seconds + _PATIENCE
+        while loop.time() < until and not is_urgent() and not all(gateway.lost.done() for gateway in self._running):
             await asyncio.sleep(_LOOKS)
         for gateway in list(self._running):
             await self._end(gateway)
@@ -93,9 +99,13 @@ class FrontEnds:
                 self._lose("a front end ended when it was started")
                 return
             _log.error("A front end ended with status %d; another one takes its place", status)
-            gateway = await self._begin(listening)
+            try:
+                gateway = await self._begin(listening)
+            except OSError as error:
+                self._lose(f"a front end cannot be started: {error}")
+                return
             if self._stopping:
-                await self._end(gateway)
+                gateway.frames.tell({"stop": True})  # `stop` came too early for it, and ends it
                 return
 
     async def _begin(self, listening: socket.socket) -> Gateway:
@@ -109,10 +119,11 @@ class FrontEnds:
                 [sys.executable, "-I", "-c", _FRONT_END, json.dumps([entry for entry in sys.path if entry])],
                 stdin=subprocess.PIPE,
                 pass_fds=list(passed.values()),
+                start_new_session=True,  # without a terminal, where OpenSSL would ask each of them for a password
             )
             assert process.stdin is not None  # noqa: S101  # for the type checker
-            process.stdin.write(json.dumps({**passed, **self._settings}).encode())
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError), process.stdin as told:  # `lost` tells of one that has ended
+                told.write(json.dumps({**passed, "seconds": self._seconds, "ssl": self._ssl}).encode())
         except BaseException:
             ours.close()
             raise
@@ -127,7 +138,24 @@ class FrontEnds:
     async def _end(self, gateway: Gateway) -> int:
         """See to it that a front end is no more; returns its status."""
         process = self._running.pop(gateway)
-        gateway.frames.close()
+        if not gateway.lost.done():
+            process.kill()  # first: the connection closes after what a front end that hangs would have to read
+            gateway.frames.close()
+        status = await asyncio.get_running_loop().run_in_executor(None, _wait, process)
         await gateway.lost
+        return status
+
+
+async def _started(gateway: Gateway) -> None:
+    await asyncio.wait((gateway.ready, gateway.lost), return_when=asyncio.FIRST_COMPLETED)
+    if not gateway.ready.done():
+        raise RuntimeError("a front end ended when it was started; what it printed says why")
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Return its status when it has ended, which it does soon."""
+    try:
+        return process.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
         process.kill()
-        return await asyncio.get_running_loop().run_in_executor(None, process.wait)
+        return process.wait()
