@@ -24,8 +24,9 @@ from helpers import PATIENCE, save_networks, wait_for
 from test_serve import assert_same, inputs_of
 
 import mlflow_trt
-from examples.serving import TensorServer, running
+from examples.serving import TensorServer, free_port, running
 from mlflow_trt.client import Client
+from mlflow_trt.deploy.serve.served_model import load_served_model
 from mlflow_trt.deploy.serve.server import ServeOptions, serve
 from mlflow_trt.errors import OptionError
 
@@ -171,6 +172,39 @@ def test_a_port_that_another_server_has(folder, monkeypatch):
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
             serve([str(folder["product"])], ServeOptions(port=port, front_ends=2), print)
+
+
+def test_a_port_that_another_server_takes_while_models_are_loaded(folder, monkeypatch):
+    """Both would have a part of the requests."""
+    monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
+    port = free_port()
+    with socket.socket() as other:
+
+        def load(source, settings):
+            for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+                other.setsockopt(socket.SOL_SOCKET, option, 1)
+            other.bind(("127.0.0.1", port))
+            other.listen()
+            return load_served_model(source, settings)
+
+        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
+            serve([str(folder["product"])], ServeOptions(port=port, front_ends=2, settings=CPU), print, load)
+
+
+def test_no_socket_has_the_number_of_a_standard_stream(monkeypatch):
+    """Though whoever starts a server closed one; a front end would take it for its standard input."""
+    monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
+    kept = os.dup(0)
+    os.close(0)
+    try:
+        with pytest.raises(OptionError):
+            serve([], ServeOptions(follow_aliases=1), print)
+        assert os.path.samestat(os.fstat(0), Path(os.devnull).stat())
+        with socket.socket() as later:
+            assert later.fileno() > 2
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
 
 
 @pytest.mark.parametrize("front_ends", [-1, 65])

@@ -19,6 +19,7 @@ from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.scoring_server import explain_crashes
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.deploy.serve.limits import Limits
+from mlflow_trt.deploy.serve.listening import bind, listen, occupy_standard_streams
 from mlflow_trt.deploy.serve.model_source import ModelSource, resolve_source
 from mlflow_trt.errors import MissingDependencyError, OptionError
 
@@ -141,6 +142,7 @@ def serve(
         OptionError: what is asked for makes no sense; and what loading a model raises.
         OSError: nothing can listen there.
     """
+    occupy_standard_streams()
     os.environ[_IN_SERVER] = "true"  # what is different in a server is so here: warming up, ending with the GPU
     explain_crashes()
     keys = read_keys(options.api_key_file) if options.api_key_file is not None else ()
@@ -150,7 +152,8 @@ def serve(
     if options.follow_aliases and not any(source.alias for source in sources):
         raise OptionError("follow_aliases follows models like models:/NAME@ALIAS, and none is", option="follow_aliases")
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(bound) for bound in _bound_sockets(options)]
+        bound_to = bind(options.host, options.port, options.front_ends, reuse_port=options.reuse_port)
+        sockets = [stack.enter_context(bound) for bound in bound_to]
         repository = _load(sources, load, options.settings, stack, told)
         gpus = probe().gpus if any(model.session.runtime == "tensorrt" for model in repository) else ()
         app = App(
@@ -168,10 +171,12 @@ def serve(
         follower = None
         if options.follow_aliases:
             follower = AliasFollower(repository, lambda source: load(source, options.settings), options.follow_aliases)
-        address = f"{'https' if options.ssl else 'http'}://{options.host}:{sockets[0].getsockname()[1]}"
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        address = f"{'https' if options.ssl else 'http'}://{host}:{sockets[0].getsockname()[1]}"
         asgi = app if traced is None else traced(app)
         front_ends = None
         if options.front_ends:
+            listen(sockets, options.host, reuse_port=options.reuse_port)
             front_ends = FrontEnds(asgi, sockets, seconds=options.limits.seconds, ssl=options.ssl, lose=app.lose)
         config = uvicorn_config(asgi, options.limits.seconds, {} if front_ends is not None else options.ssl)
         server = _Server(config, app, follower, front_ends, options.drain_seconds)
@@ -195,40 +200,6 @@ def _load(
         loaded.append(model)
         told(str(model))
     return ModelRepository(loaded)
-
-
-def _bound_sockets(options: ServeOptions) -> list[socket.socket]:
-    """One, or one for each front end, all at the same address.
-
-    Taken before models are loaded, which may last minutes, and open for connections after.
-    """
-    first = _bound_socket(options, options.port, shared=options.reuse_port)
-    if not options.front_ends:
-        return [first]
-    port = first.getsockname()[1]
-    first.close()  # it said that nobody else listens there; now several do
-    bound: list[socket.socket] = []
-    try:
-        bound.extend(_bound_socket(options, port, shared=True) for _ in range(options.front_ends))
-    except OSError:
-        for one in bound:
-            one.close()
-        raise
-    return bound
-
-
-def _bound_socket(options: ServeOptions, port: int, *, shared: bool) -> socket.socket:
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if shared:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        listening.bind((options.host, port))
-    except OSError as error:
-        listening.close()
-        raise OSError(error.errno, f"cannot listen on {options.host}:{port}: {error.strerror}") from error
-    return listening
 
 
 class _Server(uvicorn.Server):
