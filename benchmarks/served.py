@@ -204,7 +204,7 @@ class _Region:
 
 
 class CpuSeconds(NamedTuple):
-    """What a server's processes, which are a group of their own, used of the CPU so far, and its first one alone."""
+    """What a server's processes, those of its group and its front ends, used of the CPU so far; the first one alone."""
 
     all: float
     first: float
@@ -217,7 +217,8 @@ class CpuSeconds(NamedTuple):
                 fields = stat.read_text().rpartition(")")[2].split()
             except OSError:  # it ended
                 continue
-            if int(fields[2]) == server.pid:
+            parent, group = fields[1:3]
+            if str(server.pid) in (parent, group):
                 ticks[int(stat.parent.name)] = int(fields[11]) + int(fields[12])
         second = os.sysconf("SC_CLK_TCK")
         return cls(sum(ticks.values()) / second, ticks.get(server.pid, 0) / second)
