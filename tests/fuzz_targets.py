@@ -35,7 +35,15 @@ from mlflow_trt.deploy.serve.model_source import ModelSource
 from mlflow_trt.deploy.serve.problems import HttpError
 from mlflow_trt.deploy.serve.protocol import Signature, parse_request
 from mlflow_trt.deploy.serve.served_model import ServedModel
-from mlflow_trt.errors import ArtifactError, InputError, OnnxModelError, OptionError, RecipeError, ServerError
+from mlflow_trt.errors import (
+    ArtifactError,
+    InputError,
+    OnnxModelError,
+    OptionError,
+    RecipeError,
+    ServerError,
+    UnsupportedModelError,
+)
 from mlflow_trt.flavor.fetch import read_mlmodel
 from mlflow_trt.flavor.pyfunc import PyfuncModel
 from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
@@ -52,7 +60,7 @@ def folder() -> Path:
 def onnx_file(data: bytes) -> None:
     path = folder() / "model.onnx"
     path.write_bytes(data)
-    with contextlib.suppress(OnnxModelError):
+    with contextlib.suppress(OnnxModelError, UnsupportedModelError):
         read_onnx(path, folder())
 
 
