@@ -32,6 +32,8 @@ from mlflow_trt.deploy.serve.front_ends.memory import (
     map_memory,
 )
 from mlflow_trt.deploy.serve.front_ends.processes import FrontEnds
+from mlflow_trt.deploy.serve.http import Exchange
+from mlflow_trt.deploy.serve.problems import DisconnectedError
 
 PAGE = 4096
 WHOLE = {"type": "http.response.start", "status": 200, "headers": []}
@@ -417,6 +419,36 @@ class TestEnds:
 
         within(app, use)
         assert ended == ["http.disconnect"]
+
+    @pytest.mark.parametrize("has_front_end", [True, False])
+    def test_a_client_that_goes_away_before_its_answer_is_sent(self, has_front_end, caplog):
+        """Several requests on a connection that ends: uvloop raises errors, which are no failures of the server."""
+
+        async def app(scope, receive, send):
+            await body_of(receive)
+            exchange = Exchange(scope, receive, send)
+            try:
+                await exchange.answer_json("too late")
+            except DisconnectedError:
+                ended.append("left")
+
+        class Closed(Client):
+            async def send(self, _message):
+                sent.append("tried")
+                raise RuntimeError("unable to perform operation on a transport; the handler is closed")
+
+        async def use(pair):
+            client = Closed(pair)
+            if has_front_end:
+                await client.ask()
+            else:
+                await app(client.scope, client.receive, client.send)
+
+        ended, sent = [], []
+        within(app, use)
+        assert sent == ["tried"]
+        assert ended == ([] if has_front_end else ["left"])
+        assert not caplog.text
 
     def test_an_answer_before_the_body_was_read(self):
         async def refuse(_scope, _receive, send):

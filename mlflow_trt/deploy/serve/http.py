@@ -136,13 +136,17 @@ class Exchange:
     async def answer(
         self, status: int, parts: Iterable[bytes | memoryview], kind: bytes = JSON, headers: Iterable[Header] = ()
     ) -> None:
+        """Send it whole. Raises DisconnectedError."""
         body = b"".join(parts)
         self.status, self.sent = status, len(body)
         sent = [(b"content-type", kind), (b"content-length", b"%d" % len(body)), *headers]
         if self.closes:
             sent.append((b"connection", b"close"))
-        await self._send({"type": "http.response.start", "status": status, "headers": sent})
-        await self._send({"type": "http.response.body", "body": body})
+        try:
+            await self._send({"type": "http.response.start", "status": status, "headers": sent})
+            await self._send({"type": "http.response.body", "body": body})
+        except RuntimeError as error:  # uvloop's: uvicorn tells only the last request of a connection that it has ended
+            raise DisconnectedError from error
 
     async def answer_json(self, value: Any, status: int = 200) -> None:
         await self.answer(status, [json_text.write(value)])

@@ -105,7 +105,7 @@ class Relay:
             if self._calls.pop(call.number, None) is not None:  # the server works on it in vain
                 self.frames.tell({"gone": call.number})
         if answer is not None:
-            with contextlib.suppress(asyncio.TimeoutError):
+            with contextlib.suppress(asyncio.TimeoutError, RuntimeError):  # uvloop's: the connection is closed
                 await asyncio.wait_for(_answer(send, answer), self._seconds)
 
     async def _send_request(self, call: _Call, scope: Scope, receive: Receive) -> None:
