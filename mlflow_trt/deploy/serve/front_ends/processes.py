@@ -26,6 +26,7 @@ main()
 """
 _LOOKS = 0.05  # seconds between two looks whether front ends are to end at once
 _PATIENCE = 5.0  # seconds for what a front end does without waiting for clients
+_MOST_FAILED = 3  # front ends that end when they are started, one after the other: whoever kills may hit one
 _log = get_logger(__name__)
 
 
@@ -88,6 +89,7 @@ class FrontEnds:
 
     async def _keep(self, listening: socket.socket, gateway: Gateway) -> None:
         """Put another front end in the place of one that ends."""
+        failed = 0
         while True:
             await gateway.lost
             if self._stopping:
@@ -95,8 +97,9 @@ class FrontEnds:
             status = await self._end(gateway)
             if self._stopping:
                 return
-            if not gateway.ready.done():
-                self._lose("a front end ended when it was started")
+            failed = 0 if gateway.ready.done() else failed + 1
+            if failed == _MOST_FAILED:
+                self._lose(f"a front end ended with status {status} when it was started, {failed} times")
                 return
             _log.error("A front end ended with status %d; another one takes its place", status)
             try:
