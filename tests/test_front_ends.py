@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlflow_trt.core import open_inference as oip
+from mlflow_trt.deploy.serve.calls import Calls
 from mlflow_trt.deploy.serve.front_ends import memory as memory_module
 from mlflow_trt.deploy.serve.front_ends import processes
 from mlflow_trt.deploy.serve.front_ends.frames import Frames
@@ -33,7 +35,10 @@ from mlflow_trt.deploy.serve.front_ends.memory import (
 )
 from mlflow_trt.deploy.serve.front_ends.processes import FrontEnds
 from mlflow_trt.deploy.serve.http import Exchange
-from mlflow_trt.deploy.serve.problems import DisconnectedError
+from mlflow_trt.deploy.serve.limits import Limits
+from mlflow_trt.deploy.serve.problems import DisconnectedError, HttpError
+from mlflow_trt.deploy.serve.statistics import Statistics
+from mlflow_trt.errors import InputError
 
 PAGE = 4096
 WHOLE = {"type": "http.response.start", "status": 200, "headers": []}
@@ -478,6 +483,33 @@ class TestEnds:
 
         within(app, use)
         assert "as it was asked to" in caplog.text
+
+    def test_a_body_that_is_refused_goes_before_the_garbage_collector_comes(self):
+        """Large ones are few objects, so it may take its time."""
+        calls = Calls(Limits(), None, print)
+        model = SimpleNamespace(users=0, release=lambda: None, statistics=Statistics())
+
+        async def refuse(exchange, _model, ticket, _deadline):
+            body = await exchange.read(ticket)
+            raise InputError(f"{len(body)} bytes")
+
+        async def app(scope, receive, send):
+            exchange = Exchange(scope, receive, send)
+            try:
+                await calls._guarded(refuse, exchange, model)
+            except HttpError as error:
+                await exchange.answer_error(error)
+
+        async def use(pair):
+            gc.disable()
+            try:
+                assert await Client(pair, numbers(1 << 18)).ask() == b'{"error":"262144 bytes"}'
+                assert not pair.gateway._bodies
+            finally:
+                gc.enable()
+
+        within(app, use)
+        calls.close()
 
     @pytest.mark.parametrize("size", [10, 1 << 18])
     def test_an_answer_that_is_none_ends_its_request(self, size, caplog):

@@ -56,12 +56,17 @@ class Calls:
         except DisconnectedError:
             model.statistics.failed_with(Cause.DISCONNECTED, time.monotonic() - began)
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # it is raised again
             if isinstance(error, ExecutionError) and (reason := model.session.broken()) is not None:
                 self._lost(reason)
             problem = _too_late(exchange) if isinstance(error, TimeoutError) else http_error_of(error)
             model.statistics.failed_with(problem.cause, time.monotonic() - began)
-            raise problem from error
+            try:
+                if problem is error:
+                    raise
+                raise problem from error
+            finally:
+                del problem  # it knows this frame: the body would stay until the garbage collector comes
         finally:
             model.release()
 
