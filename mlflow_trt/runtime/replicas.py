@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 from mlflow_trt.core.arrays import Feeds, Outputs
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.errors import ExecutionError
+from mlflow_trt.runtime.batching.own_threads import Threads
 from mlflow_trt.runtime.batching.scheduler import MOST_SLOTS
 from mlflow_trt.runtime.batching.shared_work import Work
-from mlflow_trt.runtime.batching.submissions import Done, PendingAnswer, Submission, Threads
+from mlflow_trt.runtime.batching.submissions import Done, PendingAnswer, Submission
 from mlflow_trt.runtime.cuda.device_array import DeviceArray, ordinal_of
 from mlflow_trt.runtime.session import Runner, Session
 

@@ -23,8 +23,8 @@ from mlflow_trt.runtime.batching.sizes import BatchRows, Sizes, check_rows
 from mlflow_trt.runtime.batching.slots import AnySlot, Slots
 
 
-class QueuedCall:
-    """One caller's batch. Requests with the same `key` may run together; they have one profile and its sizes."""
+class Request:
+    """The rows of one caller. Requests with the same `key` may run together; they have one profile and its sizes."""
 
     __slots__ = ("batch", "begun", "error", "feeds", "key", "no_room", "outputs", "profile", "rows", "sizes", "wake")
 
@@ -55,24 +55,24 @@ class QueuedCall:
 
 
 class Batch:
-    """Requests that run together. All methods want the lock."""
+    """Requests that run together. The methods want the lock, which is the batcher's."""
 
     __slots__ = ("_changed", "_lock", "requests", "rows")
 
     def __init__(self, lock: threading.Lock) -> None:
         self.rows = 0
-        self.requests: list[QueuedCall] = []
+        self.requests: list[Request] = []
         self._lock = lock
         self._changed: threading.Condition | None = None  # most leaders wait for nobody
 
     @property
-    def leader(self) -> QueuedCall:
+    def leader(self) -> Request:
         return self.requests[0]
 
     def has_room(self, rows: int) -> bool:
         return self.rows + rows <= self.leader.sizes.largest
 
-    def add(self, request: QueuedCall) -> None:
+    def add(self, request: Request) -> None:
         request.batch = self
         self.rows += request.rows
         self.requests.append(request)
@@ -106,8 +106,8 @@ class MicroBatcher(Generic[AnySlot]):
         self,
         slots: Slots[AnySlot],
         axis: BatchAxis | None,
-        run_alone: Callable[[QueuedCall], Outputs],
-        shrink_batches: Callable[[QueuedCall, str], None],
+        run_alone: Callable[[Request], Outputs],
+        shrink_batches: Callable[[Request, str], None],
         ran: Callable[[int], None],
         max_delay: float,
     ) -> None:
@@ -133,7 +133,7 @@ class MicroBatcher(Generic[AnySlot]):
         """Whether callers have come one after the other of late."""
         return self._usual_callers < 1.5
 
-    def run(self, request: QueuedCall) -> Outputs:
+    def run(self, request: Request) -> Outputs:
         """The outputs for the request's rows. Raises what running it alone raises."""
         try:
             batch = self.join(request)
@@ -155,7 +155,7 @@ class MicroBatcher(Generic[AnySlot]):
         finally:
             self._dissolve(batch)
 
-    def result(self, request: QueuedCall) -> Outputs:
+    def result(self, request: Request) -> Outputs:
         """The outputs of a request whose batch has ended; where that failed, of running it alone.
 
         Raises what running it alone raises.
@@ -173,7 +173,7 @@ class MicroBatcher(Generic[AnySlot]):
             self._shrink_batches(request, request.no_room)
         return outputs
 
-    def join(self, request: QueuedCall) -> Batch:
+    def join(self, request: Request) -> Batch:
         """The batch that the request is in from now on. Who becomes its leader has it run."""
         now = time.monotonic()
         with self._lock:
@@ -274,7 +274,7 @@ class MicroBatcher(Generic[AnySlot]):
             request.withdraw()
 
 
-def _hand_out(outputs: Outputs, requests: Sequence[QueuedCall]) -> None:
+def _hand_out(outputs: Outputs, requests: Sequence[Request]) -> None:
     """Give every request a copy of its rows."""
     parts = []
     start = 0

@@ -7,35 +7,25 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Generic, Protocol
+from typing import Any, Generic
 
 from mlflow_trt.core.arrays import Feeds, Outputs
 from mlflow_trt.core.types import BatchAxis, ShapeProfile
 from mlflow_trt.errors import OutOfMemoryError, SessionClosedError
 from mlflow_trt.runtime.batching.host_copy import copies
-from mlflow_trt.runtime.batching.microbatch import MicroBatcher, QueuedCall
-from mlflow_trt.runtime.batching.native_batches import BatchFailedError
+from mlflow_trt.runtime.batching.microbatch import MicroBatcher, Request
+from mlflow_trt.runtime.batching.native_batches import BatchFailedError, NativeBatches
+from mlflow_trt.runtime.batching.own_threads import Threads
 from mlflow_trt.runtime.batching.pieces import run_pieces
 from mlflow_trt.runtime.batching.plans import Plan, Plans
 from mlflow_trt.runtime.batching.readiness import Prepare
 from mlflow_trt.runtime.batching.shared_work import Work
 from mlflow_trt.runtime.batching.sizes import BatchRows, OutputWithoutRowsError, Sizes, check_rows
 from mlflow_trt.runtime.batching.slots import AnySlot, Slots
-from mlflow_trt.runtime.batching.submissions import Done, PendingAnswer, Submission, SubmittedRequest, Threads
+from mlflow_trt.runtime.batching.submissions import Done, PendingAnswer, Submission, SubmittedRequest
 
 MOST_SLOTS = 2
 """One that the GPU works on and one that is filled meanwhile; a third gained nothing in measurements."""
-
-
-class NativeCalls(Protocol):
-    """Runs calls around Python: NativeBatches, which says more of each method."""
-
-    @property
-    def runs(self) -> Sequence[tuple[int, int]]: ...
-    def takes(self, plan: Plan) -> bool: ...
-    def run(self, plan: Plan, feeds: Feeds) -> Outputs | None: ...
-    def prepare(self, plan: Plan, feeds: Feeds, slots: Sequence[Any]) -> None: ...
-    def close(self) -> None: ...
 
 
 class Scheduler(Generic[AnySlot]):
@@ -61,7 +51,7 @@ class Scheduler(Generic[AnySlot]):
         largest: int | None = None,
         max_batch_delay: float = 0.0,
         prepare: Prepare | None = None,
-        native: Callable[[Slots[AnySlot], BatchAxis], NativeCalls | None] | None = None,
+        native: Callable[[Slots[AnySlot], BatchAxis], NativeBatches[Any] | None] | None = None,
     ) -> None:
         self.slots: Slots[AnySlot] = Slots(make_slot, MOST_SLOTS)
         if prepare is not None:
@@ -221,7 +211,7 @@ class Scheduler(Generic[AnySlot]):
                     self._plans.limit(work.profile, sizes.largest, failure)
                 return
 
-    def _shrink_batches(self, request: QueuedCall, cause: str) -> None:
+    def _shrink_batches(self, request: Request, cause: str) -> None:
         """For a batch of several requests: the next one is to be smaller."""
         self._limit_batches(request.profile, request.sizes, cause)
 
@@ -283,7 +273,7 @@ class Scheduler(Generic[AnySlot]):
             outputs = self._run_at_once(feeds, plan, plan.sizes)
             if outputs is not None:
                 return outputs
-        return self._batcher.run(QueuedCall(feeds, plan.rows, plan.profile, plan.sizes, plan.key_of(feeds)))
+        return self._batcher.run(Request(feeds, plan.rows, plan.profile, plan.sizes, plan.key_of(feeds)))
 
     def _run_at_once(self, feeds: Feeds, plan: Plan, sizes: Sizes) -> Outputs | None:
         """What the batcher would do for a caller that is alone, in half the time; None where it has to."""
@@ -311,7 +301,7 @@ class Scheduler(Generic[AnySlot]):
         # A large batch with nobody to share the GPU with is better copied and uploaded at the same time.
         return not plan.together or (alone and plan.is_large)
 
-    def _run_alone(self, request: QueuedCall) -> Outputs:
+    def _run_alone(self, request: Request) -> Outputs:
         return self._run_in_pieces(request.feeds, request.rows, request.profile)
 
     def _run_whole(self, feeds: Feeds, profile: int) -> Outputs:
