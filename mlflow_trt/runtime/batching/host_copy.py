@@ -56,6 +56,23 @@ def copy_rows(parts: Iterable[tuple[Array, int, int]], target: Array) -> Iterato
     yield len(target)
 
 
+def copies(sources: Sequence[Array]) -> list[Array]:
+    """New arrays with the contents of these, which are contiguous; large ones are copied by several threads.
+
+    The system hands out new memory page by page, at the first touch, which takes longer than the copy itself.
+    """
+    targets = [np.empty(source.shape, source.dtype) for source in sources]
+    pairs = list(zip(sources, targets, strict=True))
+    if sum(source.nbytes for source in sources) <= LEAST_BYTES:
+        for source, target in pairs:
+            _copy_held(source, target)
+    elif native.extension is not None:
+        _copy_natively(native.extension.Copying, pairs)
+    else:
+        _copy_in_blocks(pairs)
+    return targets
+
+
 def _copy_held(source: Array, target: Array) -> None:
     """Copy into an array of the same shape and dtype, both contiguous, without letting go of the interpreter lock.
 
@@ -65,34 +82,23 @@ def _copy_held(source: Array, target: Array) -> None:
         _memory(target)[:] = _memory(source)
 
 
-def copies(sources: Sequence[Array]) -> list[Array]:
-    """New arrays with the contents of these, which are contiguous; large ones are copied by several threads.
+def _copy_natively(copying: Callable[[list[int]], _native.Copying], pairs: Iterable[Copy]) -> None:
+    numbers: list[int] = []
+    for source, target in pairs:
+        numbers += (address(target), address(source), source.nbytes)
+    with closing(copying(numbers)) as job:
+        job.advance(sum(numbers[2::3]))
 
-    The system hands out new memory page by page, at the first touch, which takes longer than the copy itself.
-    """
-    targets = [np.empty(source.shape, source.dtype) for source in sources]
-    if sum(source.nbytes for source in sources) <= LEAST_BYTES:
-        for source, target in zip(sources, targets, strict=True):
-            _copy_held(source, target)
-        return targets
-    if native.extension is not None:
-        numbers = [
-            number
-            for source, target in zip(sources, targets, strict=True)
-            for number in (address(target), address(source), source.nbytes)
-        ]
-        with closing(native.extension.Copying(numbers)) as job:
-            job.advance(sum(source.nbytes for source in sources))
-        return targets
-    pairs = [(_flat(source), _flat(target)) for source, target in zip(sources, targets, strict=True)]
+
+def _copy_in_blocks(pairs: Iterable[Copy]) -> None:
+    flat = [(_flat(source), _flat(target)) for source, target in pairs]
     blocks = [
         (source[start : start + LEAST_BYTES], target[start : start + LEAST_BYTES])
-        for source, target in pairs
+        for source, target in flat
         for start in range(0, len(source), LEAST_BYTES)
     ]
     for _ in _by_threads((0, blocks[thread::THREADS]) for thread in range(min(THREADS, len(blocks)))):
         pass
-    return targets
 
 
 def _copy_rows_natively(
@@ -147,36 +153,36 @@ def _share_out_copies(parts: Iterable[tuple[Array, int, int]], target: Array) ->
     """Copies of about equal size, one group for each thread, and the row at which each group ends."""
     row_bytes = max(1, target.nbytes // max(1, len(target)))
     share = max(1, round(max(LEAST_BYTES, target.nbytes / THREADS) / row_bytes))
-    copies: list[Copy] = []
+    group: list[Copy] = []
     room, end = share, 0
     for source, start, stop in parts:
         end = start
         while end < stop:
             count = min(stop - end, room)
             block = source if len(source) == 1 else source[end - start : end - start + count]
-            copies.append((block, target[end : end + count]))
+            group.append((block, target[end : end + count]))
             end, room = end + count, room - count
             if room == 0:
-                yield end, copies
-                copies, room = [], share
-    if copies or end == 0:
-        yield end, copies
+                yield end, group
+                group, room = [], share
+    if group or end == 0:
+        yield end, group
 
 
-def _work_on(job: Future[None], copies: list[Copy]) -> None:
+def _work_on(job: Future[None], group: list[Copy]) -> None:
     """Make these copies, unless whoever waits for the job has cancelled it."""
     if not job.set_running_or_notify_cancel():
         return
     try:
-        _copy(copies)
+        _copy(group)
     except BaseException as error:  # noqa: BLE001  # raised again by `result`
         job.set_exception(error)
     else:
         job.set_result(None)
 
 
-def _copy(copies: list[Copy]) -> None:
-    for source, target in copies:
+def _copy(group: list[Copy]) -> None:
+    for source, target in group:
         np.copyto(target, source)
 
 

@@ -119,11 +119,8 @@ class Slots(Generic[AnySlot]):
             self._check_open()
             if self._line or not self._available():
                 self._wait_in_line(self._available)
-            self._take_back()
-            if self._free:
-                return self._free.pop()
-            self._made += 1
-        return self._new()
+            slot = self._take()
+        return self._new() if slot is None else slot
 
     def acquire_now(self) -> AnySlot | None:
         """A slot, or None where one would have to wait. Raises SessionClosedError after `close`."""
@@ -131,11 +128,8 @@ class Slots(Generic[AnySlot]):
             self._check_open()
             if self._line or not self._available():
                 return None
-            self._take_back()
-            if self._free:
-                return self._free.pop()
-            self._made += 1
-        return self._new()
+            slot = self._take()
+        return self._new() if slot is None else slot
 
     def trim(self) -> None:
         """Let the slots that nobody uses free what they need not keep."""
@@ -185,6 +179,14 @@ class Slots(Generic[AnySlot]):
         with ExitStack() as stack:  # all of them, whatever one of them raises
             for slot in free:
                 stack.callback(slot.close)
+
+    def _take(self) -> AnySlot | None:
+        """One that is free; None for who is to make one, which is counted already."""
+        self._take_back()
+        if self._free:
+            return self._free.pop()
+        self._made += 1
+        return None
 
     def _new(self) -> AnySlot:
         # Outside of the lock: it takes its time, and others may go on with the slots there are.
