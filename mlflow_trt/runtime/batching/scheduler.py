@@ -82,13 +82,9 @@ class Scheduler(Generic[AnySlot]):
         plan = self._plans.plan(feeds)
         if plan.sizes is None:
             return self._run_whole(feeds, plan.profile)
-        with self._counting:
-            self._calls += 1
-            alone = self._calls == 1
+        alone = self._begin()
         try:
-            return self._run_rows(feeds, plan, alone=alone)
-        except OutputWithoutRowsError as error:
-            return self._run_without_rows(feeds, plan, error)
+            return self._with_rows(feeds, plan, lambda: self._run_rows(feeds, plan, alone=alone))
         finally:
             self._end(plan)
 
@@ -100,9 +96,7 @@ class Scheduler(Generic[AnySlot]):
         plan, answer = self._plans.plan(feeds), PendingAnswer(done)
         self._threads.check_open()
         self.slots.keep_here()
-        with self._counting:
-            self._calls += 1
-            alone = self._calls == 1
+        alone = self._begin()
         try:
             if plan.sizes is None or self._runs_in_pieces(plan, alone=alone):
                 self._threads.do(lambda: self._answer(answer, plan, lambda: self._run_by_itself(feeds, plan)))
@@ -113,12 +107,64 @@ class Scheduler(Generic[AnySlot]):
             raise
         return answer
 
+    def work(self, feeds: Feeds) -> Work | None:
+        """A batch that takes several runs, for several schedulers to take part in; None for any other feeds."""
+        plan = self._plans.plan(feeds)
+        if plan.sizes is None or plan.rows <= plan.sizes.largest:
+            return None
+        return Work(feeds, plan.rows, plan.profile)
+
+    def take_part(self, work: Work) -> None:
+        """Run pieces until none is left; where the GPU has no room for one, smaller ones from there on.
+
+        Raises what the runtime raises, after giving back what was not finished.
+        """
+        with self.slots.kept_here():
+            self._take_part(work)
+
+    def sizes_of(self, profile: int) -> Sizes | None:
+        """The batch sizes that a profile is run in; None where its batches are not cut."""
+        return self._plans.sizes_of(profile)
+
+    def mark_ready(self, feeds: Feeds, profile: int, size: int | None) -> None:
+        """Feeds of so many rows were run in every slot."""
+        self._plans.mark_ready(feeds, profile, size)
+
+    def prepare_native(self, feeds: Feeds, slots: Sequence[AnySlot]) -> None:
+        """Make calls of such rows ready to go around Python, where they can, in these slots, which the caller holds."""
+        plan = self._plans.plan(feeds)
+        if self._native is not None and self._native.takes(plan):
+            self._native.prepare(plan, feeds, slots)
+
+    def close(self) -> None:
+        """Refuse new calls, and wait for those that run."""
+        self._threads.refuse()
+        try:
+            self.slots.close()
+        finally:
+            self._threads.close()
+            if self._native is not None:
+                self._native.close()
+            if self._readiness is not None:
+                self._readiness.close()
+
+    def _begin(self) -> bool:
+        """A call has come. Whether it is the only one."""
+        with self._counting:
+            self._calls += 1
+            return self._calls == 1
+
+    def _end(self, plan: Plan) -> None:
+        """A call has come to its end."""
+        with self._counting:
+            calls = self._calls
+            self._calls -= 1
+        if self._readiness is not None:
+            self._readiness.ran(plan.key, plan.rows * calls if plan.together else plan.rows)
+
     def _submit_together(self, feeds: Feeds, plan: Plan, sizes: Sizes, answer: PendingAnswer) -> None:
         def result(request: SubmittedRequest) -> Outputs:
-            try:
-                return self._batcher.result(request)
-            except OutputWithoutRowsError as error:
-                return self._run_without_rows(feeds, plan, error)
+            return self._with_rows(feeds, plan, lambda: self._batcher.result(request))
 
         def end(request: SubmittedRequest) -> None:
             answer.begun = request.begun
@@ -156,99 +202,36 @@ class Scheduler(Generic[AnySlot]):
         self.slots.let_go()
         self._end(plan)
 
-    def _end(self, plan: Plan) -> None:
-        """A call has come to its end."""
-        with self._counting:
-            calls = self._calls
-            self._calls -= 1
-        if self._readiness is not None:
-            self._readiness.ran(plan.key, plan.rows * calls if plan.together else plan.rows)
-
     def _run_by_itself(self, feeds: Feeds, plan: Plan) -> Outputs:
         if plan.sizes is None:
             return self._run_whole(feeds, plan.profile)
-        try:
-            return self._run_in_pieces(feeds, plan.rows, plan.profile)
-        except OutputWithoutRowsError as error:
-            return self._run_without_rows(feeds, plan, error)
+        return self._with_rows(feeds, plan, lambda: self._run_in_pieces(feeds, plan.rows, plan.profile))
 
-    def _run_without_rows(self, feeds: Feeds, plan: Plan, error: OutputWithoutRowsError) -> Outputs:
-        """Whole, now that the outputs are known to have no rows. Raises the error where the engine cannot do that."""
-        self._plans.run_without_rows(error)
-        if not plan.fits:
-            raise error
+    def _with_rows(self, feeds: Feeds, plan: Plan, run: Callable[[], Outputs]) -> Outputs:
+        """What `run` returns; whole, where that shows that the outputs have no rows, and the engine can do it."""
+        try:
+            return run()
+        except OutputWithoutRowsError as error:
+            self._plans.run_without_rows(error)
+            if not plan.fits:
+                raise
         return self._run_whole(feeds, plan.profile)
 
-    def work(self, feeds: Feeds) -> Work | None:
-        """A batch that takes several runs, for several schedulers to take part in; None for any other feeds."""
-        plan = self._plans.plan(feeds)
-        if plan.sizes is None or plan.rows <= plan.sizes.largest:
-            return None
-        return Work(feeds, plan.rows, plan.profile)
+    def _run_rows(self, feeds: Feeds, plan: Plan, *, alone: bool) -> Outputs:
+        outputs = self._run_natively(feeds, plan)
+        if outputs is not None:
+            return outputs
+        if plan.sizes is None or self._runs_in_pieces(plan, alone=alone):
+            return self._run_in_pieces(feeds, plan.rows, plan.profile)
+        if alone and self._batcher.expects_nobody:
+            outputs = self._run_at_once(feeds, plan, plan.sizes)
+            if outputs is not None:
+                return outputs
+        return self._batcher.run(Request(feeds, plan.rows, plan.profile, plan.sizes, plan.key_of(feeds)))
 
-    def take_part(self, work: Work) -> None:
-        """Run pieces until none is left; where the GPU has no room for one, smaller ones from there on.
-
-        Raises what the runtime raises, after giving back what was not finished.
-        """
-        with self.slots.kept_here():
-            self._take_part(work)
-
-    def _take_part(self, work: Work) -> None:
-        sizes, failure = self._plans.sizes_of(work.profile), ""
-        assert sizes is not None  # noqa: S101  # for the type checker
-        while True:
-            try:
-                self._run_pieces(work, sizes)
-            except OutOfMemoryError as error:
-                smaller = sizes.smaller()
-                if smaller is None:
-                    raise
-                sizes, failure = smaller, error.message
-                self.slots.trim()
-            else:
-                if failure:
-                    self._plans.limit(work.profile, sizes.largest, failure)
-                return
-
-    def _shrink_batches(self, request: Request, cause: str) -> None:
-        """For a batch of several requests: the next one is to be smaller."""
-        self._limit_batches(request.profile, request.sizes, cause)
-
-    def _limit_batches(self, profile: int, sizes: Sizes, cause: str) -> None:
-        self._plans.limit(profile, sizes.largest - 1, cause)
-        self.slots.trim()
-
-    def sizes_of(self, profile: int) -> Sizes | None:
-        """The batch sizes that a profile is run in; None where its batches are not cut."""
-        return self._plans.sizes_of(profile)
-
-    def mark_ready(self, feeds: Feeds, profile: int, size: int | None) -> None:
-        """Feeds of so many rows were run in every slot."""
-        self._plans.mark_ready(feeds, profile, size)
-
-    def prepare_native(self, feeds: Feeds, slots: Sequence[AnySlot]) -> None:
-        """Make calls of such rows ready to go around Python, where they can, in these slots, which the caller holds."""
-        plan = self._plans.plan(feeds)
-        if self._native is not None and self._native.takes(plan):
-            self._native.prepare(plan, feeds, slots)
-
-    def close(self) -> None:
-        """Refuse new calls, and wait for those that run."""
-        self._threads.refuse()
-        try:
-            self.slots.close()
-        finally:
-            self._threads.close()
-            if self._native is not None:
-                self._native.close()
-            if self._readiness is not None:
-                self._readiness.close()
-
-    def _prepare_here(self, prepare: Prepare, profile: int, feeds: Feeds) -> None:
-        # In a slot of its own, which knows nothing of runs that Python knows nothing of.
-        with self.slots.kept_here():
-            prepare(profile, feeds)
+    def _runs_in_pieces(self, plan: Plan, *, alone: bool) -> bool:
+        # A large batch with nobody to share the GPU with is better copied and uploaded at the same time.
+        return not plan.together or (alone and plan.is_large)
 
     def _run_natively(self, feeds: Feeds, plan: Plan) -> Outputs | None:
         """What came of a call that went around Python; None for one that cannot."""
@@ -262,18 +245,6 @@ class Scheduler(Generic[AnySlot]):
             if failure.no_room and plan.sizes is not None:  # while there was some for one request: it was the size
                 self._limit_batches(plan.profile, plan.sizes, "the GPU is out of memory")
             return outputs
-
-    def _run_rows(self, feeds: Feeds, plan: Plan, *, alone: bool) -> Outputs:
-        outputs = self._run_natively(feeds, plan)
-        if outputs is not None:
-            return outputs
-        if plan.sizes is None or self._runs_in_pieces(plan, alone=alone):
-            return self._run_in_pieces(feeds, plan.rows, plan.profile)
-        if alone and self._batcher.expects_nobody:
-            outputs = self._run_at_once(feeds, plan, plan.sizes)
-            if outputs is not None:
-                return outputs
-        return self._batcher.run(Request(feeds, plan.rows, plan.profile, plan.sizes, plan.key_of(feeds)))
 
     def _run_at_once(self, feeds: Feeds, plan: Plan, sizes: Sizes) -> Outputs | None:
         """What the batcher would do for a caller that is alone, in half the time; None where it has to."""
@@ -297,13 +268,6 @@ class Scheduler(Generic[AnySlot]):
         self._count(size)
         return results
 
-    def _runs_in_pieces(self, plan: Plan, *, alone: bool) -> bool:
-        # A large batch with nobody to share the GPU with is better copied and uploaded at the same time.
-        return not plan.together or (alone and plan.is_large)
-
-    def _run_alone(self, request: Request) -> Outputs:
-        return self._run_in_pieces(request.feeds, request.rows, request.profile)
-
     def _run_whole(self, feeds: Feeds, profile: int) -> Outputs:
         with self.slots.kept_here(), self.slots.borrow() as slot:
             slot.launch(BatchRows([feeds], None, 0), profile)
@@ -312,10 +276,30 @@ class Scheduler(Generic[AnySlot]):
         self._count(0)
         return results
 
+    def _run_alone(self, request: Request) -> Outputs:
+        return self._run_in_pieces(request.feeds, request.rows, request.profile)
+
     def _run_in_pieces(self, feeds: Feeds, rows: int, profile: int) -> Outputs:
         work = Work(feeds, rows, profile)
         self.take_part(work)
         return work.outputs
+
+    def _take_part(self, work: Work) -> None:
+        sizes, failure = self._plans.sizes_of(work.profile), ""
+        assert sizes is not None  # noqa: S101  # for the type checker
+        while True:
+            try:
+                self._run_pieces(work, sizes)
+            except OutOfMemoryError as error:
+                smaller = sizes.smaller()
+                if smaller is None:
+                    raise
+                sizes, failure = smaller, error.message
+                self.slots.trim()
+            else:
+                if failure:
+                    self._plans.limit(work.profile, sizes.largest, failure)
+                return
 
     def _run_pieces(self, work: Work, sizes: Sizes) -> None:
         assert self._axis is not None  # noqa: S101  # for the type checker
@@ -326,6 +310,19 @@ class Scheduler(Generic[AnySlot]):
             lambda: self._plans.usable(sizes, work.profile, work.rows, work.feeds),
             self._count,
         )
+
+    def _prepare_here(self, prepare: Prepare, profile: int, feeds: Feeds) -> None:
+        # In a slot of its own, which knows nothing of runs that Python knows nothing of.
+        with self.slots.kept_here():
+            prepare(profile, feeds)
+
+    def _shrink_batches(self, request: Request, cause: str) -> None:
+        """For a batch of several requests: the next one is to be smaller."""
+        self._limit_batches(request.profile, request.sizes, cause)
+
+    def _limit_batches(self, profile: int, sizes: Sizes, cause: str) -> None:
+        self._plans.limit(profile, sizes.largest - 1, cause)
+        self.slots.trim()
 
     def _count(self, size: int) -> None:
         with self._counting:
