@@ -62,8 +62,9 @@ class Readiness:
     """The sizes that are ready.
 
     Args:
-        prepare: makes a size ready.
-        changed: told when there are more, from the thread that prepares them.
+        prepare: makes a size ready; called by one thread at a time.
+        axis: the batch axis.
+        changed: called when there are more, by the thread that made them so.
     """
 
     def __init__(self, prepare: Prepare, axis: BatchAxis, changed: Callable[[], None]) -> None:
