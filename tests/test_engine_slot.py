@@ -8,6 +8,7 @@ import contextlib
 import gc
 import multiprocessing
 import threading
+from functools import partial
 from typing import Any
 
 import fake_gpu
@@ -449,14 +450,15 @@ class TestCompilingBesideCalls:
     @TOGETHER
     def test_calls_are_run_in_the_sizes_there_are(self, delay):
         with fake_gpu.session(max_batch_delay_ms=delay, compile_beside_calls=True) as (session, _, tensorrt):
+            may_begin = threading.Event()
+            assert session._scheduler._readiness._worker.submit(partial(may_begin.wait, PATIENCE))
             check(session, rows(2))
             assert session.runs == {2: 1}
-            tensorrt.may_compile.clear()
             for count in (1, 2, 3, 7, 16, 40):
                 check(session, rows(count, seed=count))
             assert set(session.runs) == {2}
             assert session.runs[2] == 1 + 1 + 1 + 2 + 4 + 8 + 20
-            tensorrt.may_compile.set()
+            may_begin.set()
             wait_for(lambda: {shape[0] for shape in tensorrt.compiled.copy()} == {1, 2, 4, 8, 16})
             wait_for(lambda: not session._scheduler._readiness._worker._thread)
             for count in (1, 7, 16):
