@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +36,7 @@ from mlflow_trt.deploy.serve.front_ends.memory import (
 )
 from mlflow_trt.deploy.serve.front_ends.processes import FrontEnds
 from mlflow_trt.deploy.serve.http import Exchange
+from mlflow_trt.deploy.serve.inference import _Watch
 from mlflow_trt.deploy.serve.limits import Limits
 from mlflow_trt.deploy.serve.problems import DisconnectedError, HttpError
 from mlflow_trt.deploy.serve.statistics import Statistics
@@ -510,6 +512,30 @@ class TestEnds:
 
         within(app, use)
         calls.close()
+
+    def test_a_request_that_was_watched_goes_before_the_garbage_collector_comes(self):
+        """And with it the memory of a front end that ended meanwhile."""
+
+        async def use():
+            async def receive():
+                await asyncio.Event().wait()
+
+            loop = asyncio.get_running_loop()
+            watch = _Watch(loop, Exchange({"headers": []}, receive, receive), loop.create_future())
+            watch._begin()
+            await asyncio.sleep(0)
+            known = weakref.ref(receive)
+            watch.stop()
+            del watch, receive
+            for _ in range(3):
+                await asyncio.sleep(0)
+            assert known() is None
+
+        gc.disable()
+        try:
+            asyncio.run(use())
+        finally:
+            gc.enable()
 
     @pytest.mark.parametrize("size", [10, 1 << 18])
     def test_an_answer_that_is_none_ends_its_request(self, size, caplog):

@@ -139,6 +139,7 @@ class _Watch:
         self._handle.cancel()
         if self._task is not None:
             self._task.cancel()
+            self._task = None  # its error will know the frames that know it, and the request
 
     def _begin(self) -> None:
         self._task = asyncio.ensure_future(self._look())
