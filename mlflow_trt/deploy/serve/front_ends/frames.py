@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import orjson
 
 Told = dict[str, Any]
 _LENGTHS = struct.Struct("<IQ")  # of the JSON, and of the bytes
+
+
+def told_headers(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
+    """HTTP headers for JSON, which has no bytes."""
+    return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
+
+
+def headers_of(told: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
+    """What `told_headers` was given."""
+    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in told]
 
 
 class Frames(asyncio.Protocol):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import uvicorn
 
 from mlflow_trt.deploy.serve.front_ends import SIGNALS
-from mlflow_trt.deploy.serve.front_ends.frames import Frames, Told
+from mlflow_trt.deploy.serve.front_ends.frames import Frames, Told, headers_of, told_headers
 from mlflow_trt.deploy.serve.front_ends.memory import REQUEST_BYTES, SMALL, Blocks, map_memory
 from mlflow_trt.deploy.serve.uvicorn_config import Message, Receive, Scope, Send, uvicorn_config
 
@@ -168,8 +168,7 @@ class Relay:
             if "at" in told:
                 data = bytes(self._memory[told["at"] : told["at"] + told["size"]])
                 self.frames.tell({"free": told["at"]})
-            headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in told["headers"]]
-            self._settle(told["answer"], _Answer(told["status"], headers, data))
+            self._settle(told["answer"], _Answer(told["status"], headers_of(told["headers"]), data))
         elif "wanted" in told:
             if (call := self._calls.get(told["wanted"])) is not None:
                 call.wanted.set()
@@ -213,7 +212,7 @@ def _told_scope(scope: Scope) -> Told:
         "path": scope["path"],
         "raw_path": scope["raw_path"].decode("latin-1"),
         "query_string": scope["query_string"].decode("latin-1"),
-        "headers": [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]],
+        "headers": told_headers(scope["headers"]),
         "client": scope["client"],
         "server": scope["server"],
     }

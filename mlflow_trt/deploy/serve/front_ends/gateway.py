@@ -13,7 +13,7 @@ import numpy as np
 
 from mlflow_trt.core.arrays import Array
 from mlflow_trt.core.log import get_logger
-from mlflow_trt.deploy.serve.front_ends.frames import Frames, Told
+from mlflow_trt.deploy.serve.front_ends.frames import Frames, Told, headers_of, told_headers
 from mlflow_trt.deploy.serve.front_ends.memory import ANSWER_BYTES, REQUEST_BYTES, SMALL, Blocks, map_memory
 from mlflow_trt.deploy.serve.uvicorn_config import Application, Message, Scope
 
@@ -81,8 +81,7 @@ class Gateway:
 
     def answer(self, number: int, start: Message, body: bytes) -> None:
         """Send an answer to the front end."""
-        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in start["headers"]]
-        told: Told = {"answer": number, "status": start["status"], "headers": headers}
+        told: Told = {"answer": number, "status": start["status"], "headers": told_headers(start["headers"])}
         block = self._answers.take(len(body)) if len(body) > SMALL else None
         if block is None:
             self.frames.tell(told, body)
@@ -181,7 +180,7 @@ def _scope(told: Told) -> Scope:
         "root_path": "",
         "raw_path": told["raw_path"].encode("latin-1"),
         "query_string": told["query_string"].encode("latin-1"),
-        "headers": [(name.encode("latin-1"), value.encode("latin-1")) for name, value in told["headers"]],
+        "headers": headers_of(told["headers"]),
         "client": _address(told["client"]),
         "server": _address(told["server"]),
     }
