@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from mlflow_trt.core.arrays import Feeds, Outputs
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.errors import ExecutionError
-from mlflow_trt.runtime.batching.own_threads import Threads
+from mlflow_trt.runtime.batching.own_threads import Threads, start_thread
 from mlflow_trt.runtime.batching.scheduler import MOST_SLOTS
 from mlflow_trt.runtime.batching.shared_work import Work
 from mlflow_trt.runtime.batching.submissions import Done, PendingAnswer, Submission
@@ -195,10 +195,8 @@ class Replicas:
         helpers = []
         try:
             for ordinal in able[1:]:
-                helper = threading.Thread(target=take_part, args=(ordinal,), name="mlflow-trt-replica")
-                try:
-                    helper.start()
-                except RuntimeError:  # the system has no thread to give: those that take part do the rest
+                helper = start_thread("replica", take_part, ordinal)
+                if helper is None:  # those that take part do the rest
                     break
                 helpers.append(helper)
             take_part(able[0])
