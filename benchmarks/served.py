@@ -223,6 +223,9 @@ class CpuSeconds(NamedTuple):
         second = os.sysconf("SC_CLK_TCK")
         return cls(sum(ticks.values()) / second, ticks.get(server.pid, 0) / second)
 
+    def since(self, before: CpuSeconds) -> CpuSeconds:
+        return CpuSeconds(self.all - before.all, self.first - before.first)
+
 
 def resident_bytes(pid: int | str = "self") -> int:
     """Memory of a process, this one if none is named."""

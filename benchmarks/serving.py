@@ -102,18 +102,15 @@ def measure(case: Case, plan: Plan, console: Console) -> Iterator[Measured]:
 def _in_turns(case: Case, targets: list[Target], clients: int, plan: Plan) -> Iterator[Measured]:
     """What the clients of each server see, in rounds: a machine that gets slower or faster does so for all."""
     seen: dict[str, list[list[Answer]]] = {target.name: [] for target in targets}
-    used = {name: CpuSeconds(0, 0) for name in seen}
+    used: dict[str, list[CpuSeconds]] = {name: [] for name in seen}
     for _ in range(plan.rounds):
         for target in targets:
             before = CpuSeconds.of(target.server)
             seen[target.name].append(drive(target.server.address, target.requests, clients, plan.seconds))
-            after, so_far = CpuSeconds.of(target.server), used[target.name]
-            used[target.name] = CpuSeconds(
-                *(one + end - begin for one, end, begin in zip(so_far, after, before, strict=True))
-            )
+            used[target.name].append(CpuSeconds.of(target.server).since(before))
     for target in targets:
         load = summarized(clients, seen[target.name])
-        cpu, model_cpu = (1e3 * seconds / max(1, load.requests) for seconds in used[target.name])
+        cpu, model_cpu = (1e3 * sum(rounds) / max(1, load.requests) for rounds in zip(*used[target.name], strict=True))
         is_ours = isinstance(target.server, TensorServer)
         yield Measured(
             case=case.name, target=target.name, load=load, cpu_ms=cpu, model_cpu_ms=model_cpu if is_ours else None
