@@ -8,6 +8,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -114,6 +115,29 @@ def no_threads() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         yield
+
+
+@contextlib.contextmanager
+def keep_asking(ask: Callable[[int], object], clients: int) -> Iterator[list[object]]:
+    """Call `ask` again and again for the length of a block, in so many threads, with their numbers.
+
+    Gives what came of it so far, and raises what `ask` raised.
+    """
+    answers: list[object] = []
+    ended = threading.Event()
+
+    def ask_again(number: int) -> None:
+        while not ended.is_set():
+            answers.append(ask(number))
+
+    with ThreadPoolExecutor(clients) as pool:
+        asking = [pool.submit(ask_again, number) for number in range(clients)]
+        try:
+            yield answers
+        finally:
+            ended.set()
+        for one in asking:
+            one.result()
 
 
 def reference(source: OnnxModel) -> OnnxRuntimeSession:

@@ -142,6 +142,16 @@ def test_what_was_told_when_the_connection_ends_is_not_written():
     asyncio.run(send())
 
 
+async def until(condition):
+    """Wait until it holds, as `wait_for` does for threads."""
+
+    async def look():
+        while not condition():
+            await asyncio.sleep(0.001)
+
+    await asyncio.wait_for(look(), PATIENCE)
+
+
 class Client:
     """What uvicorn would be to the relay, for one request."""
 
@@ -202,8 +212,8 @@ class Pair:
         await loop.create_unix_connection(lambda: pair.relay.frames, sock=theirs)
         try:
             yield pair
-            await pair.until(lambda: pair.relay._blocks._free == [(0, REQUEST_BYTES)])
-            await pair.until(lambda: pair.gateway._answers._free == [(REQUEST_BYTES, REQUEST_BYTES + ANSWER_BYTES)])
+            await until(lambda: pair.relay._blocks._free == [(0, REQUEST_BYTES)])
+            await until(lambda: pair.gateway._answers._free == [(REQUEST_BYTES, REQUEST_BYTES + ANSWER_BYTES)])
             assert not pair.gateway._requests
             assert not pair.relay._calls
             assert not pair.gateway._bodies
@@ -211,13 +221,6 @@ class Pair:
             pair.gateway.frames.close()
             pair.relay.frames.close()
             await pair.gateway.lost
-
-    async def until(self, condition):
-        async def look():
-            while not condition():
-                await asyncio.sleep(0.001)
-
-        await asyncio.wait_for(look(), PATIENCE)
 
 
 def within(app, use):
@@ -245,6 +248,31 @@ async def echo(scope, receive, send):
     parts = await body_of(receive)
     await send({**WHOLE, "headers": [(b"parts", b"%d" % len(parts)), (b"x", b"\xff")]})
     await send({"type": "http.response.body", "body": b"".join(bytes(part) for part in parts)})
+
+
+def reading(ended):
+    """An application that reads the body, and notes that its client left before it had come."""
+
+    async def app(_scope, receive, _send):
+        try:
+            await body_of(receive)
+        except ConnectionError:
+            ended.append("left")
+
+    return app
+
+
+def waiting(waits, ended):
+    """One that waits for its client to leave, notes what it heard, and answers nobody."""
+
+    async def app(_scope, receive, send):
+        await body_of(receive)
+        waits.set()
+        ended.append((await receive())["type"])
+        await send(WHOLE)
+        await send({"type": "http.response.body", "body": numbers(1 << 20)})
+
+    return app
 
 
 def numbers(size, seed=0):
@@ -314,8 +342,8 @@ class TestRequests:
             parts = [int(dict(client.headers)[b"parts"]) for client in clients]
             assert min(parts) == 1
             assert max(parts) > 1
-            await pair.until(lambda: pair.relay._blocks._free == [(0, 1 << 20)])
-            await pair.until(lambda: pair.gateway._answers._free == [(1 << 20, 2 << 20)])
+            await until(lambda: pair.relay._blocks._free == [(0, 1 << 20)])
+            await until(lambda: pair.gateway._answers._free == [(1 << 20, 2 << 20)])
             pair.relay._blocks = Blocks(0, REQUEST_BYTES)
             pair.gateway._answers = Blocks(REQUEST_BYTES, ANSWER_BYTES)
 
@@ -393,12 +421,6 @@ class TestEnds:
     def test_a_client_that_goes_away_while_it_sends(self, size):
         ended = []
 
-        async def app(_scope, receive, _send):
-            try:
-                await body_of(receive)
-            except ConnectionError:
-                ended.append("left")
-
         async def use(pair):
             client = Client(pair, numbers(size), chunk=1 << 12)
             client.scope["headers"] = [(b"content-length", b"%d" % (2 * size))]
@@ -406,16 +428,11 @@ class TestEnds:
             await client.ask()
             assert client.status is None
 
-        within(app, use)
+        within(reading(ended), use)
         assert ended == ["left"]
 
     def test_a_client_that_goes_away_while_it_waits(self):
         waits, ended = asyncio.Event(), []
-
-        async def app(_scope, receive, _send):
-            await body_of(receive)
-            waits.set()
-            ended.append((await receive())["type"])
 
         async def use(pair):
             client = Client(pair, numbers(1 << 20))
@@ -424,7 +441,7 @@ class TestEnds:
             client.leave()
             await asking
 
-        within(app, use)
+        within(waiting(waits, ended), use)
         assert ended == ["http.disconnect"]
 
     @pytest.mark.parametrize("has_front_end", [True, False])
@@ -561,12 +578,6 @@ class TestEnds:
         """And the server works on it no longer."""
         ended = []
 
-        async def app(_scope, receive, _send):
-            try:
-                await body_of(receive)
-            except ConnectionError:
-                ended.append("left")
-
         async def fail():
             raise RuntimeError("no more")
 
@@ -578,26 +589,19 @@ class TestEnds:
             with pytest.raises(RuntimeError, match="no more"):
                 await client.ask()
 
-        within(app, use)
+        within(reading(ended), use)
         assert ended == ["left"]
 
     def test_a_front_end_that_is_no_more_lets_its_requests_end(self):
         waits, ended = asyncio.Event(), []
 
-        async def app(_scope, receive, send):
-            await body_of(receive)
-            waits.set()
-            ended.append((await receive())["type"])
-            await send(WHOLE)
-            await send({"type": "http.response.body", "body": numbers(1 << 20)})  # nobody is there
-
         async def use():
-            async with Pair.of(app) as pair:
+            async with Pair.of(waiting(waits, ended)) as pair:
                 asking = asyncio.ensure_future(Client(pair, numbers(1 << 20)).ask())
                 await waits.wait()
                 pair.relay.frames.close()
                 await pair.gateway.lost
-                await pair.until(lambda: not pair.gateway._requests)
+                await until(lambda: not pair.gateway._requests)
                 assert await asking == b'{"error":"the server has ended"}'
                 later = Client(pair)
                 assert await later.ask() == b'{"error":"the server has ended"}'
@@ -628,13 +632,6 @@ class TestProcesses:
         finally:
             await asyncio.wait_for(front_ends.stop(lambda: True), PATIENCE)
 
-    async def until(self, condition):
-        async def look():
-            while not condition():
-                await asyncio.sleep(0.001)
-
-        await asyncio.wait_for(look(), PATIENCE)
-
     async def ask(self):
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write(b"POST / HTTP/1.1\r\nContent-Length: 4\r\nConnection: close\r\n\r\n1234")
@@ -654,10 +651,10 @@ class TestProcesses:
                     (process,) = front_ends._running.values()
                     assert os.getsid(process.pid) == process.pid  # no terminal asks for a password, or sends Ctrl-C
                     process.kill()
-                    await self.until(lambda ended=process: list(front_ends._running.values()) not in ([], [ended]))
+                    await until(lambda ended=process: list(front_ends._running.values()) not in ([], [ended]))
                     if is_ready:  # if not, the next one is killed while it starts
                         assert (await self.ask()).startswith(b"HTTP/1.1 200 OK")
-                        await self.until(lambda: maps_of_memory() == before)
+                        await until(lambda: maps_of_memory() == before)
 
         try:
             asyncio.run(use())
@@ -695,7 +692,7 @@ class TestProcesses:
                 monkeypatch.setattr(owner, name, value)
                 (process,) = front_ends._running.values()
                 process.kill()
-                await self.until(lambda: lost)
+                await until(lambda: lost)
 
         asyncio.run(use())
         assert reason in lost[0]

@@ -10,8 +10,6 @@ import json
 import os
 import signal
 import socket
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import networks
@@ -20,7 +18,7 @@ import pytest
 import requests
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
-from helpers import PATIENCE, save_networks, wait_for
+from helpers import PATIENCE, keep_asking, save_networks, wait_for
 from test_serve import assert_same, inputs_of
 
 import mlflow_trt
@@ -125,26 +123,18 @@ def test_mlflows_wire_and_what_the_server_tells(server, session):
 def test_a_front_end_that_is_killed(server, product_weights):
     """Its clients find another one, and it is replaced; nobody else notices."""
     before = front_ends_of(server)
-    answered, ended = [], threading.Event()
 
     def ask(seed):
         x = networks.rows(200, seed=seed)
-        while not ended.is_set():
-            with Client(server.address, model="product", retries=10, backoff=0.01) as client:  # a new connection
-                answered.append(np.allclose(client.predict({"x": x})["y"], x @ product_weights, atol=1e-3))
+        with Client(server.address, model="product", retries=10, backoff=0.01) as client:  # a new connection each time
+            return np.allclose(client.predict({"x": x})["y"], x @ product_weights, atol=1e-3)
 
-    with ThreadPoolExecutor(4) as pool:
-        asking = [pool.submit(ask, seed) for seed in range(4)]
-        try:
-            wait_for(lambda: len(answered) > 20)
-            os.kill(before[0], signal.SIGKILL)
-            wait_for(lambda: len(set(front_ends_of(server)) - set(before)) == 1)
-            now = len(answered)
-            wait_for(lambda: len(answered) > now + 40)
-        finally:
-            ended.set()
-        for one in asking:
-            one.result()
+    with keep_asking(ask, 4) as answered:
+        wait_for(lambda: len(answered) > 20)
+        os.kill(before[0], signal.SIGKILL)
+        wait_for(lambda: len(set(front_ends_of(server)) - set(before)) == 1)
+        now = len(answered)
+        wait_for(lambda: len(answered) > now + 40)
     assert all(answered)
     assert len(front_ends_of(server)) == 2
     assert "A front end ended with status -9; another one takes its place" in server.log()

@@ -7,15 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import networks
 import numpy as np
 import pytest
 import requests
-from helpers import save_networks, wait_for
+from helpers import keep_asking, save_networks, wait_for
 from installed import installed
 
 import mlflow_trt
@@ -104,30 +102,23 @@ def test_two_processes_on_one_port(product_folder, product_weights):
     second = TensorServer(
         str(product_folder), model_config=CPU, options=["--reuse-port", "--access-log", "--port", str(first.port)]
     )
-    answered, ended = [], threading.Event()
 
     def ask(seed):
         x = networks.rows(3, seed=seed)
-        while not ended.is_set():
-            with Client(first.address, retries=5, backoff=0.01) as client:  # a new connection each time
-                answered.append(np.allclose(client.predict({"x": x})["y"], x @ product_weights, atol=1e-4))
+        with Client(first.address, retries=5, backoff=0.01) as client:  # a new connection each time
+            return np.allclose(client.predict({"x": x})["y"], x @ product_weights, atol=1e-4)
 
     def has_answered(server):
         return "/v2/models/product/infer" in server.log()
 
-    with running(first), ThreadPoolExecutor(4) as pool:
+    with running(first):
         try:
             wait_for(lambda: "Serving at" in second.log())
-            asking = [pool.submit(ask, seed) for seed in range(4)]
-            try:
+            with keep_asking(ask, 4) as answered:
                 wait_for(lambda: has_answered(first) and has_answered(second))
                 os.kill(second.pid, signal.SIGKILL)
                 before = len(answered)
                 wait_for(lambda: len(answered) > before + 20)
-            finally:
-                ended.set()
-            for one in asking:
-                one.result()
         finally:
             second.stop()
     assert all(answered)
