@@ -18,7 +18,7 @@ from test_precision import typed_model
 from test_triton import engine, parse, schema, with_engines  # noqa: F401  # fixtures
 
 import mlflow_trt
-from mlflow_trt import AccuracyError, InputDtypeError, UnsupportedModelError
+from mlflow_trt import AccuracyError, InputDtypeError, Tolerance, UnsupportedModelError
 from mlflow_trt.convert.onnx.narrow import has_float64
 from mlflow_trt.deploy.triton import export_triton
 from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
@@ -98,6 +98,63 @@ def test_what_float32_cannot_hold_is_refused(tmp_path):
         )
         with pytest.raises(UnsupportedModelError, match="constant large is of float64, .* too large for float32"):
             typed_model(source, tmp_path, "fp32")
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        "m = Max (x, least) y = Log (m)",
+        "s = Shape (x) filled = ConstantOfShape <value = double[1] {1e-40}> (s) y = Div (x, filled)",
+        "m = Mul (x, small) y = Div (m, small)",
+    ],
+)
+def test_a_setting_that_float32_has_not_is_refused(nodes, tmp_path):
+    """It would be 0, or what a GPU makes of it: the logarithm of the least number is finite, and that of 0 is not."""
+    source = model(
+        f"(double[batch, 16] x) => (double[batch, 16] y) <double least = {{2.2250738585072014e-308}}> {{ {nodes} }}"
+    )
+    source.graph.initializer.append(onnx.numpy_helper.from_array(np.linspace(1e-50, 2e-50, 16), "small"))
+    with pytest.raises(UnsupportedModelError, match="is of float64, .* has [12].*e-[0-9]+, which is too small for"):
+        typed_model(source, tmp_path, "fp32")
+
+
+def test_single_weights_may_vanish(tmp_path):
+    source = wide_product()
+    weights = onnx.numpy_helper.to_array(source.graph.initializer[0]).copy()
+    weights.reshape(-1)[:3] = 1e-60
+    assert weights.size > 8
+    source.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(weights, source.graph.initializer[0].name))
+    typed = typed_model(source, tmp_path, "fp32", tolerance=Tolerance(relative_error=1e-6))
+    assert not typed.comparison.problems
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        "n = Constant <value_int = 16> () w = HannWindow <output_datatype = 11> (n) y = Mul (x, w)",
+        "y = LayerNormalization <stash_type = 11> (x, scale)",
+    ],
+)
+def test_every_attribute_that_names_a_type_counts(nodes, tmp_path):
+    kind = "double" if "Window" in nodes else "float"
+    source = model(f"({kind}[batch, 16] x) => ({kind}[batch, 16] y) {{ {nodes} }}")
+    source.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(16, np.float32), "scale"))
+    assert has_float64(source)
+    typed = typed_model(source, tmp_path, "fp16", tolerance=Tolerance(relative_error=1e-3))
+    assert not has_float64(onnx.load(typed.path))
+    assert not typed.comparison.problems
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_what_float32_makes_another_shape_of_is_refused(precision, tmp_path):
+    """From 0 to 0.3 by 0.1 are three numbers in float64, and four in float32."""
+    source = model(
+        "(double[batch, 3] x) => (double[batch, 3] y) "
+        "<double start = {0.0}, double limit = {0.3}, double step = {0.1}> "
+        "{ numbers = Range (start, limit, step) y = Mul (x, numbers) }"
+    )
+    with pytest.raises(UnsupportedModelError, match="float64|nothing is known of the values"):
+        typed_model(source, tmp_path, precision, tolerance=Tolerance(relative_error=1e-3))
 
 
 def test_what_float32_costs_is_measured_without_a_gpu(tmp_path):

@@ -169,6 +169,62 @@ def test_weights_that_are_computed_from_constants_are_quantized(kind, tmp_path):
     assert 0 < typed.comparison.relative_error < 0.02
 
 
+@pytest.mark.parametrize("operator", ["ReduceL2", "ReduceMean", "ReduceSumSquare"])
+def test_sums_of_float16_constants_may_be_large_on_the_way(operator, tmp_path):
+    """The norm of these weights is 1,200, and their squares are beyond float16; so is the sum of the others."""
+    stored = {"ReduceL2": 150.0, "ReduceMean": 2000.0, "ReduceSumSquare": 25.0}[operator]
+    half = TensorProto.FLOAT16
+    model = networks.model(
+        [
+            helper.make_node(operator, ["v"], ["size"], axes=[0], keepdims=1),
+            helper.make_node("Div", ["v", "size"], ["w"]),
+            helper.make_node("MatMul", ["x", "w"], ["y"]),
+        ],
+        [networks.value("x", half, ["batch", 64])],
+        [networks.value("y", half, ["batch", 16])],
+        [networks.constant("v", np.full((64, 16), stored, np.float16) * np.linspace(0.9, 1, 16, dtype=np.float16))],
+    )
+    model.opset_import[0].version = 13
+    data = {"x": np.random.default_rng(0).standard_normal((16, 64)).astype(np.float16)}
+    typed = typed_model(model, tmp_path, "fp16", data)
+    assert "Div" not in {node.op_type for node in onnx.load(typed.path).graph.node}  # it was folded
+    assert typed.comparison.relative_error < 5e-3
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+@pytest.mark.parametrize("opset", [7, 9])
+def test_models_whose_initializers_are_inputs(opset, precision, tmp_path):
+    """As the third version of the IR wants it, and exporters of that time write it."""
+    model = networks.product()
+    model.ir_version, model.opset_import[0].version = 3, opset
+    model.graph.input.append(networks.value("w", networks.FLOAT, [16, 8]))
+    typed = typed_model(model, tmp_path, precision, {"x": networks.rows(16)})
+    onnx.checker.check_model(str(typed.path), full_check=True)
+    assert typed.report.share == 1
+    assert 0 < typed.comparison.relative_error < 0.02
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+def test_what_is_no_tensor_stays_as_it_is(precision, tmp_path):
+    """TensorRT refuses it; until then nothing is known of its type."""
+    model = networks.model(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["h"]),
+            helper.make_node("SequenceConstruct", ["h", "h"], ["s"]),
+            helper.make_node("SequenceAt", ["s", "one"], ["y"]),
+        ],
+        [networks.value("x", networks.FLOAT, ["batch", 16])],
+        [networks.value("y", networks.FLOAT, ["batch", 16])],
+        [networks.constant("w", W), networks.constant("one", np.int64(1))],
+    )
+    typed = typed_model(model, tmp_path, precision, {"x": networks.rows(16)})
+    assert 0 < typed.comparison.relative_error < 0.02
+    if precision != "int8":
+        assert reasons(typed) == dict.fromkeys(
+            ("SequenceConstruct_0", "SequenceAt_0"), "s is no tensor, or its type is not known"
+        )
+
+
 @pytest.mark.slow
 def test_where_there_is_nothing_to_quantize_the_error_says_so(tmp_path):
     with pytest.raises(UnsupportedModelError, match="nothing of this model runs in int8: no node is one of Conv"):

@@ -36,6 +36,24 @@ from mlflow_trt.store.folder import read_folder
 DATA = {"x": networks.rows(32)}
 
 
+def test_what_was_rewritten_is_compared(tmp_path):
+    """It is no longer the source model, of which there would be nothing to compare without a GPU."""
+    model = networks.model(
+        [helper.make_node("GroupNormalization", ["x", "scale", "bias"], ["y"], num_groups=2)],
+        [networks.value("x", networks.FLOAT, ["batch", 4, 6])],
+        [networks.value("y", networks.FLOAT, ["batch", 4, 6])],
+        [networks.constant("scale", np.float32([1.5, 0.5])), networks.constant("bias", np.float32([0.1, 0.3]))],
+    )
+    model.opset_import[0].version = 18
+    mlflow_trt.save_model(model, tmp_path / "m")
+    record = read_folder(tmp_path / "m").record
+    (comparison,) = record.comparisons
+    assert comparison.subject == "the fp32 model, on ONNX Runtime,"
+    assert comparison.verdict is Verdict.PASSED
+    assert comparison.relative_error < 1e-5
+    assert not any("the accuracy was not measured" in remark for remark in record.remarks)
+
+
 def test_numbers_are_in_the_record_the_params_and_the_metrics(store):
     info = mlflow_trt.log_model(networks.product(), name="m", precision="fp16", calibration_data=DATA)
     record = read_record(info.model_uri)

@@ -181,15 +181,16 @@ class _Unchanged:
         path = _typed_path(self._workdir, self._recipe.precision)
         write_model(rewritten.proto, rewritten.folder, path)
         written = _written(path, report, source)
-        if rewritten.is_narrowed and self._tolerance is not None:
-            return self._compared(written, self._tolerance)
-        return written
+        return written if self._tolerance is None else self._compared(written, self._tolerance)
 
     def _compared(self, typed: TypedModel, tolerance: Tolerance) -> TypedModel:
         """With how far it is off; as it is where ONNX Runtime cannot tell, which whoever verifies it says."""
         names, samples = [spec.name for spec in self._source.outputs], self._samples
         try:
             reference = reference_outputs(self._source, samples.feeds)
+        except (RuntimeUnavailableError, ExecutionError, InputError):
+            return typed
+        try:
             runner = IsolatedModel(typed.path, optimize=False)
             comparison = compare(
                 f"the {self._recipe.precision} model, on ONNX Runtime,",
@@ -201,8 +202,16 @@ class _Unchanged:
                 tolerance,
                 batch_axis=self._batch_axis,
             )
-        except (RuntimeUnavailableError, ExecutionError, InputError):
-            return typed
+        except OutOfMemoryError:
+            raise
+        except ExecutionError as error:
+            if self._rewritten.is_narrowed:
+                raise UnsupportedModelError(
+                    "the model computes with float64, which TensorRT has not, and with float32 in its place it does "
+                    f"not run on ONNX Runtime: {error.message}. Export the model in float32, or log it with "
+                    "mlflow.onnx, which runs it on ONNX Runtime"
+                ) from error
+            return replace(typed, reference=reference)
         return replace(typed, comparison=comparison, reference=reference)
 
     def _report(self) -> PrecisionReport:

@@ -93,7 +93,7 @@ def measure_conversion(
         remarks.append("there is no golden sample for a self-test, since a single row is too large to be stored")
     reason = why_not_here(conversion, settings)
     if reason is not None:
-        remarks += _remark_on_engine(reason, is_all=not comparisons, precision=conversion.recipe.precision)
+        remarks += _remark_on_engine(reason, conversion)
     else:
         engine = _compare_engine(conversion, reference, tolerance, settings)
         comparisons.append(engine)
@@ -157,14 +157,15 @@ def metrics_of(comparisons: Iterable[Comparison]) -> dict[str, float]:
     return metrics
 
 
-def _remark_on_engine(reason: str, *, is_all: bool, precision: Precision) -> list[str]:
+def _remark_on_engine(reason: str, conversion: Conversion) -> list[str]:
     """What was not measured, where the engine does not run here."""
-    if not is_all:
+    if conversion.typed.comparison is not None:
         _log.info("The engine is not compared here: %s", reason)
         return []
+    why = "is the source model itself" if conversion.typed.is_source else "does not run on ONNX Runtime"
     remark = (
-        f"the accuracy was not measured: the engine cannot run here ({reason}), and the {precision} typed model, which "
-        "could be compared in its place, is the source model itself. Run `mlflow-trt verify` where there is a GPU"
+        f"the accuracy was not measured: the engine cannot run here ({reason}), and the {conversion.recipe.precision} "
+        f"typed model, which could be compared in its place, {why}. Run `mlflow-trt verify` where there is a GPU"
     )
     _log.info("%s", remark)
     return [remark]

@@ -21,6 +21,8 @@ _FOLDED = frozenset(
 )
 """Operators that exporters leave between a weight and the node that reads it: what they could not fold, the norms of
 weights, low-rank additions."""
+_SUMMING = frozenset({"MatMul", "ReduceL2", "ReduceMean", "ReduceSum", "ReduceSumSquare"})
+"""Sums of float16 are made in float32, as ONNX Runtime does: on the way to a norm or a mean they may be too large."""
 _TYPES: frozenset[int] = frozenset(
     {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL}
 )
@@ -84,20 +86,35 @@ def _compute(
     feeds = {name: read_weights(tensor, folder) for name, tensor in tensors.items()}
     if node.op_type == "DequantizeLinear":
         return _dequantize(node, feeds)
+    size, kind = sum(array.nbytes for array in feeds.values()), _result_type(node, tensors)
+    if node.op_type in _SUMMING:
+        halves = {name for name, array in feeds.items() if array.dtype == np.float16}
+        feeds = {name: array.astype(np.float32) if name in halves else array for name, array in feeds.items()}
     inputs = [
-        helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims)) for name, tensor in tensors.items()
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        for name, array in feeds.items()
     ]
     outputs = [helper.make_empty_tensor_value_info(name) for name in node.output]
     graph = helper.make_graph([node], "one", inputs, outputs)
     single = helper.make_model(graph, opset_imports=list(model.opset_import))
     try:
         with np.errstate(all="ignore"):
-            results = [np.asarray(result) for result in ReferenceEvaluator(single).run(None, feeds)]
+            results = [np.asarray(result).astype(kind) for result in ReferenceEvaluator(single).run(None, feeds)]
     except Exception:  # noqa: BLE001  # whatever keeps it from computing: the node stays, and computes at run time
         return None
-    size = sum(array.nbytes for array in feeds.values())
     supported = all(helper.np_dtype_to_tensor_dtype(result.dtype) in _TYPES for result in results)
     return results if supported and sum(result.nbytes for result in results) <= _GROWTH * max(size, 1024) else None
+
+
+def _result_type(node: NodeProto, tensors: dict[str, TensorProto]) -> npt.DTypeLike:
+    """That of its first operand, but for the two operators that name another one."""
+    attributes = {attribute.name: attribute for attribute in node.attribute}
+    if node.op_type == "Cast":
+        return helper.tensor_dtype_to_np_dtype(attributes["to"].i)
+    if node.op_type == "ConstantOfShape":
+        value = attributes.get("value")
+        return helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT if value is None else value.t.data_type)
+    return helper.tensor_dtype_to_np_dtype(tensors[node.input[0]].data_type)
 
 
 def _dequantize(node: NodeProto, feeds: dict[str, npt.NDArray[np.generic]]) -> list[npt.NDArray[np.generic]] | None:

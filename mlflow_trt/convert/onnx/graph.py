@@ -31,11 +31,8 @@ from mlflow_trt.convert.onnx.rewrite import (
     open_ir,
     remove_unused_nodes,
 )
-from mlflow_trt.convert.onnx.weights import WeightFile, detach_weights, read_weights
+from mlflow_trt.convert.onnx.weights import SETTING, WeightFile, detach_weights, read_weights
 from mlflow_trt.convert.onnx.widen import widen_float16
-
-SETTING = 8
-"""Constants of up to so many values are settings of a node, such as an epsilon, rather than weights."""
 
 
 @dataclass(frozen=True, kw_only=True)

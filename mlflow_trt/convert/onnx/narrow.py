@@ -11,11 +11,15 @@ from onnx import ModelProto, TensorProto
 
 from mlflow_trt.convert.onnx.insert import label
 from mlflow_trt.convert.onnx.model import bodies_of, graphs_below, tensors_of
+from mlflow_trt.convert.onnx.weights import SETTING
 from mlflow_trt.convert.onnx.widen import NAMING_TYPES, retype_attributes, retype_values
 from mlflow_trt.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     import onnx_ir as ir  # imported where it is used: it takes a second
+
+_SMALLEST = float(np.finfo(np.float32).tiny)
+"""Below, float32 loses its digits one by one, and GPUs may make 0 of it."""
 
 
 def has_float64(model: ModelProto) -> bool:
@@ -37,7 +41,7 @@ def _named_types(model: ModelProto) -> Iterator[int]:
 def narrow_float64(model: ir.Model) -> None:
     """In place, its inputs and outputs included. Functions have to be inlined.
 
-    Raises UnsupportedModelError for a constant that is infinite in float32.
+    Raises UnsupportedModelError for a constant that is infinite in float32, or a setting that is 0 there.
     """
     import onnx_ir as ir
 
@@ -63,11 +67,16 @@ def _constants(graph: ir.Graph) -> Iterator[tuple[str, ir.TensorProtocol]]:
 
 
 def _check(name: str, array: npt.NDArray[np.generic]) -> None:
+    """Single small weights may vanish among others; the least that a logarithm or a quotient takes may not."""
     with np.errstate(over="ignore"):
         overflows = np.isinf(array.astype(np.float32)) & np.isfinite(array)
-    if overflows.any():
+    vanishes = (array != 0) & (np.abs(array) < _SMALLEST)
+    is_setting = array.size <= SETTING or bool(vanishes.sum() == np.count_nonzero(array))
+    if overflows.any() or (is_setting and vanishes.any()):
+        size, value = ("large", array[overflows][0]) if overflows.any() else ("small", array[vanishes][0])
         raise UnsupportedModelError(
-            f"the constant {name} is of float64, which TensorRT does not have, and too large for float32. Export the "
-            "model in float32, or log it with mlflow.onnx, which runs it on ONNX Runtime",
+            f"the constant {name} is of float64, which TensorRT does not have, and has {value:.4g}, which is too "
+            f"{size} for float32. Export the model in float32, or log it with mlflow.onnx, which runs it on ONNX "
+            "Runtime",
             nodes=[name],
         )

@@ -23,6 +23,8 @@ from mlflow_trt.convert.onnx.weights import detach_weights
 if TYPE_CHECKING:
     import onnx_ir as ir  # imported where it is used: it takes a second
 
+_INITIALIZERS_ALONE = 4
+"""Since this version of the IR, an initializer need not be an input, too; onnx's converter counts on it before."""
 _GROUPS_BY_CHANNEL = 21
 """Since this opset, GroupNormalization has a scale for each channel; before, for each group."""
 _LOOKED_AT = frozenset({"QuantizeLinear", "DequantizeLinear", "Loop", "GroupNormalization"})
@@ -129,6 +131,7 @@ def lift_constants(model: ir.Model) -> None:
 
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.RemoveInitializersFromInputsPass()(model)
+    model.ir_version = max(model.ir_version, _INITIALIZERS_ALONE)
 
 
 def remove_unused_nodes(model: ir.Model) -> None:

@@ -17,6 +17,9 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 if TYPE_CHECKING:
     import onnx_ir as ir  # imported where it is used: it takes a second
 
+SETTING = 8
+"""Constants of up to so many values are settings of a node, such as an epsilon, rather than weights."""
+
 _LARGEST_FILE = 1_500_000_000
 """In bytes. Beyond 2 GB protobuf writes nothing, so weights go to a file of their own well before."""
 

@@ -10,8 +10,8 @@ import numpy as np
 if TYPE_CHECKING:
     import onnx_ir as ir  # imported where it is used: it takes a second
 
-NAMING_TYPES = ("to", "dtype", "output_dtype")
-"""Attributes that say of what type a node's output is."""
+NAMING_TYPES = ("to", "dtype", "output_dtype", "output_datatype", "stash_type", "softmax_precision")
+"""Attributes that say of what type a node's output is, or what it computes in."""
 
 
 def widen_float16(model: ir.Model) -> None:

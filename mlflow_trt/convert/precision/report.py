@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from onnx import ModelProto, TensorProto
 
-from mlflow_trt.convert.onnx.graph import SETTING, FlatModel
-from mlflow_trt.convert.onnx.weights import weight_bytes
+from mlflow_trt.convert.onnx.graph import FlatModel
+from mlflow_trt.convert.onnx.weights import SETTING, weight_bytes
 from mlflow_trt.convert.precision.ranges import Evidence
 from mlflow_trt.core.types import Calibration, CalibrationMethod, KeptNode, Precision, PrecisionReport
 

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto, TensorProto
 
-from mlflow_trt.convert.onnx.graph import SETTING, FlatModel, allows, schema_of
+from mlflow_trt.convert.onnx.graph import FlatModel, allows, schema_of
 from mlflow_trt.convert.onnx.model import subgraphs_of
+from mlflow_trt.convert.onnx.weights import SETTING
 from mlflow_trt.convert.precision.ranges import Evidence
 from mlflow_trt.convert.samples import Samples
 from mlflow_trt.core.arrays import Array
@@ -95,7 +96,8 @@ def headroom_of(samples: Samples) -> int:
 class Sensitivity:
     """Finds the reason, if any, for which a node stays in float32. The first that applies counts.
 
-    1. Its operator has no such type, or is unknown to onnx, or has graphs inside, or TensorRT's parser misreads it.
+    1. Its operator has no such type, or is unknown to onnx, or has graphs inside, or TensorRT's parser misreads it; or
+       it reads or writes something that is no tensor.
     2. It reads or writes values that would overflow, with some room for what the samples did not show.
     3. It reads a constant that would overflow or vanish (an epsilon that becomes 0 divides by 0), or weights that are
        so small that rounding changes them by much more than usual.
@@ -129,9 +131,12 @@ class Sensitivity:
             yield "it has graphs inside"
         if node.op_type in _MISREAD:
             yield f"TensorRT's parser misreads a constant of {node.op_type} in {self._format.name}"
+        unknown = [name for name in (*node.input, *node.output) if name and name not in self._model.types]
         schema = schema_of(node, self._model.opset)
         if schema is None:
             yield "onnx does not know its operator"
+        elif unknown:
+            yield f"{unknown[0]} is no tensor, or its type is not known"
         elif not any(
             allows(schema, position, output=output, type_name=self._format.type_name)
             for output, tensors in ((False, node.input), (True, node.output))
