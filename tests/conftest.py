@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -38,6 +43,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=f"needs an NVIDIA GPU: {problem}"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    if "gpu" not in item.keywords or probe().problem is not None:
+        return (yield)
+    with _share_of_the_gpu(alone="alone_on_gpu" in item.keywords):
+        return (yield)
+
+
+@contextmanager
+def _share_of_the_gpu(*, alone: bool) -> Iterator[None]:
+    """Among all processes that run these tests: together with others, or while none of them uses the GPU."""
+    path = Path(tempfile.gettempdir()) / f"mlflow-trt-tests-{os.getuid()}"
+    with path.with_suffix(".turn").open("ab") as turn, path.with_suffix(".gpu").open("ab") as gpu:
+        # Who wants it alone keeps the turn until the others have ended, or they would come one after the other.
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        fcntl.flock(gpu, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        yield
 
 
 def _put_long_files_first(items: list[pytest.Item]) -> None:

@@ -28,6 +28,7 @@ from mlflow_trt.store.folder import read_folder
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.alone_on_gpu
 @pytest.mark.parametrize("model", [MAGIKA, TRANSFORMER], ids=lambda model: model.name)
 def test_the_engine_the_copies_and_the_whole_are_measured(model, tmp_path):
     mlflow_trt.save_model(model.path(), tmp_path / "model", **model.recipe)

@@ -75,6 +75,7 @@ def expected(large, x):
         return session.run({"x": x})
 
 
+@pytest.mark.alone_on_gpu
 class TestMemoryThatAnotherProcessHolds:
     def test_while_loading(self, large, x, expected):
         before = free_bytes()
@@ -153,6 +154,7 @@ class TestAServerThatLosesItsGpu:
             assert np.array_equal(client.predict({"x": x})["y"], expected)
 
 
+@pytest.mark.alone_on_gpu
 def test_loading_and_closing_leaves_nothing(tmp_path, report):
     """`LOAD_CYCLES=1000` for as many as the documentation tells of."""
     mlflow_trt.save_model(networks.product(), tmp_path / "model", batch=(1, 8, 64), verify=False)

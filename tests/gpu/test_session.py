@@ -243,6 +243,7 @@ class TestThreadsAndLife:
         first[0].close()
         same(*second, {"x": networks.rows(4)})
 
+    @pytest.mark.alone_on_gpu
     def test_too_little_memory_means_smaller_pieces_or_429_and_passes(self, opened):
         width = 1 << 20
         relu = networks.model(
