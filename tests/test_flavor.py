@@ -25,6 +25,8 @@ from real_models import CLS, MAGIKA
 import mlflow_trt
 from mlflow_trt import BuildError, OnnxModelError, OptionError, Recipe, RecipeError
 from mlflow_trt.convert.engine import builder
+from mlflow_trt.deploy.serve.model_source import resolve_source
+from mlflow_trt.deploy.serve.served_model import load_served_model
 from mlflow_trt.flavor import mlmodel as packaging
 from mlflow_trt.flavor.fetch import read_record
 from mlflow_trt.measure.verify_logged import verify_model
@@ -155,6 +157,15 @@ class TestLogging:
         assert mlflow.pyfunc.load_model(info.model_uri).get_raw_model().runtime == "onnxruntime"
         with mlflow_trt.load_model(info.model_uri) as session:
             assert session.runtime == "onnxruntime"
+        served = load_served_model(resolve_source(f"served={info.model_uri}"), {"answers": "base64"})
+        assert served.session.runtime == "onnxruntime"
+        served.close()
+
+    @pytest.mark.parametrize("text", ["{runtime: auto}", '["runtime"]', "7"])
+    def test_an_environment_that_holds_no_load_settings(self, text, product_folder, monkeypatch):
+        monkeypatch.setenv("MLFLOW_PYFUNC_INFERENCE_CONFIG", text)
+        with pytest.raises(OptionError, match="variable MLFLOW_PYFUNC_INFERENCE_CONFIG holds no load settings"):
+            mlflow_trt.load_model(str(product_folder))
 
     def test_the_same_proto_twice(self, store):
         proto = networks.product()

@@ -69,6 +69,7 @@ def test_nan_stays_nan():
         (np.array([-1]), "uint64", "cannot be represented in uint64"),
         (np.array([2**63], np.uint64), "int64", "cannot be represented in int64"),
         (np.array([2**24 + 1]), "float32", "cannot be represented in float32"),
+        (np.array([1, 2**63 + 1], object), "float64", r"the value at \[1\] cannot be represented in float64"),
         # No integer equals infinity, but on x86 it is cast to the lowest one, on ARM the highest float to the highest.
         (np.array([-(2**31)], np.int32), "float16", r"the value at \[0\] cannot be represented in float16"),
         (np.array([0, -(2**63)]), "float16", r"the value at \[1\] cannot be represented in float16"),

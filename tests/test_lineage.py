@@ -124,6 +124,17 @@ def test_of_two_sources_with_the_same_bytes_each_gets_its_own(client):
     assert (str(made.version), made.tags["mlflow_trt.source"]) == ("2", "models:/d/2")
 
 
+def test_of_two_logged_models_with_the_same_bytes_each_gets_its_own(client):
+    register("m")
+    (first,) = mlflow.search_logged_models(output_format="list")
+    columns = infer_signature(pd.DataFrame(np.zeros((1, 16), np.float32)))
+    second = mlflow.onnx.log_model(networks.product(), name="n", signature=columns, pip_requirements=["onnx"])
+    for model_id, expected in ((first.model_id, "1"), (second.model_id, "2"), (first.model_id, "1")):
+        made = mlflow_trt.convert_model_version(f"models:/{model_id}", "m-trt", batch=4)
+        assert (str(made.version), made.tags["mlflow_trt.source"]) == (expected, f"models:/{model_id}")
+    assert mlflow.models.get_model_info("models:/m-trt/2").signature.inputs == columns.inputs
+
+
 def with_the_tags_of_before(client, name, number):
     """The tags of a version as releases put them on that knew no fingerprint."""
     record = read_record(f"models:/{name}/{number}")

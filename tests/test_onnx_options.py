@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import yaml
+from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
 import mlflow_trt
@@ -173,16 +174,18 @@ class TestModelConfig:
             save(tmp_path / "model", model_config=tmp_path / "settings.yaml")
 
 
+@pytest.fixture
+def no_engine(monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise BuildError("an engine was built")
+
+    monkeypatch.setattr(builder, "build_engine", refuse)
+    monkeypatch.setattr("mlflow_trt.convert.conversion.build_engine", refuse, raising=False)
+
+
+@pytest.mark.usefixtures("no_engine")
 class TestEnvironment:
     """Everything that is wrong with an environment is found before an engine is built."""
-
-    @pytest.fixture(autouse=True)
-    def _no_engine(self, monkeypatch):
-        def refuse(*arguments, **keywords):
-            raise BuildError("an engine was built")
-
-        monkeypatch.setattr(builder, "build_engine", refuse)
-        monkeypatch.setattr("mlflow_trt.convert.conversion.build_engine", refuse, raising=False)
 
     @pytest.mark.parametrize(
         ("keywords", "error", "message"),
@@ -224,6 +227,32 @@ class TestEnvironment:
         ]
         with pytest.raises(BuildError, match="an engine was built"):
             save(tmp_path / "model", pip_requirements=lines)
+
+
+@pytest.mark.usefixtures("no_engine")
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"name": "nets/first"}, MlflowException, "Invalid model name .*'nets/first'"),
+        ({"name": None, "artifact_path": "v1.0"}, MlflowException, "Invalid model name .*'v1.0'"),
+        ({"name": 7}, OptionError, "name is 7; expected a string"),
+        ({"model_id": "m-0"}, MlflowException, "m-0"),
+        ({"params": [1]}, OptionError, r"params is \[1\]; expected a dict"),
+        ({"tags": ["a"]}, OptionError, r"tags is \['a'\]; expected a dict"),
+        ({"metadata": "of mine"}, OptionError, "metadata is 'of mine'; expected a dict"),
+        ({"metadata": {"score": np.float32(0.5)}}, OptionError, "metadata cannot be written.*np.float32"),
+    ],
+)
+def test_what_mlflow_cannot_log_is_refused_before_an_engine_is_built(keywords, error, message, store):
+    with pytest.raises(error, match=message):
+        mlflow_trt.log_model(networks.product(), **{"name": "model", **keywords})
+    assert store.is_untouched()
+
+
+def test_requirements_that_can_be_read_once(tmp_path):
+    for option in ("pip_requirements", "extra_pip_requirements"):
+        save(tmp_path / option, **{option: (line for line in ["pandas", "pytest"])})
+        assert {"pandas", "pytest"} <= set((tmp_path / option / "requirements.txt").read_text().split())
 
 
 def test_a_path_object_will_do_for_a_conda_file(tmp_path):

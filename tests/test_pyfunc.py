@@ -14,10 +14,11 @@ from compare import relative_error
 from mlflow.exceptions import MlflowException
 
 import mlflow_trt
-from mlflow_trt import ExecutionError, InputDtypeError, InputError, InputShapeError, OutOfMemoryError
+from mlflow_trt import InputDtypeError, InputError, InputShapeError, OutOfMemoryError
 from mlflow_trt.core.frames import feeds_from_frame, frame_from_outputs
 from mlflow_trt.core.inputs import prepare_feeds
 from mlflow_trt.core.types import TensorSpec
+from mlflow_trt.core.wire import SHAPES_KEY
 
 CPU = {"runtime": "onnxruntime"}
 X = networks.rows(4)
@@ -315,7 +316,23 @@ class TestFrames:
         cells = pd.DataFrame({"x": [[1, 2], [3, 4]], "y": [3, 4]})
         assert feeds_from_frame(cells, (pair,))["x"].tolist() == [[1, 2], [3, 4]]
 
+    def test_rows_of_any_length_with_a_column_that_has_the_name_of_the_only_input(self):
+        row = TensorSpec(name="x", dtype="float32", shape=("n", "length"))
+        numbers = pd.DataFrame({"x": [1, 2], "y": [3, 4], "z": [5, 6]})
+        assert feeds_from_frame(numbers, (row,))["x"].tolist() == [[1, 3, 5], [2, 4, 6]]
+        assert feeds_from_frame(numbers[["x"]], (row,))["x"].tolist() == [[1], [2]]
+        cells = pd.DataFrame({"x": [[1, 2], [3, 4]], "y": [3, 4]})
+        assert feeds_from_frame(cells, (row,))["x"].tolist() == [[1, 2], [3, 4]]
+        told = numbers[["x"]]
+        told.attrs[SHAPES_KEY] = {"x": [2]}  # by the client, of an array of one dimension
+        assert feeds_from_frame(told, (row,))["x"].shape == (2,)
+
+    def test_columns_with_names_of_several_levels(self):
+        frame = pd.DataFrame([[1.0, 2]], columns=pd.MultiIndex.from_tuples([("score", 0), ("count", 0)]))
+        with pytest.raises(InputError, match="2 levels of names; expected one: score, count"):
+            feeds_from_frame(frame, (SCORE, COUNT))
+
     @pytest.mark.parametrize("output", [np.zeros(()), np.zeros((3, 2))])
     def test_outputs_without_rows_do_not_fit(self, output):
-        with pytest.raises(ExecutionError, match="output 'state' has the shape .* for 2 rows of input"):
+        with pytest.raises(InputError, match="output 'state' has the shape .* for 2 rows of input"):
             frame_from_outputs({"state": output}, pd.RangeIndex(2))

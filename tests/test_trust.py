@@ -19,6 +19,8 @@ import mlflow_trt
 from mlflow_trt import IntegrityError, LoadSettings, OptionError, SignatureError
 from mlflow_trt.backends import tensorrt as trt
 from mlflow_trt.cli import app
+from mlflow_trt.deploy.serve.model_source import resolve_source
+from mlflow_trt.deploy.serve.served_model import load_served_model
 from mlflow_trt.errors import ArtifactError, MissingDependencyError
 from mlflow_trt.flavor.fetch import read_record
 from mlflow_trt.store import load, signature
@@ -72,6 +74,8 @@ class TestExpectedDigest:
         monkeypatch.setenv("MLFLOW_PYFUNC_INFERENCE_CONFIG", json.dumps({"expected_digest": wrong}))
         with pytest.raises(IntegrityError, match="is not the model that was expected"):
             mlflow_trt.load_model(str(model), **CPU)
+        with pytest.raises(IntegrityError, match="is not the model that was expected"):
+            load_served_model(resolve_source(f"m={model}"), CPU)
 
     def test_it_stands_for_every_file(self, model):
         """Files are compared with the record, and the record with the digest."""

@@ -17,7 +17,7 @@ from mlflow_trt.core.arrays import Array, numpy_dtype
 from mlflow_trt.core.inputs import Place, convert_array, is_missing
 from mlflow_trt.core.types import TensorSpec
 from mlflow_trt.core.wire import SHAPES_KEY
-from mlflow_trt.errors import ExecutionError, InputDtypeError, InputError, InputShapeError
+from mlflow_trt.errors import InputDtypeError, InputError, InputShapeError
 
 
 def feeds_from_frame(frame: pd.DataFrame, specs: tuple[TensorSpec, ...]) -> dict[str, Array]:
@@ -35,6 +35,11 @@ def feeds_from_frame(frame: pd.DataFrame, specs: tuple[TensorSpec, ...]) -> dict
         frame = frame.set_axis([spec.name for spec in specs], axis="columns")
     if not frame.columns.is_unique:
         raise InputError(f"the DataFrame has several columns of one name: {', '.join(map(str, frame.columns))}")
+    if frame.columns.nlevels > 1:
+        raise InputError(
+            f"the columns of the DataFrame have {frame.columns.nlevels} levels of names; expected one: "
+            f"{', '.join(spec.name for spec in specs)}"
+        )
     missing = [spec.name for spec in specs if spec.name not in frame.columns]
     if missing:
         raise InputError(
@@ -49,12 +54,10 @@ def _is_one_row(frame: pd.DataFrame, spec: TensorSpec) -> bool:
     """Whether the columns together are the rows of a model's only input, whatever they are called."""
     if spec.name not in frame.columns:
         return True
-    # A column may have the input's name by chance, as in a table with x and y for an input x of two numbers.
-    return (
-        len(frame.columns) > 1
-        and spec.fixed[1:] == (len(frame.columns),)
-        and all(pd.api.types.is_numeric_dtype(dtype) for dtype in frame.dtypes)
-    )
+    if SHAPES_KEY in frame.attrs:
+        return False
+    # A column may have the input's name by chance, as in a table with x and y for an input x of two numbers, or of any.
+    return spec.fixed[1:] in {(len(frame.columns),), (None,)} and all(map(pd.api.types.is_numeric_dtype, frame.dtypes))
 
 
 def _rows(frame: pd.DataFrame, spec: TensorSpec) -> Array:
@@ -241,11 +244,14 @@ def _from_bytes(cells: npt.NDArray[Any], column: Any, spec: TensorSpec) -> list[
 
 
 def frame_from_outputs(outputs: Mapping[str, Array], index: pd.Index[Any]) -> pd.DataFrame:
-    """One row for each row of input, one column for each output; a cell is a number or the row's array."""
+    """One row for each row of input, one column for each output; a cell is a number or the row's array.
+
+    Raises InputError where an output has no such rows, so that such a model cannot be asked by a DataFrame.
+    """
     columns: dict[str, Any] = {}
     for name, output in outputs.items():
         if output.ndim == 0 or len(output) != len(index):
-            raise ExecutionError(
+            raise InputError(
                 f"output {name!r} has the shape {output.shape} for {len(index)} rows of input, so it does not fit into "
                 "a DataFrame; pass a dict of arrays instead"
             )

@@ -208,7 +208,9 @@ def _numbers(values: list[Any]) -> Array | None:
         array: Array = np.array(values)
     except OverflowError:
         return None
-    return None if array.dtype == object else array
+    # Of integers, some within 63 bits and others not, numpy makes floats.
+    is_lossy = array.dtype.kind == "f" and isinstance(values[0], int)
+    return None if is_lossy or array.dtype == object else array
 
 
 def _position(index: int, array: Array) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import ModelInfo
 from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
-from mlflow.utils.model_utils import _add_code_from_conf_to_system_path, _get_overridden_pyfunc_model_config
+from mlflow.utils.model_utils import _add_code_from_conf_to_system_path
 
 from mlflow_trt.convert.recipe import BatchRequest, Recipe, ShapesRequest
 from mlflow_trt.core.accuracy import Tolerance
@@ -32,7 +32,7 @@ from mlflow_trt.core.settings import (
 from mlflow_trt.core.types import Precision
 from mlflow_trt.errors import OptionError
 from mlflow_trt.flavor.conversions import LoggingOptions, log_conversion, save_conversion
-from mlflow_trt.flavor.fetch import fetch_folder, model_config_of, read_mlmodel
+from mlflow_trt.flavor.fetch import fetch_folder, model_config_here, model_config_of, read_mlmodel
 from mlflow_trt.flavor.mlmodel import PackagingOptions
 from mlflow_trt.flavor.tracking import check_server
 from mlflow_trt.flavor.undo import undo_on_failure
@@ -222,7 +222,7 @@ def log_model(
         tags: of the logged model and the version, beside their own.
         model_type: MLflow's, of the logged model.
         step: of the metrics that are logged.
-        model_id: of a logged model to write to, instead of a new one.
+        model_id: of a logged model to write to, instead of a new one. Its name, params, tags and type stay as they are.
 
     Returns:
         What every MLflow flavor returns: the logged model's URI, signature and, if registered, version.
@@ -349,12 +349,11 @@ def load_model(
         "signed_by": None if signed_by is None else os.fspath(signed_by),
     }
     mlmodel = read_mlmodel(str(folder.path))
-    logged = model_config_of(mlmodel)
     _add_code_from_conf_to_system_path(str(folder.path), mlmodel.flavors.get(FLAVOR_NAME, {}))
-    LoadSettings.check_logged(logged)
+    LoadSettings.check_logged(model_config_of(mlmodel))
     wanted = {name: value for name, value in given.items() if value is not None}
     # MLflow's environment variable comes between, as it does for pyfunc.
-    defaults = _get_overridden_pyfunc_model_config(logged, {}, _log) or {}
+    defaults = model_config_here(mlmodel)
     if folder.record.whole is not None:
         defaults, _ = split_config(defaults)
     settings = LoadSettings.of(defaults | wanted)

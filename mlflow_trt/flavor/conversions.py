@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlflow import MlflowClient
 from mlflow.models import Model
 from mlflow.models.model import ModelInfo
 from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
@@ -15,7 +16,7 @@ from mlflow_trt.convert.onnx.model import OnnxModel
 from mlflow_trt.core.output_folder import check_target
 from mlflow_trt.core.scratch import scratch_folder
 from mlflow_trt.core.settings import LoadSettings
-from mlflow_trt.errors import MlflowTrtError
+from mlflow_trt.errors import MlflowTrtError, OptionError
 from mlflow_trt.flavor.describe import describe_version
 from mlflow_trt.flavor.metrics import log_metrics
 from mlflow_trt.flavor.mlmodel import PackagingOptions, check_names, write_model
@@ -47,7 +48,11 @@ class LoggingOptions:
     validate_serving_input: bool | None = None
 
     def __post_init__(self) -> None:
-        check_names(self.registered_model_name, self.tags)
+        for option in ("params", "tags"):
+            given = getattr(self, option)
+            if not isinstance(given, Mapping):
+                raise OptionError(f"{option} is {given!r}; expected a dict", option=option)
+        check_names(self.registered_model_name, self.tags, logged_model_name=self.name)
 
 
 def save_conversion(
@@ -74,6 +79,8 @@ def log_conversion(
 
     The steps that take all of it back are added to `undo`, which whoever called runs.
     """
+    if logging.model_id is not None:
+        MlflowClient().get_logged_model(logging.model_id)  # which says whether there is one
     validates = logging.validate_serving_input
     if validates is None:
         validates = packaging.input_example is not None and _can_run_here(prepared.options.settings)

@@ -18,12 +18,17 @@ from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils.file_utils import local_file_uri_to_path
+from mlflow.utils.model_utils import _get_overridden_pyfunc_model_config
 
+from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.scratch import scratch_folder
-from mlflow_trt.errors import ArtifactError
+from mlflow_trt.errors import ArtifactError, OptionError
 from mlflow_trt.flavor.tracking import check_server_of
 from mlflow_trt.store.folder import ModelFolder, read_folder
 from mlflow_trt.store.record import FLAVOR_NAME, RECORD_FILE, Record
+
+_CONFIG_VARIABLE = "MLFLOW_PYFUNC_INFERENCE_CONFIG"
+_log = get_logger(__name__)
 
 
 def fetch_folder(model_uri: str, dst_path: str | os.PathLike[str] | None = None) -> ModelFolder:
@@ -147,6 +152,21 @@ def model_config_of(model: Model) -> dict[str, Any]:
             f"its {MLMODEL_FILE_NAME} has the flavors {', '.join(map(str, model.flavors))}, not {pyfunc.FLAVOR_NAME}"
         )
     return model.flavors[pyfunc.FLAVOR_NAME].get(pyfunc.MODEL_CONFIG) or {}
+
+
+def model_config_here(model: Model) -> dict[str, Any]:
+    """The same, and over them what MLflow's environment variable says, as `mlflow.pyfunc.load_model` takes it.
+
+    Raises OptionError where the variable holds no JSON object.
+    """
+    logged = dict(model_config_of(model))
+    try:
+        return _get_overridden_pyfunc_model_config(logged, {}, _log) or {}
+    except (ValueError, TypeError) as error:
+        raise OptionError(
+            f"the environment variable {_CONFIG_VARIABLE} holds no load settings as a JSON object: {error}",
+            option=_CONFIG_VARIABLE,
+        ) from error
 
 
 def check_files(model_uri: str) -> Record:

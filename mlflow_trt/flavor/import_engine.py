@@ -130,7 +130,7 @@ def log_engine(
         EngineMismatchError: the plan is not for this machine's GPU and TensorRT.
         ExecutionError: TensorRT does not load the plan.
     """
-    check_names(registered_model_name, tags)
+    check_names(registered_model_name, tags, logged_model_name=name)
     check_server()
     with scratch_folder() as staging, undo_on_failure() as undo:
         folder = staging / "model"

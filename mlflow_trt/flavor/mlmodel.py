@@ -6,12 +6,13 @@ What is private to MLflow and yet needed by every flavor is imported here.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import onnx
+import yaml
 from mlflow import pyfunc
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME
@@ -23,6 +24,7 @@ from mlflow.utils.environment import (
 from mlflow.utils.file_utils import get_total_file_size
 from mlflow.utils.model_utils import _copy_extra_files, _validate_and_copy_code_paths
 from mlflow.utils.validation import (
+    _validate_logged_model_name,
     _validate_model_alias_name,
     _validate_model_alias_name_reserved,
     _validate_model_name,
@@ -79,6 +81,10 @@ class PackagingOptions:
         return self.input_example if self.whole is None else None
 
     def __post_init__(self) -> None:
+        for option in ("pip_requirements", "extra_pip_requirements"):
+            given = getattr(self, option)
+            if isinstance(given, Iterator):  # they are read more than once
+                object.__setattr__(self, option, list(given))
         check_environment(self.conda_env, self.pip_requirements, self.extra_pip_requirements)
         if not isinstance(self.signature, (ModelSignature, bool, type(None))):
             raise OptionError(
@@ -98,13 +104,9 @@ class PackagingOptions:
             object.__setattr__(self, "input_example", self.input_example[0])
         if self.input_example is not None:
             _Example(self.input_example)  # refuses what MLflow cannot store
-        for option in ("code_paths", "extra_files"):
-            paths = getattr(self, option)
-            if paths is not None and not isinstance(paths, list):
-                raise OptionError(f"{option} is {paths!r}; expected a list of paths", option=option)
-            for path in paths or ():
-                if ":/" not in str(path) and not Path(path).exists():
-                    raise OptionError(f"{option}: {path} does not exist", option=option)
+        _check_metadata(self.metadata)
+        _check_paths(self.code_paths, "code_paths")
+        _check_paths(self.extra_files, "extra_files")
 
 
 def write_model(
@@ -220,9 +222,16 @@ def move_model(written: Model, folder: Path, path: Path, mlflow_model: Model) ->
 
 
 def check_names(
-    registered_model_name: str | None, tags: Mapping[str, Any] | None = None, alias: str | None = None
+    registered_model_name: str | None,
+    tags: Mapping[str, Any] | None = None,
+    alias: str | None = None,
+    *,
+    logged_model_name: str | None = None,
 ) -> None:
     """Raise MLflow's own errors for a name, tag or alias that it refuses, before anything takes time."""
+    if not isinstance(logged_model_name, (str, type(None))):
+        raise OptionError(f"name is {logged_model_name!r}; expected a string", option="name")
+    _validate_logged_model_name(logged_model_name)
     if registered_model_name is not None:
         _validate_model_name(registered_model_name)
     for key, value in (tags or {}).items():
@@ -230,6 +239,26 @@ def check_names(
     if alias is not None:
         _validate_model_alias_name(alias)
         _validate_model_alias_name_reserved(alias)
+
+
+def _check_paths(paths: Any, option: str) -> None:
+    if paths is not None and not isinstance(paths, list):
+        raise OptionError(f"{option} is {paths!r}; expected a list of paths", option=option)
+    for path in paths or ():
+        if ":/" not in str(path) and not Path(path).exists():
+            raise OptionError(f"{option}: {path} does not exist", option=option)
+
+
+def _check_metadata(metadata: Any) -> None:
+    if not isinstance(metadata, (Mapping, type(None))):
+        raise OptionError(f"metadata is {metadata!r}; expected a dict", option="metadata")
+    try:
+        yaml.safe_dump(metadata)
+    except yaml.YAMLError as error:
+        raise OptionError(
+            f"metadata cannot be written to the MLmodel file, which takes Python's own types only: {error}",
+            option="metadata",
+        ) from error
 
 
 def _kept(verification: Verification | None, remarks: tuple[str, ...]) -> dict[str, Any]:

@@ -149,7 +149,9 @@ def find_twin(
 
 
 def _is_made_of(record: Record, lineage: Mapping[str, str], source_digest: str, digest: str) -> bool:
-    same = all(record.lineage.get(key) == lineage.get(key) for key in ("name", "version"))
+    # What was never registered is a logged model, or a file of those bytes, which has neither of these.
+    keys = ("name", "version") if "version" in lineage else ("name", "version", "model_id")
+    same = all(record.lineage.get(key) == lineage.get(key) for key in keys)
     return same and record.lineage.get("recipe_digest") == digest and record.source.digest == source_digest
 
 

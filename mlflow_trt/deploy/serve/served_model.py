@@ -14,7 +14,7 @@ from mlflow.types import DataType
 from mlflow_trt.deploy.serve.model_source import ModelSource
 from mlflow_trt.deploy.serve.protocol import Signature
 from mlflow_trt.deploy.serve.statistics import Statistics
-from mlflow_trt.flavor.fetch import model_config_of, open_folder, read_mlmodel
+from mlflow_trt.flavor.fetch import model_config_here, open_folder, read_mlmodel
 from mlflow_trt.flavor.pyfunc import pyfunc_of, settings_of
 from mlflow_trt.runtime.session import Session
 from mlflow_trt.store.load import open_session
@@ -83,7 +83,7 @@ def load_served_model(source: ModelSource, settings: Mapping[str, Any]) -> Serve
     with contextlib.ExitStack() as files:
         folder = files.enter_context(open_folder(source.uri))
         metadata = read_mlmodel(str(folder.path))
-        chosen, rest = settings_of(folder, {**model_config_of(metadata), **settings})
+        chosen, rest = settings_of(folder, {**model_config_here(metadata), **settings})
         session = open_session(folder, chosen)
         try:
             impl = pyfunc_of(folder, session, chosen, rest)
