@@ -349,6 +349,31 @@ class TestRequests:
 
         within(echo, use)
 
+    def test_an_answer_without_room_lets_others_by(self):
+        """It is larger than the memory, and goes over the socket; nobody may wait for it any more."""
+        answered, large = [], numbers(ANSWER_BYTES + 5)
+
+        async def app(scope, receive, send):
+            (body,) = await body_of(receive)
+            await send(WHOLE)
+            await send({"type": "http.response.body", "body": bytes(body) or large})
+
+        async def use(pair):
+            async def ask(body):
+                assert await Client(pair, body).ask() == body or large
+                answered.append(len(body))
+
+            leaving = Client(pair)
+            asking = asyncio.ensure_future(leaving.ask())
+            await until(lambda: pair.relay._calls and pair.relay._calls[0].parts)
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+            await asyncio.gather(*map(ask, (b"", b"1", numbers(100_000))))
+
+        within(app, use)
+        assert answered == [1, 100_000, 0]
+
     def test_many_at_once_get_their_own(self):
         async def slow_echo(scope, receive, send):
             parts = await body_of(receive)
@@ -662,6 +687,25 @@ class TestProcesses:
             gc.enable()
         assert not lost
 
+    def test_one_that_was_stopped_is_replaced(self, monkeypatch):
+        """The kernel goes on to give it connections, which nobody would answer."""
+        monkeypatch.setattr(processes, "_ASKS", 0.02)
+        lost = []
+
+        async def use():
+            async with self.started(lost) as front_ends:
+                ((gateway, process),) = front_ends._running.items()
+                await until(lambda: gateway._unanswered)
+                await until(lambda: not gateway._unanswered)  # it answers
+                process.send_signal(signal.SIGSTOP)
+                await until(lambda: list(front_ends._running.values()) not in ([], [process]))
+                monkeypatch.setattr(processes, "_MOST_UNANSWERED", 1 << 30)
+                assert process.returncode == -signal.SIGKILL
+                assert (await self.ask()).startswith(b"HTTP/1.1 200 OK")
+
+        asyncio.run(use())
+        assert not lost
+
     @pytest.mark.parametrize("is_urgent", [True, False])
     def test_one_that_hangs_does_not_keep_the_server(self, is_urgent, monkeypatch):
         monkeypatch.setattr(processes, "_PATIENCE", 0.01)
@@ -672,6 +716,18 @@ class TestProcesses:
                 process.send_signal(signal.SIGSTOP)
                 gateway.frames.tell({"free": []}, bytes(1 << 24))  # which it does not read
                 await asyncio.wait_for(front_ends.stop(lambda: is_urgent), PATIENCE)
+                assert process.returncode == -signal.SIGKILL
+
+        asyncio.run(use())
+
+    def test_one_that_was_stopped_does_not_keep_a_server_that_ends(self, monkeypatch):
+        monkeypatch.setattr(processes, "_ASKS", 0.02)
+
+        async def use():
+            async with self.started([], seconds=1e6) as front_ends:
+                (process,) = front_ends._running.values()
+                process.send_signal(signal.SIGSTOP)
+                await asyncio.wait_for(front_ends.stop(lambda: False), PATIENCE)
                 assert process.returncode == -signal.SIGKILL
 
         asyncio.run(use())

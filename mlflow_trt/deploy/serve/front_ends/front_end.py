@@ -46,6 +46,7 @@ class _Call:
         self.number = number
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.answer: asyncio.Future[_Answer | None] = asyncio.get_running_loop().create_future()
+        self.parts: list[bytes] = []  # of the answer, so far
         self.wanted = asyncio.Event()
 
     @property
@@ -164,16 +165,25 @@ class Relay:
                 self._blocks.give_back(block)
         elif "stop" in told:
             self.stopped.set()
+        elif "alive" in told:
+            self.frames.tell({"alive": True})
         elif "answer" in told:
-            if "at" in told:
-                data = bytes(self._memory[told["at"] : told["at"] + told["size"]])
-                self.frames.tell({"free": told["at"]})
-            self._settle(told["answer"], _Answer(told["status"], headers_of(told["headers"]), data))
-        elif "wanted" in told:
-            if (call := self._calls.get(told["wanted"])) is not None:
-                call.wanted.set()
+            self._settle(told["answer"], _Answer(told["status"], headers_of(told["headers"]), self._body(told, data)))
         elif "ended" in told:
             self._settle(told["ended"], None)
+        elif (call := self._calls.get(told["part"] if "part" in told else told["wanted"])) is not None:
+            if "part" in told:
+                call.parts.append(data)
+            else:
+                call.wanted.set()
+
+    def _body(self, told: Told, data: bytes) -> bytes:
+        """That of an answer, which came in memory, in parts, or with what was told."""
+        if "at" in told:
+            data = bytes(self._memory[told["at"] : told["at"] + told["size"]])
+            self.frames.tell({"free": told["at"]})
+        call = self._calls.get(told["answer"])
+        return data if call is None or not call.parts else b"".join((*call.parts, data))
 
     def _settle(self, number: int, answer: _Answer | None) -> None:
         """What the server made of a request, unless nobody waits for it any more."""

@@ -17,6 +17,7 @@ from mlflow_trt.deploy.serve.front_ends.frames import Frames, Told, headers_of, 
 from mlflow_trt.deploy.serve.front_ends.memory import ANSWER_BYTES, REQUEST_BYTES, SMALL, Blocks, map_memory
 from mlflow_trt.deploy.serve.uvicorn_config import Application, Message, Scope
 
+_PIECE = 1 << 20
 _log = get_logger(__name__)
 
 
@@ -40,13 +41,21 @@ class Gateway:
         self._requests: dict[int, _Request] = {}
         self._bodies: dict[int, weakref.ref[Array]] = {}  # by their block
         self._read: collections.deque[int] = collections.deque()  # blocks of bodies that nobody reads any more
+        self._unanswered = 0
         self._thread = threading.get_ident()
         self._loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = self._loop.create_future()
         self.lost: asyncio.Future[None] = self._loop.create_future()
         self.frames = Frames(self._hear, self._lose)
 
+    def ask_whether_it_runs(self) -> int:
+        """How many times this was asked since it last told anything."""
+        self._unanswered += 1
+        self.frames.tell({"alive": True})
+        return self._unanswered
+
     def _hear(self, told: Told, data: bytes) -> None:
+        self._unanswered = 0
         if "begin" in told:
             number = told["begin"]
             request = self._requests[number] = _Request(self, number, told["scope"])
@@ -79,12 +88,17 @@ class Gateway:
             request.forget()
             self._give_back()
 
-    def answer(self, number: int, start: Message, body: bytes) -> None:
-        """Send an answer to the front end."""
+    async def answer(self, number: int, start: Message, body: bytes) -> None:
+        """Send an answer to the front end: what has no room in pieces, between which others are told."""
         told: Told = {"answer": number, "status": start["status"], "headers": told_headers(start["headers"])}
         block = self._answers.take(len(body)) if len(body) > SMALL else None
         if block is None:
-            self.frames.tell(told, body)
+            left = memoryview(body)
+            while len(left) > _PIECE:
+                self.frames.tell({"part": number}, left[:_PIECE])
+                left = left[_PIECE:]
+                await self.frames.drain()
+            self.frames.tell(told, left)
             return
         self._memory[block : block + len(body)] = body
         self.frames.tell({**told, "at": block, "size": len(body)})
@@ -163,7 +177,7 @@ class _Request:
             return
         self._parts.append(message.get("body", b""))
         if not message.get("more_body") and not self.is_answered:
-            self._gateway.answer(self.number, self._start, b"".join(self._parts))
+            await self._gateway.answer(self.number, self._start, b"".join(self._parts))
             self.is_answered = True
 
     def _wake(self) -> None:

@@ -1,4 +1,4 @@
-"""Front ends as processes: started, started again where one ends, and ended."""
+"""Front ends as processes: started, started again where one ends or hangs, and ended."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ main()
 """
 _LOOKS = 0.05  # seconds between two looks whether front ends are to end at once
 _PATIENCE = 5.0  # seconds for what a front end does without waiting for clients
+_ASKS = 5.0  # seconds between two questions whether front ends run
+_MOST_UNANSWERED = 6  # one after the other: counted, since a machine that slept has answered none in all that time
 _MOST_FAILED = 3  # front ends that end when they are started, one after the other: whoever kills may hit one
 _log = get_logger(__name__)
 
@@ -58,6 +60,7 @@ class FrontEnds:
         self._lose = lose
         self._running: dict[Gateway, subprocess.Popen[bytes]] = {}
         self._keeping: list[asyncio.Task[None]] = []
+        self._asking: asyncio.Task[None] | None = None
         self._stopping = False
 
     async def start(self) -> None:
@@ -71,6 +74,7 @@ class FrontEnds:
             raise
         for listening, gateway in zip(self._sockets, first, strict=True):
             self._keeping.append(asyncio.ensure_future(self._keep(listening, gateway)))
+        self._asking = asyncio.ensure_future(self._ask())
 
     async def stop(self, is_urgent: Callable[[], bool]) -> None:
         """Let them answer the requests that they have, and end; at once where that is urgent, or they hang."""
@@ -83,9 +87,21 @@ class FrontEnds:
         until = loop.time() + self._seconds + _PATIENCE
         while loop.time() < until and not is_urgent() and not all(gateway.lost.done() for gateway in self._running):
             await asyncio.sleep(_LOOKS)
+        if self._asking is not None:
+            self._asking.cancel()
         for gateway in list(self._running):
             await self._end(gateway)
         await asyncio.gather(*self._keeping)
+
+    async def _ask(self) -> None:
+        """Kill a front end that was stopped, or hangs: the kernel goes on to give it connections."""
+        while True:
+            await asyncio.sleep(_ASKS)
+            for gateway, process in self._running.items():
+                runs = gateway.ready.done() and not gateway.lost.done()
+                if runs and gateway.ask_whether_it_runs() > _MOST_UNANSWERED:
+                    _log.error("A front end has answered nothing for %g seconds", _ASKS * _MOST_UNANSWERED)
+                    process.kill()
 
     async def _keep(self, listening: socket.socket, gateway: Gateway) -> None:
         """Put another front end in the place of one that ends."""
