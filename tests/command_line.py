@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.process
+import atexit
+import functools
 import os
-import signal
+import shlex
+import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -13,22 +15,51 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from forked_program import Forked
+
+_HERE = Path(__file__).resolve().parent
 _TIMEOUT_SECONDS = 600
-# Nothing that starts threads which a forked process would miss: neither TensorRT nor ONNX Runtime.
-_PRELOADED = [
-    "mlflow.pyfunc",
-    "mlflow_trt.cli",
-    "mlflow_trt.flavor.api",
-    "mlflow_trt.registry.convert_all",
-    # What these import when they need it: for a precision of 16 or 8 bits, and for a store on SQLite.
-    "onnx_ir.passes.common",
-    "mlflow.store.tracking.sqlalchemy_store",
-    "mlflow.store.model_registry.sqlalchemy_store",
-    "alembic.command",
-    "git",
-]
-_forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(_PRELOADED)
+
+
+@functools.cache
+def _zygote() -> str:
+    """Start `tests/zygote.py`, which ends when this process does, and return the path of its socket.
+
+    Whoever connects to it waits until it has imported all.
+    """
+    address = str(Path(tempfile.mkdtemp(prefix="zygote-"), "socket"))  # which has to be short
+    # What a test sets for itself is not for what is imported once for all.
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "CUDA_"))}
+    path = os.pathsep.join([str(_HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(address)
+        listener.listen(64)
+        process = subprocess.Popen(
+            [sys.executable, _HERE / "zygote.py", str(listener.fileno())],
+            stdin=subprocess.PIPE,
+            pass_fds=[listener.fileno()],
+            env={**variables, "PYTHONPATH": path, "DO_NOT_TRACK": "true"},
+            start_new_session=True,
+        )
+
+    def end() -> None:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()
+
+    atexit.register(end)
+    return address
+
+
+def write_program(folder: Path) -> None:
+    """Write a program `mlflow-trt` into this folder, for the path of a shell: one that is forked, unless it serves."""
+    installed = Path(sys.executable).with_name("mlflow-trt")
+    real = shlex.quote(str(installed)) if installed.exists() else f"{shlex.quote(sys.executable)} -m mlflow_trt"
+    forked = shlex.join([sys.executable, "-IS", str(_HERE / "forked_program.py"), _zygote(), "mlflow-trt"])
+    program = folder / "mlflow-trt"
+    # A server is a process of the shell's own, which sends signals to it and to what it starts.
+    program.write_text(f'#!/bin/sh\ncase "$1" in serve) exec {real} "$@";; esac\nexec {forked} "$@"\n')
+    program.chmod(0o755)
 
 
 class Result(NamedTuple):
@@ -40,64 +71,40 @@ class Result(NamedTuple):
 class Command:
     """A command that was started, and the files that it prints to."""
 
-    def __init__(self, process: multiprocessing.process.BaseProcess, streams: list[str]) -> None:
+    def __init__(self, process: Forked, streams: list[Path]) -> None:
         self._process = process
         self._streams = streams
 
     @property
     def has_ended(self) -> bool:
-        return not self._process.is_alive()
+        return self._process.has_ended
 
     def send_signal(self, number: int) -> None:
-        assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        self._process.send_signal(number)
 
     def result(self) -> Result:
         """Once it has ended, which it is made to after a while."""
-        self._process.join(_TIMEOUT_SECONDS)
-        self.kill()
-        assert self._process.exitcode is not None
-        return Result(self._process.exitcode, *(Path(stream).read_text() for stream in self._streams))
-
-    def kill(self) -> None:
-        if not self.has_ended:
-            self._process.kill()
-            self._process.join()
+        code = self._process.wait(_TIMEOUT_SECONDS)
+        return Result(code, *(stream.read_text() for stream in self._streams))
 
 
 @contextmanager
 def started(*arguments: object, cwd: Path | None = None, **environment: str) -> Iterator[Command]:
     """Start `mlflow-trt` with these arguments, in this folder, with these variables besides those of this process."""
     variables = {**os.environ, "COLUMNS": "200", **environment}
+    line = ["mlflow-trt", *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
-        streams = [str(Path(folder) / name) for name in ("stdout", "stderr")]
-        line = ["mlflow-trt", *map(str, arguments)]
-        process = _forks.Process(target=_run, args=(line, variables, str(cwd or Path.cwd()), streams))
-        process.start()
-        command = Command(process, streams)
+        streams = [Path(folder) / name for name in ("stdout", "stderr")]
+        with Path(os.devnull).open("rb") as nothing, streams[0].open("wb") as output, streams[1].open("wb") as errors:
+            descriptors = [nothing.fileno(), output.fileno(), errors.fileno()]
+            process = Forked(_zygote(), line, str(cwd or Path.cwd()), variables, descriptors)
         try:
-            yield command
+            yield Command(process, streams)
         finally:
-            command.kill()
+            process.end()
 
 
 def run(*arguments: object, cwd: Path | None = None, **environment: str) -> Result:
     """As `started`, and wait for its end."""
     with started(*arguments, cwd=cwd, **environment) as command:
         return command.result()
-
-
-def _run(command: list[str], variables: dict[str, str], folder: str, streams: list[str]) -> None:
-    os.environ.clear()
-    os.environ.update(variables)
-    os.chdir(folder)
-    for number, stream in enumerate(streams, start=1):
-        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.argv = command
-    # As in a terminal: what runs in the background of a shell has Ctrl-C ignored, and so has what it starts.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    from mlflow_trt.cli import main
-
-    main()

@@ -20,7 +20,6 @@ import io
 import json
 import os
 import re
-import shlex
 import signal
 import socket
 import subprocess
@@ -288,17 +287,14 @@ def _lines(text: str) -> str:
 
 def command_environment(folder: Path) -> dict[str, str]:
     """The environment of a terminal 80 columns wide in which this package is installed."""
-    commands = Path(sys.executable).parent
-    path = [str(commands), os.environ.get("PATH", "")]
-    if not (commands / "mlflow-trt").exists():  # it is on the path of Python only, as on a GPU machine
-        script = folder / "bin" / "mlflow-trt"
-        script.parent.mkdir()
-        script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m mlflow_trt "$@"\n')
-        script.chmod(0o755)
-        path.insert(0, str(script.parent))
+    from command_line import write_program
+
+    programs = folder / "bin"
+    programs.mkdir()
+    write_program(programs)
     return {
         **os.environ,
-        "PATH": os.pathsep.join(path),
+        "PATH": os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "COLUMNS": "80",
         "NO_COLOR": "1",
