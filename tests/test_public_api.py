@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import networks
 import pytest
 
 import mlflow_trt
-from mlflow_trt import errors
+from mlflow_trt import OptionError, errors
 
 NAMES = {
     "FLAVOR_NAME",
@@ -84,6 +85,19 @@ def test_mlflow_finds_its_loader_which_is_no_public_name():
 
 def test_every_error_is_public():
     assert {name for name in vars(errors) if name.endswith("Error")} <= NAMES
+
+
+@pytest.mark.slow
+def test_a_folder_may_be_given_as_a_path(product_folder, tmp_path):
+    """Wherever a URI may, as `mlflow.onnx.load_model` takes it, since `save_model` does."""
+    data = {"x": networks.rows(4)}
+    with mlflow_trt.load_model(product_folder, tmp_path, runtime="onnxruntime") as session:
+        assert len(session.run(data)["y"]) == 4
+    assert mlflow_trt.verify_model(product_folder, data).verdict
+    assert mlflow_trt.benchmark(product_folder, [1], seconds=0.01).measurements
+    assert mlflow_trt.compare_models(product_folder, product_folder, batches=[1], seconds=0.01, data=data).comparison
+    with pytest.raises(OptionError, match="is no registered version"):
+        mlflow_trt.add_engine(product_folder)
 
 
 @pytest.mark.parametrize(

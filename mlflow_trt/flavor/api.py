@@ -285,8 +285,8 @@ def _chosen_name(name: str | None, artifact_path: str | None) -> str | None:
 
 
 def load_model(
-    model_uri: str,
-    dst_path: str | None = None,
+    model_uri: str | os.PathLike[str],
+    dst_path: str | os.PathLike[str] | None = None,
     *,
     runtime: Runtime | None = None,
     on_mismatch: OnMismatch | None = None,
@@ -329,7 +329,7 @@ def load_model(
         SelfTestError: the engine answers wrongly on this machine.
         ExecutionError: it cannot be loaded, and why.
     """
-    folder = fetch_folder(model_uri, dst_path)
+    folder = fetch_folder(os.fspath(model_uri), dst_path)
     given = {
         "runtime": runtime,
         "on_mismatch": on_mismatch,

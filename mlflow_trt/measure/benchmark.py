@@ -107,7 +107,7 @@ class Benchmark:
 
 
 def benchmark(
-    model_uri: str,
+    model_uri: str | os.PathLike[str],
     batches: Sequence[int],
     *,
     data: Any = None,
@@ -138,6 +138,7 @@ def benchmark(
         ArtifactError: it is no model that can be measured.
     """
     _check(batches, seconds)
+    model_uri = os.fspath(model_uri)
     problems: list[str] = []
     steps = Steps(progress, len(batches))
     with contextlib.ExitStack() as stack:

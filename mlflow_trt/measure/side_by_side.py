@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,8 +52,8 @@ class SideBySide:
 
 
 def compare_models(
-    reference_uri: str,
-    subject_uri: str,
+    reference_uri: str | os.PathLike[str],
+    subject_uri: str | os.PathLike[str],
     *,
     batches: Sequence[int] = (1, 8),
     data: Any = None,
@@ -89,8 +90,8 @@ def compare_models(
     """
     problems: list[str] = []
     with (
-        open_runnable(reference_uri, device=device, emulates=True) as reference,
-        open_runnable(subject_uri, device=device, emulates=True) as subject,
+        open_runnable(os.fspath(reference_uri), device=device, emulates=True) as reference,
+        open_runnable(os.fspath(subject_uri), device=device, emulates=True) as subject,
     ):
         models = (reference, subject)
         for model in models:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ _log = get_logger(__name__)
 
 
 def verify_model(
-    model_uri: str, data: Any = None, *, relative_error: float | None = None, device: int = 0
+    model_uri: str | os.PathLike[str], data: Any = None, *, relative_error: float | None = None, device: int = 0
 ) -> Comparison:
     """Compare a logged model with its source model on ONNX Runtime.
 
@@ -47,6 +48,7 @@ def verify_model(
         ArtifactError: it is no model of this flavor, or an imported plan, which has no source model.
         ExecutionError: the engine, or the typed model on ONNX Runtime, cannot be loaded or run.
     """
+    model_uri = os.fspath(model_uri)
     with open_folder(model_uri) as folder, scratch_folder() as workdir:
         record = folder.record
         tolerance = record.golden.tolerance if record.golden else Tolerance.default(record.recipe.precision)

@@ -167,8 +167,9 @@ def _registered(source: str) -> tuple[dict[str, str], str | None, Mapping[str, s
     return {"source": f"models:/{name}/{number}", "name": name, "version": number}, version.description, version.tags
 
 
-def registered_version(uri: str) -> ModelVersion | None:
+def registered_version(uri: str | os.PathLike[str]) -> ModelVersion | None:
     """The registered version that a URI names, if it names one: `models:/` may be followed by a logged model's id."""
+    uri = os.fspath(uri)
     if not uri.startswith("models:/"):
         return None
     check_server()
