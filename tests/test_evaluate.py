@@ -7,7 +7,9 @@ import networks
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow.models import infer_signature
 from onnx import helper
+from sklearn.linear_model import LinearRegression
 
 import mlflow_trt
 
@@ -49,7 +51,12 @@ def evaluated(model, data, kind, **more):
     with mlflow.start_run():
         config = {"log_model_explainability": False, "log_explainer": False, **more}
         result = mlflow.models.evaluate(
-            model, data, targets="target", model_type=kind, evaluators="default", evaluator_config=config
+            model,
+            data,
+            targets="target" if isinstance(data, pd.DataFrame) else None,
+            model_type=kind,
+            evaluators="default",
+            evaluator_config=config,
         )
     return {name: float(value) for name, value in result.metrics.items()}
 
@@ -70,6 +77,26 @@ def test_a_regressor_by_its_uri(store, rows):
     assert found["root_mean_squared_error"] == pytest.approx(
         np.sqrt(np.mean((data["target"] - exact) ** 2)), rel=1e-5
     )  # it measured this model, and not another
+
+
+@pytest.mark.filterwarnings("ignore:X has feature names:UserWarning")  # of scikit-learn, before the conversion
+@pytest.mark.parametrize("form", ["DataFrame", "array"])
+def test_an_estimator_whose_signature_names_no_input(form, store, rows):
+    """As `infer_signature` makes it of an array: MLflow takes the columns of a DataFrame for the input then."""
+    exact = rows.to_numpy() @ np.arange(1.0, 5.0)
+    mlflow.sklearn.log_model(
+        LinearRegression().fit(rows.to_numpy(), exact), name="line", registered_model_name="line",
+        signature=infer_signature(rows.to_numpy(), exact), pip_requirements=["scikit-learn"],
+        serialization_format="pickle",
+    )  # fmt: skip
+    mlflow_trt.convert_model_version("models:/line/1", "line-trt", batch=(1, 8, 64), model_config=CPU)
+    target = exact + np.random.default_rng(7).standard_normal(60)
+    data = rows.assign(target=target)
+    if form == "array":
+        data = mlflow.data.from_numpy(rows.to_numpy(), targets=target)  # type: ignore[attr-defined]
+    expected, found = (evaluated(f"models:/{name}/1", data, "regressor") for name in ("line", "line-trt"))
+    del expected["score"]  # the estimator's own
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("known", [{}, {"label_list": [0, 1, 2]}], ids=["labels found", "labels given"])

@@ -48,13 +48,15 @@ def with_graph_names(
 ) -> ModelSignature | None:
     """A source model's signature, with the names that the graph has: callers and clients name tensors by it.
 
-    A tensor without a name, or with another one, gets the graph's where the graph has one such tensor. Where names and
-    graph cannot be brought together, inputs are left out, which the model then checks itself, and outputs are derived.
-    Columns of a table stay: that is how callers of such a model call it. None where nothing is left of it.
+    A tensor with another name gets the graph's where the graph has one such tensor, and so does an output without one.
+    An input without a name is left out: with one, MLflow would refuse every DataFrame whose columns are the rows of
+    that input, which callers and `mlflow.models.evaluate` pass to such a source. Where names and graph cannot be
+    brought together, inputs are left out, too, and outputs are derived. The model checks by itself what is left out.
+    Columns of a table stay: that is how callers of such a model call it. None where nothing is left of the signature.
     """
     named = signature.inputs
     if named is not None and named.is_tensor_spec():
-        named = _with_names(named, inputs)
+        named = _with_names(named, inputs) if named.has_input_names() else None
     answers = signature.outputs
     if answers is not None and answers.is_tensor_spec():
         answers = _with_names(answers, outputs) or output_signature(outputs).outputs

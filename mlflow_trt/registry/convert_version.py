@@ -70,11 +70,11 @@ def convert_model_version(
 ) -> ModelVersion:
     """Convert a model and register the result as a new version of `registered_model_name`.
 
-    The new version gets the source's signature, with the names of the graph where it has none, its input example,
-    description, metadata, tags, params, code, extra files, requirements of its own and options for ONNX Runtime; its
-    description begins with a line of its own. What it cannot get is named in a remark. Its tag `mlflow_trt.source` and
-    its record name the source, which has a tag `mlflow_trt.converted_to.<name>.<version>` for each version that was
-    made of it. What was made before, of the same source by the same recipe and TensorRT, is found and returned instead
+    The new version gets the source's signature, without inputs that have no name there, its input example, description,
+    metadata, tags, params, code, extra files, requirements of its own and options for ONNX Runtime; its description
+    begins with a line of its own. What it cannot get is named in a remark. Its tag `mlflow_trt.source` and its record
+    name the source, which has a tag `mlflow_trt.converted_to.<name>.<version>` for each version that was made of it.
+    What was made before, of the same source by the same recipe and TensorRT, is found and returned instead
     of made again, if it can be loaded.
 
     Keywords that are not listed here are those of `save_model`.
