@@ -57,7 +57,8 @@ def client(address, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def expected(module_store):
+def expected(address):  # which registers the model
+    del address
     with mlflow_trt.load_model("models:/r/1", runtime="onnxruntime") as session:
         yield session.run(networks.ranks_feeds(3))
 
