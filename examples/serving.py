@@ -36,12 +36,11 @@ class ServerProcess:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed by stop()
         # mlflow starts uvicorn by its name.
         path = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
-        self._process = subprocess.Popen(
-            command,
-            env={**environment, "PATH": path},
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+        self._process = self._start(command, {**environment, "PATH": path})
+
+    def _start(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[Any]:
+        return subprocess.Popen(
+            command, env=environment, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
         )
 
     def wait_until_ready(self) -> None:

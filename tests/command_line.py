@@ -22,14 +22,15 @@ _TIMEOUT_SECONDS = 600
 
 
 @functools.cache
-def _zygote() -> str:
+def zygote() -> str:
     """Start `tests/zygote.py`, which ends when this process does, and return the path of its socket.
 
     Whoever connects to it waits until it has imported all.
     """
     address = str(Path(tempfile.mkdtemp(prefix="zygote-"), "socket"))  # which has to be short
     # What a test sets for itself is not for what is imported once for all.
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "CUDA_"))}
+    own = ("MLFLOW_", "CUDA_", "PYTHONUNBUFFERED")
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     path = os.pathsep.join([str(_HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(address)
@@ -55,7 +56,7 @@ def write_program(folder: Path) -> None:
     """Write a program `mlflow-trt` into this folder, for the path of a shell: one that is forked, unless it serves."""
     installed = Path(sys.executable).with_name("mlflow-trt")
     real = shlex.quote(str(installed)) if installed.exists() else f"{shlex.quote(sys.executable)} -m mlflow_trt"
-    forked = shlex.join([sys.executable, "-IS", str(_HERE / "forked_program.py"), _zygote(), "mlflow-trt"])
+    forked = shlex.join([sys.executable, "-IS", str(_HERE / "forked_program.py"), zygote(), "mlflow-trt"])
     program = folder / "mlflow-trt"
     # A server is a process of the shell's own, which sends signals to it and to what it starts.
     program.write_text(f'#!/bin/sh\ncase "$1" in serve) exec {real} "$@";; esac\nexec {forked} "$@"\n')
@@ -97,7 +98,7 @@ def started(*arguments: object, cwd: Path | None = None, **environment: str) -> 
         streams = [Path(folder) / name for name in ("stdout", "stderr")]
         with Path(os.devnull).open("rb") as nothing, streams[0].open("wb") as output, streams[1].open("wb") as errors:
             descriptors = [nothing.fileno(), output.fileno(), errors.fileno()]
-            process = Forked(_zygote(), line, str(cwd or Path.cwd()), variables, descriptors)
+            process = Forked(zygote(), line, str(cwd or Path.cwd()), variables, descriptors)
         try:
             yield Command(process, streams)
         finally:

@@ -35,17 +35,18 @@ class Forked:
         socket.send_fds(self._connection, [struct.pack("!I", len(wanted))], list(streams))
         self._connection.sendall(wanted)
         self.pid = self._read()
-        self._code: int | None = None
+        self.returncode: int | None = None
 
     def wait(self, timeout: float | None = None) -> int:
         """What it ended with, or the negative number of the signal that ended it. Raises TimeoutError."""
-        if self._code is None:
+        if self.returncode is None:
             self._connection.settimeout(timeout)
-            self._code = self._read()
-        return self._code
+            self.returncode = self._read()
+            self._connection.close()
+        return self.returncode
 
     def send_signal(self, number: int) -> None:
-        if self._code is None:
+        if self.returncode is None:
             os.kill(self.pid, number)
 
     @property
@@ -59,11 +60,9 @@ class Forked:
     def end(self) -> None:
         """See to it that it has ended."""
         if not self.has_ended:
-            for kill in (os.killpg, os.kill):  # it may not have made its session yet
-                with contextlib.suppress(ProcessLookupError):
-                    kill(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
             self.wait()
-        self._connection.close()
 
     def _read(self) -> int:
         data = self._connection.recv(4, socket.MSG_WAITALL)

@@ -14,9 +14,10 @@ import requests
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
 from helpers import PATIENCE, save_networks
+from servers import TensorServer
 
 import mlflow_trt
-from examples.serving import TensorServer, running
+from examples.serving import running
 from mlflow_trt.client import Client
 
 pytestmark = pytest.mark.server

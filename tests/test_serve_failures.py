@@ -23,8 +23,9 @@ import requests
 import tritonclient.http as triton
 from command_line import run
 from helpers import PATIENCE, wait_for
+from servers import ServerProcess, TensorServer
 
-from examples.serving import ServerProcess, TensorServer, free_port, running
+from examples.serving import free_port, running
 from mlflow_trt.deploy.serve.keys import read_keys
 from mlflow_trt.deploy.serve.limits import Limits
 from mlflow_trt.deploy.serve.server import ServeOptions, serve

@@ -11,9 +11,10 @@ import pytest
 import tritonclient.http as triton
 from helpers import wait_for
 from onnx import numpy_helper
+from servers import TensorServer
 
 import mlflow_trt
-from examples.serving import TensorServer, running
+from examples.serving import running
 
 pytestmark = pytest.mark.server
 

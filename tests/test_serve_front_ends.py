@@ -19,10 +19,11 @@ import requests
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
 from helpers import PATIENCE, keep_asking, save_networks, wait_for
+from servers import TensorServer
 from test_serve import assert_same, inputs_of
 
 import mlflow_trt
-from examples.serving import TensorServer, free_port, running
+from examples.serving import free_port, running
 from mlflow_trt.client import Client
 from mlflow_trt.deploy.serve.served_model import load_served_model
 from mlflow_trt.deploy.serve.server import ServeOptions, serve

@@ -15,9 +15,10 @@ import pytest
 import requests
 from helpers import keep_asking, save_networks, wait_for
 from installed import installed
+from servers import ServerProcess, TensorServer
 
 import mlflow_trt
-from examples.serving import ServerProcess, TensorServer, free_port, running
+from examples.serving import free_port, running
 from mlflow_trt.client import Client
 from mlflow_trt.errors import ServerUnavailableError
 

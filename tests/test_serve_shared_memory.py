@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 import tritonclient.utils.shared_memory as shm
+from servers import TensorServer
 
 import mlflow_trt
-from examples.serving import TensorServer, running
+from examples.serving import running
 from mlflow_trt.deploy.serve.shared_memory import SharedMemory
 from mlflow_trt.errors import OptionError
 

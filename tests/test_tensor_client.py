@@ -16,9 +16,10 @@ import networks
 import numpy as np
 import pytest
 from helpers import save_networks, wait_for
+from servers import TensorServer
 
 import mlflow_trt
-from examples.serving import TensorServer, running
+from examples.serving import running
 from mlflow_trt.client import AsyncClient, Client
 from mlflow_trt.core import tensor_wire, wire
 from mlflow_trt.errors import (

@@ -6,10 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
+from servers import TensorServer
 from whole_sources import TEXTS, bert, log_pipeline
 
 import mlflow_trt
-from examples.serving import TensorServer, running, served
+from examples.serving import running, served
 
 pytest.importorskip("torch", reason="needs the extra test-torch")
 pytest.importorskip("transformers", reason="needs the extra test-torch")

@@ -13,6 +13,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import runpy
 import selectors
 import signal
 import socket
@@ -23,10 +24,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlflow_trt.cli
+
 # Nothing that starts threads which a forked process would miss: neither TensorRT nor ONNX Runtime.
 _PRELOADED = [
     "mlflow.pyfunc",
-    "mlflow_trt.cli",
+    "mlflow_trt.deploy.serve.server",
     "mlflow_trt.flavor.api",
     "mlflow_trt.registry.convert_all",
     # What these import when they need it: for a precision of 16 or 8 bits, and for a store on SQLite.
@@ -60,17 +63,31 @@ class Zygote:
         if wanted is None:
             connection.close()
             return
-        process = multiprocessing.get_context("fork").Process(target=_run, args=(wanted,))
+        process = multiprocessing.get_context("fork").Process(target=self._run, args=(wanted, connection))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of threads, as OpenBLAS has some
             process.start()
         assert process.pid is not None
         for descriptor in wanted["streams"]:
             os.close(descriptor)
-        _send(connection, process.pid)
         self._running.add(process.pid)
         self._events.register(process.sentinel, selectors.EVENT_READ, partial(self._tell_end, process, connection))
         self._events.register(connection, selectors.EVENT_READ, partial(self._end, process.pid, connection))
+
+    def _run(self, wanted: dict[str, Any], connection: socket.socket) -> None:
+        """In the forked process: run the program."""
+        os.setsid()
+        _send(connection, os.getpid())
+        for other in (connection, *(key.fileobj for key in self._events.get_map().values())):
+            if isinstance(other, socket.socket):
+                other.close()
+        self._events.close()
+        _become(wanted)
+        if (script := Path(sys.argv[0])).suffix == ".py":
+            sys.path.insert(0, str(script.parent))
+            runpy.run_path(str(script), run_name="__main__")
+        else:
+            mlflow_trt.cli.main()
 
     def _tell_end(self, process: multiprocessing.process.BaseProcess, connection: socket.socket) -> None:
         self._events.unregister(process.sentinel)
@@ -108,27 +125,25 @@ def _send(connection: socket.socket, number: int) -> None:
 
 
 def _kill(pid: int) -> None:
-    for kill in (os.killpg, os.kill):  # it may not have made its session yet
-        with contextlib.suppress(ProcessLookupError):
-            kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
 
 
-def _run(wanted: dict[str, Any]) -> None:
-    """Be what a process is that whoever asked started."""
-    os.setsid()
+def _become(wanted: dict[str, Any]) -> None:
+    """What a process is that whoever asked started."""
+    variables = wanted["variables"]
     os.environ.clear()
-    os.environ.update(wanted["variables"])
+    os.environ.update(variables)
     os.chdir(wanted["folder"])
     for number, stream in enumerate(wanted["streams"]):
         os.dup2(stream, number)
         os.close(stream)
+    sys.stdout.reconfigure(write_through=bool(variables.get("PYTHONUNBUFFERED")))  # type: ignore[union-attr]
+    sys.path[:0] = filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))
     sys.argv = wanted["command"]
     # As in a terminal: what runs in the background of a shell has Ctrl-C ignored, and so has what it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    from mlflow_trt.cli import main
-
-    main()
 
 
 if __name__ == "__main__":
