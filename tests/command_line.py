@@ -90,10 +90,12 @@ class Command:
 
 
 @contextmanager
-def started(*arguments: object, cwd: Path | None = None, **environment: str) -> Iterator[Command]:
-    """Start `mlflow-trt` with these arguments, in this folder, with these variables besides those of this process."""
+def started(
+    *arguments: object, program: str = "mlflow-trt", cwd: Path | None = None, **environment: str
+) -> Iterator[Command]:
+    """Start a program with these arguments, in this folder, with these variables besides those of this process."""
     variables = {**os.environ, "COLUMNS": "200", **environment}
-    line = ["mlflow-trt", *map(str, arguments)]
+    line = [program, *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder) / name for name in ("stdout", "stderr")]
         with Path(os.devnull).open("rb") as nothing, streams[0].open("wb") as output, streams[1].open("wb") as errors:
@@ -105,7 +107,7 @@ def started(*arguments: object, cwd: Path | None = None, **environment: str) -> 
             process.end()
 
 
-def run(*arguments: object, cwd: Path | None = None, **environment: str) -> Result:
+def run(*arguments: object, program: str = "mlflow-trt", cwd: Path | None = None, **environment: str) -> Result:
     """As `started`, and wait for its end."""
-    with started(*arguments, cwd=cwd, **environment) as command:
+    with started(*arguments, program=program, cwd=cwd, **environment) as command:
         return command.result()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,12 @@ class _Process(Forked):
 
 
 class ServerProcess(serving.ServerProcess):
-    """`command` is `python SCRIPT` or `python -m mlflow_trt`, with arguments."""
+    """`command` is `python SCRIPT`, `python -m mlflow_trt` or `python -m mlflow`, with arguments."""
 
     def _start(self, command: Sequence[str], environment: Mapping[str, str]) -> Any:
         _, *line = command
-        if line[:2] == ["-m", "mlflow_trt"]:
-            line[:2] = ["mlflow-trt"]
+        if line[0] == "-m":
+            line[:2] = [line[1].replace("_", "-")]
         with Path(os.devnull).open("rb") as nothing:
             log = self._log.fileno()
             return _Process(zygote(), line, str(Path.cwd()), environment, (nothing.fileno(), log, log))
@@ -41,3 +42,15 @@ class ServerProcess(serving.ServerProcess):
 
 class TensorServer(ServerProcess, serving.TensorServer):
     """`mlflow-trt serve` on a free port of 127.0.0.1."""
+
+
+class Server(ServerProcess, serving.Server):
+    """`mlflow models serve` on a port of 127.0.0.1; what that starts is no fork of ours."""
+
+
+@contextlib.contextmanager
+def served(model_uri: str, tracking_uri: str, model_config: Mapping[str, Any], **options: Any) -> Iterator[str]:
+    """Serve a model and give the server's address. The server has ended when the block has. Options as for Server."""
+    server = Server(model_uri, tracking_uri, model_config, **options)
+    with serving.running(server):
+        yield server.address

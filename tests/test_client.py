@@ -18,9 +18,10 @@ import pandas as pd
 import pytest
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema, TensorSpec
+from servers import served
 
 import mlflow_trt
-from examples.serving import free_port, served
+from examples.serving import free_port
 from mlflow_trt.client import AsyncClient, Client
 from mlflow_trt.core import wire
 from mlflow_trt.errors import (

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 
 import networks
 import numpy as np
 import pandas as pd
 import pytest
+from command_line import run
 from mlflow.deployments import get_deploy_client, run_local
 from mlflow.exceptions import MlflowException
+from servers import ServerProcess
 
 import mlflow_trt
-from examples.serving import ServerProcess, free_port, running
+from examples.serving import free_port, running
 from mlflow_trt.deploy.deployments import parse_config
 from mlflow_trt.errors import InputError, OptionError, ServerUnavailableError
 
@@ -26,10 +27,7 @@ KEY = "0123456789abcdef-key"
 
 
 def mlflow(*arguments):
-    command = [sys.executable, "-m", "mlflow", "deployments", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "MLFLOW_TRT_API_KEY": KEY}
-    )
+    return run("deployments", *arguments, program="mlflow", MLFLOW_TRT_API_KEY=KEY)
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +120,13 @@ def test_errors(client, address, monkeypatch):
 def test_mlflows_commands(address, expected, tmp_path):
     frame(3).to_json(tmp_path / "input.json", orient="records")
     target = ["--target", f"mlflow-trt:{address}"]
-    done = mlflow("predict", *target, "--name", "ranks", "--input-path", str(tmp_path / "input.json"),
-                  "--output-path", str(tmp_path / "output.json"))  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = mlflow("predict", *target, "--name", "ranks", "--input-path", tmp_path / "input.json",
+                  "--output-path", tmp_path / "output.json")  # fmt: skip
+    assert done.code == 0, done.errors
     rows = json.loads((tmp_path / "output.json").read_text())["predictions"]
     assert np.allclose([row["scaled"] for row in rows], expected["scaled"], rtol=1e-6)
-    assert "ranks" in mlflow("list", *target).stdout
-    help_text = mlflow("help", "--target", "mlflow-trt").stdout
+    assert "ranks" in mlflow("list", *target).output
+    help_text = mlflow("help", "--target", "mlflow-trt").output
     assert "api_key_file" in help_text
     assert "model_config" in help_text
 

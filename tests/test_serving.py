@@ -14,9 +14,9 @@ import pytest
 import requests
 from helpers import PATIENCE
 from real_models import MAGIKA
+from servers import served
 
 import mlflow_trt
-from examples.serving import served
 
 pytestmark = pytest.mark.server
 

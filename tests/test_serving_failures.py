@@ -21,9 +21,9 @@ import pandas as pd
 import pytest
 import requests
 from helpers import PATIENCE, wait_for
+from servers import Server, served
 
 import mlflow_trt
-from examples.serving import Server, served
 from mlflow_trt.client import Client
 from mlflow_trt.core import wire
 from mlflow_trt.errors import InputError, OutOfMemoryError, ServerError, ServerTimeoutError

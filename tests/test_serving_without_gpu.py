@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from servers import Server
 
-from examples.serving import Server
 from mlflow_trt.core import scoring_server
 from mlflow_trt.errors import RuntimeUnavailableError
 from mlflow_trt.flavor.pyfunc import load_pyfunc

@@ -12,10 +12,10 @@ import networks
 import numpy as np
 import pandas as pd
 import pytest
-from servers import TensorServer
+from servers import TensorServer, served
 
 import mlflow_trt
-from examples.serving import free_port, running, served
+from examples.serving import free_port, running
 from mlflow_trt import InputError, ServerUnavailableError
 from mlflow_trt.client import AsyncClient, Client
 from mlflow_trt.core import wire

@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
-from servers import TensorServer
+from servers import TensorServer, served
 from whole_sources import TEXTS, bert, log_pipeline
 
 import mlflow_trt
-from examples.serving import running, served
+from examples.serving import running
 
 pytest.importorskip("torch", reason="needs the extra test-torch")
 pytest.importorskip("transformers", reason="needs the extra test-torch")

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from examples.serving import ServerProcess, free_port, running
+from servers import ServerProcess
+
+from examples.serving import free_port, running
 
 
 @contextlib.contextmanager

@@ -63,6 +63,8 @@ class Zygote:
         if wanted is None:
             connection.close()
             return
+        if wanted["command"][0] == "mlflow":
+            importlib.import_module("mlflow.cli")  # takes seconds as well, and few files need it
         process = multiprocessing.get_context("fork").Process(target=self._run, args=(wanted, connection))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of threads, as OpenBLAS has some
@@ -86,6 +88,8 @@ class Zygote:
         if (script := Path(sys.argv[0])).suffix == ".py":
             sys.path.insert(0, str(script.parent))
             runpy.run_path(str(script), run_name="__main__")
+        elif sys.argv[0] == "mlflow":
+            importlib.import_module("mlflow.cli").cli()
         else:
             mlflow_trt.cli.main()
 
