@@ -15,9 +15,11 @@ import sys
 import tempfile
 import threading
 import time
+from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -51,10 +53,13 @@ class Case:
 
 @dataclass
 class Tally:
-    """What one thread saw: when calls ended, in seconds from the start, and how many milliseconds they took."""
+    """What one thread saw: when calls ended, in seconds from the start, and how many milliseconds they took.
 
-    ended: list[float] = field(default_factory=list)
-    milliseconds: list[float] = field(default_factory=list)
+    In few bytes: there are millions of calls, and memory is watched.
+    """
+
+    ended: array[float] = field(default_factory=partial(array, "d"))
+    milliseconds: array[float] = field(default_factory=partial(array, "f"))
     refused: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -110,9 +115,9 @@ class Endurance:
                 tally.problems.append(f"an answer is {found:.3g} away from the right one")
 
     def _ask_misshapen(self, case: Case) -> None:
-        name, array = next(iter(case.feeds.items()))
+        name, values = next(iter(case.feeds.items()))
         with suppress(InputError):
-            self._session.run({**case.feeds, name: array[..., :-1]})
+            self._session.run({**case.feeds, name: values[..., :-1]})
             raise RuntimeError("a call with rows of another shape was answered")
 
 
@@ -138,7 +143,7 @@ def distinct_rows(session: mlflow_trt.Session, feeds: Feeds, least: float) -> li
 
 
 def _rows(arrays: Feeds, numbers: Sequence[int]) -> Feeds:
-    return {name: np.ascontiguousarray(array[list(numbers)]) for name, array in arrays.items()}
+    return {name: np.ascontiguousarray(values[list(numbers)]) for name, values in arrays.items()}
 
 
 def gpu_bytes() -> int:

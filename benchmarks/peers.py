@@ -28,6 +28,7 @@ MODELS_OF_PEERS = ("resnet50", "bert", "detector")
 BATCHES = (1, 8, 32, 128)
 THREADS = (16, 64)
 _SECONDS_TO_ANSWER = 400
+PROVIDER = "ONNX Runtime, TensorRT-RTX"
 Predict = Callable[[Feeds], object]
 
 
@@ -83,11 +84,11 @@ def measure_peer(peer: str, model: BenchmarkModel, folder: Path, seconds: float)
     """All that is measured of one peer, in this process."""
     one = model.feeds(1)
     started = time.perf_counter()
-    predict = PEERS[peer](model, folder)
+    predict = make_peer(peer, model, folder)
     predict(one)
     found = {"first answer, s": time.perf_counter() - started}
     for size in (size for size in BATCHES if size <= largest_batch(model)):
-        found[f"batch {size}, ms"] = _median_milliseconds(partial(predict, model.feeds(size)), seconds)
+        found[f"batch {size}, ms"] = median_milliseconds(partial(predict, model.feeds(size)), seconds)
     for count in THREADS:
         found[f"{count} threads, rows/s"] = _rate(partial(predict, one), count, 2 * seconds)
     return found
@@ -98,7 +99,8 @@ def largest_batch(model: BenchmarkModel) -> int:
     return int(model.recipe["batch"][2])
 
 
-def _median_milliseconds(call: Callable[[], object], seconds: float) -> float:
+def median_milliseconds(call: Callable[[], object], seconds: float) -> float:
+    """Of as many calls as fit, after some that do not count."""
     for _ in range(5):
         call()
     times: list[float] = []
@@ -161,8 +163,9 @@ def _onnxruntime(model: BenchmarkModel, folder: Path, *, provider: str) -> Predi
     if provider == "rtx":
         import onnxruntime_ep_nv_tensorrt_rtx as plugin
 
-        onnxruntime.register_execution_provider_library("rtx", plugin.get_library_path())
-        devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == "rtx"]
+        if not (devices := _rtx_devices()):
+            onnxruntime.register_execution_provider_library("rtx", plugin.get_library_path())
+            devices = _rtx_devices()
         limits = {name: array.shape[1:] for name, array in model.feeds(1).items()}
 
         def shapes(rows: int) -> str:
@@ -175,6 +178,12 @@ def _onnxruntime(model: BenchmarkModel, folder: Path, *, provider: str) -> Predi
         providers = ["CUDAExecutionProvider"]
     session = onnxruntime.InferenceSession(str(folder / record.typed.file), sess_options=options, providers=providers)
     return partial(session.run, None)
+
+
+def _rtx_devices() -> list[Any]:
+    import onnxruntime  # what users run instead
+
+    return [device for device in onnxruntime.get_ep_devices() if device.ep_name == "rtx"]
 
 
 def _torch(_model: BenchmarkModel, folder: Path, *, how: str) -> Predict:
@@ -206,7 +215,7 @@ def _torch(_model: BenchmarkModel, folder: Path, *, how: str) -> Predict:
 PEERS: dict[str, Callable[[BenchmarkModel, Path], Predict]] = {
     "mlflow-trt, session.run": _session,
     "mlflow-trt, pyfunc": _pyfunc,
-    "ONNX Runtime, TensorRT-RTX": partial(_onnxruntime, provider="rtx"),
+    PROVIDER: partial(_onnxruntime, provider="rtx"),
     "ONNX Runtime, CUDA": partial(_onnxruntime, provider="cuda"),
     "torch.compile": partial(_torch, how="compile"),
     "torch-tensorrt-rtx": partial(_torch, how="tensorrt-rtx"),
@@ -214,11 +223,16 @@ PEERS: dict[str, Callable[[BenchmarkModel, Path], Predict]] = {
 }
 
 
+def make_peer(peer: str, model: BenchmarkModel, folder: Path) -> Predict:
+    """A peer with this model, warm where it can be."""
+    return PEERS[peer](model, folder)
+
+
 def installed(model: str) -> list[str]:
     """The peers that can run a model here; those of torch know the operators of ResNet-50 only."""
     found = ["mlflow-trt, session.run", "mlflow-trt, pyfunc"]
     if is_installed("onnxruntime_ep_nv_tensorrt_rtx"):
-        found.append("ONNX Runtime, TensorRT-RTX")
+        found.append(PROVIDER)
     if is_installed("onnxruntime"):
         import onnxruntime  # what users run instead
 

@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from benchmarks import networks, peers, replicas, runtime
+from benchmarks import in_turns, networks, peers, replicas, runtime
 from benchmarks.networks import pictures
 from benchmarks.resnet50 import images, resnet50
 from mlflow_trt.backends.cuda_driver import probe
@@ -66,6 +66,26 @@ class TestPeers:
     def test_what_is_installed(self):
         assert peers.installed("bert")[:2] == ["mlflow-trt, session.run", "mlflow-trt, pyfunc"]
         assert set(peers.installed("resnet50")) <= set(peers.PEERS)
+
+
+class TestInTurns:
+    TIMES = np.array([[1.0, 0.95, 1.06], [2.0, 1.9, 2.12], [1.5, 1.2, 2.4]])
+    """Of three rounds: the provider, the session, pyfunc."""
+
+    def test_the_ratio_is_that_within_a_round(self):
+        assert in_turns.cells_of(self.TIMES, 1) == ["1.500", "1.200, 0.95 x", "2.120, 1.06 x"]
+
+    def test_a_goal_that_is_missed_is_named(self):
+        assert in_turns.cells_of(self.TIMES, 8)[1:] == ["1.200, 0.95 x", "2.120, 1.06 x (goal 1)"]
+        assert in_turns.cells_of(self.TIMES[:, [1, 0, 2]], 1)[1:] == [
+            "1.500, 1.05 x (goal 1)",
+            "2.120, 1.12 x (goal 1.07)",
+        ]
+
+    @pytest.mark.skipif(probe().problem is None, reason="there is a GPU, which the benchmark would use")
+    def test_without_a_gpu_it_says_so(self):
+        with pytest.raises(SystemExit, match="There is no GPU to compare on"):
+            in_turns.main()
 
 
 def test_images_repeat_after_sixty_four():
