@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 
 import mlflow
+import networks
 import numpy as np
 import pandas as pd
 import pytest
@@ -263,6 +264,13 @@ def test_other_flavors_are_named(store, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_file_that_a_store_lost_is_named_with_its_model(store):
+    info = mlflow.onnx.log_model(networks.product(), name="lost", pip_requirements=["onnx"])
+    Path(local_file_uri_to_path(info.artifact_path), "model.onnx").unlink()
+    with pytest.raises(ArtifactError, match=f"^{info.model_uri} lacks the ONNX file model.onnx"):
+        mlflow_trt.convert_model_version(info.model_uri, "lost-trt")
+
+
 def test_what_cannot_be_converted_is_not_downloaded(store, tmp_path):
     info = mlflow.pyfunc.log_model(name="m", loader_module="json", pip_requirements=[], registered_model_name="other")
     folder = local_file_uri_to_path(mlflow.get_logged_model(info.model_id).artifact_location)

@@ -109,7 +109,10 @@ def _onnx_file(
     """
     flavor = _check_flavor(source, model)
     if flavor == ONNX:
-        return folder / _data_of(source, model), {}, None
+        path = folder / _data_of(source, model)
+        if not path.exists():
+            raise ArtifactError(f"{source} lacks the ONNX file {path.name} that its {MLMODEL_FILE_NAME} names")
+        return path, {}, None
     target = folder / EXPORTED
     target.mkdir()
     if flavor == SKLEARN and options.whole:
