@@ -132,6 +132,10 @@ class TestWire:
             wire.json_request({"x": np.zeros((0, 3), np.float32)})
         with pytest.raises(InputError, match="input 'x' is no regular array"):
             wire.json_request({"x": [[1], [2, 3]]})
+        for request in (wire.json_request, wire.parquet_request):
+            assert request({"x": np.ma.masked_array([1, 2], [False, False])})
+            with pytest.raises(InputDtypeError, match=r"input 'x', row 1: the value at \[1\] is missing"):
+                request({"x": np.ma.masked_array([1, 2], [False, True])})
 
     @pytest.mark.parametrize("array", [
         np.array([[1.5, np.nan, -np.inf]], np.float32), np.zeros((0, 4), np.int64), np.array(3, np.uint8),

@@ -297,6 +297,7 @@ class TestFrames:
             (pd.Series(pd.to_datetime(["2020-01-01"])), "datetime64"),
             (pd.Series([[1], [None]]), r"row 1: the value at \[0\] of the cell is missing"),
             (pd.Series([{"a": 1}]), "row 0: the value is of type dict"),
+            (pd.Series([np.ma.masked_array([1], [False]), np.ma.masked_array([1], [True])]), "row 1 is missing"),
         ],
     )
     def test_what_is_no_number(self, column, message):

@@ -156,6 +156,7 @@ class TestOurServer:
                 (np.array([1.5, 2]), r"'count', row 0: the value at \[0\] is no whole number"),
                 (np.array([1, np.nan]), r"'count', row 1: the value at \[1\] is missing or infinite"),
                 (["a", "b"], "'count' is of dtype <U1; expected int64"),
+                (np.ma.masked_array([1, 2], [False, True]), r"'count', row 1: the value at \[1\] is missing"),
             ):
                 with pytest.raises(InputDtypeError, match=what):
                     client.predict({**feeds, "count": count})

@@ -145,7 +145,7 @@ def _cell(cell: Any, row: int, column: Any, spec: TensorSpec) -> Array:
         raise InputShapeError(
             f"column {column!r}, row {row}: the lists in the cell differ in length", tensor=spec.name
         ) from None
-    if array.ndim == 0 and is_missing(cell):
+    if (array.ndim == 0 and is_missing(cell)) or np.ma.is_masked(cell):
         raise InputDtypeError(f"column {column!r}, row {row} is missing", tensor=spec.name)
     if array.dtype.kind in "USM":
         kind = "binary" if array.dtype.kind == "S" else "text" if array.dtype.kind == "U" else "a time"

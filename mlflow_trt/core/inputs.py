@@ -75,7 +75,10 @@ def _listing(specs: Sequence[TensorSpec]) -> str:
 
 
 def array_of(value: npt.ArrayLike, name: str) -> Array:
-    """The value of an input as an array. Raises InputShapeError for rows of different lengths."""
+    """The value of an input as an array.
+
+    Raises InputShapeError for rows of different lengths, InputDtypeError for a value that is masked.
+    """
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
         position = np.unravel_index(int(np.argmax(np.ma.getmaskarray(value))), value.shape)
         raise InputDtypeError(f"{_place_in_input(name)(tuple(map(int, position)))} is missing", tensor=name)

@@ -90,8 +90,8 @@ def described_model(name: str, body: bytes) -> Model:
 
 
 def arrays_of(inputs: wire.Inputs) -> dict[str, Any]:
-    """Each value as an array, or as the `bytes` that it is a list of. Raises InputShapeError for what is neither."""
-    return {name: value if wire.is_bytes(value) else _array_of(name, value) for name, value in inputs.items()}
+    """Each value as an array, or as the `bytes` that it is a list of. Raises what `wire.array_of` does."""
+    return {name: value if wire.is_bytes(value) else wire.array_of(name, value) for name, value in inputs.items()}
 
 
 def infer_request(arrays: Mapping[str, Any], model: Model) -> wire.Request:
@@ -150,16 +150,6 @@ def _object(body: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return told if isinstance(told, dict) else {}
-
-
-def _array_of(name: str, value: Any) -> Array:
-    try:
-        array: Array = np.asarray(value)
-    except ValueError as error:
-        from mlflow_trt.errors import InputShapeError
-
-        raise InputShapeError(f"input {name!r} is no regular array: {error}", tensor=name) from None
-    return array
 
 
 def _tensor(name: str, value: Any, wanted: str | None) -> tuple[str, list[int], bytes | memoryview]:

@@ -266,6 +266,18 @@ def is_bytes(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and all(map(_is_cell, value))
 
 
+def array_of(name: str, value: Any) -> Array:
+    """The value of an input as an array. Raises what `core.inputs.array_of` does."""
+    try:
+        if not np.ma.is_masked(value):
+            return np.asarray(value)
+    except ValueError:
+        pass
+    from mlflow_trt.core import inputs  # which loads MLflow
+
+    return inputs.array_of(value, name)
+
+
 def _plain(value: Any) -> Any:
     """For what JSON does not know: numpy's arrays and numbers, bytes as base64, dates and times by ISO 8601."""
     if isinstance(value, (np.ndarray, np.generic)):
@@ -317,12 +329,7 @@ def _listed(name: str, value: Any) -> Any:
 
 def _native(name: str, value: Any) -> Array:
     """An array of numbers in a type that parquet, JSON and signatures know."""
-    try:
-        array: Array = np.asarray(value)
-    except ValueError as error:
-        from mlflow_trt.errors import InputShapeError  # which loads MLflow
-
-        raise InputShapeError(f"input {name!r} is no regular array: {error}", tensor=name) from None
+    array = array_of(name, value)
     if array.dtype.name == "bfloat16":
         return array.astype(np.float32)
     if array.dtype.kind not in "biuf":
