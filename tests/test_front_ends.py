@@ -470,7 +470,7 @@ class TestEnds:
         assert ended == ["http.disconnect"]
 
     @pytest.mark.parametrize("has_front_end", [True, False])
-    def test_a_client_that_goes_away_before_its_answer_is_sent(self, has_front_end, caplog):
+    def test_a_client_that_goes_away_before_its_answer_is_sent(self, has_front_end, messages):
         """Several requests on a connection that ends: uvloop raises errors, which are no failures of the server."""
 
         async def app(scope, receive, send):
@@ -497,7 +497,7 @@ class TestEnds:
         within(app, use)
         assert sent == ["tried"]
         assert ended == ([] if has_front_end else ["left"])
-        assert not caplog.text
+        assert not messages.text
 
     def test_an_answer_before_the_body_was_read(self):
         async def refuse(_scope, _receive, send):
@@ -512,7 +512,7 @@ class TestEnds:
 
         within(refuse, use)
 
-    def test_an_application_that_fails_harms_nobody_else(self, caplog):
+    def test_an_application_that_fails_harms_nobody_else(self, messages):
         async def app(scope, receive, send):
             if scope["query_string"] == b"fail":
                 raise RuntimeError("as it was asked to")
@@ -526,7 +526,7 @@ class TestEnds:
             assert well.body == numbers(1 << 18)
 
         within(app, use)
-        assert "as it was asked to" in caplog.text
+        assert "as it was asked to" in messages.text
 
     def test_a_body_that_is_refused_goes_before_the_garbage_collector_comes(self):
         """Large ones are few objects, so it may take its time."""
@@ -580,7 +580,7 @@ class TestEnds:
             gc.enable()
 
     @pytest.mark.parametrize("size", [10, 1 << 18])
-    def test_an_answer_that_is_none_ends_its_request(self, size, caplog):
+    def test_an_answer_that_is_none_ends_its_request(self, size, messages):
         """As does an application that is cancelled. Clients would wait for ever."""
 
         async def app(scope, receive, send):
@@ -597,7 +597,7 @@ class TestEnds:
                 assert client.status is None
 
         within(app, use)
-        assert "not JSON serializable" in caplog.text
+        assert "not JSON serializable" in messages.text
 
     def test_a_request_that_cannot_be_read_is_given_up(self):
         """And the server works on it no longer."""

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 from compare import relative_error
-from helpers import prepare
+from helpers import needs_release, prepare
 from networks import FLOAT, INT64, constant, value
 from onnx import TensorProto, helper
 from test_precision import typed_model
@@ -464,6 +464,36 @@ def test_operators_that_are_taken_for_no_other_are_left_to_the_parser(operator):
     check_nodes(model)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "named"),
+    [
+        ([node("SequenceConstruct", ["y"], ["s"]), node("SequenceAt", ["s", "i"], ["z"], name="at")],
+         ["unnamed (SequenceConstruct)", "at (SequenceAt)"]),
+        ([node("Constant", [], ["s"], value_strings=["a", "b"]), node("Shape", ["s"], ["z"])], ["unnamed (Constant)"]),
+        ([node("Shape", ["stored"], ["z"])], ["stored (initializer)"]),
+    ],
+)  # fmt: skip
+def test_what_is_no_tensor_of_numbers_is_refused_by_name(nodes, named):
+    model = networks.product()
+    model.graph.node.extend(nodes)
+    if "stored" in nodes[0].input:
+        model.graph.initializer.append(constant("stored", np.array(["a"])))
+    with pytest.raises(UnsupportedModelError, match="tensors of numbers alone, and no sequences, optional") as caught:
+        check_nodes(model)
+    assert list(caught.value.nodes) == named
+
+
+def test_a_function_that_nobody_calls_may_have_sequences():
+    model = networks.product()
+    opsets = [helper.make_opsetid("", 17)]
+    listed = helper.make_function("own", "Listed", ["a"], ["s"], [node("SequenceConstruct", ["a"], ["s"])], opsets)
+    model.functions.append(listed)
+    check_nodes(model)
+    model.graph.node.append(node("Listed", ["y"], ["s"], domain="own"))
+    with pytest.raises(UnsupportedModelError, match=r"unnamed \(SequenceConstruct\)"):
+        check_nodes(model)
+
+
 def test_an_output_that_is_an_input_is_refused():
     model = networks.product()
     model.graph.output.append(model.graph.input[0])
@@ -484,7 +514,7 @@ def test_engines_are_built_of_what_was_rewritten(tmp_path):
     assert relative_error(typed, CpuModel(tmp_path / "source.onnx").run(["y", "w"], positive(8))) < 1e-6
 
 
-@pytest.mark.parametrize("opset", [17, 19, 23])
+@pytest.mark.parametrize("opset", [17, 19, pytest.param(23, marks=needs_release("onnxruntime", "1.22"))])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_models_that_bring_int8_stay_valid_in_16_bits(precision, opset, tmp_path):
     typed = typed_model(quantized(np.int8(0), opset=opset), tmp_path, precision, {"x": networks.rows(32)})

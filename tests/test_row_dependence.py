@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import mlflow
 import networks
 import numpy as np
@@ -219,14 +217,13 @@ def test_a_single_row_is_enough_to_see_it(data, tmp_path):
     assert axis.dependence is not None
 
 
-def test_a_declared_batch_is_split_all_the_same_with_a_warning(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
-        profiles = measured(point_cloud(), tmp_path, batch=(1, 4, 8))
+def test_a_declared_batch_is_split_all_the_same_with_a_warning(tmp_path, messages):
+    profiles = measured(point_cloud(), tmp_path, batch=(1, 4, 8))
     axis = profiles.batch_axis
     assert axis is not None
     assert axis.splits
     assert axis.dependence is not None
-    assert f"batch= says that rows do not depend on each other, but they do: {axis.dependence}" in caplog.text
+    assert f"batch= says that rows do not depend on each other, but they do: {axis.dependence}" in messages.text
     assert "give the range of this axis with shapes=" in profiles.remarks[-1]
 
 

@@ -6,12 +6,12 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
-from onnx import ModelProto, NodeProto, TensorProto, shape_inference
+from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, shape_inference
 
 from mlflow_trt.backends import cuda_driver as hardware
 from mlflow_trt.backends import tensorrt as trt
 from mlflow_trt.convert.onnx.graph import label_of
-from mlflow_trt.convert.onnx.model import attribute_of, bodies_of, check_classical, is_operator_name
+from mlflow_trt.convert.onnx.model import attribute_of, bodies_of, check_classical, graphs_below, is_operator_name
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.types import ComputeCapability, HardwareCompatibility, Precision, Weights
@@ -23,6 +23,14 @@ FIRST_WITH_FP8 = ComputeCapability(8, 9)
 _READ_BY_NAME = ("", "ai.onnx", "com.microsoft")
 """Domains whose operators TensorRT's parser has. Of com.microsoft, what shares a name of ONNX's means the same, but for
 Attention, whose shapes the parser refuses."""
+_NO_TENSORS = frozenset(
+    {
+        "ConcatFromSequence", "Optional", "OptionalGetElement", "OptionalHasElement", "RegexFullMatch", "SequenceAt",
+        "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength", "SequenceMap",
+        "SplitToSequence", "StringConcat", "StringNormalizer", "StringSplit",
+    }
+)  # fmt: skip
+"""Operators that take or make sequences, optional values or strings."""
 _NONPAD_KV_SEQLEN = 6
 """The position of this input of Attention, since opset 24."""
 
@@ -89,6 +97,7 @@ def check_nodes(model: ModelProto) -> None:
     """Raise UnsupportedModelError for what TensorRT's parser takes, and whose engine is no good, or explains badly."""
     check_classical(model)
     _check_names(model)
+    _check_values(model)
     _check_domains(model)
     bodies = list(bodies_of(model))
     for is_refused, reason in _REFUSED.items():
@@ -104,6 +113,39 @@ def check_nodes(model: ModelProto) -> None:
             "them in float32",
             nodes=misread,
         )
+
+
+def _check_values(model: ModelProto) -> None:
+    """Its parser gives no reason, and precision passes have to know types before."""
+    called = {(node.domain, node.op_type) for body in bodies_of(model) for node in body.node}
+    found = [
+        label_of(node)
+        for body in bodies_of(model)
+        if not isinstance(body, FunctionProto) or (body.domain, body.name) in called
+        for node in body.node
+        if _is_beyond_tensors(node)
+    ]
+    graphs = (model.graph, *graphs_below(model.graph.node))
+    stored = [tensor for graph in graphs for tensor in graph.initializer]
+    found += [f"{tensor.name} (initializer)" for tensor in stored if tensor.data_type == TensorProto.STRING]
+    if found:
+        raise UnsupportedModelError(
+            "TensorRT has tensors of numbers alone, and no sequences, optional values or strings, as there are at "
+            f"{', '.join(dict.fromkeys(found))}; export the model without them, or log it with mlflow.onnx, which runs "
+            "it on ONNX Runtime",
+            nodes=found,
+        )
+
+
+def _is_beyond_tensors(node: NodeProto) -> bool:
+    if node.domain:
+        return False
+    strings = any(
+        attribute.name in ("value_string", "value_strings") or attribute.t.data_type == TensorProto.STRING
+        for attribute in node.attribute
+        if attribute.name.startswith("value")
+    )
+    return strings or node.op_type in _NO_TENSORS
 
 
 def _check_domains(model: ModelProto) -> None:
