@@ -130,6 +130,19 @@ def test_every_form_gives_the_same_samples(product, tmp_path):
     assert len(digests) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*")
+def test_targets_and_predictions_of_a_dataset_are_no_inputs(product):
+    table = pd.DataFrame(networks.rows(6), columns=[f"column {number}" for number in range(16)])
+    dataset = from_pandas(table.assign(label=1, guess=0), targets="label", predictions="guess")
+    assert np.array_equal(sample_data_of(dataset, None, product[0].inputs).arrays["x"], table.to_numpy())
+
+
+def test_a_file_of_another_kind_is_not_said_to_be_one_to_trust(product, tmp_path):
+    (tmp_path / "rows.csv").write_text("1,2\n")
+    with pytest.raises(InputError, match="rows.csv cannot be read as .npz or .npy: it is neither; numpy.savez and"):
+        sample_data_of(tmp_path / "rows.csv", None, product[0].inputs)
+
+
 def test_the_input_example_serves_where_there_is_no_calibration_data(product):
     inputs = product[0].inputs
     for example in ({"x": networks.rows(3)}, networks.rows(3), networks.rows(3).tolist(), (networks.rows(3), {})):

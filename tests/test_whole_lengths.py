@@ -134,6 +134,8 @@ class TestData:
         frame.to_csv(tmp_path / "texts.csv", index=False)
         pd.testing.assert_frame_equal(read_data(str(tmp_path / "texts.csv")), frame)
         pd.testing.assert_frame_equal(read_data(from_pandas(frame)), frame)
+        labelled = from_pandas(frame.assign(label=1), targets="label")
+        pd.testing.assert_frame_equal(read_data(labelled), frame)
 
     def test_a_folder_of_images(self, tmp_path):
         for name in ("b.png", "a.jpg", "notes.md"):

@@ -59,12 +59,21 @@ def arrays_of(data: Any, inputs: Sequence[TensorSpec]) -> Any:
     return data
 
 
+def features_in(dataset: Dataset) -> pd.DataFrame | None:
+    """The table of an MLflow dataset without its columns of targets and predictions. None where it has no table."""
+    frame = getattr(dataset, "df", None)
+    if not isinstance(frame, pd.DataFrame):
+        return None
+    others = [name for role in ("targets", "predictions") if (name := getattr(dataset, role, None)) is not None]
+    return frame[[column for column in frame.columns if column not in others]]
+
+
 def _content(dataset: Dataset) -> Any:
-    """What is in an MLflow dataset: NumpyDataset has `features`, PandasDataset `df`."""
-    for attribute in ("features", "df"):
-        content = getattr(dataset, attribute, None)
-        if isinstance(content, (np.ndarray, Mapping, pd.DataFrame)):
-            return content
+    content = getattr(dataset, "features", None)
+    if isinstance(content, (np.ndarray, Mapping)):
+        return content
+    if (frame := features_in(dataset)) is not None:
+        return frame
     raise InputError(
         f"the dataset {dataset.name!r} is a {type(dataset).__name__}; expected one of arrays (mlflow.data.from_numpy) "
         "or of a DataFrame (mlflow.data.from_pandas)"
@@ -86,7 +95,10 @@ def read_arrays(path: Path) -> Any:
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; expected an .npz or .npy file") from None
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} cannot be read as .npz or .npy: {error}") from error
+        # What numpy takes any other file for, with advice to trust it.
+        is_other = "contains pickled" in str(error)
+        what = "it is neither; numpy.savez and numpy.save write them" if is_other else error
+        raise InputError(f"{path} cannot be read as .npz or .npy: {what}") from error
 
 
 def example_shapes(example: Any, inputs: Sequence[TensorSpec]) -> dict[str, Shape]:

@@ -15,6 +15,7 @@ from mlflow.data.dataset import Dataset
 from mlflow.models import Model
 
 from mlflow_trt.errors import InputError, OnnxModelError
+from mlflow_trt.pipeline.user_samples import features_in
 
 _IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 _MOST_ROWS = 64
@@ -54,7 +55,7 @@ def read_data(data: Any) -> Any:
     A file with one column gives a list of its values, which every flavor takes.
     """
     if isinstance(data, Dataset):
-        frame = getattr(data, "df", None)
+        frame = features_in(data)
         data = data if frame is None else frame
     if not isinstance(data, (str, os.PathLike)):
         return data
