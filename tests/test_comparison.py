@@ -62,6 +62,27 @@ def test_infinity_where_the_reference_has_it_is_no_error():
     assert compared(reference, reference).verdict is Verdict.PASSED
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -65504.0, 0.0])
+def test_anything_else_where_the_reference_is_infinite_is_one(value):
+    """A masked score that is no longer masked."""
+    reference = ROWS.copy()
+    reference[3, 2] = -np.inf
+    actual = reference.copy()
+    actual[3, 2] = value
+    comparison = compared(actual, reference)
+    assert comparison.verdict is Verdict.FAILED
+    assert comparison.outputs[0].lost_infinities == 1
+    assert "where the reference is infinite, 1 values are not, or another infinity" in comparison.problems[0]
+
+
+def test_the_best_of_classes_that_are_masked():
+    reference = np.array([[1, 2, -np.inf], [-np.inf, 3, 1], [2, 1, -np.inf], [4, -np.inf, 1]], np.float32)
+    actual = reference.copy()
+    actual[0, :2] = actual[0, 1::-1]
+    (output,) = compared(actual, reference, Tolerance(relative_error=None, top_class_agreement=1.0)).outputs
+    assert (output.classes, output.top_class_agreement, output.lost_infinities) == (3, 0.75, 0)
+
+
 @pytest.mark.parametrize(("actual", "error", "nans"), [(2.0, 0.0, 0), (2.1, 0.05, 0), (np.nan, 0.0, 1)])
 def test_outputs_without_an_axis(actual, error, nans):
     """One number for each sample, such as a loss."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import networks
 import numpy as np
 import pytest
 from compare import relative_error
 from onnx import TensorProto, checker, helper, numpy_helper
 
 import mlflow_trt
+from mlflow_trt.core.accuracy import Verdict
 from mlflow_trt.flavor.fetch import read_record
 
 LOWEST = np.finfo(np.float32).min
@@ -85,3 +87,29 @@ def test_masks_that_matter_stay(case, tmp_path):
     report = read_record(str(tmp_path / "m")).precision_report
     assert {node.operator for node in report.kept} >= {"Softmax", "Add", "Mul"}
     assert not any("the masks lowest are" in remark for remark in report.remarks)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_scores_that_are_minus_infinity_stay_so(precision, tmp_path):
+    """Masked classes are an output of the model, and are compared."""
+    model = networks.model(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["scores"]),
+            helper.make_node("Where", ["mask", "scores", "low"], ["y"]),
+        ],
+        [networks.value("x", networks.FLOAT, ["N", WIDTH]), networks.value("mask", TensorProto.BOOL, ["N", 6])],
+        [networks.value("y", networks.FLOAT, ["N", 6])],
+        [
+            networks.constant("w", np.random.default_rng(0).standard_normal((WIDTH, 6)).astype(np.float32)),
+            networks.constant("low", np.float32(-np.inf)),
+        ],
+    )
+    random = np.random.default_rng(1)
+    samples = {"x": random.standard_normal((12, WIDTH)).astype(np.float32), "mask": random.random((12, 6)) > 0.3}
+    samples["mask"][:, 0] = True
+    mlflow_trt.save_model(model, tmp_path / "m", precision=precision, batch=(1, 4, 8), calibration_data=samples)
+    comparison = read_record(str(tmp_path / "m")).comparisons[0]
+    (output,) = comparison.outputs
+    assert comparison.verdict is Verdict.PASSED
+    assert (output.lost_infinities, output.classes) == (0, 6)
+    assert output.values == samples["mask"].sum()

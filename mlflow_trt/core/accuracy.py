@@ -122,6 +122,7 @@ class OutputComparison:
         cosine_similarity: -1 to 1.
         nans: values that are NaN where the reference is finite.
         infinities: values that are infinite where the reference is finite.
+        lost_infinities: values that are not the same infinity where the reference is infinite, such as a masked score.
         other_shapes: samples for which the output has another shape than the reference.
         varies: whether the reference varies enough to prove anything.
         classes: where the output looks like scores of classes, how many there are.
@@ -140,6 +141,7 @@ class OutputComparison:
     cosine_similarity: float
     nans: int = 0
     infinities: int = 0
+    lost_infinities: int = 0
     other_shapes: int = 0
     varies: bool = True
     classes: int | None = None
@@ -156,7 +158,7 @@ class OutputComparison:
 
     def severity(self, tolerance: Tolerance) -> float:
         """The measured share of what is tolerated, of the worst measure: above 1 is too much."""
-        if self.nans or self.infinities or self.other_shapes:
+        if self.nans or self.infinities or self.lost_infinities or self.other_shapes:
             return math.inf
         shares = [
             _share(self.relative_error, tolerance.relative_error),
@@ -175,6 +177,8 @@ class OutputComparison:
             found.append(f"its shape is another than that of the reference for {self.other_shapes} of the samples")
         if self.nans or self.infinities:
             found.append(f"{self.nans} NaN and {self.infinities} infinite values where the reference is finite")
+        if self.lost_infinities:
+            found.append(f"where the reference is infinite, {self.lost_infinities} values are not, or another infinity")
         limits = (
             ("relative error", self.relative_error, tolerance.relative_error, 1),
             ("largest absolute error", self.max_abs_error, tolerance.max_abs_error, 1),
@@ -254,7 +258,9 @@ class Comparison:
             return ()
         rows = Tolerance(median_row_error=limit)
         return tuple(
-            problem for output in self.outputs for problem in replace(output, nans=0, infinities=0).problems(rows)
+            problem
+            for output in self.outputs
+            for problem in replace(output, nans=0, infinities=0, lost_infinities=0).problems(rows)
         )
 
     @property
@@ -325,7 +331,7 @@ class _Totals:
         self.by_row = by_row
         self.row_errors = RowErrors()
         self.is_float = True
-        self.values = self.nans = self.infinities = self.other_shapes = 0
+        self.values = self.nans = self.infinities = self.lost_infinities = self.other_shapes = 0
         self.largest = self.magnitude = 0.0
         self.difference = self.squares = self.reference_squares = self.actual_squares = self.product = self.sum = 0.0
         self.rows = self.agreeing = self.clear = self.clear_agreeing = 0
@@ -348,6 +354,7 @@ class _Totals:
         if values < wanted.size:
             self.nans += int((np.isnan(got) & finite).sum())
             self.infinities += int((np.isinf(got) & finite).sum())
+            self.lost_infinities += int((np.isinf(wanted) & (got != wanted)).sum())
             got, wanted = np.where(usable, got, 0), np.where(usable, wanted, 0)  # which adds nothing to any sum
         difference = np.asarray(got - wanted)  # of arrays without an axis, numpy makes a number
         self.row_errors.add(difference, wanted, usable, by_row=self.by_row)
@@ -397,6 +404,7 @@ class _Totals:
             cosine_similarity=self.product / norms if norms else float(error == 0),
             nans=self.nans,
             infinities=self.infinities,
+            lost_infinities=self.lost_infinities,
             other_shapes=self.other_shapes,
             varies=self.values == 1 or math.sqrt(max(variance, 0)) > _VARIES * self.magnitude > 0,
             classes=self.classes,
@@ -412,8 +420,9 @@ def class_count(scores: npt.NDArray[np.float64]) -> int | None:
     """The length of the last axis where an output looks like scores of classes, else None.
 
     Two dimensions, rows by classes, look like it; so does any tensor whose last axis holds probabilities that sum to 1.
+    Scores may be minus infinity, which is how classes are masked.
     """
-    if scores.ndim < 2 or scores.shape[-1] < 2 or not scores.size or not np.isfinite(scores).all():
+    if scores.ndim < 2 or scores.shape[-1] < 2 or not scores.size or not (scores < np.inf).all():
         return None
     if scores.ndim == 2:
         return int(scores.shape[-1])
