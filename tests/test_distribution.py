@@ -21,6 +21,7 @@ import numpy as np
 import onnx
 import pytest
 import yaml
+from installed import install
 from onnx.reference import ReferenceEvaluator
 from packaging.version import Version
 
@@ -55,17 +56,9 @@ def installed(built, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("empty") / "environment"
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    wanted = f"{built[0]}[rtx,client]"
-    installers = [[python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wanted]]
-    if uv := shutil.which("uv"):  # seconds instead of minutes, if it is there and finds all of it
-        installers.insert(0, [uv, "pip", "install", "--quiet", "--python", python, wanted])
-    problems = []
-    for installer in installers:
-        done = subprocess.run(installer, capture_output=True, text=True, check=False)
-        if not done.returncode:
-            return python
-        problems.append(done.stderr.strip()[-300:])
-    pytest.skip(f"what the wheel needs cannot be installed here: {problems}")
+    if problem := install(f"{built[0]}[rtx,client]", python=python):
+        pytest.skip(f"what the wheel needs cannot be installed here: {problem}")
+    return python
 
 
 def run(*command: str | Path, folder: Path, installed: Path) -> subprocess.CompletedProcess[str]:
