@@ -22,6 +22,7 @@ from mlflow.models import Model, infer_signature
 from mlflow.pyfunc import scoring_server
 from mlflow.types import Schema, TensorSpec
 from onnx import helper
+from packaging.version import Version
 from scoring_client import scored
 
 import mlflow_trt
@@ -390,7 +391,8 @@ class TestPredict:
     def test_another_type_of_input_is_refused(self, flavor, path):
         save(flavor, two_columns(), path)
         model = mlflow.pyfunc.load_model(path)
-        with pytest.raises(Exception, match="first:0"):
+        # ONNX Runtime 1.21 does not say which input it is.
+        with pytest.raises(Exception, match="first:0" if flavor is mlflow_trt else "first:0|input data type"):
             model.predict(pd.DataFrame({"first:0": list("abcdefghij"), "second:0": list("abcdefghij")}))
 
     @pytest.mark.parametrize("answer", ["dicts", "a tensor"])
@@ -516,6 +518,8 @@ class TestOnnxRuntime:
         save(flavor, regressor(), path, **({} if providers is None else {"onnx_execution_providers": providers}))
         asked = providers or flavor.ONNX_EXECUTION_PROVIDERS
         expected = expected or [name for name in asked if name in onnxruntime.get_available_providers()]
+        if flavor is mlflow.onnx and Version(mlflow.__version__) < Version("3.11"):
+            expected = None  # it passes them where ONNX Runtime wants some
         received = []
         made = onnxruntime.InferenceSession.__init__
 
