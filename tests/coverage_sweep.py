@@ -215,7 +215,7 @@ def _with_neighbours(model):
 
 def _execute(conversion, expected, tolerance) -> tuple[str, str]:
     from mlflow_trt import MlflowTrtError, RuntimeUnavailableError
-    from mlflow_trt.core.accuracy import compare
+    from mlflow_trt.core.comparing import compare
     from mlflow_trt.core.settings import LoadSettings
     from mlflow_trt.pipeline.verify import engine_session
     from mlflow_trt.runtime.cuda.device import open_device

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from mlflow_trt import OptionError, Precision, Tolerance
-from mlflow_trt.core.accuracy import Comparison, Verdict, compare
+from mlflow_trt.core.accuracy import Comparison, Verdict
+from mlflow_trt.core.comparing import compare
 from mlflow_trt.core.types import BatchAxis
 
 AXIS = BatchAxis(inputs=("x",), splits=True, declared=True)

@@ -33,8 +33,9 @@ from mlflow_trt.convert.precision.typed_graph import PrecisionPass, TypedGraph
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.convert.resolve_profiles import Profiles
 from mlflow_trt.convert.samples import Samples
-from mlflow_trt.core.accuracy import Comparison, Tolerance, compare
+from mlflow_trt.core.accuracy import Comparison, Tolerance
 from mlflow_trt.core.arrays import Outputs
+from mlflow_trt.core.comparing import compare
 from mlflow_trt.core.types import BatchAxis, CalibrationMethod, Precision, PrecisionReport, TensorSpec
 from mlflow_trt.errors import (
     ExecutionError,

@@ -9,8 +9,8 @@ from typing import Any
 
 from mlflow_trt.convert.samples import SampleOrigin
 from mlflow_trt.core.accuracy import Comparison, Tolerance
-from mlflow_trt.core.accuracy import compare as compare_outputs
 from mlflow_trt.core.arrays import Feeds
+from mlflow_trt.core.comparing import compare as compare_outputs
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.progress_event import BuildProgress
 from mlflow_trt.core.types import Precision

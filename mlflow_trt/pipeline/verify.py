@@ -11,8 +11,9 @@ from mlflow_trt.convert.conversion import Conversion
 from mlflow_trt.convert.engine.output_shapes import check_output_shapes
 from mlflow_trt.convert.onnx.reference import reference_outputs
 from mlflow_trt.convert.samples import Samples
-from mlflow_trt.core.accuracy import Comparison, Tolerance, Verdict, compare
+from mlflow_trt.core.accuracy import Comparison, Tolerance, Verdict
 from mlflow_trt.core.arrays import Feeds, Outputs
+from mlflow_trt.core.comparing import compare
 from mlflow_trt.core.compatibility import why_not
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.settings import LoadSettings

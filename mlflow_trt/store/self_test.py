@@ -5,7 +5,7 @@ A pass is remembered in the cache, for this engine on this GPU, driver and Tenso
 
 from __future__ import annotations
 
-from mlflow_trt.core.accuracy import compare
+from mlflow_trt.core.comparing import compare
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.errors import SelfTestError
 from mlflow_trt.runtime.session import Session
