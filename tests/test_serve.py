@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
+from importlib.metadata import version
 
 import mlflow
 import networks
@@ -14,6 +15,7 @@ import requests
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
 from helpers import PATIENCE, save_networks
+from packaging.version import Version
 from servers import TensorServer
 
 import mlflow_trt
@@ -74,10 +76,15 @@ def triton_type(dtype):
     return np_to_triton_dtype(dtype)
 
 
+KNOWS_WHAT_NOTHING_IS = Version(version("tritonclient")) >= Version("2.73")
+"""Clients before make float64 of a tensor without elements."""
+
+
 def assert_same(answer, expected, names=None):
     for name in names or expected:
         found = answer.as_numpy(name)
-        assert found.dtype == expected[name].dtype, name
+        if found.size or KNOWS_WHAT_NOTHING_IS:
+            assert found.dtype == expected[name].dtype, name
         assert found.shape == expected[name].shape, name
         assert found.tobytes() == expected[name].tobytes(), name
 
@@ -125,7 +132,9 @@ def test_many_at_once(name, server, sessions):
     for answer, feeds in asyncio.run(ask()):
         for output, expected in sessions[name].run(feeds).items():
             found = answer.as_numpy(output)
-            assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+            if found.size or KNOWS_WHAT_NOTHING_IS:
+                assert found.dtype == expected.dtype
+            assert found.shape == expected.shape
             assert np.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
