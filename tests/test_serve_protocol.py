@@ -57,6 +57,8 @@ def parse(body, length, of):
 @pytest.mark.parametrize("binary", [True, False])
 def test_every_dtype_there_and_back(dtype, shape, binary):
     array = array_of(dtype, shape)
+    if binary and np_to_triton_dtype(array.dtype) is None:
+        pytest.skip("older clients of Triton know no bfloat16 of ml_dtypes")
     of = signature(("x", dtype, (None,) * len(shape)))
     if binary or dtype not in ("bfloat16", "float16"):
         body, length = request(("x", array), binary=binary)
