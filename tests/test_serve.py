@@ -14,7 +14,7 @@ import pytest
 import requests
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
-from helpers import PATIENCE, save_networks
+from helpers import PATIENCE, save_networks, wait_for
 from packaging.version import Version
 from servers import TensorServer
 
@@ -205,6 +205,7 @@ def test_the_access_log(server, client):
     client.infer("ranks", inputs_of(networks.ranks_feeds(2)), headers={"X-Request-Id": "a-request"})
     with pytest.raises(triton.InferenceServerException):
         client.infer("unknown", inputs_of(networks.ranks_feeds(2)))
+    wait_for(lambda: '"/v2/models/unknown/infer"' in server.log())  # which is written after the answer
     lines = [json.loads(line) for line in server.log().splitlines() if line.startswith("{")]
     (line,) = (line for line in lines if line.get("request") == "a-request")
     assert (line["method"], line["path"], line["status"]) == ("POST", "/v2/models/ranks/infer", 200)

@@ -116,6 +116,7 @@ def test_mlflows_wire_and_what_the_server_tells(server, session):
     assert requests.get(f"{server.address}/ping", timeout=PATIENCE).ok
     assert "mlflow_trt_requests_in_flight 0.0" in requests.get(f"{server.address}/metrics", timeout=PATIENCE).text
     requests.get(f"{server.address}/v2?x=1", headers={"X-Request-Id": "mine"}, timeout=PATIENCE)
+    wait_for(lambda: '"mine"' in server.log())  # which is written after the answer
     lines = [json.loads(line) for line in server.log().splitlines() if line.startswith("{")]
     (line,) = (line for line in lines if line.get("request") == "mine")
     assert (line["client"], line["method"], line["path"], line["status"]) == ("127.0.0.1", "GET", "/v2", 200)
