@@ -689,17 +689,20 @@ class TestProcesses:
 
     def test_one_that_was_stopped_is_replaced(self, monkeypatch):
         """The kernel goes on to give it connections, which nobody would answer."""
-        monkeypatch.setattr(processes, "_ASKS", 0.02)
+        monkeypatch.setattr(processes, "_ASKS", 1e6)  # the test asks
         lost = []
 
         async def use():
             async with self.started(lost) as front_ends:
                 ((gateway, process),) = front_ends._running.items()
-                await until(lambda: gateway._unanswered)
-                await until(lambda: not gateway._unanswered)  # it answers
+                for _ in range(2 * processes._MOST_UNANSWERED):
+                    front_ends.ask_whether_they_run()
+                    await until(lambda: not gateway._unanswered)  # it answers
                 process.send_signal(signal.SIGSTOP)
+                for _ in range(processes._MOST_UNANSWERED + 1):
+                    assert process.poll() is None
+                    front_ends.ask_whether_they_run()
                 await until(lambda: list(front_ends._running.values()) not in ([], [process]))
-                monkeypatch.setattr(processes, "_MOST_UNANSWERED", 1 << 30)
                 assert process.returncode == -signal.SIGKILL
                 assert (await self.ask()).startswith(b"HTTP/1.1 200 OK")
 
@@ -721,13 +724,17 @@ class TestProcesses:
         asyncio.run(use())
 
     def test_one_that_was_stopped_does_not_keep_a_server_that_ends(self, monkeypatch):
-        monkeypatch.setattr(processes, "_ASKS", 0.02)
+        monkeypatch.setattr(processes, "_ASKS", 1e6)  # the test asks
 
         async def use():
             async with self.started([], seconds=1e6) as front_ends:
                 (process,) = front_ends._running.values()
                 process.send_signal(signal.SIGSTOP)
-                await asyncio.wait_for(front_ends.stop(lambda: False), PATIENCE)
+                stopping = asyncio.ensure_future(front_ends.stop(lambda: False))
+                for _ in range(processes._MOST_UNANSWERED + 1):
+                    assert process.poll() is None
+                    front_ends.ask_whether_they_run()
+                await asyncio.wait_for(stopping, PATIENCE)
                 assert process.returncode == -signal.SIGKILL
 
         asyncio.run(use())

@@ -74,7 +74,7 @@ class FrontEnds:
             raise
         for listening, gateway in zip(self._sockets, first, strict=True):
             self._keeping.append(asyncio.ensure_future(self._keep(listening, gateway)))
-        self._asking = asyncio.ensure_future(self._ask())
+        self._asking = asyncio.ensure_future(self._keep_asking())
 
     async def stop(self, is_urgent: Callable[[], bool]) -> None:
         """Let them answer the requests that they have, and end; at once where that is urgent, or they hang."""
@@ -93,15 +93,18 @@ class FrontEnds:
             await self._end(gateway)
         await asyncio.gather(*self._keeping)
 
-    async def _ask(self) -> None:
-        """Kill a front end that was stopped, or hangs: the kernel goes on to give it connections."""
+    async def _keep_asking(self) -> None:
         while True:
             await asyncio.sleep(_ASKS)
-            for gateway, process in self._running.items():
-                runs = gateway.ready.done() and not gateway.lost.done()
-                if runs and gateway.ask_whether_it_runs() > _MOST_UNANSWERED:
-                    _log.error("A front end has answered nothing for %g seconds", _ASKS * _MOST_UNANSWERED)
-                    process.kill()
+            self.ask_whether_they_run()
+
+    def ask_whether_they_run(self) -> None:
+        """Kill a front end that was stopped, or hangs: the kernel goes on to give it connections."""
+        for gateway, process in self._running.items():
+            runs = gateway.ready.done() and not gateway.lost.done()
+            if runs and gateway.ask_whether_it_runs() > _MOST_UNANSWERED:
+                _log.error("A front end has answered nothing for %g seconds", _ASKS * _MOST_UNANSWERED)
+                process.kill()
 
     async def _keep(self, listening: socket.socket, gateway: Gateway) -> None:
         """Put another front end in the place of one that ends."""
