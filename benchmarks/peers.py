@@ -84,7 +84,7 @@ def measure_peer(peer: str, model: BenchmarkModel, folder: Path, seconds: float)
     """All that is measured of one peer, in this process."""
     one = model.feeds(1)
     started = time.perf_counter()
-    predict = make_peer(peer, model, folder)
+    predict = PEERS[peer](model, folder)
     predict(one)
     found = {"first answer, s": time.perf_counter() - started}
     for size in (size for size in BATCHES if size <= largest_batch(model)):
@@ -221,11 +221,6 @@ PEERS: dict[str, Callable[[BenchmarkModel, Path], Predict]] = {
     "torch-tensorrt-rtx": partial(_torch, how="tensorrt-rtx"),
     "plain loop": _plain,
 }
-
-
-def make_peer(peer: str, model: BenchmarkModel, folder: Path) -> Predict:
-    """A peer with this model, warm where it can be."""
-    return PEERS[peer](model, folder)
 
 
 def installed(model: str) -> list[str]:

@@ -6,12 +6,12 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
-from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, shape_inference
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, shape_inference
 
 from mlflow_trt.backends import cuda_driver as hardware
 from mlflow_trt.backends import tensorrt as trt
 from mlflow_trt.convert.onnx.graph import label_of
-from mlflow_trt.convert.onnx.model import attribute_of, bodies_of, check_classical, graphs_below, is_operator_name
+from mlflow_trt.convert.onnx.model import attribute_of, bodies_of, check_classical, is_operator_name
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.types import ComputeCapability, HardwareCompatibility, Precision, Weights
@@ -118,15 +118,11 @@ def check_nodes(model: ModelProto) -> None:
 def _check_values(model: ModelProto) -> None:
     """Its parser gives no reason, and precision passes have to know types before."""
     called = {(node.domain, node.op_type) for body in bodies_of(model) for node in body.node}
-    found = [
-        label_of(node)
-        for body in bodies_of(model)
-        if not isinstance(body, FunctionProto) or (body.domain, body.name) in called
-        for node in body.node
-        if _is_beyond_tensors(node)
+    bodies = [
+        body for body in bodies_of(model) if not isinstance(body, FunctionProto) or (body.domain, body.name) in called
     ]
-    graphs = (model.graph, *graphs_below(model.graph.node))
-    stored = [tensor for graph in graphs for tensor in graph.initializer]
+    found = [label_of(node) for body in bodies for node in body.node if _is_beyond_tensors(node)]
+    stored = [tensor for body in bodies if isinstance(body, GraphProto) for tensor in body.initializer]
     found += [f"{tensor.name} (initializer)" for tensor in stored if tensor.data_type == TensorProto.STRING]
     if found:
         raise UnsupportedModelError(
