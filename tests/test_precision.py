@@ -28,7 +28,7 @@ from mlflow_trt.convert.precision.ranges import Evidence
 from mlflow_trt.convert.precision.sensitivity import FLOAT16
 from mlflow_trt.convert.resolve_profiles import resolve_profiles
 from mlflow_trt.convert.samples import SampleData, SampleOrigin, cut_samples, generate_samples
-from mlflow_trt.convert.typed_model import maker_for
+from mlflow_trt.convert.typed_model.maker import maker_for
 from mlflow_trt.core.accuracy import Verdict
 from mlflow_trt.core.comparing import compare
 from mlflow_trt.core.types import Interface

@@ -15,7 +15,7 @@ from mlflow_trt.convert.engine.fallback import build_with_retreat
 from mlflow_trt.convert.onnx.model import sha256_of
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.convert.resolve_profiles import resolve_profiles
-from mlflow_trt.convert.typed_model import maker_for
+from mlflow_trt.convert.typed_model.maker import maker_for
 from mlflow_trt.core.types import Interface
 from mlflow_trt.errors import BuildError
 

@@ -26,7 +26,8 @@ from mlflow_trt.convert.samples import (
     generate_samples,
     warn_of_noise,
 )
-from mlflow_trt.convert.typed_model import TypedModel, maker_for
+from mlflow_trt.convert.typed_model.maker import maker_for
+from mlflow_trt.convert.typed_model.model import TypedModel
 from mlflow_trt.core.accuracy import Tolerance
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.progress_event import Progress

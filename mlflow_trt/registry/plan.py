@@ -12,10 +12,10 @@ from mlflow_trt.backends import tensorrt as trt
 from mlflow_trt.convert.checks import check_nodes, check_recipe
 from mlflow_trt.convert.conversion import choose_samples
 from mlflow_trt.convert.onnx.rewrite import rewrite
+from mlflow_trt.convert.precision.calibration import check_calibration, open_calibration_cache
 from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.convert.resolve_profiles import resolve_profiles
 from mlflow_trt.convert.row_dependence import check_rows
-from mlflow_trt.convert.typed_model import check_calibration, open_calibration_cache
 from mlflow_trt.core.output_folder import check_target
 from mlflow_trt.core.scratch import scratch_folder
 from mlflow_trt.core.types import BatchAxis, Precision, ShapeProfile, TensorSpec

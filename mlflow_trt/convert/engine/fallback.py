@@ -15,7 +15,8 @@ from pathlib import Path
 import onnx
 
 from mlflow_trt.convert.engine.builder import Built
-from mlflow_trt.convert.typed_model import TypedModel, TypedModelMaker
+from mlflow_trt.convert.typed_model.maker import TypedModelMaker
+from mlflow_trt.convert.typed_model.model import TypedModel
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.errors import BuildError
 

@@ -55,7 +55,7 @@ class CalibrationCache:
 
     def __init__(self, path: Path, source_sha256: str) -> None:
         self.path = path
-        self._source = source_sha256
+        self.source_sha256 = source_sha256
         self.saved = self._read()
 
     def usable(
@@ -98,10 +98,10 @@ class CalibrationCache:
             raise self._error(f"{self.path} is no file of calibration ranges: {reason}") from None
         if saved.format > _FORMAT:
             raise self._error(f"{self.path} was written by a newer mlflow-trt, in format {saved.format}")
-        if saved.source_sha256 != self._source:
+        if saved.source_sha256 != self.source_sha256:
             raise self._error(
                 f"{self.path} has the ranges of another model, whose sha256 is {saved.source_sha256[:12]}, and this "
-                f"one's is {self._source[:12]}; name another file"
+                f"one's is {self.source_sha256[:12]}; name another file"
             )
         return saved
 
