@@ -24,6 +24,9 @@ import mlflow_trt
 from mlflow_trt.convert.conversion import Conversion, ConversionTask, convert_source
 from mlflow_trt.convert.onnx.model import OnnxModel, read_onnx
 from mlflow_trt.convert.recipe import Recipe
+from mlflow_trt.convert.resolve_profiles import resolve_profiles
+from mlflow_trt.convert.samples import SampleOrigin, cut_samples, generate_samples
+from mlflow_trt.convert.typed_model.maker import maker_for
 from mlflow_trt.core.types import ComputeCapability, Gpu
 from mlflow_trt.flavor.conversions import LoggingOptions, log_conversion, save_conversion
 from mlflow_trt.flavor.mlmodel import PackagingOptions
@@ -169,3 +172,19 @@ def log_prepared(model, prepared: PreparedConversion, **logging):
     """`mlflow_trt.log_model` with such options."""
     with undo_on_failure() as undo, open_onnx(model, prepared.options) as source:
         return log_conversion(source, prepared, PackagingOptions(), LoggingOptions(**logging), undo)
+
+
+def typed_model(model, folder, precision, data=None, *, tolerance=None, weight_only=None, **recipe):
+    """The typed model of a small network, without an engine."""
+    source = read(model, folder)
+    wanted = Recipe(precision=precision, **recipe)
+    profiles = resolve_profiles(source, wanted)
+    samples = (
+        generate_samples(source, profiles)
+        if data is None
+        else cut_samples(data, SampleOrigin.CALIBRATION_DATA, source, profiles)
+    )
+    maker = maker_for(
+        source, wanted, profiles, folder, samples=samples, tolerance=tolerance, weight_only=weight_only or {}
+    )
+    return maker.make({})

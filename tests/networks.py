@@ -383,3 +383,24 @@ def doubled(dtype: int, *row: int) -> onnx.ModelProto:
         [value("y", FLOAT, shape)],
         [constant("two", np.float32(2))],
     )
+
+
+WEIGHTS = (np.random.default_rng(5).standard_normal((16, 16)) / 4).astype(np.float32)
+
+
+def quantized(zero, *, opset=17, scale=0.02, outputs=(), **attributes) -> onnx.ModelProto:
+    """x → Q → DQ → MatMul, with this zero point, or none."""
+    names = ["scale"] if zero is None else ["scale", "zero"]
+    made = model(
+        [
+            helper.make_node("QuantizeLinear", ["x", *names], ["q"], name="quantize", **attributes),
+            helper.make_node("DequantizeLinear", ["q", *names], ["d"], name="dequantize"),
+            helper.make_node("MatMul", ["d", "w"], ["y"], name="product"),
+        ],
+        [value("x", FLOAT, ["batch", 16])],
+        [value("y", FLOAT, ["batch", 16]), *outputs],
+        [constant("scale", np.float32(scale)), constant("w", WEIGHTS)]
+        + ([] if zero is None else [constant("zero", zero)]),
+    )
+    made.opset_import[0].version = opset
+    return made

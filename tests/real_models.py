@@ -16,9 +16,9 @@ import numpy as np
 import onnx
 from file_types import Magika
 from PIL import Image, ImageDraw, ImageFont
+from repository import ROOT
 from wheel_files import wheel_file
 
-ROOT = Path(__file__).resolve().parent.parent
 Feeds = dict[str, np.ndarray]
 
 

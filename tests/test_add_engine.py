@@ -13,7 +13,7 @@ import pytest
 from command_line import run
 from helpers import Store, gpu
 from mlflow.artifacts import download_artifacts
-from test_lineage import failing, registry_state
+from registries import failing, registry_state
 
 import mlflow_trt
 from mlflow_trt import RecipeError

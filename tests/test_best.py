@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from command_line import run
 from compare import relative_error
-from helpers import convert_in, gpu, log_prepared, prepare, save_prepared
+from helpers import convert_in, log_prepared, prepare, save_prepared
+from networks import quantized
 from real_models import CLS, TRANSFORMER, calibration_data
-from test_rewriting import quantized
+from stopwatch import Stopwatch
 from typer.testing import CliRunner
 
 import mlflow_trt
@@ -51,38 +52,6 @@ pytestmark = pytest.mark.slow
 
 DATA = {"x": networks.rows(32)}
 WITHOUT_GPU = pytest.mark.skipif(probe().problem is None, reason="is about machines without a GPU")
-
-
-class Stopwatch:
-    """A bench whose latencies are given: milliseconds, or an error, for each precision."""
-
-    description = "a stopwatch"
-
-    def __init__(self, target="sm86", **milliseconds):
-        self.gpu = gpu(target)
-        self.milliseconds = {"fp32": 4.0, "fp16": 2.0, "bf16": 3.0, "int8": 1.0, "fp8": 1.0} | milliseconds
-        self.order: list[str] = []
-        self.open: set[str] = set()
-        self.feeds: dict[str, dict] = {}
-
-    @contextlib.contextmanager
-    def load_engine(self, conversion, feeds):
-        name = str(conversion.recipe.precision)
-        assert conversion.plan.stat().st_size == conversion.engine.size
-        self.feeds[name] = feeds
-        self.open.add(name)
-
-        def time() -> float:
-            self.order.append(name)
-            given = self.milliseconds[name]
-            if isinstance(given, Exception):
-                raise given
-            return given
-
-        try:
-            yield time
-        finally:
-            self.open.remove(name)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ from __future__ import annotations
 import concurrent.futures
 import errno
 import fcntl
-import hashlib
 import os
 import signal
 import stat
@@ -14,23 +13,14 @@ import warnings
 from pathlib import Path
 
 import pytest
+from engines import PLAN, RECORD
 from helpers import gpu, wait_for
 
 from mlflow_trt import RuntimeUnavailableError
 from mlflow_trt.convert.engine.timing_cache import TimingCacheFile
-from mlflow_trt.core.types import Distribution, EngineRecord
 from mlflow_trt.store import cache
 from mlflow_trt.store.gpu_lease import own_gpu
 from mlflow_trt.store.kernel_cache import KernelFile
-
-PLAN = b"plan" * 1000
-RECORD = EngineRecord(
-    file="engine.plan",
-    sha256=hashlib.sha256(PLAN).hexdigest(),
-    size=len(PLAN),
-    distribution=Distribution.TENSORRT_RTX,
-    version="1.7.1.116",
-)
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 from command_line import run
-from test_cache import PLAN, RECORD
+from engines import PLAN, RECORD
 
 from mlflow_trt.store import cache
 from mlflow_trt.store.cache_contents import SIZE_VARIABLE, limit, list_entries, parse_size

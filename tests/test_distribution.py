@@ -24,13 +24,13 @@ import yaml
 from installed import install
 from onnx.reference import ReferenceEvaluator
 from packaging.version import Version
+from repository import ROOT, SUPPORT
 
 import mlflow_trt
 from mlflow_trt.client import AsyncClient, Client
 from mlflow_trt.runtime import native
 
-ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = Path(__file__).with_name("user_program.py")
+PROGRAM = SUPPORT / "user_program.py"
 REPOSITORY = "https://github.com/mlflow-trt/mlflow-trt"
 
 

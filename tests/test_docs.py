@@ -17,8 +17,9 @@ import doc_blocks
 import mlflow
 import pytest
 import typer
-from doc_blocks import PAGES, ROOT, Block, BlockError, name_of
+from doc_blocks import PAGES, Block, BlockError, name_of
 from helpers import Store
+from repository import ROOT
 
 import mlflow_trt
 from mlflow_trt.cli import app

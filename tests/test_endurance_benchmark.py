@@ -5,16 +5,14 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
-from pathlib import Path
 
 import networks
 import numpy as np
 import pytest
+from repository import ROOT
 
 import mlflow_trt
 from benchmarks.endurance import Case, Endurance, distinct_rows, make_cases
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture

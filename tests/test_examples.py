@@ -21,8 +21,9 @@ from ocr_models import DIRECTION, line_batch, line_picture, ocr_model
 from orientation import TEXTS
 from PIL import Image, ImageChops
 from read_page import LINES, page
+from repository import ROOT
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 pytestmark = pytest.mark.slow
 
 

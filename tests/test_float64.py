@@ -10,17 +10,14 @@ import onnx
 import onnx.parser
 import pytest
 from compare import relative_error
-from helpers import read, reference, wait_for
+from helpers import read, reference, typed_model, wait_for
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from networks import wide_product
-from test_precision import typed_model
-from test_triton import engine, parse, schema, with_engines  # noqa: F401  # fixtures
 
 import mlflow_trt
 from mlflow_trt import AccuracyError, InputDtypeError, Tolerance, UnsupportedModelError
 from mlflow_trt.convert.onnx.narrow import has_float64
-from mlflow_trt.deploy.triton import export_triton
 from mlflow_trt.runtime.onnxruntime_session import OnnxRuntimeSession
 from mlflow_trt.store.folder import read_folder
 from mlflow_trt.store.record import FLOAT64_FORMAT, FORMAT
@@ -214,18 +211,3 @@ def test_the_typed_model_is_verified_later(tmp_path):
     mlflow_trt.save_model(wide_product(), tmp_path / "model", verify=False)
     comparison = mlflow_trt.verify_model(str(tmp_path / "model"), data={"x": ROWS})
     assert 1e-9 < comparison.relative_error < 1e-6
-
-
-def test_triton_is_told_what_each_file_has(tmp_path, parse, schema):  # noqa: F811  # the fixtures
-    def told(backend, folder):
-        made = export_triton(str(folder), tmp_path / backend / folder.name, backend=backend)
-        config = parse((made.path / "config.pbtxt").read_text())
-        return {tensor.data_type for tensor in (*config.input, *config.output)}
-
-    for precision in ("fp32", "bf16"):
-        mlflow_trt.save_model(wide_product(), tmp_path / precision, batch=(1, 4, 8), precision=precision, verify=False)
-    assert told("onnxruntime", tmp_path / "fp32") == {schema.TYPE_FP32}
-    assert told("onnxruntime", tmp_path / "bf16") == {schema.TYPE_FP64}  # the source model
-    assert told("mlflow_trt", tmp_path / "fp32") == {schema.TYPE_FP64}
-    with_engines(tmp_path / "fp32", engine())
-    assert told("tensorrt", tmp_path / "fp32") == {schema.TYPE_FP32}

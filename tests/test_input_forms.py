@@ -6,7 +6,6 @@ import asyncio
 import io
 import json
 import re
-from pathlib import Path
 
 import httpx
 import mlflow
@@ -16,12 +15,13 @@ import pandas as pd
 import pytest
 from mlflow.pyfunc import scoring_server
 from onnx import TensorProto
+from repository import ROOT
 
 import mlflow_trt
 from mlflow_trt import InputError
 
 CPU = {"runtime": "onnxruntime"}
-PAGE = Path(__file__).parents[1] / "docs" / "inputs.md"
+PAGE = ROOT / "docs" / "inputs.md"
 LABELS = [7, 3, 9]  # of a DataFrame that was filtered: no 0 among them
 
 # What is given, in three rows of two: for which input, the rows, and which of them is to blame.

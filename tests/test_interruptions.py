@@ -23,7 +23,8 @@ from compare import relative_error
 from helpers import wait_for
 from mlflow import MlflowClient
 from proxy import SECONDS, proxied
-from test_lineage import register, registry_state
+from registries import register, registry_state
+from repository import ROOT
 from tracking_server import tracking_server
 from typer.testing import CliRunner
 
@@ -484,7 +485,6 @@ def test_the_sweep_of_make_faults_in_short(tmp_path):
     figures = tmp_path / "figures.json"
     options = ["--runs", "1", "--only", "SIGTERM before", "--seconds", "1", "--seed", "1", "--json", str(figures)]
     environment = {**os.environ, "PYTHONPATH": f".{os.pathsep}tests"}
-    root = Path(__file__).resolve().parent.parent
-    subprocess.run([sys.executable, "tests/faults.py", *options], cwd=root, env=environment, check=True)
+    subprocess.run([sys.executable, "tests/faults.py", *options], cwd=ROOT, env=environment, check=True)
     (score,) = json.loads(figures.read_text()).values()
     assert (score["left"], score["broken"], score["next_ok"], score["clean"]) == (0, 0, score["runs"], score["runs"])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import requests
 import yaml
-from test_cli import run
+from command_line import run
 from wheel_files import wheel_file
 
 import mlflow_trt

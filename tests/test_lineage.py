@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from mlflow.models import infer_signature
+from registries import failing, register, registry_state
 from tracking_server import tracking_server
 
 import mlflow_trt
@@ -35,26 +36,6 @@ def client(server, request):
     mlflow.set_tracking_uri(server)
     mlflow.set_experiment(request.node.name)
     return MlflowClient()
-
-
-def register(name, width=16, **more):
-    mlflow.onnx.log_model(
-        networks.product(width=width), name=name, registered_model_name=name, pip_requirements=["onnx"], **more
-    )
-
-
-def registry_state(client):
-    """Everything that a conversion could leave behind in the registry and among the logged models."""
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    return (
-        {
-            (version.name, str(version.version), version.description, tuple(sorted(version.tags.items())))
-            for version in client.search_model_versions()
-        },
-        {(model.name, tuple(sorted(model.aliases.items()))) for model in client.search_registered_models()},
-        {model.model_id for model in client.search_logged_models(experiments)},
-        {run.info.run_id for run in client.search_runs(experiments)},
-    )
 
 
 def test_it_is_found_in_both_directions(client):
@@ -183,13 +164,6 @@ def test_a_file_is_found_again_too(client, tmp_path):
     (tmp_path / "two.onnx").write_bytes(networks.product().SerializeToString())
     first = mlflow_trt.convert_model_version(tmp_path / "one.onnx", "e-trt", batch=4)
     assert mlflow_trt.convert_model_version(tmp_path / "two.onnx", "e-trt", batch=4).version == first.version
-
-
-def failing(error):
-    def fail(*arguments, **keywords):
-        raise error
-
-    return fail
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the server went away"), KeyboardInterrupt()], ids=["error", "ctrl-c"])

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import networks
 import onnx
 import pytest
 import typer
+from repository import ROOT
 from typer.testing import CliRunner
 
 from benchmarks import models_serve
@@ -19,8 +19,6 @@ from examples.serving import free_port
 from mlflow_trt.core import wire
 
 pytestmark = pytest.mark.server
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_what_clients_see():

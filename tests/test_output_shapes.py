@@ -7,8 +7,8 @@ import networks
 import numpy as np
 import pytest
 from helpers import prepare, save_prepared
-from test_best import Stopwatch
-from test_lineage import registry_state
+from registries import registry_state
+from stopwatch import Stopwatch
 
 import mlflow_trt
 from mlflow_trt import BuildError, UnsupportedModelError

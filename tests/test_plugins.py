@@ -22,6 +22,7 @@ import yaml
 from command_line import run
 from helpers import read
 from onnx import helper
+from repository import SUPPORT
 
 import mlflow_trt
 from mlflow_trt import OptionError, Recipe, RecipeError, RuntimeUnavailableError, UnsupportedModelError
@@ -55,7 +56,7 @@ def library(tmp_path_factory) -> Path:
     if compiler is None:
         pytest.skip("compiling a plugin needs a C++ compiler")
     made = tmp_path_factory.mktemp("plugin") / "libscaled.so"
-    source = Path(__file__).with_name("plugin") / "scaled.cpp"
+    source = SUPPORT / "plugin" / "scaled.cpp"
     subprocess.run(
         [compiler, "-std=c++17", "-shared", "-fPIC", "-Wall", "-Werror", "-o", made, source, "-ldl"], check=True
     )

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from compare import relative_error
-from helpers import convert_in, read
+from helpers import convert_in, read, typed_model
 from onnx import TensorProto, helper
 from real_models import CLS, DET_DYNAMIC, MAGIKA, REC, SILERO, TRANSFORMER, calibration_data
 
@@ -34,18 +34,6 @@ from mlflow_trt.core.comparing import compare
 from mlflow_trt.core.types import Interface
 
 REAL = SampleOrigin.CALIBRATION_DATA
-
-
-def typed_model(model, folder, precision, data=None, *, tolerance=None, weight_only=None, **recipe):
-    """The typed model of a small network, without an engine."""
-    source = read(model, folder)
-    wanted = Recipe(precision=precision, **recipe)
-    profiles = resolve_profiles(source, wanted)
-    samples = generate_samples(source, profiles) if data is None else cut_samples(data, REAL, source, profiles)
-    maker = maker_for(
-        source, wanted, profiles, folder, samples=samples, tolerance=tolerance, weight_only=weight_only or {}
-    )
-    return maker.make({})
 
 
 def converted(model, folder, precision, data, **recipe) -> Conversion:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import networks
 import pytest
+from repository import ROOT
 
 import mlflow_trt
 from mlflow_trt import OptionError, errors
@@ -72,7 +72,7 @@ def test_the_public_names():
 
 
 def test_every_public_name_is_on_one_page():
-    page = (Path(__file__).parent.parent / "docs" / "api.md").read_text()
+    page = (ROOT / "docs" / "api.md").read_text()
     assert "\n::: mlflow_trt.errors\n" in page  # all of them
     others = NAMES - {name for name in vars(errors) if name.endswith("Error")}
     assert [name for name in others if not re.search(rf"(`|^::: )mlflow_trt\.{name}\b", page, re.MULTILINE)] == []

@@ -11,7 +11,7 @@ import sys
 import mlflow
 import networks
 import pytest
-from test_lineage import registry_state
+from registries import registry_state
 from typer.testing import CliRunner
 
 import mlflow_trt

@@ -7,10 +7,9 @@ import numpy as np
 import onnx
 import pytest
 from compare import relative_error
-from helpers import needs_release, prepare
-from networks import FLOAT, INT64, constant, value
+from helpers import needs_release, prepare, typed_model
+from networks import FLOAT, INT64, WEIGHTS, constant, quantized, value
 from onnx import TensorProto, helper
-from test_precision import typed_model
 
 import mlflow_trt
 from mlflow_trt import RecipeError, UnsupportedModelError
@@ -21,29 +20,10 @@ from mlflow_trt.convert.onnx.rewrite import rewrite
 from mlflow_trt.registry.plan import plan_conversion
 
 node = helper.make_node
-WEIGHTS = (np.random.default_rng(5).standard_normal((16, 16)) / 4).astype(np.float32)
 
 
 def positive(rows: int) -> dict[str, np.ndarray]:
     return {"x": np.abs(networks.rows(rows)) * 2}
-
-
-def quantized(zero, *, opset=17, scale=0.02, outputs=(), **attributes) -> onnx.ModelProto:
-    """x → Q → DQ → MatMul, with this zero point, or none."""
-    names = ["scale"] if zero is None else ["scale", "zero"]
-    made = networks.model(
-        [
-            node("QuantizeLinear", ["x", *names], ["q"], name="quantize", **attributes),
-            node("DequantizeLinear", ["q", *names], ["d"], name="dequantize"),
-            node("MatMul", ["d", "w"], ["y"], name="product"),
-        ],
-        [value("x", FLOAT, ["batch", 16])],
-        [value("y", FLOAT, ["batch", 16]), *outputs],
-        [constant("scale", np.float32(scale)), constant("w", WEIGHTS)]
-        + ([] if zero is None else [constant("zero", zero)]),
-    )
-    made.opset_import[0].version = opset
-    return made
 
 
 def dequantized(stored, scale, zero) -> onnx.ModelProto:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from repository import ROOT
 
 from benchmarks import in_turns, networks, peers, replicas, runtime
 from benchmarks.networks import pictures
@@ -118,11 +119,10 @@ def test_names_that_nothing_has(command, options, message, capsys):
 @pytest.mark.parametrize("part", ["fresh", "load"])
 def test_parts_tell_which_command_starts_them(part):
     command = [sys.executable, "-m", f"benchmarks.{part}"]
-    root = Path(runtime.__file__).parent.parent
-    bare = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    bare = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert bare.returncode == 2
     assert bare.stderr.startswith("usage:")
-    told = subprocess.run([*command, "--help"], cwd=root, capture_output=True, text=True, check=True).stdout
+    told = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert re.search("`python -m benchmarks.(runtime|serving)`, which starts (it|them)", told)
 
 

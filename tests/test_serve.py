@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
-from importlib.metadata import version
 
 import mlflow
 import networks
@@ -15,8 +14,8 @@ import requests
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
 from helpers import PATIENCE, save_networks, wait_for
-from packaging.version import Version
 from servers import TensorServer
+from triton_tensors import KNOWS_WHAT_NOTHING_IS, assert_same, inputs_of
 
 import mlflow_trt
 from examples.serving import running
@@ -56,37 +55,6 @@ def sessions(folders):
 def client(server):
     with triton.InferenceServerClient(server.address.removeprefix("http://")) as client:
         yield client
-
-
-def inputs_of(feeds, *, binary=True, api=triton):
-    """As Triton's client takes them; `binary` may be a set of names."""
-    inputs = []
-    for name, value in feeds.items():
-        array = np.asarray(value)
-        made = api.InferInput(name, list(array.shape), triton_type(array.dtype))
-        is_binary = name in binary if isinstance(binary, set) else binary
-        made.set_data_from_numpy(array, binary_data=is_binary)
-        inputs.append(made)
-    return inputs
-
-
-def triton_type(dtype):
-    from tritonclient.utils import np_to_triton_dtype
-
-    return np_to_triton_dtype(dtype)
-
-
-KNOWS_WHAT_NOTHING_IS = Version(version("tritonclient")) >= Version("2.73")
-"""Clients before make float64 of a tensor without elements."""
-
-
-def assert_same(answer, expected, names=None):
-    for name in names or expected:
-        found = answer.as_numpy(name)
-        if found.size or KNOWS_WHAT_NOTHING_IS:
-            assert found.dtype == expected[name].dtype, name
-        assert found.shape == expected[name].shape, name
-        assert found.tobytes() == expected[name].tobytes(), name
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -23,6 +23,7 @@ import requests
 import tritonclient.http as triton
 from command_line import run
 from helpers import PATIENCE, wait_for
+from repository import SUPPORT
 from servers import ServerProcess, TensorServer
 
 from examples.serving import free_port, running
@@ -59,7 +60,7 @@ class Gated(ServerProcess):
         self.folder = folder
         self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
-        script = Path(__file__).with_name("gated_server.py")
+        script = SUPPORT / "gated_server.py"
         command = [sys.executable, str(script), str(folder), str(self.port), str(drain_seconds), str(front_ends)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # as pytest made it
         super().__init__(command, environment, ready=f"{self.address}/v2/health/ready")

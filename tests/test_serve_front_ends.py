@@ -20,7 +20,7 @@ import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
 from helpers import PATIENCE, keep_asking, save_networks, wait_for
 from servers import TensorServer
-from test_serve import assert_same, inputs_of
+from triton_tensors import assert_same, inputs_of
 
 import mlflow_trt
 from examples.serving import free_port, running

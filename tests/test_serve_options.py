@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import networks
 import numpy as np
@@ -15,6 +14,7 @@ import pytest
 import requests
 from helpers import keep_asking, save_networks, wait_for
 from installed import installed
+from repository import SUPPORT
 from servers import ServerProcess, TensorServer
 
 import mlflow_trt
@@ -160,7 +160,7 @@ def test_tracing(product_folder, tmp_path, product_weights):
     """A span for each request, in the trace that the client began; none for probes and metrics."""
     pytest.importorskip("opentelemetry.instrumentation.asgi")
     port = free_port()
-    script = Path(__file__).with_name("traced_server.py")
+    script = SUPPORT / "traced_server.py"
     command = [sys.executable, str(script), str(product_folder), str(port), str(tmp_path / "spans")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     server = ServerProcess(command, environment, ready=f"http://127.0.0.1:{port}/v2/health/ready")
@@ -210,7 +210,7 @@ def test_kserves_client(name, kind, kserve, tmp_path):
             np.savez(tmp_path / f"feeds-{rows}.npz", **feeds)
             files += [str(tmp_path / f"feeds-{rows}.npz"), str(tmp_path / f"outputs-{rows}.npz")]
             expected.append(session.run(feeds))
-    script = Path(__file__).with_name("kserve_asks.py")
+    script = SUPPORT / "kserve_asks.py"
     done = subprocess.run(
         [sys.executable, "-S", str(script), address, name, kind, *files],  # without the packages of the tests
         env={**os.environ, "PYTHONPATH": str(packages)},

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 from rich.console import Console
 
 from benchmarks.load import Load
@@ -16,7 +16,6 @@ from benchmarks.soak import Soak, _report
 
 pytestmark = pytest.mark.server
 
-ROOT = Path(__file__).resolve().parent.parent
 SERVERS = {
     "mlflow models serve", "mlflow-trt serve", "the same, shared memory", "with front ends",
     "with front ends, shared memory",

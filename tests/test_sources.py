@@ -13,7 +13,7 @@ import pytest
 from compare import relative_error
 from mlflow.models import infer_signature
 from mlflow.utils.file_utils import local_file_uri_to_path
-from test_lineage import server  # noqa: F401  # a fixture
+from tracking_server import tracking_server
 
 import mlflow_trt
 from mlflow_trt import ArtifactError, MissingDependencyError, OnnxModelError, UnsupportedModelError
@@ -26,8 +26,14 @@ X = np.random.default_rng(0).standard_normal((60, 6)).astype(np.float32)
 Y = X @ np.arange(1, 7) + np.sin(X[:, 0])
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, empty_database):
+    with tracking_server(tmp_path_factory.mktemp("server"), empty_database) as address:
+        yield address
+
+
 @pytest.fixture
-def http(server, request):  # noqa: F811  # the fixture
+def http(server, request):
     mlflow.set_tracking_uri(server)
     mlflow.set_experiment(request.node.name)
     return mlflow.MlflowClient()

@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 from decimal import Decimal
-from pathlib import Path
 
 import mlflow
 import networks
@@ -15,6 +14,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from onnx import helper
+from repository import SUPPORT
 
 import mlflow_trt
 from mlflow_trt import InputError, InputShapeError, OptionError, UnsupportedModelError
@@ -394,7 +394,7 @@ def test_a_whole_model_answers_as_its_source(spark, store, tmp_path):
     network.write_bytes(networks.transformer().SerializeToString())
     texts = pd.DataFrame({"text": ["warm sun", "cold rain over the river", "a", "nobody slept at all"] * 8})
     mlflow.pyfunc.log_model(
-        name="source", registered_model_name="source", python_model=str(Path(__file__).with_name("text_classifier.py")),
+        name="source", registered_model_name="source", python_model=str(SUPPORT / "text_classifier.py"),
         artifacts={"network": str(network)}, input_example=texts[:4], pip_requirements=["onnxruntime", "pandas"],
     )  # fmt: skip
     shapes = {"input_ids": ((-1, 1), (-1, 8), (-1, 64))}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import re
@@ -14,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from command_line import run
+from engines import TENSORRT_PLAN, tensorrt_engine, with_engines
 from google.protobuf import text_format
 from onnx import TensorProto, helper
 from wheel_files import wheel_file
@@ -21,13 +21,10 @@ from wheel_files import wheel_file
 import mlflow_trt
 from mlflow_trt import EngineMismatchError, IntegrityError, OptionError, UnsupportedModelError
 from mlflow_trt.backends.onnxruntime import CpuModel
-from mlflow_trt.core.types import Distribution, EngineRecord, HardwareCompatibility, TensorSpec, Weights
+from mlflow_trt.core.types import HardwareCompatibility, TensorSpec, Weights
 from mlflow_trt.deploy.triton import export_triton
 from mlflow_trt.deploy.triton_config import Layout, config_text
 from mlflow_trt.store.folder import read_folder
-from mlflow_trt.store.record import record_to_dict
-
-PLAN = b"ftrt: a plan, for all that Triton's repository cares"
 
 
 @pytest.fixture(scope="session")
@@ -48,27 +45,6 @@ def parse(schema):
     return parsed
 
 
-def engine(target="sm86", version="10.13.0.35", **changes):
-    fields = {
-        "file": f"engines/tensorrt-{version}-{target}.plan",
-        "sha256": hashlib.sha256(PLAN).hexdigest(),
-        "size": len(PLAN),
-        "distribution": Distribution.TENSORRT,
-        "version": version,
-        "compute_capabilities": (target,),
-    }
-    return EngineRecord(**{**fields, **changes})
-
-
-def with_engines(folder, *engines):
-    """A model folder as TensorRT would have left it, which is not here: its record, and plans that nobody loads."""
-    record = replace(read_folder(folder).record, engines=engines)
-    for one in engines:
-        (folder / one.file).write_bytes(PLAN)
-    (folder / "mlflow_trt.json").write_text(json.dumps(record_to_dict(record)))
-    return str(folder)
-
-
 @pytest.fixture
 def folder(tmp_path):
     path = tmp_path / "ranks"
@@ -81,10 +57,10 @@ def read(made, parse):
 
 
 def test_one_engine(folder, tmp_path, parse, schema):
-    made = export_triton(with_engines(folder, engine()), tmp_path / "models", instances=2, queue_delay=500)
+    made = export_triton(with_engines(folder, tensorrt_engine()), tmp_path / "models", instances=2, queue_delay=500)
     assert made.files == ("1/model.plan", "config.pbtxt")
     assert made.remarks == ("needs a Triton with TensorRT 10.13.0",)
-    assert (made.path / "1" / "model.plan").read_bytes() == PLAN
+    assert (made.path / "1" / "model.plan").read_bytes() == TENSORRT_PLAN
     config = read(made, parse)
     assert (config.name, config.backend, config.max_batch_size) == ("ranks", "tensorrt", 8)
     assert config.default_model_filename == "model.plan"
@@ -112,17 +88,17 @@ def test_one_engine(folder, tmp_path, parse, schema):
 
 
 def test_engines_by_compute_capability(folder, tmp_path, parse):
-    everywhere = engine("sm80plus", compute_capabilities=("sm80",), file="engines/everywhere.plan",
+    everywhere = tensorrt_engine("sm80plus", compute_capabilities=("sm80",), file="engines/everywhere.plan",
                         hardware_compatibility=HardwareCompatibility.AMPERE_PLUS)  # fmt: skip
     uri = with_engines(
         folder,
         *read_folder(folder).record.engines,  # TensorRT-RTX's
-        engine("sm86"),
-        engine("sm86", file="engines/another-sm86.plan"),
-        engine("sm90"),
+        tensorrt_engine("sm86"),
+        tensorrt_engine("sm86", file="engines/another-sm86.plan"),
+        tensorrt_engine("sm90"),
         everywhere,
-        engine("sm75", "10.12.0.1"),
-        engine("sm89", weights=Weights.STRIPPED),
+        tensorrt_engine("sm75", "10.12.0.1"),
+        tensorrt_engine("sm89", weights=Weights.STRIPPED),
     )
     made = export_triton(uri, tmp_path / "models", name="model")
     config = read(made, parse)
@@ -205,7 +181,7 @@ def test_several_profiles(tmp_path, parse):
         {"input_ids": ((1, 16), (2, 32), (4, 64))},
     ]
     mlflow_trt.save_model(networks.transformer(), tmp_path / "text", shapes=shapes, verify=False)
-    made = export_triton(with_engines(tmp_path / "text", engine()), tmp_path / "models")
+    made = export_triton(with_engines(tmp_path / "text", tensorrt_engine()), tmp_path / "models")
     config = read(made, parse)
     assert list(config.instance_group[0].profile) == ["0", "1"]
     # Triton would put 8 requests of 32 tokens together, too, which fit no profile.
@@ -233,7 +209,7 @@ def test_several_profiles(tmp_path, parse):
 def test_profiles_of_different_batches(batches, largest, tmp_path, parse):
     shapes = [{"x": ((low, 16), (usual, 16), (high, 16))} for low, usual, high in batches]
     mlflow_trt.save_model(networks.product(), tmp_path / "product", shapes=shapes, verify=False)
-    config = read(export_triton(with_engines(tmp_path / "product", engine()), tmp_path / "models"), parse)
+    config = read(export_triton(with_engines(tmp_path / "product", tensorrt_engine()), tmp_path / "models"), parse)
     assert config.max_batch_size == largest
     assert all(warmup.batch_size <= max(largest, 1) for warmup in config.model_warmup)
     assert all(size <= largest for size in config.dynamic_batching.preferred_batch_size)
@@ -257,13 +233,13 @@ def test_what_has_no_dimensions_is_not_for_tensorrt_there(tmp_path):
     shapes = {"x": ((1, 1), (4, 4), (8, 8))}
     mlflow_trt.save_model(networks.scaled_by_a_scalar(), tmp_path / "scalar", shapes=shapes, verify=False)
     with pytest.raises(UnsupportedModelError, match="'k' has no dimensions.*--backend onnxruntime"):
-        export_triton(with_engines(tmp_path / "scalar", engine()), tmp_path / "models")
+        export_triton(with_engines(tmp_path / "scalar", tensorrt_engine()), tmp_path / "models")
     assert not any((tmp_path / "models").rglob("*"))
 
 
 def test_a_static_batch_is_not_padded_by_triton(tmp_path, parse):
     mlflow_trt.save_model(networks.product(), tmp_path / "product", batch=8, verify=False)
-    config = read(export_triton(with_engines(tmp_path / "product", engine()), tmp_path / "models"), parse)
+    config = read(export_triton(with_engines(tmp_path / "product", tensorrt_engine()), tmp_path / "models"), parse)
     assert config.max_batch_size == 0
     assert list(config.input[0].dims)[1:] == [16]
     assert list(config.model_warmup[0].inputs["x"].dims) == [8, 16]
@@ -272,7 +248,7 @@ def test_a_static_batch_is_not_padded_by_triton(tmp_path, parse):
 def test_shape_tensors_are_warmed_up_with_their_values(tmp_path, parse):
     shapes = {"x": ((2, 16), (4, 16), (8, 16)), "shape": ((2, 1), (16, 4), (64, 16))}
     mlflow_trt.save_model(networks.reshaped(), tmp_path / "reshaped", shapes=shapes, verify=False)
-    made = export_triton(with_engines(tmp_path / "reshaped", engine()), tmp_path / "models")
+    made = export_triton(with_engines(tmp_path / "reshaped", tensorrt_engine()), tmp_path / "models")
     config = read(made, parse)
     assert {tensor.name: tensor.is_shape_tensor for tensor in config.input} == {"x": False, "shape": True}
     warmup = config.model_warmup[0].inputs["shape"]
@@ -315,8 +291,8 @@ class TestNothingIsWritten:
             export_triton(str(folder), tmp_path / "models", backend="onnxruntime")
 
     def test_when_a_plan_was_changed(self, folder, tmp_path):
-        uri = with_engines(folder, engine(), engine("sm90"))
-        (folder / engine("sm90").file).write_bytes(b"changed")
+        uri = with_engines(folder, tensorrt_engine(), tensorrt_engine("sm90"))
+        (folder / tensorrt_engine("sm90").file).write_bytes(b"changed")
         with pytest.raises(IntegrityError):
             export_triton(uri, tmp_path / "models")
         assert not any((tmp_path / "models").rglob("*"))
@@ -337,3 +313,20 @@ def test_from_the_command_line(store, tmp_path):
     assert code == 0, errors
     assert json.loads(output)["files"] == ["1/model.onnx", "config.pbtxt"]
     assert (tmp_path / "models" / "p-trt" / "config.pbtxt").is_file()
+
+
+def test_float64_is_what_each_file_has_of_it(tmp_path, parse, schema):
+    def told(backend, folder):
+        made = export_triton(str(folder), tmp_path / backend / folder.name, backend=backend)
+        config = parse((made.path / "config.pbtxt").read_text())
+        return {tensor.data_type for tensor in (*config.input, *config.output)}
+
+    for precision in ("fp32", "bf16"):
+        mlflow_trt.save_model(
+            networks.wide_product(), tmp_path / precision, batch=(1, 4, 8), precision=precision, verify=False
+        )
+    assert told("onnxruntime", tmp_path / "fp32") == {schema.TYPE_FP32}
+    assert told("onnxruntime", tmp_path / "bf16") == {schema.TYPE_FP64}  # the source model
+    assert told("mlflow_trt", tmp_path / "fp32") == {schema.TYPE_FP64}
+    with_engines(tmp_path / "fp32", tensorrt_engine())
+    assert told("tensorrt", tmp_path / "fp32") == {schema.TYPE_FP32}

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
+from engines import tensorrt_engine, with_engines
 from helpers import save_networks
-from test_serve import assert_same
-from test_triton import engine, with_engines
 from triton_server import TritonServer
+from triton_tensors import assert_same
 from tritonclient.utils import np_to_triton_dtype
 
 import mlflow_trt
@@ -167,7 +167,7 @@ def test_every_config_is_read(folders, tmp_path):
     for name, folder in folders.items():
         export_triton(str(folder), repository, name=f"{name}-onnx", backend="onnxruntime")
     for name in ours - {"scalar"}:
-        uri = with_engines(tmp_path / name, engine(), engine("sm90"))
+        uri = with_engines(tmp_path / name, tensorrt_engine(), tensorrt_engine("sm90"))
         export_triton(uri, repository, name=f"{name}-plan", instances=2)
     broken = repository / "broken"
     (broken / "1").mkdir(parents=True)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
-from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from repository import ROOT
 
 from mlflow_trt import Recipe
 from mlflow_trt.cli import app
 from mlflow_trt.cli.recipe_options import recipe_from
 from mlflow_trt.cli.trtexec import OPTIONS, translate
 
-ROOT = Path(__file__).resolve().parent.parent
 COMMAND: Any = typer.main.get_command(app)
 CONVERT = COMMAND.commands["convert"]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
-from pathlib import Path
 
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
 import whole_sources
+from repository import ROOT
 from whole_sources import TEXTS
 
 from mlflow_trt.errors import MlflowTrtError
@@ -22,7 +22,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra test-
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]  # transformers', torch's and MLflow's own
 
 CPU = {"runtime": "onnxruntime"}
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "whole-models.md"
+PAGE = ROOT / "docs" / "whole-models.md"
 ROWS = dict(re.findall(r"^\| (\w[\w-]*) \| (converted|refused: .*?) \|$", PAGE.read_text(), re.MULTILINE))
 
 _SMALL = {

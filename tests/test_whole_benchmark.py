@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 pytest.importorskip("torch", reason="needs the extra test-torch")
 pytest.importorskip("transformers", reason="needs the extra test-torch")
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_it_prints_its_table():

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import json
-from pathlib import Path
 
 import mlflow
 import networks
 import numpy as np
 import pandas as pd
 import pytest
+from repository import SUPPORT
 from servers import TensorServer, served
 
 import mlflow_trt
@@ -36,7 +36,7 @@ def made(module_store, tmp_path_factory):
     network = tmp_path_factory.mktemp("network") / "network.onnx"
     network.write_bytes(networks.transformer().SerializeToString())
     mlflow.pyfunc.log_model(
-        name="source", registered_model_name="source", python_model=str(Path(__file__).with_name("text_classifier.py")),
+        name="source", registered_model_name="source", python_model=str(SUPPORT / "text_classifier.py"),
         artifacts={"network": str(network)}, input_example=FRAME, pip_requirements=["onnxruntime", "pandas"],
     )  # fmt: skip
     shapes = {"input_ids": ((-1, 1), (-1, 8), (-1, 64))}

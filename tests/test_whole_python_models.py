@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from command_line import run
+from repository import SUPPORT
 from text_classifier import TextClassifier
 
 import mlflow_trt
@@ -31,7 +32,7 @@ TEXTS = [
 ]
 
 
-CODE = Path(__file__).with_name("text_classifier.py")
+CODE = SUPPORT / "text_classifier.py"
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,7 @@ class TestOnnxRuntimeSession:
             mlflow.pyfunc.load_model("models:/made/1", model_config=CPU)
 
 
-PAIR = Path(__file__).parent / "pair_of_networks.py"
+PAIR = SUPPORT / "pair_of_networks.py"
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 from installed import installed
+from repository import ROOT
 
 from examples.serving import ServerProcess, free_port
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("nvidia-pytriton==0.7.0", "numpy==1.26.4")
 SERVER = Path("pytriton", "tritonserver")
 
