@@ -16,7 +16,10 @@ from command_line import run
 from real_models import MAGIKA, nested_if
 
 import mlflow_trt
+from mlflow_trt.backends.cuda_driver import Hardware
 from mlflow_trt.cli.options import combine_shapes, parse_batch, parse_shapes
+from mlflow_trt.measure import doctor
+from mlflow_trt.measure.doctor import Check
 from mlflow_trt.runtime import native
 
 pytestmark = pytest.mark.slow
@@ -91,12 +94,13 @@ main()
             (["{folder}/product.onnx", "--target", "sm70"], "cannot build for sm70"),
             (["{nested}", "--min-shapes", "input:1x512,state:2x1x128", "--opt-shapes", "input:1x512,state:2x1x128",
               "--max-shapes", "input:1x512,state:2x1x128"], "at If_0 (If): TensorRT cannot run nested If"),
-            (["models:/nothing/1"], "Error: Model Version (name=nothing, version=1) not found"),
+            (["models:/nothing/1"],
+             "Error: Model Version (name=nothing, version=1) not found. That was looked up in {store}; MLFLOW_TRACK"),
         ],
     )  # fmt: skip
     def test_errors_are_a_line_or_two(self, arguments, message, onnx_file, tracking, store, tmp_path):
         (tmp_path / "text.onnx").write_text("This is not an ONNX model at all.")
-        names = {"folder": str(tmp_path), "nested": str(nested_if())}
+        names = {"folder": str(tmp_path), "nested": str(nested_if()), "store": store.uri}
         arguments = [argument.format(**names) for argument in arguments]
         code, output, errors = run("convert", *arguments, "--register-as", "product", "--json", **tracking)
         assert code == 1
@@ -193,6 +197,16 @@ class TestDoctor:
         assert code == 1
         assert "can run on TensorRT" in output
 
+    @pytest.mark.parametrize(("cuda", "is_ok"), [("12.9", False), ("13.0", True), ("14.1", True)])
+    def test_a_driver_that_is_older_than_the_cuda_of_tensorrt_is_named(self, cuda, is_ok, monkeypatch):
+        monkeypatch.setattr(doctor.hardware, "probe", lambda: Hardware(driver="5", cuda=cuda))
+        monkeypatch.setattr(
+            doctor, "_package", lambda name: Check(name=name, ok=name.endswith("_cu13_bindings"), detail="")
+        )
+        (check,) = doctor._hardware()
+        assert check.ok == is_ok
+        assert ("which is too old: the TensorRT installed here is for CUDA 13" in check.detail) != is_ok
+
     def test_without_tensorrt_nothing_is_usable(self):
         program = """
 import importlib.util, sys
@@ -233,6 +247,15 @@ print(",".join(sorted(heavy & set(sys.modules))))
 """
         result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert result.stdout.splitlines()[-1] == ""
+
+    @pytest.mark.parametrize(
+        ("words", "completed"), [("mlflow-trt con", {"convert"}), ("mlflow-trt serve --dr", {"--drain-seconds"})]
+    )
+    def test_a_shell_completes_commands_and_options(self, words, completed):
+        asked = {"_MLFLOW_TRT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        code, output, errors = run(**asked)
+        assert code == 0, errors
+        assert set(output.split()) == completed
 
     def test_version(self):
         assert run("--version")[1].strip() == mlflow_trt.__version__

@@ -25,7 +25,7 @@ NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
     ("text", "expected"),
     [
         ("give it with shapes= instead", "give it with --min-shapes, --opt-shapes and --max-shapes instead"),
-        ("and so does batch=(min, opt, max), which", "and so does --batch min:opt:max, which"),
+        ("or with batch=(min, opt, max), which", "or with --batch min:opt:max, which"),
         ("batch is (8, 4, 1); expected 1 <= min", "--batch is 8:4:1; expected 1 <= min"),
         ("leave targets= out", "leave --target out"),
         ("targets: sm99 is unknown", "--target: sm99 is unknown"),

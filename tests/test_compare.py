@@ -52,6 +52,17 @@ def test_without_a_gpu_the_typed_model_is_compared_and_its_speed_is_not_measured
     assert "In its place, the fp16 typed model, emulated on ONNX Runtime" in problem
 
 
+def test_each_row_is_judged_whichever_of_the_models_comes_first(models):
+    """An ONNX file does not say that its rows are independent; the record of the other model does."""
+    data = {"x": networks.rows(5)}
+    for uris in (("models:/p/1", "models:/p-half/1"), ("models:/p-half/1", "models:/p/1")):
+        (output,) = compare_models(*uris, batches=(1,), data=data, seconds=0.02).comparison.outputs
+        assert output.rows == 5
+        assert output.median_row_error is not None
+        assert output.worst_row_error is not None
+        assert 1e-5 < output.median_row_error < output.worst_row_error < 1e-2
+
+
 def test_what_overflows_in_float16_fails_without_a_gpu(tmp_path):
     """Plain ONNX Runtime would run both nodes in float32, and see nothing."""
     nodes = [

@@ -30,6 +30,24 @@ class Library:
 
 
 @pytest.mark.parametrize(
+    ("status", "advice"),
+    [(100, " (see whether nvidia-smi lists one here"), (803, " (its libraries are of another release"), (1, "")],
+    ids=["no GPU", "another release", "what nobody can advise on"],
+)
+def test_a_driver_that_does_not_start_comes_with_advice(status, advice, monkeypatch):
+    class Unstarted(Library):
+        def call(self, function, *arguments):
+            raise cuda_driver.DriverError(f"the CUDA driver answers {function} with: words", status)
+
+    monkeypatch.setattr(cuda_driver, "DriverLibrary", lambda: Unstarted(WHOLE))
+    found = cuda_driver.probe()
+    assert found.gpus == ()
+    assert found.problem is not None
+    assert found.problem.startswith(f"the CUDA driver answers cuInit with: words{advice}")
+    assert found.problem.endswith(")") == bool(advice)
+
+
+@pytest.mark.parametrize(
     ("library", "expected"),
     [
         (Library(WHOLE), f"GPU-{WHOLE}"),

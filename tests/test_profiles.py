@@ -37,8 +37,8 @@ def test_a_batch_left_out_is_filled_in_and_the_user_is_told(tmp_path):
     assert ranges(profiles) == {"x": "1x16:8x16:32x16"}
     assert profiles.batch_axis == BatchAxis(inputs=("x",), splits=True, declared=False)
     assert profiles.remarks == (
-        "axis 0 of input 'x' is taken as the batch axis, for 1 to 32 rows, 8 usually; shapes= says otherwise, and so "
-        "does batch=(min, opt, max), which also says that the rows do not depend on each other",
+        "axis 0 of input 'x' is taken as the batch axis, for 1 to 32 rows, 8 usually; change that with shapes=, or "
+        "with batch=(min, opt, max), which also says that the rows do not depend on each other",
     )
 
 

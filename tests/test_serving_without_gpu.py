@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from mlflow.pyfunc.utils.environment import _simulate_serving_environment
 from servers import Server
 
 from mlflow_trt.core import scoring_server
@@ -19,6 +20,12 @@ def test_a_server_is_told_the_variable_and_a_program_the_setting(product_folder,
     monkeypatch.delenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", raising=False)  # servers of other tests set it
     with pytest.raises(RuntimeUnavailableError, match="Use runtime='onnxruntime'"):
         load_pyfunc(str(product_folder))
+    monkeypatch.setattr(scoring_server, "_how_to_set", None)
+    with (
+        _simulate_serving_environment(),
+        pytest.raises(RuntimeUnavailableError, match="set MLFLOW_PYFUNC_INFERENCE_CONFIG"),
+    ):
+        load_pyfunc(str(product_folder))  # as `mlflow models predict` does
     monkeypatch.setenv("__pyfunc_model_path__", str(product_folder))
     with pytest.raises(RuntimeUnavailableError) as caught:
         load_pyfunc(str(product_folder))

@@ -115,7 +115,7 @@ def test_engines_by_compute_capability(folder, tmp_path, parse):
 
 
 def test_engines_of_tensorrt_rtx_are_refused_with_the_reason(folder, tmp_path):
-    with pytest.raises(EngineMismatchError, match="built by TensorRT-RTX.*--backend onnxruntime") as caught:
+    with pytest.raises(EngineMismatchError, match="built by TensorRT-RTX.*backend='onnxruntime' exports") as caught:
         export_triton(str(folder), tmp_path / "models")
     assert len(caught.value.reasons) == 1
     assert not any((tmp_path / "models").rglob("*"))
@@ -232,7 +232,7 @@ def test_what_has_no_rows_in_common_is_not_put_together(tmp_path, parse):
 def test_what_has_no_dimensions_is_not_for_tensorrt_there(tmp_path):
     shapes = {"x": ((1, 1), (4, 4), (8, 8))}
     mlflow_trt.save_model(networks.scaled_by_a_scalar(), tmp_path / "scalar", shapes=shapes, verify=False)
-    with pytest.raises(UnsupportedModelError, match="'k' has no dimensions.*--backend onnxruntime"):
+    with pytest.raises(UnsupportedModelError, match="'k' has no dimensions.*take backend='onnxruntime'"):
         export_triton(with_engines(tmp_path / "scalar", tensorrt_engine()), tmp_path / "models")
     assert not any((tmp_path / "models").rglob("*"))
 

@@ -19,6 +19,20 @@ _LIBRARY = "libcuda.so.1"
 _DRIVER_RELEASE = Path("/sys/module/nvidia/version")
 _COMPUTE_CAPABILITY_MAJOR = 75
 _COMPUTE_CAPABILITY_MINOR = 76
+_NO_GPU = "see whether nvidia-smi lists one here; a container gets it by `docker run --gpus all`"
+_UNFIT_LIBRARIES = (
+    "its libraries are of another release than the kernel's module, as after an update or in a container: see whether "
+    "nvidia-smi works here, and restart the machine after an update"
+)
+_ADVICE = {
+    2: "another process holds the GPU's memory: nvidia-smi lists who",
+    100: _NO_GPU,
+    101: "CUDA_VISIBLE_DEVICES names a GPU that is not there",
+    803: _UNFIT_LIBRARIES,
+    804: _UNFIT_LIBRARIES,
+    999: "see whether nvidia-smi works here; else load the module nvidia_uvm again, or restart the machine",
+}
+"""What to do where the driver does not start, by its CUresult."""
 _initialized_in: int | None = None
 
 
@@ -50,7 +64,8 @@ def probe() -> Hardware:
         _initialized_in = generation()
         return _ask(library)
     except DriverError as error:
-        return Hardware(driver=_driver_release(), problem=str(error))
+        advice = _ADVICE.get(error.status)
+        return Hardware(driver=_driver_release(), problem=f"{error} ({advice})" if advice else str(error))
 
 
 class DriverError(Exception):
@@ -119,7 +134,7 @@ def _ask(library: DriverLibrary) -> Hardware:
         driver=_driver_release(),
         cuda=f"{version.value // 1000}.{version.value % 1000 // 10}",
         gpus=tuple(gpu(ordinal) for ordinal in range(count.value)),
-        problem=None if count.value else "the CUDA driver sees no GPU",
+        problem=None if count.value else f"the CUDA driver sees no GPU ({_NO_GPU})",
     )
 
 

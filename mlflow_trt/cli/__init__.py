@@ -34,7 +34,6 @@ app = typer.Typer(
     name="mlflow-trt",
     help="ONNX models as TensorRT engines in MLflow.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command(cls=Command)(convert)
@@ -125,5 +124,10 @@ def main() -> None:
         if exceptions is None or not isinstance(error, exceptions.MlflowException):
             raise
         _print_traceback()
-        typer.echo(printable(f"Error: {in_own_words(error.message)}"), err=True)
+        message = in_own_words(error.message)
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            from mlflow_trt.flavor.tracking import name_stores
+
+            message = f"{message.removesuffix('.')}. {name_stores()}"
+        typer.echo(printable(f"Error: {message}"), err=True)
         sys.exit(1)

@@ -185,7 +185,7 @@ class _Resolution:
             self._set(limits, spec, axis, (DEFAULT_BATCH.min, DEFAULT_BATCH.opt, DEFAULT_BATCH.max))
             self._remarks.append(
                 f"axis 0 of input {spec.name!r} is taken as the batch axis, for {DEFAULT_BATCH.min} to "
-                f"{DEFAULT_BATCH.max} rows, {DEFAULT_BATCH.opt} usually; shapes= says otherwise, and so does "
+                f"{DEFAULT_BATCH.max} rows, {DEFAULT_BATCH.opt} usually; change that with shapes=, or with "
                 "batch=(min, opt, max), which also says that the rows do not depend on each other"
                 + ("" if self._splits else ", so that larger batches can be split")
             )

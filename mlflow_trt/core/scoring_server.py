@@ -12,27 +12,41 @@ import threading
 from mlflow_trt.core.log import get_logger
 
 _MODEL_PATH = "__pyfunc_model_path__"  # mlflow.pyfunc.scoring_server._SERVER_MODEL_PATH
+_IN_SERVER = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"
 _PATIENCE = 30.0
 _log = get_logger(__name__)
 _ending = threading.Lock()
+_how_to_set: str | None = None
 
 
 def in_server() -> bool:
     """Whether this process is MLflow's scoring server, by the variables that it sets: one before it loads the model,
     the other when it has.
     """
-    return _MODEL_PATH in os.environ or os.environ.get("_MLFLOW_IS_IN_SERVING_ENVIRONMENT") == "true"
+    return _MODEL_PATH in os.environ or os.environ.get(_IN_SERVER) == "true"
+
+
+def become_server(how_to_set: str) -> None:
+    """Be a server from here on: what is different in MLflow's, such as warming up, is so in this process.
+
+    `how_to_set` says how load settings are given to it; they come after these words.
+    """
+    global _how_to_set  # noqa: PLW0603  # of the process, as the variable is
+    os.environ[_IN_SERVER] = "true"
+    _how_to_set = how_to_set
 
 
 def advise_cpu() -> str:
     """How whoever started this process lets the model run on the CPU."""
     setting = """'{"runtime": "onnxruntime"}'"""
+    if not in_server():
+        return "Use runtime='onnxruntime' to run the source model on the CPU."
     if _MODEL_PATH in os.environ:
         said = f"start the server with MLFLOW_PYFUNC_INFERENCE_CONFIG={setting} in its environment"
-    elif in_server():
-        said = f"start the server with --model-config {setting}"
-    else:
-        return "Use runtime='onnxruntime' to run the source model on the CPU."
+    elif _how_to_set is not None:
+        said = f"{_how_to_set} {setting}"
+    else:  # `mlflow models predict` does as if it were a server
+        said = f"set MLFLOW_PYFUNC_INFERENCE_CONFIG={setting} in the environment"
     return f'To run the source model on the CPU, {said}; "auto" takes a GPU where there is one.'
 
 

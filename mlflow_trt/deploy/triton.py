@@ -144,9 +144,8 @@ def _write_engines(folder: ModelFolder, target: Path) -> _ModelRepository:
     if not chosen:
         raise EngineMismatchError(
             f"Triton can load none of the engines of this model ({'; '.join(left_out)}). "
-            "backend='mlflow_trt' (--backend mlflow_trt) runs them in Triton's Python backend, backend='onnxruntime' "
-            "(--backend onnxruntime) exports the ONNX model; `mlflow-trt add-engine` on a machine with TensorRT and "
-            "its GPU adds an engine.",
+            "backend='mlflow_trt' runs them in Triton's Python backend, backend='onnxruntime' exports the ONNX model; "
+            "`mlflow-trt add-engine` on a machine with TensorRT and its GPU adds an engine.",
             reasons=left_out,
         )
     names: dict[str, str] = {}

@@ -17,7 +17,7 @@ import numpy as np
 import triton_python_backend_utils as triton
 
 from mlflow_trt.core.arrays import Array, Feeds, Outputs
-from mlflow_trt.core.scoring_server import explain_crashes
+from mlflow_trt.core.scoring_server import become_server, explain_crashes
 from mlflow_trt.core.types import TensorSpec
 from mlflow_trt.errors import ExecutionError, InputError, OutOfMemoryError
 from mlflow_trt.flavor.api import load_model
@@ -32,7 +32,7 @@ class TritonPythonModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Load the model in the version's folder, with every batch size warmed up."""
-        os.environ["_MLFLOW_IS_IN_SERVING_ENVIRONMENT"] = "true"  # warming up, as in MLflow's server
+        become_server("export it with --model-config")
         explain_crashes()
         parameters = json.loads(args["model_config"]).get("parameters", {})
         settings = json.loads(parameters.get(SETTINGS, {}).get("string_value", "{}"))

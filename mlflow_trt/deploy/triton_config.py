@@ -103,7 +103,7 @@ def config_text(record: Record, layout: Layout) -> str:
     if tensorrt and scalar is not None:
         raise UnsupportedModelError(
             f"{scalar.name!r} has no dimensions, which Triton has for ONNX Runtime only: give it one in the model, or "
-            "take backend='onnxruntime' (--backend onnxruntime)"
+            "take backend='onnxruntime'"
         )
     fields: Fields = {
         "name": layout.name,

@@ -1,6 +1,8 @@
-"""Whether MLflow's server is there, found out before the work, and without MLflow's minutes of retries."""
+"""Whether MLflow's server is there, found out before the work, and without MLflow's minutes of retries; which it is."""
 
 from __future__ import annotations
+
+import re
 
 import mlflow
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
@@ -28,6 +30,13 @@ def check_server_of(model_uri: str) -> None:
     """`check_server`, for a URI that MLflow's server is needed for."""
     if model_uri.startswith(("models:", "runs:", "mlflow-artifacts:")):
         check_server()
+
+
+def name_stores() -> str:
+    """Where models are looked for, for who meant another store; without the password that its address may have."""
+    stores = dict.fromkeys((mlflow.get_tracking_uri(), mlflow.get_registry_uri()))
+    named = " and ".join(re.sub(r"(?<=//)[^/@]*@", "", uri) for uri in stores)
+    return f"That was looked up in {named}; MLFLOW_TRACKING_URI names another one."
 
 
 def _check(uri: str) -> None:

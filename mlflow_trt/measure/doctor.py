@@ -98,11 +98,23 @@ def _tensorrt() -> list[Check]:
 def _hardware() -> list[Check]:
     found = hardware.probe()
     driver = f"{found.driver or 'release unknown'}, CUDA {found.cuda}" if found.cuda else found.problem or "unknown"
-    checks = [Check(name="driver", ok=found.cuda is not None, detail=driver)]
+    wanted = _cuda_of_tensorrt()
+    is_too_old = found.cuda is not None and wanted is not None and int(found.cuda.split(".")[0]) < wanted
+    if is_too_old:
+        driver += f", which is too old: the TensorRT installed here is for CUDA {wanted}. Install a newer driver"
+    checks = [Check(name="driver", ok=found.cuda is not None and not is_too_old, detail=driver)]
     checks += [
         Check(name=f"GPU {gpu.ordinal}", ok=True, detail=f"{gpu}, {gpu.memory / 2**30:.0f} GiB") for gpu in found.gpus
     ]
     return checks
+
+
+def _cuda_of_tensorrt() -> int | None:
+    """The release of CUDA that the TensorRT in use is for, as its package tells: tensorrt_rtx_cu13_bindings."""
+    for distribution in trt.installed()[:1]:
+        names = {major: f"{distribution.value}_cu{major}_bindings" for major in range(12, 20)}
+        return max((major for major, name in names.items() if _package(name).ok), default=None)
+    return None
 
 
 def _cuda_package() -> Check:
@@ -150,7 +162,11 @@ def _check_rows(outputs: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.gener
 def _try_build(workdir: Path) -> tuple[Check, Conversion | None]:
     try:
         conversion = convert_source(
-            ConversionTask(source=read_onnx(_small_model(), workdir), recipe=Recipe(batch=(1, 4, 8)), workdir=workdir)
+            ConversionTask(
+                source=read_onnx(_small_model(), workdir),
+                recipe=Recipe(precision="tf32", batch=(1, 4, 8)),
+                workdir=workdir,
+            )
         )
     except MlflowTrtError as error:
         return Check(name="can build", ok=False, detail=error.message), None
@@ -189,6 +205,7 @@ def _try_onnxruntime(workdir: Path) -> Check:
         model = read_onnx(_small_model(), workdir)
         with OnnxRuntimeSession(model.path, model.inputs, model.outputs) as session:
             _check_rows(session.run({"x": _rows()}))
-            return Check(name=name, ok=True, detail=session.description)
+            detail = f"{session.description}; the load setting runtime takes it as `auto` or `onnxruntime`"
+            return Check(name=name, ok=True, detail=detail)
     except MlflowTrtError as error:
         return Check(name=name, ok=False, detail=error.message)

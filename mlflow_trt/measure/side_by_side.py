@@ -13,7 +13,7 @@ from mlflow_trt.core.arrays import Feeds
 from mlflow_trt.core.comparing import compare as compare_outputs
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.progress_event import BuildProgress
-from mlflow_trt.core.types import Precision
+from mlflow_trt.core.types import BatchAxis, Precision
 from mlflow_trt.errors import InputShapeError
 from mlflow_trt.measure.benchmark import Benchmark, Steps, describe_settings, measure_runnables
 from mlflow_trt.measure.inputs import rows_of
@@ -140,10 +140,15 @@ def _compare_rows(
             f"{size} rows of {origin}",
             [(subject.session.run(feeds), expected)],
             tolerance,
-            batch_axis=None if subject.record is None else subject.record.batch_axis,
+            batch_axis=_batch_axis_of(subject, reference),
         )
     except ValueError as error:
         raise InputShapeError(f"{subject.name} and {reference.name} cannot be compared: {error}") from error
+
+
+def _batch_axis_of(*models: Runnable) -> BatchAxis | None:
+    """The one that a model's record tells: an ONNX file alone does not say that its rows are independent."""
+    return next((model.record.batch_axis for model in models if model.record is not None), None)
 
 
 def _why_nothing(reference: Runnable, subject: Runnable) -> str | None:

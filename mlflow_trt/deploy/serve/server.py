@@ -16,7 +16,7 @@ from typing import Any
 from mlflow_trt.backends.cuda_driver import probe
 from mlflow_trt.backends.nvml import gpu_memory
 from mlflow_trt.core.log import get_logger
-from mlflow_trt.core.scoring_server import explain_crashes
+from mlflow_trt.core.scoring_server import become_server, explain_crashes
 from mlflow_trt.core.settings import LoadSettings
 from mlflow_trt.deploy.serve.limits import Limits
 from mlflow_trt.deploy.serve.listening import bind, listen, occupy_standard_streams
@@ -42,7 +42,6 @@ except ImportError as error:
         f"{error.name} is not installed: `pip install 'mlflow-trt[serve]'`", packages=(str(error.name),)
     ) from error
 
-_IN_SERVER = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"
 _MOST_FRONT_ENDS = 64
 _USED = (_httptools, _uvloop)  # uvicorn imports them by name: missing ones are missed here
 _log = get_logger(__name__)
@@ -143,7 +142,7 @@ def serve(
         OSError: nothing can listen there.
     """
     occupy_standard_streams()
-    os.environ[_IN_SERVER] = "true"  # what is different in a server is so here: warming up, ending with the GPU
+    become_server("start the server with --model-config")
     explain_crashes()
     keys = read_keys(options.api_key_file) if options.api_key_file is not None else ()
     regions = SharedMemory(options.shared_memory_prefix) if options.shared_memory_prefix is not None else None
