@@ -156,28 +156,34 @@ def socket_on_port():
     return taken()
 
 
-def test_tracing(product_folder, tmp_path, product_weights):
-    """A span for each request, in the trace that the client began; none for probes and metrics."""
+@pytest.mark.parametrize("front_ends", [0, 1])
+def test_tracing(front_ends, product_folder, tmp_path, product_weights):
+    """A span for each request, in the trace that the client began; none for probes and metrics.
+
+    The names of the model and of the host have those of probes in them.
+    """
     pytest.importorskip("opentelemetry.instrumentation.asgi")
     port = free_port()
     script = SUPPORT / "traced_server.py"
-    command = [sys.executable, str(script), str(product_folder), str(port), str(tmp_path / "spans")]
+    command = [sys.executable, str(script), f"shipping={product_folder}", str(port), str(tmp_path / "spans")]
+    command.append(str(front_ends))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     server = ServerProcess(command, environment, ready=f"http://127.0.0.1:{port}/v2/health/ready")
     trace = "0af7651916cd43dd8448eb211c80319c"
     x = networks.rows(3)
     with running(server):
-        with Client(server.address, headers={"traceparent": f"00-{trace}-b7ad6b7169203331-01"}) as client:
+        headers = {"traceparent": f"00-{trace}-b7ad6b7169203331-01", "host": "metrics.test"}
+        with Client(server.address, headers=headers) as client:
             assert np.allclose(client.predict({"x": x})["y"], x @ product_weights, atol=1e-4)
         assert requests.get(f"{server.address}/metrics", timeout=10).ok
         assert requests.get(f"{server.address}/v2/models/other", timeout=10).status_code == 404
     spans = [json.loads(line) for line in (tmp_path / "spans").read_text().splitlines()]
     served = [span for span in spans if span["kind"] == "SpanKind.SERVER"]
     paths = [span["attributes"].get("http.target", span["attributes"].get("url.path")) for span in served]
-    assert "/v2/models/product/infer" in paths
+    assert "/v2/models/shipping/infer" in paths
     assert "/v2/models/other" in paths
     assert not {"/metrics", "/v2/health/ready"} & set(paths)
-    (span,) = (span for span, path in zip(served, paths, strict=True) if path == "/v2/models/product/infer")
+    (span,) = (span for span, path in zip(served, paths, strict=True) if path == "/v2/models/shipping/infer")
     assert span["context"]["trace_id"] == f"0x{trace}"
 
 

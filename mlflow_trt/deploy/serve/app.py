@@ -25,6 +25,8 @@ from mlflow_trt.deploy.serve.uvicorn_config import Receive, Scope, Send
 
 _OPEN = frozenset({"/ping", "/health", "/v2/health/live", "/v2/health/ready"})
 """What probes ask, who have no key."""
+UNTRACED = _OPEN | {"/metrics"}
+"""What is asked every few seconds, which would bury the traces of requests."""
 _MODELS = "/v2/models/"
 _ACTIONS = {"": "GET", "ready": "GET", "stats": "GET", "infer": "POST"}
 _DISCARDING = 5.0
