@@ -327,6 +327,32 @@ def test_the_user_keeps_nodes_by_name_and_by_operator(tmp_path):
         typed_model(networks.product(), tmp_path, "fp16", keep_float32="Sotfmax")
 
 
+@pytest.mark.parametrize("name", ["second", "block"], ids=["a call", "the function"])
+def test_a_function_that_is_to_be_kept_is_refused_since_only_its_nodes_can_be(name, tmp_path):
+    """It was accepted, and nothing was kept."""
+    block = helper.make_function(
+        "acme",
+        "block",
+        ["a", "w"],
+        ["b"],
+        [helper.make_node("MatMul", ["a", "w"], ["p"]), helper.make_node("Relu", ["p"], ["b"])],
+        [helper.make_opsetid("", 17)],
+    )
+    model = networks.product(outputs=16)
+    calls = [
+        helper.make_node("block", [before, "w"], [after], name=called, domain="acme")
+        for before, after, called in (("x", "h", "first"), ("h", "y", "second"))
+    ]
+    del model.graph.node[:]
+    model.graph.node.extend(calls)
+    model.functions.append(block)
+    model.opset_import.append(helper.make_opsetid("acme", 1))
+    with pytest.raises(RecipeError, match=rf"names '{name}', and .* calls a function .* are MatMul, Relu"):
+        typed_model(model, tmp_path, "fp16", keep_float32=name)
+    kept = typed_model(model, tmp_path, "fp16", keep_float32="Relu").report.kept
+    assert [node.operator for node in kept] == ["Relu", "Relu"]
+
+
 def test_functions_and_constants_of_a_model_are_retyped_too(tmp_path):
     function = helper.make_function(
         "custom", "Scaled", ["a"], ["b"],
@@ -356,6 +382,27 @@ def test_a_model_that_onnx_converts_into_another_one_is_refused(tmp_path):
     with pytest.raises(UnsupportedModelError, match=r"opset 8 cannot be raised to 22: .* shape of 'initial'"):
         typed_model(model, tmp_path, "bf16")
     assert typed_model(model, tmp_path, "fp16").comparison.relative_error == 0
+
+
+def test_a_model_of_int4_weights_is_raised_though_onnxruntime_optimizes_it_to_other_numbers(tmp_path):
+    """A relative error of 0.005: it computes such products in int8, and the reference is run node by node."""
+    weights = np.random.default_rng(3).integers(-8, 8, (32, 8))
+    model = networks.model(
+        [
+            helper.make_node("DequantizeLinear", ["stored", "scale"], ["w"], axis=0, block_size=16),
+            helper.make_node("MatMul", ["x", "w"], ["y"]),
+        ],
+        [networks.value("x", networks.FLOAT, ["batch", 32])],
+        [networks.value("y", networks.FLOAT, ["batch", 8])],
+        [
+            helper.make_tensor("stored", TensorProto.INT4, weights.shape, weights.ravel().tolist()),
+            networks.constant("scale", np.full((2, 8), 0.1, np.float32)),
+        ],
+    )
+    model.opset_import[0].version, model.ir_version = 21, 10
+    typed = typed_model(model, tmp_path, "bf16", {"x": networks.rows(16, 32)})
+    assert not typed.report.remarks
+    assert onnx.load(typed.path).opset_import[0].version == 22
 
 
 def test_what_onnxruntime_cannot_run_cannot_be_converted(tmp_path):

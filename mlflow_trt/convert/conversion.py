@@ -16,6 +16,7 @@ from mlflow_trt.convert.engine.fallback import build_with_retreat
 from mlflow_trt.convert.onnx.graph import label_of
 from mlflow_trt.convert.onnx.model import OnnxModel, subgraphs_of
 from mlflow_trt.convert.recipe import Recipe
+from mlflow_trt.convert.repeatability import check_repeatable
 from mlflow_trt.convert.resolve_profiles import Profiles, resolve_profiles
 from mlflow_trt.convert.row_dependence import check_rows
 from mlflow_trt.convert.samples import (
@@ -90,6 +91,8 @@ def convert_source(task: ConversionTask) -> Conversion:
     check_nodes(source.proto)
     profiles = resolve_profiles(source, recipe, task.example_shapes)
     samples = choose_samples(task.data, source, profiles)
+    if task.tolerance is not None:
+        check_repeatable(source, samples)
     profiles = check_rows(source, profiles, samples)
     maker = maker_for(
         source,

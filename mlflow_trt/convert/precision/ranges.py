@@ -14,6 +14,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from mlflow_trt.backends.onnxruntime_process import IsolatedModel
 from mlflow_trt.convert.onnx.graph import FlatModel, positions_of
+from mlflow_trt.convert.onnx.reference import brings_quantization
 from mlflow_trt.convert.precision.calibration_cache import SavedRanges
 from mlflow_trt.convert.precision.share import Share, share_of
 from mlflow_trt.convert.samples import Samples
@@ -136,7 +137,7 @@ def _measured(model: FlatModel, names: Sequence[str], samples: Samples) -> Itera
     runner = None
     if model.opset >= _WHERE_SINCE:
         onnx.save_model(_measuring(model, names), path)
-        runner = IsolatedModel(path)
+        runner = IsolatedModel(path, optimize=not brings_quantization(model.proto))
     inside = Inside(model.proto, names, model.folder / "tensors.onnx")
     for feeds in samples.feeds:
         seen = None if runner is None else _try_run(runner, outputs, feeds)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mlflow_trt.backends.onnxruntime_process import IsolatedModel
 from mlflow_trt.convert.onnx.model import OnnxModel
-from mlflow_trt.convert.onnx.reference import reference_outputs
+from mlflow_trt.convert.onnx.reference import brings_quantization, reference_outputs
 from mlflow_trt.convert.samples import Samples
 from mlflow_trt.core.accuracy import Comparison, Tolerance
 from mlflow_trt.core.comparing import compare
@@ -24,6 +24,7 @@ class Reference:
         self.outputs = reference_outputs(source, samples.feeds)
         self._names = [spec.name for spec in source.outputs]
         self._samples = samples.narrowed()
+        self._may_optimize = not brings_quantization(source.proto)
 
     def compare(
         self,
@@ -35,8 +36,11 @@ class Reference:
         most: int | None = None,
         optimize: bool = True,
     ) -> Comparison:
-        """How far the model at `path` is off, on `most` of the samples. Raises ExecutionError where it does not run."""
-        runner = IsolatedModel(path, optimize=optimize)
+        """How far the model at `path` is off, on `most` of the samples. Raises ExecutionError where it does not run.
+
+        It runs node by node where the source model did, whatever `optimize` says.
+        """
+        runner = IsolatedModel(path, optimize=optimize and self._may_optimize)
         pairs = itertools.islice(zip(self._samples.feeds, self.outputs, strict=False), most)
         return compare(
             subject,

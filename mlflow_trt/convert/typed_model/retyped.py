@@ -11,8 +11,8 @@ import onnx
 import onnx.shape_inference
 from onnx import ModelProto, TensorProto
 
-from mlflow_trt.convert.onnx.graph import FlatModel, flatten
-from mlflow_trt.convert.onnx.model import tensors_of
+from mlflow_trt.convert.onnx.graph import FlatModel, flatten, label_of
+from mlflow_trt.convert.onnx.model import bodies_of, tensors_of
 from mlflow_trt.convert.onnx.opset import OpsetNotRaisedError, opset_of
 from mlflow_trt.convert.precision.calibration import CALIBRATED, calibrate
 from mlflow_trt.convert.precision.calibration_cache import CalibrationCache
@@ -182,9 +182,26 @@ def _type_problem(path: Path) -> str | None:
     return None
 
 
+def _check_calls(model: FlatModel, source: ModelProto, recipe: Recipe) -> None:
+    """Raise RecipeError where `keep_float32` names a function, or a call of one: only the nodes in it have types."""
+    functions = {(function.domain, function.name) for function in source.functions}
+    operators = sorted({node.op_type for node in model.proto.graph.node})
+    lost = {*recipe.keep_float32}.difference(operators, (node.name for node in model.proto.graph.node))
+    for node in (node for body in bodies_of(source) for node in body.node):
+        named = [name for name in (node.name, node.op_type) if name in lost]
+        if named and (node.domain, node.op_type) in functions:
+            raise RecipeError(
+                f"keep_float32 names {named[0]!r}, and {label_of(node)} calls a function of the model, which is "
+                "written out before nodes get their types; name operators in it, which are kept wherever they are. "
+                f"Those of the model are {', '.join(operators)}",
+                option="keep_float32",
+            )
+
+
 def _excluded_nodes(model: FlatModel, source: ModelProto, recipe: Recipe) -> dict[str, str]:
     """The nodes that the user keeps in float32."""
     kept = {}
+    _check_calls(model, source, recipe)
     present = {name for node in source.graph.node for name in (node.name, node.op_type) if name}
     for node in model.proto.graph.node:
         present.update((node.name, node.op_type))
