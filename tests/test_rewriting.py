@@ -18,6 +18,7 @@ from mlflow_trt.convert.checks import check_nodes
 from mlflow_trt.convert.onnx.model import read_onnx
 from mlflow_trt.convert.onnx.rewrite import rewrite
 from mlflow_trt.registry.plan import plan_conversion
+from mlflow_trt.store.folder import read_folder
 
 node = helper.make_node
 
@@ -619,3 +620,84 @@ def test_a_plan_is_made_of_what_is_rewritten(tmp_path):
 def test_weights_of_4_bits_stay_narrow_where_they_fit(model, stored_as, tmp_path):
     """TensorRT has int4 with the zero point 0, and no uint4."""
     assert types_of(check_same(model, positive(8), tmp_path)) <= {TensorProto.FLOAT, stored_as}
+
+
+def packed(*, bits=4, width=64, opset=21, zeros=False, bias=False, dtype=np.float32) -> onnx.ModelProto:
+    """A product with weights that ONNX Runtime packs into bytes, in blocks of 32; the last one may not be full."""
+    random, outputs, blocks = np.random.default_rng(1), 6, -(-width // 32)
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    stored = {
+        "stored": random.integers(0, 256, (outputs, blocks, 4 * bits)).astype(np.uint8),
+        "scales": random.uniform(0.01, 0.1, outputs * blocks).astype(dtype),
+        "zeros": random.integers(0, 256, outputs * -(-blocks * bits // 8)).astype(np.uint8),
+        "bias": random.standard_normal(outputs).astype(dtype),
+    }
+    inputs = ["x", "stored", "scales", "zeros" if zeros else "", "", "bias" if bias else ""]
+    attributes = {"K": width, "N": outputs, "bits": bits, "block_size": 32}
+    made = networks.model(
+        [node("MatMulNBits", inputs, ["y"], name="product", domain="com.microsoft", **attributes)],
+        [value("x", kind, ["batch", width])],
+        [value("y", kind, ["batch", outputs])],
+        [constant(name, array) for name, array in stored.items() if name in inputs],
+    )
+    made.opset_import[0].version, made.ir_version = opset, 10
+    made.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("model", "is_int4"),
+    [
+        (packed(), True),
+        (packed(bias=True), True),
+        (packed(zeros=True), False),
+        (packed(width=96, zeros=True), False),
+        (packed(bits=8), False),
+        (packed(bits=8, zeros=True, bias=True), False),
+        (packed(width=80), False),
+        (packed(opset=17), False),
+    ],
+    ids=[
+        "int4",
+        "bias",
+        "zero points",
+        "odd zero points",
+        "8 bits",
+        "8 bits, all",
+        "a block that is not full",
+        "opset 17",
+    ],
+)
+def test_weights_that_onnxruntime_packs_are_those_of_a_product(model, is_int4, tmp_path):
+    width = model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
+    changed = check_same(model, {"x": networks.rows(16, width)}, tmp_path)
+    assert (TensorProto.INT4 in types_of(changed)) is is_int4
+    assert "MatMulNBits" not in {one.op_type for one in changed.graph.node}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+def test_packed_weights_are_converted(precision, tmp_path):
+    """TensorRT-RTX asks for a plugin that it does not have."""
+    data = {"x": networks.rows(16, 64)}
+    mlflow_trt.save_model(packed(), tmp_path / "m", precision=precision, calibration_data=data)
+    (comparison,) = read_folder(tmp_path / "m").record.comparisons
+    assert comparison.verdict == "passed"
+
+
+def test_packed_weights_of_float16_are_converted(tmp_path):
+    model = packed(dtype=np.float16)
+    onnx.save_model(model, tmp_path / "source.onnx")
+    feeds = {"x": networks.rows(16, 64).astype(np.float16)}
+    mlflow_trt.save_model(model, tmp_path / "m", input_example=feeds)
+    typed = CpuModel(tmp_path / "m" / read_folder(tmp_path / "m").record.typed.file, optimize=False).run(["y"], feeds)
+    expected = CpuModel(tmp_path / "source.onnx", optimize=False).run(["y"], feeds)
+    assert relative_error(typed, expected) < 1e-3
+
+
+def test_packed_weights_that_come_in_are_left_to_the_parser_which_refuses_them(tmp_path):
+    model = packed()
+    scales = model.graph.initializer[1]
+    model.graph.input.append(value("scales", FLOAT, scales.dims))
+    model.graph.initializer.remove(scales)
+    with pytest.raises(UnsupportedModelError, match=r"product \(MatMulNBits\).*other operators there"):
+        mlflow_trt.save_model(model, tmp_path / "m", batch=(1, 4, 8), verify=False)

@@ -17,6 +17,7 @@ from onnx import AttributeProto, ModelProto, TensorProto, numpy_helper
 from mlflow_trt.convert.onnx.insert import insert_constant, insert_node, label, replace
 from mlflow_trt.convert.onnx.model import bodies_of, graphs_below, is_operator_name
 from mlflow_trt.convert.onnx.narrow import has_float64, narrow_float64
+from mlflow_trt.convert.onnx.packed_weights import PACKED, rewrite_packed
 from mlflow_trt.convert.onnx.quantized_nodes import rewrite_quantized
 from mlflow_trt.convert.onnx.weights import detach_weights
 
@@ -27,7 +28,7 @@ _INITIALIZERS_ALONE = 4
 """Since this version of the IR, an initializer need not be an input, too; onnx's converter counts on it before."""
 _GROUPS_BY_CHANNEL = 21
 """Since this opset, GroupNormalization has a scale for each channel; before, for each group."""
-_LOOKED_AT = frozenset({"QuantizeLinear", "DequantizeLinear", "Loop", "GroupNormalization"})
+_LOOKED_AT = frozenset({"QuantizeLinear", "DequantizeLinear", "Loop", "GroupNormalization", PACKED})
 _NARROWED = (
     "the model computes with float64, which TensorRT has not: the engine does it with float32; runtime='onnxruntime' "
     "computes it as it is"
@@ -58,6 +59,7 @@ def rewrite(model: ModelProto, folder: Path, workdir: Path) -> RewrittenModel:
     4. uint8 and int32 around Q/DQ: see `quantized_nodes`.
     5. A Loop without a condition gets one that is always true.
     6. GroupNormalization of opset 18 to 20 becomes an InstanceNormalization of its groups.
+    7. MatMulNBits of ONNX Runtime becomes a MatMul: see `packed_weights`.
 
     Raises UnsupportedModelError for uint8 that can be said in no other way, and for float64 beyond float32.
     """
@@ -78,7 +80,12 @@ def rewrite(model: ModelProto, folder: Path, workdir: Path) -> RewrittenModel:
         narrow_float64(copy)
         remarks.append(_NARROWED)
     infer_shapes(copy)
-    remarks += [*rewrite_quantized(copy), *_close_loops(copy), *_rewrite_group_normalizations(copy)]
+    remarks += [
+        *rewrite_packed(copy),
+        *rewrite_quantized(copy),
+        *_close_loops(copy),
+        *_rewrite_group_normalizations(copy),
+    ]
     if not remarks:
         return RewrittenModel(proto=model, folder=folder)
     remove_unused_nodes(copy)
