@@ -297,11 +297,13 @@ class TestFailures:
         assert "\n" not in caught.value.message
         assert "CUDA driver" not in caught.value.message
 
-    def test_a_node_without_a_kernel_is_named(self, tmp_path):
+    @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+    @pytest.mark.parametrize("name", ["suppress", ""], ids=["by its name", "without one"])
+    def test_a_node_without_a_kernel_is_named(self, name, precision, tmp_path):
         model = networks.model(
             [
                 helper.make_node("Relu", ["boxes"], ["positive"], name="sup"),  # the layer's name begins with it, too
-                helper.make_node("NonMaxSuppression", ["positive", "scores", "most"], ["y"], name="suppress"),
+                helper.make_node("NonMaxSuppression", ["positive", "scores", "most"], ["y"], name=name),
             ],
             [
                 networks.value("boxes", networks.FLOAT, [1, 8, 4]),
@@ -311,10 +313,10 @@ class TestFailures:
             [networks.constant("most", np.array([3]))],
         )
         with pytest.raises(
-            UnsupportedModelError, match=r"no kernel for suppress \(NonMaxSuppression\); export"
+            UnsupportedModelError, match=rf"no kernel for {name or 'unnamed'} \(NonMaxSuppression\); export"
         ) as caught:
-            build(model, tmp_path)
-        assert caught.value.nodes == ("suppress (NonMaxSuppression)",)
+            build(model, tmp_path, precision=precision)
+        assert caught.value.nodes == (f"{name or 'unnamed'} (NonMaxSuppression)",)
 
     @pytest.mark.parametrize(("driver", "is_told"), [(None, False), ("13.0", True)])
     def test_that_there_is_no_gpu_is_told_where_there_is_one(self, driver, is_told, monkeypatch):
@@ -339,6 +341,29 @@ class TestFailures:
         with pytest.raises(UnsupportedModelError, match=r"twist \(Frobnicate\).* custom operators") as caught:
             build(model, tmp_path)
         assert caught.value.nodes == ("twist (Frobnicate)",)
+
+    @pytest.mark.parametrize("operator", ["DFT", "BitShift"])
+    def test_an_operator_of_onnx_is_no_custom_operator(self, operator, tmp_path):
+        """Of DFT, TensorRT says that there is no such plugin, and of BitShift nothing."""
+        if operator == "DFT":
+            kind, shape, inputs, attributes = networks.FLOAT, [2, 8, 1], ["x", "", "axis"], {}
+            outputs, constants = [2, 8, 2], [networks.constant("axis", np.int64(1))]
+        else:
+            kind, shape, inputs, attributes = TensorProto.UINT8, [2, 8], ["x", "one"], {"direction": "LEFT"}
+            outputs, constants = shape, [networks.constant("one", np.uint8(1))]
+        model = networks.model(
+            [helper.make_node(operator, inputs, ["y"], name="shift", **attributes)],
+            [networks.value("x", kind, shape)],
+            [networks.value("y", kind, outputs)],
+            constants,
+        )
+        model.opset_import[0].version = 20
+        with pytest.raises(
+            UnsupportedModelError, match=rf"shift \({operator}\).*other operators.*mlflow\.onnx"
+        ) as caught:
+            build(model, tmp_path)
+        assert "plugins=" not in caught.value.message
+        assert (f"TensorRT has no {operator}" in caught.value.message) is (operator == "DFT")
 
     def test_a_node_that_the_parser_takes_and_ignores_is_named(self, tmp_path):
         shape = ["batch", 2, 8, 16]

@@ -36,6 +36,17 @@ from mlflow_trt.core.types import Interface
 REAL = SampleOrigin.CALIBRATION_DATA
 
 
+def in_int8(model, folder, data) -> Conversion:
+    """A small network in int8, within the usual tolerance."""
+    return convert_in(
+        folder,
+        read(model, folder),
+        Recipe(precision="int8"),
+        data=SampleData(arrays=data, origin=REAL),
+        tolerance=Tolerance.default(Precision.INT8),
+    )
+
+
 def converted(model, folder, precision, data, **recipe) -> Conversion:
     targets = ["sm89"] if precision == "fp8" else ()
     return convert_in(
@@ -382,6 +393,34 @@ def test_a_model_that_onnx_converts_into_another_one_is_refused(tmp_path):
     with pytest.raises(UnsupportedModelError, match=r"opset 8 cannot be raised to 22: .* shape of 'initial'"):
         typed_model(model, tmp_path, "bf16")
     assert typed_model(model, tmp_path, "fp16").comparison.relative_error == 0
+
+
+def test_calibration_is_tried_on_rows_that_it_has_not_seen(tmp_path, caplog):
+    """The loudest row is right where its range was seen, and would be cut off to a tenth where it was not."""
+    calm = np.clip(networks.rows(32), -2, 2)
+    loud = np.concatenate([calm, 10 * calm[:1]])
+    unseen = {}
+    for name, data in (("calm", calm), ("loud", loud)):
+        (tmp_path / name).mkdir()
+        conversion = in_int8(networks.product(), tmp_path / name, {"x": data})
+        assert conversion.typed.comparison.verdict is Verdict.PASSED
+        unseen[name] = conversion.typed.unseen
+        told = [remark for remark in conversion.remarks if "may be too few for int8" in remark]
+        assert bool(told) is (name == "loud")
+    assert unseen["calm"].relative_error < 0.02
+    cut = np.clip(loud[::2], -2, 2)
+    weights = onnx.numpy_helper.to_array(networks.product().graph.initializer[0])
+    expected = np.linalg.norm((loud[::2] - cut) @ weights) / np.linalg.norm(loud[::2] @ weights)
+    assert unseen["loud"].relative_error == pytest.approx(expected, rel=0.05)
+    assert "33 rows of calibration data may be too few for int8" in caplog.text
+
+
+def test_samples_that_cannot_be_told_apart_are_halved_as_they_are(tmp_path):
+    batches = [{"x": scale * networks.rows(4, seed=scale)} for scale in (1, 1, 20)]
+    conversion = in_int8(networks.product(4), tmp_path, batches)
+    assert conversion.typed.unseen.relative_error > 0.5  # the third batch is with the first, or cut off
+    (tmp_path / "one").mkdir()
+    assert in_int8(networks.product(8), tmp_path / "one", [{"x": networks.rows(8)}]).typed.unseen is None
 
 
 def test_a_model_of_int4_weights_is_raised_though_onnxruntime_optimizes_it_to_other_numbers(tmp_path):

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from onnx import NodeProto
+
 from mlflow_trt.backends import tensorrt as trt
 from mlflow_trt.backends.onnxruntime_process import shared_process
 from mlflow_trt.convert.checks import check_nodes, check_recipe, weight_only_operators
@@ -37,6 +39,8 @@ from mlflow_trt.errors import BuildError, InputError, UnsupportedModelError
 
 _log = get_logger(__name__)
 _SMALL_SHARE = 0.1
+_FAR_WORSE = 2
+"""How many times as large an error may be on inputs that ranges were not seen on before one is told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,11 +125,16 @@ def convert_source(task: ConversionTask) -> Conversion:
         typed, built = build_with_retreat(maker, build, plan)
     except BuildError as error:
         raise _naming_nodes(error, source) from error
-    warnings = (*_remark_on_noise(recipe, samples), *_remark_on_share(typed.report))
+    warnings = (
+        *_remark_on_noise(recipe, samples),
+        *_remark_on_share(typed.report),
+        *_remark_on_few(typed, samples),
+    )
     remarks = (
         *profiles.remarks,
         *typed.report.remarks,
         *_remark_on_float32(tensorrt, recipe),
+        *_remark_on_unseen(typed),
     )
     for remark in remarks:
         _log.info("%s", remark)
@@ -207,6 +216,39 @@ def _remark_on_noise(recipe: Recipe, samples: Samples) -> tuple[str, ...]:
     return (remark,)
 
 
+def _remark_on_unseen(typed: TypedModel) -> tuple[str, ...]:
+    """What calibration does to inputs that it has not seen: far worse than to those that it has, and tolerated."""
+    unseen, seen = typed.unseen, typed.comparison
+    if unseen is None or seen is None or unseen.problems:
+        return ()
+    if unseen.relative_error <= _FAR_WORSE * seen.relative_error:
+        return ()
+    precision = typed.report.precision
+    remark = (
+        f"on inputs that {precision} was not calibrated on, its relative error was {unseen.relative_error:.2g}, and "
+        f"{seen.relative_error:.2g} on those that it was, since values beyond a range are cut off; measured on one "
+        "half of the samples, with ranges of the other"
+    )
+    return (remark,)
+
+
+def _remark_on_few(typed: TypedModel, samples: Samples) -> tuple[str, ...]:
+    """Where what it does to them would not be tolerated."""
+    if typed.unseen is None or not typed.unseen.problems or typed.comparison is None or typed.comparison.problems:
+        return ()
+    remark = (
+        f"{samples} may be too few for {typed.report.precision}: with ranges of one half of them, the other half is "
+        f"beyond the tolerance ({'; '.join(typed.unseen.problems)}). Pass more calibration_data, in which all that "
+        "comes is seen"
+    )
+    return (remark,)
+
+
+def _names_of(node: NodeProto) -> tuple[str, ...]:
+    """What its layers begin with: its name, or else what TensorRT, or a typed model, calls it."""
+    return (node.name,) if node.name else (f"node_of_{node.output[0]}", f"{node.op_type}_")
+
+
 def _naming_nodes(error: BuildError, source: OnnxModel) -> BuildError:
     """TensorRT refuses nested control flow, and what it has no kernel for, with an internal error: name the nodes."""
     if isinstance(error, UnsupportedModelError):
@@ -214,9 +256,9 @@ def _naming_nodes(error: BuildError, source: OnnxModel) -> BuildError:
     without_kernel = re.search(r"(\S+) has no runners that implement it", error.message)
     if without_kernel is not None:
         layer = without_kernel[1]
-        named = [node for node in source.proto.graph.node if node.name and layer.startswith(node.name)]
+        named = [(name, node) for node in source.proto.graph.node for name in _names_of(node) if layer.startswith(name)]
         # conv_1 is no part of the layer conv_10.
-        nodes = [label_of(max(named, key=lambda node: len(node.name)))] if named else []
+        nodes = [label_of(max(named, key=lambda pair: len(pair[0]))[1])] if named else []
         return UnsupportedModelError(
             f"TensorRT has no kernel for {', '.join(nodes) or layer}; export the model without it, or log it with "
             f"mlflow.onnx, which runs it on ONNX Runtime. {error.message}",

@@ -96,7 +96,7 @@ def read_arrays(path: Path) -> Any:
         raise InputError(f"{path} does not exist; expected an .npz or .npy file") from None
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         # What numpy takes any other file for, with advice to trust it.
-        is_other = "contains pickled" in str(error)
+        is_other = "pickled" in str(error)
         what = "it is neither; numpy.savez and numpy.save write them" if is_other else error
         raise InputError(f"{path} cannot be read as .npz or .npy: {what}") from error
 

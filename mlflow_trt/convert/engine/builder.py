@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn, cast
 
+import onnx
+
 from mlflow_trt.backends import tensorrt as trt
 from mlflow_trt.backends.cuda_driver import probe
 from mlflow_trt.convert.checks import check_recipe
@@ -236,6 +238,25 @@ def _is_about_no_gpu(line: str) -> bool:
     return "CUDA driver version is insufficient" in line and probe().driver is None
 
 
+def _advice(message: str, nodes: Sequence[str]) -> str:
+    """What to do about nodes, each a name with its operator, that TensorRT's parser refuses."""
+    operators = list(dict.fromkeys(node.rpartition("(")[2].removesuffix(")") for node in nodes))
+    has_no_layer = "Plugin not found" in message or "is not supported in TensorRT-RTX" in message
+    if has_no_layer and not (operators and all(map(onnx.defs.has, operators))):
+        return (
+            "Operators that are not of ONNX are custom operators, which TensorRT runs as plugins: name their libraries "
+            "with Recipe(plugins=[...]) or --dynamic-plugins, for the tensorrt distribution, since TensorRT-RTX has no "
+            "plugins. Or export the model with operators of ONNX, or log it with mlflow.onnx"
+        )
+    if any(map(_INTEGER_OPERATOR.search, nodes)):
+        return (
+            "A model that computes with integers was quantized for CPUs: convert the float model with precision int8, "
+            "or quantize it in the QDQ format"
+        )
+    lacking = f"TensorRT has no {', '.join(operators)}: export" if has_no_layer else "Export"
+    return f"{lacking} the model with other operators there, or log it with mlflow.onnx, which runs it on ONNX Runtime"
+
+
 def _raise(tensorrt: trt.TensorRT, outcome: dict[str, Any], words: Sequence[str]) -> NoReturn:
     """Turn the worker's report into the error that the user gets."""
     kind, message, tensor = outcome["kind"], outcome["message"], outcome.get("tensor")
@@ -247,17 +268,7 @@ def _raise(tensorrt: trt.TensorRT, outcome: dict[str, Any], words: Sequence[str]
         nodes = outcome["nodes"]
         which = f" {len(nodes)} node(s), {', '.join(nodes[:10])}" if nodes else " the model"
         said = f" ({' | '.join(words)})" if words else ""
-        if "Plugin not found" in message or "is not supported in TensorRT-RTX" in message:
-            said += (
-                ". Operators that are not of ONNX are custom operators, which TensorRT runs as plugins: name their "
-                "libraries with Recipe(plugins=[...]) or --dynamic-plugins, for the tensorrt distribution, since "
-                "TensorRT-RTX has no plugins. Or export the model with operators of ONNX, or log it with mlflow.onnx"
-            )
-        if any(_INTEGER_OPERATOR.search(node) for node in nodes):
-            said += (
-                ". A model that computes with integers was quantized for CPUs: convert the float model with precision "
-                "int8, or quantize it in the QDQ format"
-            )
+        said = f"{said}. {_advice(message, nodes)}"
         raise UnsupportedModelError(f"{tensorrt} cannot run{which}: {message}{said}", nodes=nodes, log=log)
     if kind == "interface":
         raise UnsupportedModelError(

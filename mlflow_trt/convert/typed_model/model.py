@@ -43,7 +43,8 @@ class TypedModel:
     `inputs` and `outputs` are the source model's, but for dimension names that were told apart; where they are float64,
     the file has float32. `files` has the sha256 of each file that is part of the model, by its name beside `path`.
     `comparison` is that with the source model, where there was one, and `reference` what the source model computed for
-    it. `changed` are the nodes that run in the precision asked for.
+    it. `unseen` is that on half of the samples, with ranges from the other half, where ranges were calibrated.
+    `changed` are the nodes that run in the precision asked for.
     """
 
     path: Path
@@ -53,6 +54,7 @@ class TypedModel:
     outputs: tuple[TensorSpec, ...]
     report: PrecisionReport
     comparison: Comparison | None = None
+    unseen: Comparison | None = None
     reference: tuple[Outputs, ...] = ()
     changed: frozenset[str] = frozenset()
 

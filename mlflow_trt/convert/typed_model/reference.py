@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import onnx
 
 from mlflow_trt.backends.onnxruntime_process import IsolatedModel
 from mlflow_trt.convert.onnx.model import OnnxModel
 from mlflow_trt.convert.onnx.reference import brings_quantization, reference_outputs
 from mlflow_trt.convert.samples import Samples
 from mlflow_trt.core.accuracy import Comparison, Tolerance
+from mlflow_trt.core.arrays import Feeds, Outputs
 from mlflow_trt.core.comparing import compare
 from mlflow_trt.core.types import BatchAxis
 
+_Pair = tuple[Feeds, Outputs]
+"""Inputs, and what the source model makes of them."""
 
+
+@dataclass(frozen=True, kw_only=True)
 class Reference:
     """The outputs of the source model on the samples, as many as there is room for, all by ONNX Runtime.
 
-    Raises what running it raises: MissingDependencyError, ExecutionError, InputError.
+    `samples` are as a typed model takes them.
     """
 
-    def __init__(self, source: OnnxModel, samples: Samples) -> None:
-        self.outputs = reference_outputs(source, samples.feeds)
-        self._names = [spec.name for spec in source.outputs]
-        self._samples = samples.narrowed()
-        self._may_optimize = not brings_quantization(source.proto)
+    names: Sequence[str]
+    samples: Samples
+    outputs: tuple[Outputs, ...]
+
+    @classmethod
+    def of(cls, source: OnnxModel, samples: Samples) -> Reference:
+        """Raises what running it raises: MissingDependencyError, ExecutionError, InputError."""
+        return cls(
+            names=[spec.name for spec in source.outputs],
+            samples=samples.narrowed(),
+            outputs=reference_outputs(source, samples.feeds),
+        )
 
     def compare(
         self,
@@ -38,14 +54,40 @@ class Reference:
     ) -> Comparison:
         """How far the model at `path` is off, on `most` of the samples. Raises ExecutionError where it does not run.
 
-        It runs node by node where the source model did, whatever `optimize` says.
+        Where it has Q/DQ, it runs node by node, as a source model does, whatever `optimize` says.
         """
-        runner = IsolatedModel(path, optimize=optimize and self._may_optimize)
-        pairs = itertools.islice(zip(self._samples.feeds, self.outputs, strict=False), most)
+        optimize = optimize and not brings_quantization(onnx.load(path, load_external_data=False))
+        runner = IsolatedModel(path, optimize=optimize)
+        pairs = itertools.islice(zip(self.samples.feeds, self.outputs, strict=False), most)
         return compare(
             subject,
-            str(self._samples),
-            ((runner.run(self._names, feeds), expected) for feeds, expected in pairs),
+            str(self.samples),
+            ((runner.run(self.names, feeds), expected) for feeds, expected in pairs),
             tolerance,
             batch_axis=batch_axis,
         )
+
+    def halves(self, batch_axis: BatchAxis | None) -> tuple[Reference, Reference] | None:
+        """Every second row and the others, or samples where those have only one; None where there is a single one."""
+        whole: list[_Pair] = []
+        halves: tuple[list[_Pair], list[_Pair]] = [], []
+        for feeds, outputs in zip(self.samples.feeds, self.outputs, strict=False):
+            if batch_axis is None or not batch_axis.splits or len(feeds[batch_axis.inputs[0]]) < 2:
+                whole.append((feeds, outputs))
+                continue
+            for start, half in enumerate(halves):
+                half.append(_every_second_row(feeds, outputs, batch_axis, start))
+        for start, half in enumerate(halves):
+            half.extend(whole[start::2])
+        first, second = halves
+        return (self._on(first), self._on(second)) if second else None
+
+    def _on(self, pairs: Sequence[_Pair]) -> Reference:
+        feeds = tuple(one for one, _ in pairs)
+        samples = replace(self.samples, feeds=feeds, rows=self.samples.rows // 2)
+        return replace(self, samples=samples, outputs=tuple(expected for _, expected in pairs))
+
+
+def _every_second_row(feeds: Feeds, outputs: Outputs, axis: BatchAxis, start: int) -> _Pair:
+    taken = {name: array[start::2] if name in axis.inputs else array for name, array in feeds.items()}
+    return taken, {name: array[start::2] for name, array in outputs.items()}

@@ -26,9 +26,11 @@ from mlflow_trt.convert.typed_model.model import TypedModel, TypedModelTask
 from mlflow_trt.convert.typed_model.reference import Reference
 from mlflow_trt.core.accuracy import Comparison, Tolerance
 from mlflow_trt.core.types import Precision
-from mlflow_trt.errors import ExecutionError, OutOfMemoryError, RecipeError, UnsupportedModelError
+from mlflow_trt.errors import ExecutionError, InputError, OutOfMemoryError, RecipeError, UnsupportedModelError
 
 _QUICK_FEEDS = 2
+_USUAL_ROWS = 128
+"""With so many rows to calibrate on, what they lack is rare."""
 _SAME_RESULTS = Tolerance(relative_error=1e-6)
 """Of a model with smaller masks."""
 _SAME = Tolerance(relative_error=1e-3)
@@ -46,15 +48,17 @@ class RetypedModelMaker:
         self, task: TypedModelTask, precision_pass: PrecisionPass, cache: CalibrationCache | None = None
     ) -> None:
         self._task = task
+        self._pass = precision_pass
         self._precision = task.recipe.precision
         self._samples = task.samples.narrowed()
         with self._explaining_ignorance():
-            self._reference = Reference(task.source, task.samples)
-        self._flat, self._remarks = self._flattened(precision_pass)
+            self._reference = Reference.of(task.source, task.samples)
+        self._flat, self._remarks = self._flattened()
         self._excluded = _excluded_nodes(self._flat, task.source.proto, task.recipe)
         with self._explaining_ignorance():
             self._remarks += self._clamp_masks(headroom_of(task.samples))
             evidence = self._evidence(cache)
+        self._calibrates = self._precision in CALIBRATED and evidence.seen_on is None
         self._make = precision_pass.prepare(self._flat, evidence)
 
     def make(self, kept: Mapping[str, str]) -> TypedModel:
@@ -67,15 +71,21 @@ class RetypedModelMaker:
         report = replace(graph.report, remarks=(*self._remarks, *graph.report.remarks))
         typed = TypedModel.write(graph.proto, self._flat.folder, self._task, report)
         self._check_types(typed.path)
-        return replace(typed, comparison=comparison, reference=self._reference.outputs, changed=graph.changed)
+        return replace(
+            typed,
+            comparison=comparison,
+            reference=self._reference.outputs,
+            changed=graph.changed,
+            unseen=self._unseen(graph),
+        )
 
-    def _flattened(self, precision_pass: PrecisionPass) -> tuple[FlatModel, tuple[str, ...]]:
+    def _flattened(self) -> tuple[FlatModel, tuple[str, ...]]:
         """In the first of the pass's opsets that the model can be raised to, and computes the same in."""
         rewritten, precision = self._task.rewritten, self._precision
         before = opset_of(rewritten.proto)
         comes_in_half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in tensors_of(rewritten.proto))
         reasons: list[str] = []
-        for opset in precision_pass.opsets(has_float16=comes_in_half):
+        for opset in self._pass.opsets(has_float16=comes_in_half):
             try:
                 flat = flatten(
                     rewritten,
@@ -129,6 +139,30 @@ class RetypedModelMaker:
             return calibrate(self._flat, self._samples, self._task.recipe.calibration_method, cache)
         return gather_evidence(self._flat, self._samples)
 
+    def _unseen(self, graph: TypedGraph) -> Comparison | None:
+        """How far off the same nodes are on half of the samples, with ranges that were seen on the other half.
+
+        All ranges together hold for the samples that they were seen on, and tell nothing of values beyond them, which
+        are cut off. The worse of both ways round; None for ranges that come from elsewhere, for a single sample, for
+        as many as are usual, with which it would take long, and where nothing is to be compared.
+        """
+        task = self._task
+        if not self._calibrates or task.tolerance is None or self._samples.rows >= _USUAL_ROWS:
+            return None
+        halves = self._reference.halves(task.batch_axis)
+        if halves is None:
+            return None
+        kept = {node.name: node.reason for node in graph.report.kept}
+        comparisons = []
+        try:
+            for seen, unseen in (halves, halves[::-1]):
+                evidence = calibrate(self._flat, seen.samples, task.recipe.calibration_method, None)
+                other = self._pass.prepare(self._flat, evidence)(kept)
+                comparisons.append(self._judge_on(other, None, optimize=False, on=unseen))
+        except (ExecutionError, InputError):  # a model that takes no fewer rows
+            return None
+        return max(comparisons, key=lambda comparison: comparison.severity)
+
     @contextmanager
     def _explaining_ignorance(self) -> Iterator[None]:
         try:
@@ -146,14 +180,16 @@ class RetypedModelMaker:
         return self._judge_on(graph, None, optimize=False)
 
     def _judge_quickly(self, graph: TypedGraph) -> Comparison:
-        """Good enough to rank graphs: optimized, if it is without the 8-bit nodes that ONNX Runtime fuses wrongly."""
-        return self._judge_on(graph, _QUICK_FEEDS, optimize=self._precision not in CALIBRATED)
+        """Good enough to rank graphs."""
+        return self._judge_on(graph, _QUICK_FEEDS, optimize=True)
 
-    def _judge_on(self, graph: TypedGraph, most: int | None, *, optimize: bool) -> Comparison:
+    def _judge_on(
+        self, graph: TypedGraph, most: int | None, *, optimize: bool, on: Reference | None = None
+    ) -> Comparison:
         task = self._task
         path = task.workdir / "emulation.onnx"
         onnx.save_model(graph.emulation, path)
-        return self._reference.compare(
+        return (on or self._reference).compare(
             f"the {self._precision} model, emulated on ONNX Runtime,",
             path,
             task.tolerance or Tolerance(),

@@ -40,7 +40,7 @@ class UnchangedModelMaker:
         """With how far it is off; as it is where ONNX Runtime cannot tell, which whoever verifies it says."""
         task = self._task
         try:
-            reference = Reference(task.source, task.samples)
+            reference = Reference.of(task.source, task.samples)
         except (RuntimeUnavailableError, ExecutionError, InputError):
             return typed
         typed = replace(typed, reference=reference.outputs)
