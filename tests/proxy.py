@@ -60,6 +60,7 @@ class Proxy:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # or the body, written after the headers, would wait 40 ms for their receipt
 
             def do_GET(self) -> None:
                 proxy._serve(self)

@@ -53,6 +53,7 @@ def scripted(*answers, silent=False, signatures=(b"{}",)):
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # the body is written after the headers
 
         def do_POST(self):
             body = self.rfile.read(int(self.headers["content-length"]))
@@ -76,7 +77,7 @@ def scripted(*answers, silent=False, signatures=(b"{}",)):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=[0.02])  # seconds between looks whether it is to end
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", received
@@ -443,6 +444,7 @@ class TestAgainstMlflow:
             client.predict(ROW)
         assert [content_type for content_type, _ in received] == [wire.PARQUET, wire.JSON]
 
+    @pytest.mark.exhaustive
     def test_inputs_without_rows_in_common(self, folders, module_store):
         x = networks.rows(3, 5)
         settings = {**CPU, "answers": "base64"}
@@ -451,6 +453,7 @@ class TestAgainstMlflow:
             with pytest.raises(InputError, match="input 'k' has 1 dimensions, .*expected 0"):
                 client.predict({"x": x, "k": np.ones(3, np.float32)})
 
+    @pytest.mark.exhaustive
     def test_images_as_bytes_and_packed_answers(self, packing_server, folders):
         images = np.random.default_rng(3).integers(0, 256, (5, 8, 6, 3), np.uint8)
         expected = images.mean((1, 2)).astype(np.float32)

@@ -216,6 +216,7 @@ def answering(answers):
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # the body is written after the headers
 
         def answer(self):
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
@@ -236,7 +237,7 @@ def answering(answers):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = Thread(target=server.serve_forever)
+    thread = Thread(target=server.serve_forever, args=[0.02])  # seconds between looks whether it is to end
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", told
