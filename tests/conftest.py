@@ -93,6 +93,13 @@ def _cache_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRT_CACHE_DIR", str(tmp_path / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def _no_server_of_models(monkeypatch):
+    """What makes this process one in a test, which MLflow's scoring server does for good, is taken back after it."""
+    monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
+    monkeypatch.delenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT")
+
+
 @pytest.fixture
 def messages(caplog):
     """What the package tells the user, whether or not MLflow's logger passes it on to the root."""

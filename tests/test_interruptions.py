@@ -29,7 +29,6 @@ from tracking_server import tracking_server
 from typer.testing import CliRunner
 
 import mlflow_trt
-from examples.serving import free_port
 from mlflow_trt import ServerUnavailableError
 from mlflow_trt.cli import app
 from mlflow_trt.convert.engine import builder
@@ -410,6 +409,14 @@ class TestAServerThatIsGone:
             lambda: mlflow_trt.log_engine("no/such/file.plan", name="p"),
             lambda: check_can_log(wanted=True),
             lambda: mlflow_trt.load_model("models:/s/1"),
+@contextlib.contextmanager
+def unheard():
+    """An address at which nobody listens, and which nobody is given meanwhile: not the gateway that is to ask there."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
             lambda: read_record("models:/s/1"),
             lambda: convert_all("name = 's'", ConversionOptions()),
             lambda: check_registered_model("models:/s"),
@@ -418,8 +425,7 @@ class TestAServerThatIsGone:
     @pytest.mark.parametrize("is_behind_a_gateway", [False, True])
     def test_is_found_out_before_the_work(self, call, is_behind_a_gateway, monkeypatch):
         monkeypatch.setattr(builder, "_WORKER", "raise SystemExit('nothing is built')")
-        nobody = f"http://127.0.0.1:{free_port()}"
-        with proxied(nobody) as gateway:
+        with unheard() as nobody, proxied(nobody) as gateway:
             mlflow.set_tracking_uri(gateway.address if is_behind_a_gateway else nobody)
             said = "answers 502" if is_behind_a_gateway else "cannot be reached"
             with pytest.raises(ServerUnavailableError, match=f"MLflow's server at http.* {said}"):
