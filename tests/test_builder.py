@@ -21,7 +21,7 @@ import pytest
 import tensorrt_rtx
 from helpers import PATIENCE, convert_in, needs_release, read, wait_for
 from onnx import TensorProto, helper
-from real_models import MAGIKA, REC
+from real_models import MAGIKA
 
 from mlflow_trt import (
     BuildError,
@@ -221,7 +221,7 @@ def test_a_static_dimension_makes_another_engine(tmp_path):
 @pytest.mark.slow
 def test_reports_progress(tmp_path):
     seen = []
-    build(REC, tmp_path, progress=seen.append, **REC.recipe)
+    build(MAGIKA, tmp_path, progress=seen.append, **MAGIKA.recipe)
     assert all(0 <= event.fraction <= 1 and event.phase for event in seen)
     assert seen[-1].fraction > seen[0].fraction
 
@@ -637,7 +637,7 @@ class TestInterruption:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            build(REC, tmp_path, progress=cancel, **REC.recipe)
+            build(MAGIKA, tmp_path, progress=cancel, **MAGIKA.recipe)
         assert children() == before
         assert not (tmp_path / "engine.plan").exists()
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
+import command_line
 import nbformat
 import numpy as np
 import onnxruntime as ort
@@ -29,11 +27,10 @@ pytestmark = pytest.mark.slow
 
 def run(name: str, *arguments: object, cwd: Path) -> str:
     """What the script prints. It shall not use a GPU, so that the numbers are those of ONNX Runtime."""
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    environment = {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"}
+    code, printed, errors = command_line.run(*arguments, program=str(EXAMPLES / name), cwd=cwd, **environment)
+    assert code == 0, errors
+    return printed
 
 
 def rows(printed: str) -> list[list[str]]:

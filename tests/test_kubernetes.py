@@ -187,6 +187,7 @@ def test_what_a_pod_runs_serves_the_model(source, folder, store, request):
         x = networks.rows(3)
         with mlflow_trt.load_model(uri, runtime="onnxruntime") as session:
             assert np.array_equal(client.predict({"x": x})["y"], session.run({"x": x})["y"])
+        server.kill()  # asked to end, it would go on for as long as a pod may have requests
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_a_short_run(tmp_path):
         "--rounds",
         "1",
         "--seconds",
-        "0.2",
+        "0.05",
         "--front-ends",
         "1",
         "--output",

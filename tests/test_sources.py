@@ -40,7 +40,7 @@ def http(server, request):
 
 
 class TestPytorch:
-    @pytest.fixture
+    @pytest.fixture(scope="module")  # as the server, which is not started where there is no torch
     def torch(self):
         return pytest.importorskip("torch", reason="needs the extra test-torch")
 
