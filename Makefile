@@ -7,7 +7,7 @@ RUN = $(VENV)/bin/python
 # Where an image sets this, every process compiles MLflow anew: 5 s of CPU instead of 2 for each of hundreds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-fast test-smoke test-lowest test-spark test-torch faults sanitize fuzz audit dist lint docs site blocks check-python clean
+.PHONY: quickstart test test-all test-fast test-smoke test-lowest test-spark test-torch faults sanitize fuzz audit dist lint docs site blocks check-python clean
 
 quickstart: $(VENV)/.rtx
 	$(RUN) examples/quickstart.py
@@ -26,11 +26,16 @@ blocks: | $(VENV)/bin/python
 
 # Two processes, since that is what most machines for tests have. Each gets one file after the other, the long ones
 # first (tests/conftest.py): servers and models that the tests of a file share are made once. PYTEST_OPTIONS adds to it:
-# --cov, or -k NAME.
+# --cov, or -k NAME; of several -m, the last one counts, which is that of the target.
 PYTEST_OPTIONS ?=
 PYTEST = DO_NOT_TRACK=true $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_OPTIONS)
 
+# All fast tests, and of the slow ones at least the main case of each feature; minutes.
 test: $(VENV)/.dev
+	$(PYTEST) -m "not exhaustive"
+
+# Their further cases, too: what CI runs.
+test-all: $(VENV)/.dev
 	$(PYTEST)
 
 # What to run while editing: no servers, no MLflow stores, nothing that takes seconds.

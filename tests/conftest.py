@@ -16,6 +16,7 @@ import pytest
 from helpers import Store
 from mlflow import MlflowClient
 from real_models import CLS, MAGIKA
+from tiers import COLLECTED, COSTS
 
 import mlflow_trt
 from mlflow_trt.backends import onnxruntime_process
@@ -24,25 +25,24 @@ from mlflow_trt.backends.onnxruntime_process import shared_process
 from mlflow_trt.core.arrays import Array
 
 STORES = {"store", "module_store"}
-COSTS = {"server": 5, "slow": 3, "store": 2}
-"""What a test with this mark takes, beside one without any."""
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         if STORES & fixtures:
             item.add_marker(pytest.mark.store)
         if "server" in fixtures:
             item.add_marker(pytest.mark.server)
-    if hasattr(config, "workerinput"):  # one of several processes, which get one file after the other in this order
-        _put_long_files_first(items)
     problem = probe().problem
-    if problem is None:
-        return
-    for item in items:
+    for item in items if problem else ():
         if item.get_closest_marker("gpu"):  # a keyword is a folder's name, too
             item.add_marker(pytest.mark.skip(reason=f"needs an NVIDIA GPU: {problem}"))
+    config.stash[COLLECTED] = [*items]
+    yield  # options such as -m leave some out
+    if hasattr(config, "workerinput"):  # one of several processes, which get one file after the other in this order
+        _put_long_files_first(items)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -67,6 +67,7 @@ def test_everything_goes_along(belongings, store):
     assert any("git+https://host/own.git" in remark for remark in remarks)
 
 
+@pytest.mark.exhaustive
 def test_what_the_user_says_comes_before_it(belongings):
     own = {**CPU, "onnx_session_options": {"intra_op_num_threads": 5}}
     uri, _, _ = convert(model_config=own)
@@ -79,6 +80,7 @@ def test_converting_again_finds_it(belongings):
     assert first == second == "models:/product-trt/1"
 
 
+@pytest.mark.exhaustive
 def test_a_model_of_our_own_hands_everything_on_as_well(belongings):
     convert(model_config=CPU)
     uri, folder, model = convert("models:/product-trt/1", tags={"again": "yes"})
@@ -113,6 +115,7 @@ def test_to_a_folder_as_well(belongings, tmp_path):
     assert (tmp_path / "model" / "extra_files" / "labels.txt").exists()
 
 
+@pytest.mark.exhaustive
 def test_params_of_a_signature_are_left_out_and_calls_work(store):
     x = networks.rows(2)
     signature = infer_signature(x, networks.rows(2, 8))

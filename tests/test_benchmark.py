@@ -187,6 +187,7 @@ def made_up() -> Benchmark:
 
 
 class TestReports:
+    @pytest.mark.exhaustive
     def test_metrics_have_the_batch_size_as_their_step(self, store):
         run_id = log_report(made_up(), ["models:/m/1"])
         history = store.client.get_metric_history(run_id, "tensorrt/engine_alone/p99_ms")

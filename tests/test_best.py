@@ -18,6 +18,7 @@ from helpers import convert_in, log_prepared, prepare, save_prepared
 from networks import quantized
 from real_models import CLS, TRANSFORMER, calibration_data
 from stopwatch import Stopwatch
+from tiers import exhaustive
 from typer.testing import CliRunner
 
 import mlflow_trt
@@ -60,8 +61,8 @@ def bench():
 
 
 def save(path, bench, *, model=None, input_example=None, **keywords):
-    keywords = {"calibration_data": DATA, "bench": bench} | keywords
     """Without the picture of the candidates, which takes half of a conversion's time."""
+    keywords = {"calibration_data": DATA, "bench": bench} | keywords
     if "recipe" not in keywords:
         keywords = {"precision": "best", "batch": (1, 4, 8)} | keywords
     with pytest.MonkeyPatch.context() as patch:
@@ -106,7 +107,7 @@ def test_errors_are_those_of_the_real_typed_models(bench, tmp_path):
     assert errors["fp8"] is None
 
 
-@pytest.mark.parametrize("model", [CLS, TRANSFORMER], ids=lambda model: model.name)
+@pytest.mark.parametrize("model", [TRANSFORMER, *exhaustive(CLS)], ids=lambda model: model.name)
 def test_real_models(model, bench, tmp_path):
     recipe = Recipe(**model.recipe, precision="best")
     record = save(tmp_path / "m", bench, model=model.path(), recipe=recipe, calibration_data=calibration_data(model))
@@ -149,7 +150,7 @@ class SmallGpu(Stopwatch):
             yield run
 
 
-@pytest.mark.parametrize("room", [1, 3])
+@pytest.mark.parametrize("room", [1, *exhaustive(3)])
 def test_engines_take_turns_where_there_is_no_room_for_all(room, messages, tmp_path):
     bench = SmallGpu(room)
     record = save(tmp_path / "m", bench)
@@ -160,6 +161,7 @@ def test_engines_take_turns_where_there_is_no_room_for_all(room, messages, tmp_p
     assert not bench.open
 
 
+@pytest.mark.exhaustive
 def test_engines_take_turns_where_memory_ends_while_they_run(tmp_path):
     bench = SmallGpu(4, fp16=OutOfMemoryError("no room for an output"))
     record = save(tmp_path / "m", bench)
@@ -167,12 +169,14 @@ def test_engines_take_turns_where_memory_ends_while_they_run(tmp_path):
     assert [len(c.milliseconds) for c in record.selection.candidates if c.milliseconds] == [9] * 3
 
 
+@pytest.mark.exhaustive
 def test_an_engine_without_room_even_alone_is_not_run(tmp_path):
     record = save(tmp_path / "m", SmallGpu(2, none_for=("int8",)))
     assert fates(record)["int8"] is Fate.NOT_RUN
     assert fates(record)["fp16"] is Fate.WON
 
 
+@pytest.mark.exhaustive
 def test_int8_is_tried_where_what_the_model_brings_is_rewritten_in_float(bench, tmp_path):
     """Of uint8, TensorRT has no Q/DQ: it becomes float arithmetic, which int8 quantizes anew."""
     model = quantized(np.uint8(0), scale=0.05)
@@ -219,6 +223,7 @@ def test_what_fails_the_gate_loses_with_its_numbers(bench, tmp_path):
     assert record.golden.tolerance.relative_error == 1e-3
 
 
+@pytest.mark.exhaustive
 def test_engines_that_do_not_run_lose(tmp_path):
     broken = Stopwatch(int8=ExecutionError("no kernel image"), fp16=ExecutionError("out of memory"))
     record = save(tmp_path / "m", broken)
@@ -236,6 +241,7 @@ def test_int8_wants_evidence(bench, data, tmp_path):
     assert record.recipe.precision is Precision.FP16
 
 
+@pytest.mark.exhaustive
 def test_an_input_example_is_evidence_and_an_iterator_is_read_once(bench, tmp_path):
     record = save(tmp_path / "example", bench, calibration_data=None, input_example=DATA["x"])
     assert record.recipe.precision is Precision.INT8
@@ -246,6 +252,7 @@ def test_an_input_example_is_evidence_and_an_iterator_is_read_once(bench, tmp_pa
     assert record.precision_report.calibration.samples == "32 rows of calibration data"
 
 
+@pytest.mark.exhaustive
 def test_a_comparison_that_proves_nothing_is_enough_for_float32_only(bench, tmp_path, messages):
     record = save(tmp_path / "m", bench, calibration_data={"x": np.zeros((16, 16), np.float32)})
     assert record.recipe.precision is Precision.FP32
@@ -253,6 +260,7 @@ def test_a_comparison_that_proves_nothing_is_enough_for_float32_only(bench, tmp_
     assert "nothing proves that the fp16 model, emulated on ONNX Runtime, is right" in reasons(record)["fp16"]
 
 
+@pytest.mark.exhaustive
 def test_what_would_be_float32_again_is_left_out(bench, tmp_path):
     recipe = Recipe(precision="best", keep_float32="MatMul")
     record = save(tmp_path / "m", bench, recipe=recipe)
@@ -262,6 +270,7 @@ def test_what_would_be_float32_again_is_left_out(bench, tmp_path):
         assert reasons(record)[precision] == f"nothing of this model runs in {precision}"
 
 
+@pytest.mark.exhaustive
 def test_targets_that_execute_fp8_have_it_tried(tmp_path):
     record = save(tmp_path / "m", Stopwatch("sm89", fp8=0.5), targets=["sm89"])
     assert record.recipe.precision is Precision.FP8
@@ -325,6 +334,7 @@ def test_table_picture_params_and_metrics(bench, store):
     assert metrics["mlflow_trt/candidates/int8/relative_error"] == pytest.approx(metrics["mlflow_trt/y/relative_error"])
 
 
+@pytest.mark.exhaustive
 def test_without_matplotlib_there_is_the_table_and_a_word(bench, tmp_path, messages):
     save(tmp_path / "m", bench)
     assert not (tmp_path / "m" / "candidates.png").exists()
@@ -334,6 +344,7 @@ def test_without_matplotlib_there_is_the_table_and_a_word(bench, tmp_path, messa
     )
 
 
+@pytest.mark.exhaustive
 def test_progress_goes_one_way_and_names_the_candidate(bench, tmp_path):
     events = []
     save(tmp_path / "m", bench, progress=events.append)
@@ -362,6 +373,7 @@ def test_a_version_is_found_again_and_gets_engines_of_the_winners_precision(benc
     assert [engine.target for engine in record.engines] == ["sm80plus", "sm120"]
 
 
+@pytest.mark.exhaustive
 def test_all_models_that_a_filter_finds(bench, store):
     for name in ("a", "b"):
         mlflow.onnx.log_model(networks.product(), name=name, registered_model_name=name, pip_requirements=["onnx"])
@@ -373,7 +385,9 @@ def test_all_models_that_a_filter_finds(bench, store):
     assert store.client.get_model_version("b-trt", "1").tags["mlflow_trt.precision"] == "int8"
 
 
-@pytest.mark.parametrize("line", [["--best"], ["--precision", "best"], ["--from-trtexec", "trtexec --best"]])
+@pytest.mark.parametrize(
+    "line", [["--best"], *exhaustive(["--precision", "best"], ["--from-trtexec", "trtexec --best"])]
+)
 def test_the_command(line, bench, tmp_path):
     model, data, output = tmp_path / "model.onnx", tmp_path / "data.npz", tmp_path / "m"
     model.write_bytes(networks.product().SerializeToString())

@@ -641,6 +641,7 @@ class TestInterruption:
         assert children() == before
         assert not (tmp_path / "engine.plan").exists()
 
+    @pytest.mark.exhaustive
     def test_ctrl_c_ends_both_processes(self, tmp_path):
         with building(tmp_path) as (process, worker):
             process.send_signal(signal.SIGINT)
@@ -650,6 +651,7 @@ class TestInterruption:
             assert not runs(worker)
             assert not (tmp_path / "engine.plan").exists()
 
+    @pytest.mark.exhaustive
     def test_the_build_process_ends_with_the_one_that_asked(self, tmp_path):
         with building(tmp_path) as (process, worker):
             process.kill()

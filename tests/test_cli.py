@@ -14,6 +14,7 @@ import pytest
 import typer
 from command_line import run
 from real_models import MAGIKA, nested_if
+from tiers import exhaustive
 
 import mlflow_trt
 from mlflow_trt.backends.cuda_driver import Hardware
@@ -46,6 +47,7 @@ class TestConvert:
         model = mlflow.pyfunc.load_model("models:/magika-trt/1", model_config={"runtime": "onnxruntime"})
         assert model.predict(MAGIKA.feeds(3))["target_label"].shape == (3, 214)
 
+    @pytest.mark.exhaustive
     def test_sigterm_leaves_nothing_behind(self, tracking, store, onnx_file):
         program = f"""
 import os, signal, sys
@@ -109,7 +111,7 @@ main()
         assert "Traceback" not in errors
         assert store.is_untouched()
 
-    @pytest.mark.parametrize("name", ["a%20b", "models:", "x[/red]"])
+    @pytest.mark.parametrize("name", ["a%20b", *exhaustive("models:", "x[/red]")])
     def test_to_a_folder_of_an_odd_name(self, name, onnx_file, tmp_path):
         code, output, errors = run("convert", onnx_file, "--output", tmp_path / name)
         assert code == 0, errors
@@ -152,6 +154,7 @@ class TestInspect:
             assert code == 0
             assert uri in output
 
+    @pytest.mark.exhaustive
     def test_needs_no_tensorrt(self, magika_folder):
         program = f"""
 import sys
@@ -207,6 +210,7 @@ class TestDoctor:
         assert check.ok == is_ok
         assert ("which is too old: the TensorRT installed here is for CUDA 13" in check.detail) != is_ok
 
+    @pytest.mark.exhaustive
     def test_without_tensorrt_nothing_is_usable(self):
         program = """
 import importlib.util, sys

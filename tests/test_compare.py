@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from command_line import run
 from onnx import helper
+from tiers import exhaustive
 
 import mlflow_trt
 from mlflow_trt import InputShapeError
@@ -98,6 +99,7 @@ def test_models_that_differ_fail(models, tmp_path):
     assert result.comparison.inputs == "8 rows of generated noise"
 
 
+@pytest.mark.exhaustive
 def test_folders_of_either_kind(models, tmp_path):
     mlflow.onnx.save_model(networks.product(), tmp_path / "onnx", pip_requirements=["onnx"])
     mlflow_trt.save_model(networks.product(), tmp_path / "ours", batch=(1, 4, 8))
@@ -125,7 +127,7 @@ def test_models_with_other_outputs_cannot_be_compared(models, tmp_path):
     ],
     ids=["no input", "one too many", "another layout", "no rows"],
 )
-@pytest.mark.parametrize("command", ["compare", "benchmark"])
+@pytest.mark.parametrize("command", ["compare", *exhaustive("benchmark")])
 def test_data_that_does_not_fit_is_an_error(command, arrays, words, models, tmp_path):
     np.savez(tmp_path / "junk.npz", **arrays)
     uris = ["models:/p/1", "models:/p-trt/1"] if command == "compare" else ["models:/p-trt/1"]

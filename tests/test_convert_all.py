@@ -62,6 +62,7 @@ def test_goes_on_after_a_failure(models):
     assert str(models.client.get_model_version_by_alias("b-trt", "champion").version) == "1"
 
 
+@pytest.mark.exhaustive
 def test_the_same_again_finds_what_is_there(models):
     convert_all(FILTER, ConversionOptions(recipe=Recipe(batch=4)), name_pattern="gpu.{name}")
     again = statuses(convert_all(FILTER, ConversionOptions(recipe=Recipe(batch=4)), name_pattern="gpu.{name}"))
@@ -73,6 +74,7 @@ def test_the_same_again_finds_what_is_there(models):
     assert len(models.client.search_model_versions("name = 'gpu.a'")) == 1
 
 
+@pytest.mark.exhaustive
 def test_what_was_made_is_not_converted_again(models):
     mlflow_trt.convert_model_version("models:/a/1", "a", batch=4)
     mlflow_trt.log_model(networks.product(), name="b", registered_model_name="b", batch=4)
@@ -159,6 +161,7 @@ class TestCommand:
             assert message in errors
         assert not models.client.search_model_versions("name = 'a-trt'")
 
+    @pytest.mark.exhaustive
     def test_a_registered_source_has_a_default_name(self, tracking):
         code, output, errors = run("convert", "models:/a/1", "--target", "sm86", "--target", "sm120", **tracking)
         assert code == 0, errors

@@ -21,6 +21,7 @@ def cases():
         return coverage_sweep.operator_cases()
 
 
+@pytest.mark.exhaustive
 def test_what_builds_in_float32_builds_in_16_bits(cases):
     built = 0
     for case in cases[::45]:
@@ -32,12 +33,14 @@ def test_what_builds_in_float32_builds_in_16_bits(cases):
     assert built >= 8
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_an_output_without_an_axis_is_compared(precision, cases):
     case = next(case for case in cases if case.name == "test_size")
     assert coverage_sweep.examine(case, precision).outcome in ("built", "correct")
 
 
+@pytest.mark.exhaustive
 def test_neighbours_change_nothing_but_are_there(cases):
     case = next(case for case in cases if case.name == "test_relu")
     changed = coverage_sweep._with_neighbours(case.model)
@@ -45,12 +48,14 @@ def test_neighbours_change_nothing_but_are_there(cases):
     assert coverage_sweep.examine(case, "fp16").kept == 0
 
 
+@pytest.mark.exhaustive
 def test_neighbours_of_a_model_whose_initializers_are_inputs(cases):
     case = next(case for case in cases if case.name == "test_scan_sum")
     assert case.model.ir_version < 4
     onnx.checker.check_model(coverage_sweep._with_neighbours(case.model))
 
 
+@pytest.mark.exhaustive
 def test_an_engine_with_outputs_of_other_shapes_is_refused_before_it_is_run(cases, monkeypatch):
     monkeypatch.setattr(coverage_sweep, "_execute", None)
     case = next(case for case in cases if case.name == "test_maxpool_2d_ceil_output_size_reduce_by_one")
@@ -60,6 +65,7 @@ def test_an_engine_with_outputs_of_other_shapes_is_refused_before_it_is_run(case
         assert "output 'y' has the shape (1, 1, 2, 2)" in finding.detail
 
 
+@pytest.mark.exhaustive
 def test_cases_are_named_by_themselves_or_in_files(tmp_path):
     (tmp_path / "names").write_text("test_relu\ntest_abs\n")
     names = coverage_sweep.names_in(["test_abs", str(tmp_path / "names")])

@@ -170,6 +170,7 @@ class TestInAnEmptyEnvironment:
         assert diagnosis["can_build"]
         assert diagnosis["can_run_on_cpu"]
 
+    @pytest.mark.exhaustive
     def test_mlflow_finds_the_target_of_deployments_by_its_entry_point(self, installed, tmp_path):
         mlflow = installed.with_name("mlflow")
         found = run(mlflow, "deployments", "help", "-t", "mlflow-trt", folder=tmp_path, installed=installed)
@@ -189,17 +190,20 @@ class TestInAnEmptyEnvironment:
         (expected,) = ReferenceEvaluator(model).run(None, {"x": rows})
         np.testing.assert_allclose(np.load(tmp_path / "model.npy"), expected, rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.exhaustive
     def test_mypy_has_nothing_to_say_about_it(self, installed, tmp_path):
         mypy = [sys.executable, "-m", "mypy", "--strict", "--python-executable", installed]
         done = run(*mypy, shutil.copy(PROGRAM, tmp_path), folder=tmp_path, installed=installed)
         assert done.stdout.startswith("Success"), done.stdout + done.stderr
 
+    @pytest.mark.exhaustive
     def test_pyright_has_nothing_to_say_about_it(self, installed, tmp_path):
         (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}')
         shutil.copy(PROGRAM, tmp_path)
         done = run(sys.executable, "-m", "pyright", folder=tmp_path, installed=installed)
         assert "0 errors, 0 warnings" in done.stdout, done.stdout + done.stderr
 
+    @pytest.mark.exhaustive
     def test_pyright_knows_the_type_of_everything_public(self, installed, tmp_path):
         pyright = [sys.executable, "-m", "pyright", "--verifytypes", "mlflow_trt", "--ignoreexternal", "--outputjson"]
         done = run(*pyright, folder=tmp_path, installed=installed)

@@ -30,9 +30,26 @@ COMMANDS = COMMAND.commands
 PROGRAM = re.compile(r"^(\$ |>>> |pip install|mlflow(-trt)? |import |from \w+ import )", re.MULTILINE)
 
 
+LONG = {
+    f"docs/howto/{name}.md"
+    for name in (
+        "benchmark",
+        "calibrate",
+        "existing-plan",
+        "many-models",
+        "offline",
+        "precision",
+        "run-elsewhere",
+        "serve",
+    )
+}
+LONG |= {"docs/quickstart.md", "docs/settings.md", "docs/troubleshooting.md"}
+"""Pages that take seconds, with commands that other tests run too: for `make test-all`."""
+
+
 def pages(wanted) -> list[Any]:
     return [
-        pytest.param(page, id=name_of(page))
+        pytest.param(page, id=name_of(page), marks=[pytest.mark.exhaustive] * (name_of(page) in LONG))
         for page in PAGES
         if any(block.runs and wanted(block) for block in doc_blocks.blocks_of(page))
     ]

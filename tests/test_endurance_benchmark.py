@@ -37,6 +37,7 @@ def test_a_wrong_answer_is_seen(session):
     assert len(tally.problems) == len(tally.ended)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_short_run():
     command = [sys.executable, "-m", "benchmarks.endurance", "--model", "magika", "--runtime", "onnxruntime"]

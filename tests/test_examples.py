@@ -57,6 +57,7 @@ def test_orientation(tmp_path):
     assert "16 of 16 are right" in printed
 
 
+@pytest.mark.exhaustive
 def test_read_page(tmp_path):
     found = rows(run("read_page.py", "read.png", cwd=tmp_path))
     assert [text for _, text in found] == [text for _, text in LINES]
@@ -93,6 +94,7 @@ def test_folder_types(tmp_path):
     assert printed_score == pytest.approx(scores.min(), abs=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_calibrate(tmp_path):
     found = {row[0]: row[1:] for row in rows(run("calibrate.py", "models", cwd=tmp_path))}
     assert list(found) == ["fp32", "fp16", "int8"]
@@ -128,6 +130,7 @@ def test_pytorch_digits(store, tmp_path, monkeypatch):
     assert version.tags["mlflow_trt.precision"] == "fp16"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.server
 def test_serve_and_ask(tmp_path):
     found = rows(run("serve_and_ask.py", cwd=tmp_path))
@@ -140,6 +143,7 @@ def test_serve_and_ask(tmp_path):
         assert float(difference) < 1e-5
 
 
+@pytest.mark.exhaustive
 def test_tour(store, tmp_path, monkeypatch):
     """The notebook, with a last cell that hands over what it computed."""
     notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)

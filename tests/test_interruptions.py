@@ -25,6 +25,7 @@ from mlflow import MlflowClient
 from proxy import SECONDS, proxied
 from registries import register, registry_state
 from repository import ROOT
+from tiers import exhaustive
 from tracking_server import tracking_server
 from typer.testing import CliRunner
 
@@ -50,7 +51,7 @@ LOGGED_MODEL = "/mlflow/logged-models"
 RUN = "/mlflow/runs/create"
 REGISTERED_MODEL = "/mlflow/registered-models/create"
 VERSION = "/mlflow/model-versions/create"
-CREATIONS = [LOGGED_MODEL, RUN, REGISTERED_MODEL, VERSION]
+CREATIONS = [LOGGED_MODEL, *exhaustive(RUN, REGISTERED_MODEL, VERSION)]
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +173,7 @@ class TestAnInterruptWhileARequestIsOnItsWay:
         assert "taken back" not in messages.text
         assert "may have been made" not in messages.text
 
+    @pytest.mark.exhaustive
     def test_the_alias_stays_at_the_version_that_can_be_loaded(self, client, proxy, convert):
         convert(alias="champion")
         before = registry_state(client)
@@ -195,6 +197,7 @@ class TestATwin:
         assert "was deleted" in messages.text
         assert loads(f"models:/{convert.name}@champion")
 
+    @pytest.mark.exhaustive
     def test_that_lacks_a_file_is_not_believed(self, client, convert, folder, messages):
         convert()
         for number, name in enumerate(["mlflow_trt.json", "MLmodel", "model.onnx", "engines", "golden.npz"], 1):
@@ -204,6 +207,7 @@ class TestATwin:
             assert f"models:/{convert.name}/{number} lacks its file {name}" in messages.text
         assert loads(f"models:/{convert.name}@champion")
 
+    @pytest.mark.exhaustive
     def test_whose_files_were_cut_short_or_damaged_is_not_believed(self, client, convert, folder):
         convert()
         (plan,) = (artifacts_of(client, folder, convert.name, "1") / "engines").iterdir()
@@ -214,6 +218,7 @@ class TestATwin:
         assert str(convert().version) == "3"
         assert str(convert().version) == "3"
 
+    @pytest.mark.exhaustive
     def test_that_was_left_half_made_is_finished(self, client, server):
         mlflow.set_tracking_uri(server)
         register("half")
@@ -236,6 +241,7 @@ class TestATwin:
         pointer = client.get_model_version("half", "1").tags[f"mlflow_trt.converted_to.{convert.name}.1"]
         assert pointer == f"models:/{convert.name}/1"
 
+    @pytest.mark.exhaustive
     def test_whose_metrics_were_never_logged_gets_them(self, client, convert, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr("mlflow_trt.flavor.conversions.log_metrics", lambda *_, **__: None)
@@ -263,7 +269,7 @@ def artifacts_of(client, folder, name, version) -> Path:
 class TestALostAnswer:
     """MLflow's client repeats a request whose answer was lost, and the server does it a second time."""
 
-    @pytest.mark.parametrize("loss", ["lose", "drop"])
+    @pytest.mark.parametrize("loss", ["lose", *exhaustive("drop")])
     @pytest.mark.parametrize("path", CREATIONS)
     def test_makes_nothing_twice(self, path, loss, client, proxy, convert):
         lost = []
@@ -285,7 +291,7 @@ class TestALostAnswer:
 
 
 class TestTheLastReads:
-    @pytest.mark.parametrize("number", [1, 2, 3])
+    @pytest.mark.parametrize("number", [1, *exhaustive(2, 3)])
     def test_are_part_of_what_is_taken_back(self, number, client, proxy, convert, monkeypatch):
         """Of the reads after the alias was set, each in turn fails."""
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -305,6 +311,7 @@ class TestTheLastReads:
         assert CliRunner().invoke(app, arguments).exit_code == 1
         assert registry_state(client) == before
 
+    @pytest.mark.exhaustive
     def test_and_so_is_the_run_with_the_numbers(self, client, convert, monkeypatch):
         before = registry_state(client)
 
@@ -329,6 +336,7 @@ class TestAtTheSameTime:
         assert versions == {"1"}
         assert [str(version.version) for version in client.search_model_versions(f"name = '{convert.name}'")] == ["1"]
 
+    @pytest.mark.exhaustive
     def test_on_two_machines_the_later_gives_way(self, client, proxy, convert, monkeypatch):
         """Without the lock, which is one machine's: the second has registered before the first does."""
         monkeypatch.setattr(converting, "_alone", lambda *_: contextlib.nullcontext())
@@ -344,6 +352,7 @@ class TestAtTheSameTime:
         assert str(client.get_model_version_by_alias(convert.name, "champion").version) == "1"
         assert len(registry_state(client)[2]) == models + 1
 
+    @pytest.mark.exhaustive
     def test_no_entry_of_converted_to_is_lost(self, client, convert):
         made = [convert(f"{convert.name}-{number}") for number in range(4)]
         before = set(client.get_model_version("s", "1").tags.values())
@@ -355,6 +364,7 @@ class TestAtTheSameTime:
             list(pool.map(lambda version: point_to(Undo(), lineage, version), made))
         assert set(client.get_model_version("s", "1").tags.values()) == before
 
+    @pytest.mark.exhaustive
     def test_only_the_own_entry_is_taken_back(self, client, convert, monkeypatch):
         before = client.get_model_version("s", "1").tags
 
@@ -368,6 +378,7 @@ class TestAtTheSameTime:
         after = client.get_model_version("s", "1").tags
         assert after == {**before, "mlflow_trt.converted_to.other.1": "models:/other/1"}
 
+    @pytest.mark.exhaustive
     def test_an_alias_that_somebody_moved_meanwhile_stays_there(self, client, convert, monkeypatch):
         convert(alias="champion")
         read = MlflowClient.get_model_version
@@ -398,6 +409,14 @@ COMMANDS = [
 ]
 
 
+@contextlib.contextmanager
+def unheard():
+    """An address at which nobody listens, and which nobody is given meanwhile: not the gateway that is to ask there."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
 class TestAServerThatIsGone:
     @pytest.mark.parametrize(
         "call",
@@ -409,14 +428,6 @@ class TestAServerThatIsGone:
             lambda: mlflow_trt.log_engine("no/such/file.plan", name="p"),
             lambda: check_can_log(wanted=True),
             lambda: mlflow_trt.load_model("models:/s/1"),
-@contextlib.contextmanager
-def unheard():
-    """An address at which nobody listens, and which nobody is given meanwhile: not the gateway that is to ask there."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
-
-
             lambda: read_record("models:/s/1"),
             lambda: convert_all("name = 's'", ConversionOptions()),
             lambda: check_registered_model("models:/s"),
@@ -487,6 +498,7 @@ def unheard():
         assert code == 128 + number, errors
 
 
+@pytest.mark.exhaustive
 def test_the_sweep_of_make_faults_in_short(tmp_path):
     figures = tmp_path / "figures.json"
     options = ["--runs", "1", "--only", "SIGTERM before", "--seconds", "1", "--seed", "1", "--json", str(figures)]

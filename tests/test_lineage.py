@@ -13,6 +13,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.models import infer_signature
 from registries import failing, register, registry_state
+from tiers import exhaustive
 from tracking_server import tracking_server
 
 import mlflow_trt
@@ -105,6 +106,7 @@ def test_of_two_sources_with_the_same_bytes_each_gets_its_own(client):
     assert (str(made.version), made.tags["mlflow_trt.source"]) == ("2", "models:/d/2")
 
 
+@pytest.mark.exhaustive
 def test_of_two_logged_models_with_the_same_bytes_each_gets_its_own(client):
     register("m")
     (first,) = mlflow.search_logged_models(output_format="list")
@@ -131,6 +133,7 @@ def with_the_tags_of_before(client, name, number):
     return client.get_model_version(name, number).tags
 
 
+@pytest.mark.exhaustive
 def test_versions_with_the_tags_of_before_are_found_as_they_are(client):
     register("old")
     mlflow_trt.convert_model_version("models:/old/1", "old-trt", batch=4)
@@ -149,6 +152,7 @@ def test_versions_with_the_tags_of_before_are_found_as_they_are(client):
     assert str(mlflow_trt.convert_model_version("models:/old/1", "old-trt", batch=16).version) == "4"
 
 
+@pytest.mark.exhaustive
 def test_a_fingerprint_alone_is_not_believed(client):
     register("short")
     first = mlflow_trt.convert_model_version("models:/short/1", "short-trt", batch=4)
@@ -166,17 +170,21 @@ def test_a_file_is_found_again_too(client, tmp_path):
     assert mlflow_trt.convert_model_version(tmp_path / "two.onnx", "e-trt", batch=4).version == first.version
 
 
-@pytest.mark.parametrize("error", [RuntimeError("the server went away"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("the server went away"), *exhaustive(KeyboardInterrupt())], ids=["error", "ctrl-c"]
+)
 @pytest.mark.parametrize(
     "step",
     [
         "mlflow.tracking.client.MlflowClient.log_model_artifacts",
         "mlflow.MlflowClient.create_registered_model",
         "mlflow.MlflowClient.create_model_version",
-        "mlflow.MlflowClient.set_logged_model_tags",
-        "mlflow.MlflowClient.search_runs",
-        "mlflow_trt.registry.convert_version.point_to",
-        "mlflow.MlflowClient.set_registered_model_alias",
+        *exhaustive(
+            "mlflow.MlflowClient.set_logged_model_tags",
+            "mlflow.MlflowClient.search_runs",
+            "mlflow_trt.registry.convert_version.point_to",
+            "mlflow.MlflowClient.set_registered_model_alias",
+        ),
     ],
 )
 def test_whatever_fails_the_registry_is_as_it_was(step, error, client, monkeypatch):
@@ -191,6 +199,7 @@ def test_whatever_fails_the_registry_is_as_it_was(step, error, client, monkeypat
     assert registry_state(client) == before
 
 
+@pytest.mark.exhaustive
 def test_an_interruption_while_temporary_folders_are_removed_is_a_failure_too(client, monkeypatch):
     register("tidied")
     before = registry_state(client)
@@ -208,6 +217,7 @@ def test_an_interruption_while_temporary_folders_are_removed_is_a_failure_too(cl
     assert registry_state(client) == before
 
 
+@pytest.mark.exhaustive
 def test_versions_that_were_there_stay(client, monkeypatch):
     register("g")
     mlflow_trt.convert_model_version("models:/g/1", "g-trt", batch=4, alias="champion")
@@ -245,6 +255,7 @@ def test_calibration_data_that_makes_no_arrays_is_refused_as_ever(cells, message
         )
 
 
+@pytest.mark.exhaustive
 def test_other_calibration_data_or_tolerance_makes_another_version(client, tmp_path):
     register("i")
     np.savez(tmp_path / "data.npz", x=networks.rows(16))

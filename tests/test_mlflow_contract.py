@@ -24,6 +24,7 @@ from mlflow.types import Schema, TensorSpec
 from onnx import helper
 from packaging.version import Version
 from scoring_client import scored
+from tiers import exhaustive
 
 import mlflow_trt
 from mlflow_trt import OnnxModelError, RecipeError, UnsupportedModelError
@@ -456,7 +457,7 @@ class TestEnvironments:
         assert yaml.safe_load((Path(path) / "conda.yaml").read_text()) == given
 
     @FLAVORS
-    @pytest.mark.parametrize("option", ["pip_requirements", "extra_pip_requirements"])
+    @pytest.mark.parametrize("option", ["pip_requirements", *exhaustive("extra_pip_requirements")])
     def test_requirements(self, flavor, option, store, tmp_path):
         (tmp_path / "more.txt").write_text("a")
         file = tmp_path / "more.txt"

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiers import exhaustive
 
 import mlflow_trt
 
@@ -47,7 +48,7 @@ def test_the_phases_of_a_call_are_nested(product_folder):
     assert {part[1] for part in ranges if part} == {"mlflow-trt"}
 
 
-@pytest.mark.parametrize("value", ["", "0"])
+@pytest.mark.parametrize("value", exhaustive("", "0"))
 def test_nothing_is_marked_unless_it_is_asked_for(value, product_folder):
     pytest.importorskip("nvtx", reason="needs the extra nvtx")
     assert run(product_folder, value) == []

@@ -39,6 +39,7 @@ def process():
         process.kill()
 
 
+@pytest.mark.exhaustive
 def test_each_process_has_its_own():
     with process() as one, process() as other:
         assert {one.ordinal, other.ordinal} == {0, 1}

@@ -12,6 +12,7 @@ from compare import relative_error
 from helpers import convert_in, read, typed_model
 from onnx import TensorProto, helper
 from real_models import CLS, DET_DYNAMIC, MAGIKA, REC, SILERO, TRANSFORMER, calibration_data
+from tiers import exhaustive
 
 import mlflow_trt
 from mlflow_trt import Precision, Recipe, RecipeError, Tolerance, UnsupportedModelError
@@ -563,7 +564,7 @@ class TestWeightsOnly:
         assert 1e-4 < relative_error(actual, expected) < 0.01
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("model", [CLS, SILERO], ids=lambda model: model.name)
+    @pytest.mark.parametrize("model", [CLS, *exhaustive(SILERO)], ids=lambda model: model.name)
     def test_real_convolutions_build_smaller_and_stay_accurate(self, model, tmp_path):
         source = read(model, tmp_path)
         recipe = Recipe(**model.recipe, precision="int8")
@@ -595,7 +596,9 @@ LEAST_CHANGED = {"fp16": 0.75, "bf16": 0.75, "int8": 0.3, "fp8": 0.2}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "fp8"])
-@pytest.mark.parametrize("model", [MAGIKA, DET_DYNAMIC, REC, CLS, SILERO, TRANSFORMER], ids=lambda model: model.name)
+@pytest.mark.parametrize(
+    "model", [CLS, *exhaustive(MAGIKA, DET_DYNAMIC, REC, SILERO, TRANSFORMER)], ids=lambda model: model.name
+)
 def test_real_models_build_and_stay_accurate(model, precision, tmp_path):
     conversion = converted(model, tmp_path, precision, calibration_data(model))
     typed = conversion.typed
@@ -607,6 +610,7 @@ def test_real_models_build_and_stay_accurate(model, precision, tmp_path):
     assert all(node.reason for node in typed.report.kept)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_magika_keeps_its_labels_in_fp16_and_a_naive_conversion_does_not(tmp_path):
     feeds = MAGIKA.feeds(35)

@@ -85,6 +85,7 @@ def test_onnx_files(data):
     targets.onnx_file(data)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @MANY
 @given(st.data())
@@ -160,6 +161,7 @@ def test_other_inputs(data):
     targets.pyfunc_input(data)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @MANY
 @given(st.data())
@@ -188,6 +190,7 @@ def test_bodies_of_mlflow(data):
     targets.invocations_body(json.dumps(body).encode())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @MANY
 @given(JSON | st.dictionaries(st.sampled_from(["predictions", "message", "detail"]), JSON))

@@ -5,16 +5,21 @@ from __future__ import annotations
 import pytest
 from compare import relative_error
 from helpers import convert_in, read, reference
-from real_models import ALL, RealModel, nested_if
+from real_models import ALL, CLS, MAGIKA, TRANSFORMER, RealModel, nested_if
+from tiers import exhaustive
 
 from mlflow_trt import Recipe, UnsupportedModelError
 from mlflow_trt.convert.onnx.model import read_onnx
 from mlflow_trt.core.types import Distribution
 
 pytestmark = pytest.mark.slow
+SMALL = (MAGIKA, CLS, TRANSFORMER)
+MODELS = [*SMALL, *exhaustive(*(model for model in ALL if model not in SMALL))]
 
 
-@pytest.mark.parametrize("model", ALL, ids=lambda model: model.name)
+@pytest.mark.parametrize(
+    "model", [*SMALL, *exhaustive(*(model for model in ALL if model not in SMALL))], ids=lambda model: model.name
+)
 def test_converts_and_the_typed_model_computes_the_same(model: RealModel, tmp_path):
     source = read(model, tmp_path)
     conversion = convert_in(tmp_path, source, Recipe(**model.recipe))

@@ -11,6 +11,7 @@ import pytest
 from compare import relative_error
 from mlflow.models import ModelSignature, infer_signature
 from real_models import MAGIKA
+from tiers import exhaustive
 
 import mlflow_trt
 from mlflow_trt import RecipeError
@@ -34,7 +35,9 @@ def source(store):
     return {"model": info.model_uri, "run": run.info.run_id, "model_id": info.model_id}
 
 
-@pytest.mark.parametrize("uri", ["models:/product/1", "models:/product@champion", "models:/product/latest"])
+@pytest.mark.parametrize(
+    "uri", ["models:/product/1", *exhaustive("models:/product@champion", "models:/product/latest")]
+)
 def test_converts_a_registered_version(uri, source, store):
     version = mlflow_trt.convert_model_version(uri, "product.trt", batch=(1, 4, 8), tags={"stage": "test"})
 
@@ -78,6 +81,7 @@ def test_carries_the_signature_over(source, store):
     assert (tensor.type, tensor.shape, tensor.name) == (before.type, before.shape, "y")
 
 
+@pytest.mark.exhaustive
 def test_converts_a_model_of_our_own_again(store):
     mlflow_trt.log_model(MAGIKA.path(), name="magika", batch=(1, 2, 4), registered_model_name="magika")
     mlflow_trt.convert_model_version("models:/magika/1", "magika", batch=(1, 8, 16))

@@ -82,6 +82,7 @@ def test_what_a_version_lacks_is_put_there(source, monkeypatch):
     assert problems() == set()
 
 
+@pytest.mark.exhaustive
 def test_what_a_killed_conversion_left_is_taken_away_once_it_is_old(source):
     killed_at("mlflow.models.Model.log", source)
     killed_at("mlflow.log_metrics", source)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import networks
 import pytest
+from tiers import exhaustive
 
 import mlflow_trt
 from mlflow_trt.core.files import write_whole
@@ -105,7 +106,7 @@ def the_next(what: str, folder: Path) -> None:
         write_whole(folder / "plan", b"plan")
 
 
-@pytest.mark.parametrize("what", [FOLDER, OUTPUT, FILE], ids=["temporary folder", "output folder", "file"])
+@pytest.mark.parametrize("what", [FOLDER, *exhaustive(OUTPUT, FILE)], ids=["temporary folder", "output folder", "file"])
 def test_what_a_killed_process_left_is_removed_by_the_next(what, folder):
     process = begun(what, folder)
     (left,) = folder.iterdir()
@@ -118,6 +119,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(what, folder):
     assert {path.name for path in folder.iterdir()} <= {"model", "plan"}
 
 
+@pytest.mark.exhaustive
 def test_what_another_container_holds_stays(folder):
     """The number in its name is that of no process here, as seen from another container; its lock tells."""
     process = begun(FOLDER, folder)

@@ -25,6 +25,7 @@ from command_line import run
 from helpers import PATIENCE, wait_for
 from repository import SUPPORT
 from servers import ServerProcess, TensorServer
+from tiers import exhaustive
 
 from examples.serving import free_port, running
 from mlflow_trt.deploy.serve.keys import read_keys
@@ -39,7 +40,7 @@ KEY = "0123456789abcdef-key"
 CLIENTS = 64
 
 
-@pytest.fixture(scope="module", params=[0, 2], ids=["alone", "front ends"])
+@pytest.fixture(scope="module", params=[0, *exhaustive(2)], ids=["alone", "front ends"])
 def front_ends(request):
     """How many processes speak HTTP for the server."""
     return request.param

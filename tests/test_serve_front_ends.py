@@ -20,6 +20,7 @@ import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
 from helpers import PATIENCE, keep_asking, save_networks, wait_for
 from servers import TensorServer
+from tiers import exhaustive
 from triton_tensors import assert_same, inputs_of
 
 import mlflow_trt
@@ -142,7 +143,7 @@ def test_a_front_end_that_is_killed(server, product_weights):
     assert "A front end ended with status -9; another one takes its place" in server.log()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, *exhaustive(signal.SIGINT, signal.SIGTERM)])
 def test_front_ends_end_with_their_server(number, folder):
     server = TensorServer(str(folder["product"]), model_config=CPU, options=["--front-ends", "2"])
     with running(server):

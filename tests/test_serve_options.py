@@ -125,6 +125,7 @@ def test_two_processes_on_one_port(product_folder, product_weights):
     assert all(answered)
 
 
+@pytest.mark.exhaustive
 def test_a_port_that_is_not_shared(product_folder):
     with socket_on_port() as port:
         command = [
@@ -203,6 +204,7 @@ def kserve(tmp_path_factory):
         yield packages, server.address, folders
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["binary", "json"])
 @pytest.mark.parametrize("name", MODELS)

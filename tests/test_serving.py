@@ -112,6 +112,7 @@ def test_the_server_goes_on_after_bad_input(server, feeds, expected):
     assert np.allclose(scores(answer), expected, atol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_without_a_gpu_a_server_does_not_start_silently_on_the_cpu(store, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     mlflow_trt.log_model(networks.product(), name="product", registered_model_name="product")

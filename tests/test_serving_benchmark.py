@@ -27,6 +27,7 @@ def run(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.exhaustive
 def test_a_short_run(tmp_path):
     """Each answer is compared before it is measured."""
     options = [
@@ -52,6 +53,7 @@ def test_a_short_run(tmp_path):
     assert set(found["own_ms"]) == {IMAGE, ROW}
 
 
+@pytest.mark.exhaustive
 def test_options_that_make_no_sense():
     assert "expected nothing or resnet50" in run("--model", "bert").stderr
 
@@ -76,6 +78,7 @@ def test_goals():
     }  # fmt: skip
 
 
+@pytest.mark.exhaustive
 def test_a_short_soak():
     done = run("--soak", "6")
     assert "0 failed or answered wrongly" in done.stdout, done.stdout + done.stderr

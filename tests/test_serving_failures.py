@@ -22,6 +22,7 @@ import pytest
 import requests
 from helpers import PATIENCE, wait_for
 from servers import Server, served
+from tiers import exhaustive
 
 import mlflow_trt
 from mlflow_trt.client import Client
@@ -157,6 +158,7 @@ def head(length):
     ).encode()
 
 
+@pytest.mark.exhaustive
 def test_a_runtime_that_fails(tmp_path, module_store):
     shapes = {"x": ((1, 16), (2, 16), (4, 16)), "shape": ((2, 1), (8, 4), (16, 16))}
     mlflow_trt.save_model(networks.reshaped(), tmp_path / "model", shapes=shapes, verify=False)
@@ -169,6 +171,7 @@ def test_a_runtime_that_fails(tmp_path, module_store):
         assert np.allclose(client.predict({"x": x, "shape": np.array([8, 4])})["y"], x.reshape(8, 4))
 
 
+@pytest.mark.exhaustive
 def test_a_server_that_is_killed_and_started_again(folder, module_store):
     first = Server(str(folder), module_store.uri, CPU)
     done = threading.Event()
@@ -201,7 +204,7 @@ def test_a_server_that_is_killed_and_started_again(folder, module_store):
     assert all(answers)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, *exhaustive(2)])
 def test_a_server_whose_gpu_is_lost(workers, tmp_path, module_store):
     """One worker ends, and so does the server; of several the others go on, and uvicorn starts another."""
     mlflow.pyfunc.save_model(tmp_path / "model", loader_module="failing", pip_requirements=[])
@@ -226,6 +229,7 @@ def test_a_server_whose_gpu_is_lost(workers, tmp_path, module_store):
         server.stop()
 
 
+@pytest.mark.exhaustive
 def test_a_server_that_crashes_says_where(folder, module_store):
     server = Server(str(folder), module_store.uri, CPU)
     try:
@@ -237,6 +241,7 @@ def test_a_server_that_crashes_says_where(folder, module_store):
         server.stop()
 
 
+@pytest.mark.exhaustive
 def test_two_workers_and_a_limit(folder, module_store):
     """More requests at once than the server is told to take answer 503, which the client tries again."""
     environment = {"UVICORN_LIMIT_CONCURRENCY": "4", "MLFLOW_DISABLE_SCHEMA_DETAILS": "true"}
@@ -271,6 +276,7 @@ def seconds_of_calls(address, count):
             assert answer.ok
 
 
+@pytest.mark.exhaustive
 def test_an_answer_that_takes_longer_than_the_server_allows(folder, module_store):
     environment = {"MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT": "1"}
     with served(str(folder), module_store.uri, CPU, environment=environment) as address, Client(address) as client:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from mlflow.pyfunc.utils.environment import _simulate_serving_environment
 from servers import Server
+from tiers import exhaustive
 
 from mlflow_trt.core import scoring_server
 from mlflow_trt.errors import RuntimeUnavailableError
@@ -40,7 +41,7 @@ def test_a_program_ends_no_parent(monkeypatch):
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, *exhaustive(2)])
 def test_the_server_ends(workers, product_folder, store):
     server = Server(str(product_folder), store.uri, {}, environment={"CUDA_VISIBLE_DEVICES": ""}, workers=workers)
     try:

@@ -13,6 +13,7 @@ import pytest
 from compare import relative_error
 from mlflow.models import infer_signature
 from mlflow.utils.file_utils import local_file_uri_to_path
+from tiers import exhaustive
 from tracking_server import tracking_server
 
 import mlflow_trt
@@ -164,6 +165,7 @@ class TestSklearn:
         probabilities = model.get_raw_model().predict_proba(frame)
         assert relative_error({"p": probabilities}, {"p": estimator.predict_proba(frame.to_numpy())}) < 1e-4
 
+    @pytest.mark.exhaustive
     @pytest.mark.filterwarnings("ignore")
     def test_a_regressor_as_a_whole(self, store):
         from sklearn.linear_model import Ridge
@@ -182,6 +184,7 @@ class TestSklearn:
             mlflow_trt.convert_model_version("models:/m/1", "m-trt", batch=4)
         assert not store.client.search_registered_models("name = 'm-trt'")
 
+    @pytest.mark.exhaustive
     @pytest.mark.filterwarnings("ignore")
     def test_support_vectors_are_named(self, store):
         from sklearn.svm import SVC
@@ -191,7 +194,7 @@ class TestSklearn:
             mlflow_trt.convert_model_version("models:/m/1", "m-trt")
 
     @pytest.mark.filterwarnings("ignore")
-    @pytest.mark.parametrize("example", [False, True], ids=["signature", "example"])
+    @pytest.mark.parametrize("example", [False, *exhaustive(True)], ids=["signature", "example"])
     def test_text_is_named(self, example, store):
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression

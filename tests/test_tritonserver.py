@@ -145,6 +145,7 @@ def test_what_the_log_says(server):
     assert re.search(r"ranks: ONNX Runtime .* CPU", server.log())
 
 
+@pytest.mark.exhaustive
 def test_every_config_is_read(folders, tmp_path):
     """Of all backends: Triton reads and checks a config before it looks for the backend, which is not there."""
     repository = tmp_path / "models"

@@ -71,6 +71,7 @@ class TestUnityCatalog:
         expected = mlflow.pyfunc.load_model(f"models:/{SOURCE}/1").predict(x)["y"]
         assert np.allclose(mlflow.pyfunc.load_model(f"models:/{TARGET}/2").predict(x)["y"], expected, atol=1e-5)
 
+    @pytest.mark.exhaustive
     def test_of_two_sources_each_has_its_own_twin(self, catalog):
         register()
         register()
@@ -122,6 +123,7 @@ class TestUnityCatalog:
             register()
         assert numbers(catalog, SOURCE) == list(range(11, 0, -1))
 
+    @pytest.mark.exhaustive
     def test_everything_that_a_filter_finds(self, catalog):
         for name in ("main.ml.first", "main.ml.second", "main.ml.third"):
             register(name)

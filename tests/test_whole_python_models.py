@@ -91,6 +91,7 @@ class TestOnnxRuntimeSession:
         assert "pandas>=2" in lines
         assert any(line.startswith("mlflow-trt[") for line in lines)
 
+    @pytest.mark.exhaustive
     def test_settings_are_split_by_name(self, converted):
         source, made = both(decimals=1)
         frame = pd.DataFrame({"text": TEXTS})
@@ -98,11 +99,13 @@ class TestOnnxRuntimeSession:
         pd.testing.assert_frame_equal(answer, source.predict(frame))
         assert (answer["score"] * 10 % 1 < 1e-9).all()
 
+    @pytest.mark.exhaustive
     def test_the_network_alone_is_there_too(self, converted):
         feeds = networks.sentences(3, 8)
         with mlflow_trt.load_model("models:/made/1", runtime="onnxruntime") as session:
             assert session.run(feeds)["logits"].shape == (3, 3)
 
+    @pytest.mark.exhaustive
     def test_what_measures_models_takes_the_network(self, converted):
         # In float32 and without a GPU both sides are the source.
         assert str(mlflow_trt.verify_model("models:/made/1").verdict) in {"passed", "nothing was compared"}
