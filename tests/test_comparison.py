@@ -209,6 +209,40 @@ def test_integers_have_no_worst_row():
     assert (output.median_row_error, output.worst_row_error) == (0, None)
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.int64, np.bool_])
+def test_tokens_indices_and_truth_values_are_equal_or_not(kind):
+    """The relative error of tokens around 50,000 is 1e-4 where they are off by 5, and one other index is as large."""
+    wanted = (np.arange(200) + 50_000 if kind is not np.bool_ else np.arange(200) % 2).astype(kind)
+    one_is_another = np.where(np.arange(200) == 3, np.zeros(1, kind), wanted)
+    tolerance = Tolerance.default(Precision.FP16)
+    assert compared(one_is_another, wanted, tolerance).verdict is Verdict.PASSED
+    assert compared(one_is_another, wanted, Tolerance(relative_error=0.02)).verdict is Verdict.FAILED
+    others = ~wanted if kind is np.bool_ else wanted + kind(5)
+    comparison = compared(others, wanted, tolerance)
+    words = "relative error 1.41" if kind is np.bool_ else "share of equal values 0, at least 0.99 is tolerated"
+    assert comparison.verdict is Verdict.FAILED
+    assert words in comparison.problems[0]
+    assert comparison.severity > 50
+    assert "values are equal in 0.0%" in str(comparison)
+
+
+def test_numbers_that_were_rounded_may_be_off_by_one():
+    coordinates = np.arange(100, 300)
+    rounded = coordinates + (np.arange(200) % 10 == 0)
+    tolerance = Tolerance.default(Precision.FP16)
+    assert compared(rounded, coordinates, tolerance).verdict is Verdict.PASSED
+    few = compared(rounded % 10, coordinates % 10, tolerance)
+    assert few.verdict is Verdict.FAILED
+    assert compared(rounded, coordinates, Tolerance(top_class_agreement=0.99)).verdict is Verdict.FAILED
+
+
+def test_pixels_may_be_a_little_off():
+    wanted = np.arange(1, 200).astype(np.uint8)
+    comparison = compared(wanted + np.uint8(1), wanted, Tolerance.default(Precision.FP16))
+    assert comparison.verdict is Verdict.PASSED
+    assert comparison.outputs[0].top_class_agreement is None
+
+
 def test_a_tolerance_without_rows_says_what_it_does_not_judge():
     reference = np.resize(ROWS, (64, 5))
     reference[0] *= 1000

@@ -19,7 +19,7 @@ from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.convert.resolve_profiles import Profiles, resolve_profiles
 from mlflow_trt.convert.row_dependence import check_rows
 from mlflow_trt.convert.samples import SampleData, SampleOrigin
-from mlflow_trt.errors import InputShapeError
+from mlflow_trt.errors import InputShapeError, UnsupportedModelError
 from mlflow_trt.runtime.batching.choose_profile import choose_profile
 from mlflow_trt.store.folder import read_folder
 
@@ -264,3 +264,23 @@ def test_a_saved_model_answers_for_all_rows_together(tmp_path, capsys):
     assert record.batch_axis.dependence is not None
     with pytest.raises(InputShapeError, match=r"Batches are not split, since rows depend on each other: .*output 'y'"):
         choose_profile(record.profiles, {"x": networks.rows(40)}, record.batch_axis)
+
+
+def one_row_inside() -> onnx.ModelProto:
+    """Exported with an example of one row, which a Reshape has kept."""
+    return networks.model(
+        [node("Reshape", ["x", "shape"], ["flat"], name="flatten"), node("MatMul", ["flat", "w"], ["y"])],
+        [value("x", FLOAT, ["N", 4, 4])],
+        [value("y", FLOAT, ["N", 16])],
+        [constant("shape", np.array([1, 16])), constant("w", WEIGHTS)],
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_batch_axis_that_varies_by_name_alone_is_told(precision, tmp_path):
+    """TensorRT said that a kOPT value violates a constraint, and fp16 advised to take fp32."""
+    with pytest.raises(UnsupportedModelError, match=r"axis 0 of x varies .* for 1 row and not for \d+: .* batch=1\."):
+        mlflow_trt.save_model(one_row_inside(), tmp_path / "m", precision=precision, batch=(1, 4, 8))
+    mlflow_trt.save_model(one_row_inside(), tmp_path / "m", precision=precision, batch=1)
+    (ranges,) = [profile.ranges["x"] for profile in read_folder(tmp_path / "m").record.profiles]
+    assert ranges.max == (1, 4, 4)

@@ -26,7 +26,13 @@ from mlflow_trt.convert.samples import Samples
 from mlflow_trt.core.arrays import Array, Feeds, Outputs
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.types import BatchAxis, RowDependence
-from mlflow_trt.errors import ExecutionError, InputError, RuntimeUnavailableError
+from mlflow_trt.errors import (
+    ExecutionError,
+    InputError,
+    MlflowTrtError,
+    RuntimeUnavailableError,
+    UnsupportedModelError,
+)
 
 _log = get_logger(__name__)
 
@@ -48,7 +54,8 @@ _SILENT = 1e-2
 def check_rows(source: OnnxModel, profiles: Profiles, samples: Samples) -> Profiles:
     """The profiles with what was measured: an axis along which rows depend on each other does not split any more.
 
-    One that the user declared by `batch=` does all the same, which is warned of.
+    One that the user declared by `batch=` does all the same, which is warned of. Raises UnsupportedModelError for an
+    axis that varies by its name alone: the model runs for a single row, and for no more.
     """
     axis = profiles.batch_axis
     if axis is None or not axis.splits:
@@ -60,6 +67,7 @@ def check_rows(source: OnnxModel, profiles: Profiles, samples: Samples) -> Profi
             rows = rows.many(source, axis, samples)
             dependence = _among_copies(rows)
     except (RuntimeUnavailableError, ExecutionError, InputError) as error:
+        _check_that_more_than_one_row_runs(source, axis, samples, error)
         return _with_remark(profiles, f"whether rows depend on each other was not measured: {error.message}")
     except _AnswersVaryError:
         return _with_remark(
@@ -81,6 +89,25 @@ def check_rows(source: OnnxModel, profiles: Profiles, samples: Samples) -> Profi
         remark = f"rows depend on each other, so batches are neither split nor padded: {measured}"
     found = replace(axis, splits=axis.declared, dependence=dependence)
     return _with_remark(replace(profiles, batch_axis=found), remark)
+
+
+def _check_that_more_than_one_row_runs(
+    source: OnnxModel, axis: BatchAxis, samples: Samples, error: MlflowTrtError
+) -> None:
+    feeds = samples.feeds[0]
+    rows = len(feeds[axis.inputs[0]])
+    if rows < _ROWS:
+        return
+    alone = {name: array[:1] if name in axis.inputs else array for name, array in feeds.items()}
+    try:
+        reference_runner(source).run([spec.name for spec in source.outputs], alone)
+    except (RuntimeUnavailableError, ExecutionError, InputError):
+        return
+    raise UnsupportedModelError(
+        f"axis 0 of {', '.join(axis.inputs)} varies by what the model declares, but it runs for 1 row and not for "
+        f"{rows}: somewhere inside, such as in a Reshape, the number of rows is a constant. Export the model with a "
+        f"batch axis that varies, or convert it for one row at a time with batch=1. {error.message}"
+    ) from error
 
 
 class _AnswersVaryError(Exception):

@@ -37,7 +37,9 @@ class Tolerance:
         cosine_similarity: lower limit, -1 to 1.
         top_class_agreement: lower limit, 0 to 1, for outputs that look like scores of classes: the share of rows with
             the same best class. Rows whose two best classes are so close that the tolerated `relative_error` of the
-            best score could swap them do not count.
+            best score could swap them do not count. For outputs of bool, int32 and int64, such as classes, tokens and
+            indices: the share of equal values, in place of all relative errors. Where that is too small and no value
+            is off by more than 1, as rounding makes of coordinates and counts, relative errors decide.
         median_row_error: upper limit of the relative error of the row in the middle, where there are several rows: the
             norm over all of them is that of the loudest, beside which the others may be wrong altogether.
         worst_row_error: upper limit of the relative error of any row, for outputs that are floats.
@@ -116,7 +118,7 @@ class OutputComparison:
         other_shapes: samples for which the output has another shape than the reference.
         varies: whether the reference varies enough to prove anything.
         classes: where the output looks like scores of classes, how many there are.
-        top_class_agreement: the share of rows with the same best class, 0 to 1.
+        top_class_agreement: the share of rows with the same best class, 0 to 1; of equal values, where these are exact.
         clear_agreement: the same of those rows alone whose two best classes are further apart than the tolerated error.
         rows: how many rows were compared each by itself.
         median_row_error: the relative error of the row in the middle; None where there is only one row.
@@ -146,8 +148,23 @@ class OutputComparison:
         """The name as a part of that of a metric, in which MLflow refuses some characters, and slashes at its ends."""
         return re.sub(r"[^\w\-. ]", "_", self.name)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether values are equal or not, as those of bool, int32 and int64 are."""
+        return self.classes is None and self.clear_agreement is not None
+
+    def _judged_by(self, tolerance: Tolerance) -> Tolerance:
+        """How far off a token is says nothing; that many numbers are off by 1 at most says that they were rounded."""
+        least = tolerance.top_class_agreement
+        if self.classes is not None or self.clear_agreement is None or least is None:
+            return tolerance
+        if self.clear_agreement < least and self.max_abs_error <= 1 and tolerance.relative_error is not None:
+            return replace(tolerance, top_class_agreement=None)
+        return replace(tolerance, relative_error=None, median_row_error=None, worst_row_error=None)
+
     def severity(self, tolerance: Tolerance) -> float:
         """The measured share of what is tolerated, of the worst measure: above 1 is too much."""
+        tolerance = self._judged_by(tolerance)
         if self.nans or self.infinities or self.lost_infinities or self.other_shapes:
             return math.inf
         shares = [
@@ -163,6 +180,8 @@ class OutputComparison:
     def problems(self, tolerance: Tolerance) -> tuple[str, ...]:
         """What is beyond `tolerance`, in words."""
         found = []
+        tolerance = self._judged_by(tolerance)
+        agreement = "share of equal values" if self.is_exact else "agreement of the best class"
         if self.other_shapes:
             found.append(f"its shape is another than that of the reference for {self.other_shapes} of the samples")
         if self.nans or self.infinities:
@@ -173,7 +192,7 @@ class OutputComparison:
             ("relative error", self.relative_error, tolerance.relative_error, 1),
             ("largest absolute error", self.max_abs_error, tolerance.max_abs_error, 1),
             ("cosine similarity", self.cosine_similarity, tolerance.cosine_similarity, -1),
-            ("agreement of the best class", self.clear_agreement, tolerance.top_class_agreement, -1),
+            (agreement, self.clear_agreement, tolerance.top_class_agreement, -1),
             (f"relative error of the median of {self.rows} rows", self.median_row_error, tolerance.median_row_error, 1),
             (f"relative error of the worst of {self.rows} rows", self.worst_row_error, tolerance.worst_row_error, 1),
         )
@@ -269,12 +288,18 @@ class Comparison:
         numbers = "; ".join(
             f"{output.name}: relative error {output.relative_error:.2e}, largest absolute error "
             f"{output.max_abs_error:.2e}"
-            + ("" if output.top_class_agreement is None else f", best class agrees in {output.top_class_agreement:.1%}")
+            + _agreement_text(output)
             + ("" if output.median_row_error is None else f", median row {output.median_row_error:.2e}")
             + ("" if output.worst_row_error is None else f", worst row {output.worst_row_error:.2e}")
             for output in self.outputs
         )
         return f"{self.subject} {self.verdict} against the source model on {self.inputs} ({numbers})"
+
+
+def _agreement_text(output: OutputComparison) -> str:
+    if output.top_class_agreement is None:
+        return ""
+    return f", {'values are equal' if output.is_exact else 'best class agrees'} in {output.top_class_agreement:.1%}"
 
 
 def _missing(similarity: float | None) -> float | None:

@@ -16,6 +16,9 @@ from mlflow_trt.core.types import BatchAxis
 _VARIES = 1e-3
 """A reference varies if its standard deviation is more than this share of its largest magnitude."""
 
+_EXACT_BYTES = 4
+"""Integers of so many bytes are classes, tokens, indices or counts; smaller ones are pixels, or quantized values."""
+
 
 def compare(
     subject: str,
@@ -70,6 +73,8 @@ class _Totals:
         usable = finite & np.isfinite(got)
         if self.is_float:
             self._add_classes(got, wanted, tolerance)
+        elif reference.dtype.kind == "b" or reference.dtype.itemsize >= _EXACT_BYTES:
+            self._add_exact(actual == reference)
         values = int(np.count_nonzero(usable))
         if values < wanted.size:
             self.nans += int((np.isnan(got) & finite).sum())
@@ -89,6 +94,13 @@ class _Totals:
         self.actual_squares += float(got @ got)
         self.product += float(got @ wanted)
         self.sum += float(wanted.sum())
+
+    def _add_exact(self, equal: npt.NDArray[np.bool_]) -> None:
+        count = int(np.count_nonzero(equal))
+        self.rows += equal.size
+        self.agreeing += count
+        self.clear += equal.size
+        self.clear_agreeing += count
 
     def _add_classes(self, got: npt.NDArray[np.float64], wanted: npt.NDArray[np.float64], tolerance: Tolerance) -> None:
         classes = class_count(wanted)

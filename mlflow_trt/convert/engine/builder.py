@@ -230,7 +230,9 @@ def _follow(worker: _Worker, progress: Progress | None) -> dict[str, Any] | None
 def _crash_text(tensorrt: trt.TensorRT, status: int, words: Sequence[str]) -> str:
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     said = f" Its last words: {' | '.join(words)}" if words else ""
-    return f"{tensorrt}'s build process {how} without building an engine.{said}"
+    crashed = -status in (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV)
+    advice = " Try another release of it, or log the model with mlflow.onnx, which runs it on ONNX Runtime."
+    return f"{tensorrt}'s build process {how} without building an engine.{advice if crashed else ''}{said}"
 
 
 def _is_about_no_gpu(line: str) -> bool:
