@@ -342,6 +342,13 @@ class TestFailures:
             build(model, tmp_path)
         assert caught.value.nodes == ("twist (Frobnicate)",)
 
+    def test_what_onnxruntime_optimized_is_to_be_converted_from_before(self, tmp_path):
+        model = networks.product()
+        model.graph.node[0].op_type, model.graph.node[0].domain = "FusedMatMul", "com.microsoft"
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+        with pytest.raises(UnsupportedModelError, match=r"product \(FusedMatMul\).*before ONNX Runtime optimized it"):
+            build(model, tmp_path, batch=(1, 4, 8))
+
     @pytest.mark.parametrize("operator", ["DFT", "BitShift"])
     def test_an_operator_of_onnx_is_no_custom_operator(self, operator, tmp_path):
         """Of DFT, TensorRT says that there is no such plugin, and of BitShift nothing."""

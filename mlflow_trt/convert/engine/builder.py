@@ -36,6 +36,14 @@ main(int(sys.argv[2]))
 """
 _LINES_QUOTED = 5
 _INTEGER_OPERATOR = re.compile(r"\((QLinear\w+|ConvInteger|MatMulInteger|DynamicQuantizeLinear)\)$")
+_FUSED = frozenset(
+    {
+        "BiasGelu", "BiasSoftmax", "BiasSplitGelu", "EmbedLayerNormalization", "FastGelu", "FusedConv", "FusedGemm",
+        "FusedMatMul", "FusedMatMulActivation", "GroupNorm", "NhwcConv", "NhwcFusedConv", "QuickGelu", "SkipGroupNorm",
+        "SkipLayerNormalization",
+    }
+)  # fmt: skip
+"""Operators of com.microsoft that stand for several of ONNX, and that TensorRT has not."""
 
 
 class Built(NamedTuple):
@@ -244,6 +252,12 @@ def _advice(message: str, nodes: Sequence[str]) -> str:
     """What to do about nodes, each a name with its operator, that TensorRT's parser refuses."""
     operators = list(dict.fromkeys(node.rpartition("(")[2].removesuffix(")") for node in nodes))
     has_no_layer = "Plugin not found" in message or "is not supported in TensorRT-RTX" in message
+    fused = [operator for operator in operators if operator in _FUSED]
+    if has_no_layer and fused:
+        return (
+            f"{', '.join(fused)}: ONNX Runtime's optimizer makes such operators of others. Convert the model from "
+            "before ONNX Runtime optimized it, or log it with mlflow.onnx"
+        )
     if has_no_layer and not (operators and all(map(onnx.defs.has, operators))):
         return (
             "Operators that are not of ONNX are custom operators, which TensorRT runs as plugins: name their libraries "
