@@ -694,10 +694,18 @@ def test_packed_weights_of_float16_are_converted(tmp_path):
     assert relative_error(typed, expected) < 1e-3
 
 
-def test_packed_weights_that_come_in_are_left_to_the_parser_which_refuses_them(tmp_path):
+@pytest.mark.parametrize("fault", ["scales that come in", "too few scales", "no size"])
+def test_packed_weights_that_cannot_be_read_are_left_to_the_parser_which_refuses_them(fault, tmp_path):
     model = packed()
     scales = model.graph.initializer[1]
-    model.graph.input.append(value("scales", FLOAT, scales.dims))
-    model.graph.initializer.remove(scales)
+    if fault == "scales that come in":
+        model.graph.input.append(value("scales", FLOAT, scales.dims))
+        model.graph.initializer.remove(scales)
+    elif fault == "too few scales":
+        scales.CopyFrom(constant("scales", np.ones(3, np.float32)))
+    else:
+        attributes = [attribute for attribute in model.graph.node[0].attribute if attribute.name != "K"]
+        del model.graph.node[0].attribute[:]
+        model.graph.node[0].attribute.extend(attributes)
     with pytest.raises(UnsupportedModelError, match=r"product \(MatMulNBits\).*other operators there"):
         mlflow_trt.save_model(model, tmp_path / "m", batch=(1, 4, 8), verify=False)

@@ -78,19 +78,23 @@ def test_numbers_are_in_the_record_the_params_and_the_metrics(store):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize(
     ("node", "found"),
     [
-        (helper.make_node("ReduceMean", ["x"], ["y"], keepdims=0), r"shape \(\) for 4 rows"),
-        (helper.make_node("ReduceMean", ["x"], ["y"], axes=[0], keepdims=0), r"shape \(16,\) for 4 rows"),
+        (helper.make_node("ReduceMean", ["h"], ["y"], keepdims=0), r"shape \(\) for 4 rows"),
+        (helper.make_node("ReduceMean", ["h"], ["y"], axes=[0], keepdims=0), r"shape \(8,\) for 4 rows"),
     ],
     ids=["a scalar", "another axis"],
 )
-def test_an_output_that_has_no_rows_though_it_is_declared_to_have_them(node, found, tmp_path):
-    shape = networks.value("y", networks.FLOAT, ["batch"])
-    model = networks.model([node], [networks.value("x", networks.FLOAT, ["batch", 16])], [shape])
+def test_an_output_that_has_no_rows_though_it_is_declared_to_have_them(node, found, precision, tmp_path):
+    model = networks.product()
+    model.graph.node[0].output[0] = "h"
+    model.graph.node.append(node)
+    model.graph.output[0].CopyFrom(networks.value("y", networks.FLOAT, ["batch"]))
+    options = {"precision": precision, "batch": (1, 4, 8), "calibration_data": networks.rows(8)}
     with pytest.raises(OnnxModelError, match=rf"declares the output y: float32\[batch\], and ONNX Runtime .* {found}"):
-        mlflow_trt.save_model(model, tmp_path / "model", batch=(1, 4, 8))
+        mlflow_trt.save_model(model, tmp_path / "model", **options)
     assert not (tmp_path / "model").exists()
 
 

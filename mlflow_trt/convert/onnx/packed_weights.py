@@ -83,21 +83,29 @@ def _stored(node: ir.Node, weights: _Weights) -> ir.Value:
 
 
 def _unpack(node: ir.Node) -> _Weights | None:
+    """None where they are computed, or permuted (`g_idx`), or not as ONNX Runtime packs them."""
     packed, scales = constant_of(_input(node, 1)), constant_of(_input(node, 2))
-    given_zeros = _input(node, 3)
-    zeros = constant_of(given_zeros)
-    lacks_constants = packed is None or scales is None or (given_zeros is not None and zeros is None)
-    if lacks_constants or _input(node, 4) is not None or packed is None or scales is None:
+    zeros, order = _input(node, 3), _input(node, 4)
+    sizes = [_whole(node, name, 0) for name in ("N", "K", "block_size")]
+    bits = _whole(node, "bits", _DEFAULT_BITS)
+    if packed is None or scales is None or order is not None or not all(sizes) or 8 % bits:
         return None
-    bits = node.attributes["bits"].as_int() if "bits" in node.attributes else _DEFAULT_BITS
-    outputs, blocks, size = packed.shape[0], packed.shape[1], node.attributes["block_size"].as_int()
-    numbers = _unpacked(packed.reshape(outputs, blocks, -1), bits)[..., :size].astype(np.int16)
+    outputs, length, size = sizes
+    blocks = -(-length // size)
+    if packed.size * 8 != outputs * blocks * size * bits or scales.size != outputs * blocks:
+        return None
     middle = np.array(1 << (bits - 1), np.int16)
-    if zeros is not None and zeros.dtype != np.uint8:
-        return None  # zero points that are no whole numbers
     if zeros is not None:
-        middle = _unpacked(zeros.reshape(outputs, -1), bits)[:, :blocks, None].astype(np.int16)
-    return _Weights(numbers - middle, scales.reshape(outputs, blocks, 1), node.attributes["K"].as_int())
+        stored = constant_of(zeros)
+        if stored is None or stored.dtype != np.uint8 or stored.size % outputs:
+            return None
+        middle = _unpacked(stored.reshape(outputs, -1), bits)[:, :blocks, None].astype(np.int16)
+    numbers = _unpacked(packed.reshape(outputs, blocks, -1), bits).astype(np.int16)
+    return _Weights(numbers - middle, scales.reshape(outputs, blocks, 1), length)
+
+
+def _whole(node: ir.Node, name: str, usual: int) -> int:
+    return node.attributes[name].as_int() if name in node.attributes else usual
 
 
 def _unpacked(array: npt.NDArray[np.generic], bits: int) -> npt.NDArray[np.uint8]:

@@ -72,7 +72,7 @@ class Reference:
         whole: list[_Pair] = []
         halves: tuple[list[_Pair], list[_Pair]] = [], []
         for feeds, outputs in zip(self.samples.feeds, self.outputs, strict=False):
-            if batch_axis is None or not batch_axis.splits or len(feeds[batch_axis.inputs[0]]) < 2:
+            if batch_axis is None or not _has_rows(feeds, outputs, batch_axis):
                 whole.append((feeds, outputs))
                 continue
             for start, half in enumerate(halves):
@@ -86,6 +86,12 @@ class Reference:
         feeds = tuple(one for one, _ in pairs)
         samples = replace(self.samples, feeds=feeds, rows=self.samples.rows // 2)
         return replace(self, samples=samples, outputs=tuple(expected for _, expected in pairs))
+
+
+def _has_rows(feeds: Feeds, outputs: Outputs, axis: BatchAxis) -> bool:
+    """Whether there are several, and every output has them: what a model declares of its outputs may be wrong."""
+    rows = len(feeds[axis.inputs[0]])
+    return axis.splits and rows > 1 and all(array.shape[:1] == (rows,) for array in outputs.values())
 
 
 def _every_second_row(feeds: Feeds, outputs: Outputs, axis: BatchAxis, start: int) -> _Pair:
