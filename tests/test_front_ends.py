@@ -200,7 +200,7 @@ class Pair:
 
     def __init__(self, app):
         descriptor = create_memory()
-        self.gateway, self.relay = Gateway(app, descriptor), Relay(map_memory(descriptor), PATIENCE)
+        self.gateway, self.relay = Gateway(app, descriptor), Relay(map_memory(descriptor))
         os.close(descriptor)
 
     @classmethod

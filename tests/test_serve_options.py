@@ -12,6 +12,7 @@ import networks
 import numpy as np
 import pytest
 import requests
+import tritonclient.http as triton
 from helpers import keep_asking, save_networks, wait_for
 from installed import installed
 from repository import SUPPORT
@@ -84,13 +85,23 @@ class TestHttps:
             ):
                 client.predict({"x": x})
 
-    def test_clients_with_a_certificate(self, product_folder, certificates):
+    @pytest.mark.parametrize("front_ends", ["0", "2"])
+    def test_clients_with_a_certificate(self, front_ends, product_folder, certificates, product_weights):
         """Who brings none is not answered, probes neither."""
-        server = self.server(product_folder, certificates, "--ssl-ca-certs", str(certificates / "ca.pem"))
+        options = ["--ssl-ca-certs", str(certificates / "ca.pem"), "--front-ends", front_ends]
+        server = self.server(product_folder, certificates, *options)
         try:
             wait_for(lambda: "Serving at https" in server.log())
             theirs = (str(certificates / "client.pem"), str(certificates / "client.key"))
             assert requests.get(f"{server.address}/v2/health/ready", cert=theirs, timeout=30).ok
+            x = networks.rows(70_000)  # both ways in many pieces
+            tensor = triton.InferInput("x", list(x.shape), "FP32").set_data_from_numpy(x)
+            body, length = triton.InferenceServerClient.generate_request_body([tensor])
+            headers = {"Inference-Header-Content-Length": str(length)}
+            url = f"{server.address}/v2/models/product/infer"
+            answer = requests.post(url, body, headers=headers, cert=theirs, timeout=30)
+            assert np.allclose(np.frombuffer(answer.content[-70_000 * 32 :], np.float32).reshape(-1, 8),
+                               x @ product_weights, atol=1e-3)  # fmt: skip
             with pytest.raises(requests.ConnectionError):
                 requests.get(f"{server.address}/v2/health/ready", timeout=30)
         finally:

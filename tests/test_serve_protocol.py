@@ -139,10 +139,14 @@ def changed(index=0, **fields):
         (changed(shape=[1] * 99 + [2]), InputShapeError, "'x'"),
         (changed(shape=[0, 2**62], data=[]), InputShapeError, "'x'"),
         (changed(shape=[2**70]), InputShapeError, "'x'"),
+        (changed(shape=[0, 10**400], data=[]), InputShapeError, "'x' has no shape"),
         (changed(data=...), InputError, "'x' has no data"),
         (changed(data=5), InputError, "'x': data is no list"),
         (changed(data=[1, 2.0]), InputDtypeError, "'x': an element is not an integer"),
         (changed(data=[True, False]), InputDtypeError, "'x': an element is not an integer"),
+        (changed(data=[True, 2]), InputDtypeError, "'x': an element is not an integer"),
+        (changed(1, data=[True, 0.5], shape=[2]), InputDtypeError, "'y': an element is not a number"),
+        (changed(shape=[2, 2], data=[[1, 2], [3, False]]), InputDtypeError, "'x': an element is not an integer"),
         (changed(data=["1", "2"]), InputDtypeError, "'x': an element is not an integer"),
         (changed(data=[1, None]), InputDtypeError, "'x': an element is not an integer"),
         (changed(data=[1, 2**31]), InputDtypeError, r"'x'.*: the value at \[1\] cannot be represented in int32"),
@@ -160,6 +164,7 @@ def changed(index=0, **fields):
         ({**changed(), "id": 5}, InputError, "id is no string"),
         ({**changed(), "parameters": 5}, InputError, "the parameters of the request are no JSON object"),
         ({**changed(), "parameters": {"timeout": "soon"}}, InputError, "timeout of the request"),
+        ({**changed(), "parameters": {"timeout": 10**400}}, InputError, "timeout of the request"),
         ({**changed(), "parameters": {"binary_data_output": 1}}, InputError, "neither true nor false"),
         ({**changed(), "outputs": [{"name": "x"}]}, InputError, "there is no output 'x'; the model has x_out"),
         ({**changed(), "outputs": [{"name": "x_out"}] * 2}, InputError, "output 'x_out' is asked for twice"),
@@ -170,6 +175,17 @@ def test_what_is_refused(body, error, message):
     with pytest.raises(error, match=message) as caught:
         parse(json.dumps(body).encode(), None, X)
     assert "77.125" not in caught.value.message
+
+
+def test_a_number_that_no_float_holds_is_not_infinity():
+    """orjson refuses it as it does NaN and Infinity, which Python's JSON reads, and takes 1e400 for."""
+    text = json.dumps(changed(1, data=[5]))
+    for written, read in (("-Infinity", -np.inf), ("NaN", np.nan), ("3.4e38", np.float32(3.4e38))):
+        found = parse(text.replace("[5]", f"[{written}]").encode(), None, X).feeds["y"]
+        assert np.array_equal(found, np.array([read], np.float32), equal_nan=True)
+    for written in ("1e400", "-1e400", "1" * 400 + ".5"):
+        with pytest.raises(InputError, match="too large for a float of 64 bits"):
+            parse(text.replace("[5]", f"[{written}]").encode(), None, X)
 
 
 def test_integers_beyond_int64():

@@ -48,8 +48,8 @@ def datatype_of(dtype: np.dtype[np.generic]) -> str:
 
 
 def is_size(value: object) -> bool:
-    """Whether it can be the size of something: an int that is 0 or more, and no bool, which Python takes for one."""
-    return type(value) is int and value >= 0
+    """Whether it can be the size of something: an int of 63 bits, and no bool, which Python takes for one."""
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def is_shape(value: object) -> bool:

@@ -77,13 +77,14 @@ class Calls:
         body = await exchange.read(ticket, aligned_at=header_length or 0)
         await self._inference.infer(model, exchange, body, header_length, deadline)
 
-    async def _invoke(self, exchange: Exchange, model: ServedModel, ticket: Ticket, _deadline: Deadline) -> None:
+    async def _invoke(self, exchange: Exchange, model: ServedModel, ticket: Ticket, deadline: Deadline) -> None:
         body = await exchange.read(ticket)
         kind = exchange.headers.get(b"content-type", b"")
         began = time.monotonic()
         invoked = await asyncio.get_running_loop().run_in_executor(
             self._threads, invoke, model, body, kind, self._most_bytes
         )
+        deadline.end()
         await exchange.answer(invoked.status, [invoked.body], invoked.kind)
         model.statistics.invoked(time.monotonic() - began)
 

@@ -71,7 +71,7 @@ class Exchange:
 
         Raises DisconnectedError, and what `Ticket.hold` raises.
         """
-        if b"content-encoding" in self.headers:
+        if self.headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise HttpError(415, Cause.BAD_REQUEST, "the body is compressed, which this server does not read")
         size = self.number("content-length")
         if size is not None:

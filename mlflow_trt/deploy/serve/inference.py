@@ -83,6 +83,7 @@ class Inference:
         parsed = time.monotonic()
         written, begun = await self._run(model, exchange, request)
         answered = time.monotonic()
+        deadline.end()
         await exchange.answer_tensors(*written.answer)
         times = Times(arrived, parsed, begun or parsed, written.ended, answered)
         model.statistics.succeeded(times, written.rows)

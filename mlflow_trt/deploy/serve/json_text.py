@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import orjson
@@ -16,9 +17,19 @@ def read(text: bytes | bytearray | memoryview) -> Any:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:
         try:
-            return json.loads(bytes(text))
+            return json.loads(bytes(text), parse_float=_finite)
+        except InputError:
+            raise
         except (ValueError, RecursionError):
             raise InputError(f"the body is no JSON: {error.msg} at byte {error.pos}") from None
+
+
+def _finite(number: str) -> float:
+    """What is written as a number is one: Python makes infinity of 1e400, which is not what it says."""
+    value = float(number)
+    if math.isinf(value):
+        raise InputError("the body has a number that is too large for a float of 64 bits")
+    return value
 
 
 def write(value: Any, *, may_be_nan: bool = False) -> bytes:

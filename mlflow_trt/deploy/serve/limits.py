@@ -129,6 +129,10 @@ class Deadline:
             self._handle.cancel()
             self._handle = self._loop.call_at(until, self._expire)
 
+    def end(self) -> None:
+        """From now on there is none: how long a client takes for its answer is up to the connection."""
+        self._handle.cancel()
+
     def _expire(self) -> None:
         self.expired = True
         if self._task is not None:

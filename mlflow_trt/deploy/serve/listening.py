@@ -8,21 +8,25 @@ import socket
 from collections.abc import Sequence
 
 _LAST_STANDARD_STREAM = 2
+_MOST_MILLISECONDS = (1 << 31) - 1
 
 
-def bind(host: str, port: int, front_ends: int, *, reuse_port: bool) -> list[socket.socket]:
+def bind(host: str, port: int, front_ends: int, *, reuse_port: bool, seconds: float) -> list[socket.socket]:
     """One socket, or one for each front end, all at the same address.
+
+    A client that takes nothing of its answer for so many seconds loses its connection: the kernel sees to it, and
+    without it the answer would be kept forever.
 
     Taken before models are loaded, which may last minutes, and open for connections after. Raises OSError.
     """
     first = _bound(host, port, shared=reuse_port)
     if not front_ends:
-        return [first]
+        return [_impatient(first, seconds)]
     port = first.getsockname()[1]
     first.close()  # it said that nobody else listens there; now several do
     bound: list[socket.socket] = []
     try:
-        bound.extend(_bound(host, port, shared=True) for _ in range(front_ends))
+        bound.extend(_impatient(_bound(host, port, shared=True), seconds) for _ in range(front_ends))
     except OSError:
         for one in bound:
             one.close()
@@ -48,6 +52,13 @@ def occupy_standard_streams() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _LAST_STANDARD_STREAM:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
+
+
+def _impatient(bound: socket.socket, seconds: float) -> socket.socket:
+    """The connections that it takes inherit this."""
+    milliseconds = min(max(int(seconds * 1e3), 1), _MOST_MILLISECONDS)
+    bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+    return bound
 
 
 def _bound(host: str, port: int, *, shared: bool) -> socket.socket:

@@ -313,10 +313,16 @@ def _from_numbers(data: object, spec: TensorSpec, shape: Sequence[int]) -> Array
         array = _large_integers(data, array)
     is_float = spec.dtype.startswith(("float", "bfloat"))
     kinds = "b" if spec.dtype == "bool" else "fiu" if is_float else "iu"
-    if array.dtype.kind not in kinds:
+    if array.dtype.kind not in kinds or (array.dtype.kind != "b" and _has_bools(data)):
         what = {"b": "true or false", "fiu": "a number", "iu": "an integer of 64 bits"}[kinds]
         raise InputDtypeError(f"input {spec.name!r}: an element is not {what}", tensor=spec.name)
     return convert_array(array.astype(np.float64) if is_float else array, spec).reshape(shape)
+
+
+def _has_bools(values: list[Any]) -> bool:
+    """Whether true or false are among numbers, which numpy takes for 1 and 0."""
+    kinds = set(map(type, values))
+    return bool in kinds or (list in kinds and any(map(_has_bools, values)))
 
 
 def _large_integers(data: list[Any], array: Array) -> Array:

@@ -151,7 +151,13 @@ def serve(
     if options.follow_aliases and not any(source.alias for source in sources):
         raise OptionError("follow_aliases follows models like models:/NAME@ALIAS, and none is", option="follow_aliases")
     with contextlib.ExitStack() as stack:
-        bound_to = bind(options.host, options.port, options.front_ends, reuse_port=options.reuse_port)
+        bound_to = bind(
+            options.host,
+            options.port,
+            options.front_ends,
+            reuse_port=options.reuse_port,
+            seconds=options.limits.seconds,
+        )
         sockets = [stack.enter_context(bound) for bound in bound_to]
         repository = _load(sources, load, options.settings, stack, told)
         gpus = probe().gpus if any(model.session.runtime == "tensorrt" for model in repository) else ()

@@ -74,15 +74,13 @@ class Relay:
 
     Args:
         memory: what both map.
-        seconds: for a client to take its answer.
 
     Attributes:
         frames: the connection to the server.
     """
 
-    def __init__(self, memory: mmap.mmap, seconds: float) -> None:
+    def __init__(self, memory: mmap.mmap) -> None:
         self._memory = memoryview(memory)
-        self._seconds = seconds
         self._blocks = Blocks(0, REQUEST_BYTES)
         self._calls: dict[int, _Call] = {}
         self._numbers = itertools.count()
@@ -106,8 +104,8 @@ class Relay:
             if self._calls.pop(call.number, None) is not None:  # the server works on it in vain
                 self.frames.tell({"gone": call.number})
         if answer is not None:
-            with contextlib.suppress(asyncio.TimeoutError, RuntimeError):  # uvloop's: the connection is closed
-                await asyncio.wait_for(_answer(send, answer), self._seconds)
+            with contextlib.suppress(RuntimeError):  # uvloop's: the connection is closed
+                await _answer(send, answer)
 
     async def _send_request(self, call: _Call, scope: Scope, receive: Receive) -> None:
         """Give the server the request, and tell it when the client goes away before it has its answer."""
@@ -160,30 +158,32 @@ class Relay:
         return message
 
     def _hear(self, told: Told, data: bytes) -> None:
-        if "free" in told:
+        if "call" in told:
+            self._hear_of_call(told["call"], told, data)
+        elif "free" in told:
             for block in told["free"]:
                 self._blocks.give_back(block)
         elif "stop" in told:
             self.stopped.set()
         elif "alive" in told:
             self.frames.tell({"alive": True})
-        elif "answer" in told:
-            self._settle(told["answer"], _Answer(told["status"], headers_of(told["headers"]), self._body(told, data)))
-        elif "ended" in told:
-            self._settle(told["ended"], None)
-        elif (call := self._calls.get(told["part"] if "part" in told else told["wanted"])) is not None:
-            if "part" in told:
-                call.parts.append(data)
-            else:
-                call.wanted.set()
 
-    def _body(self, told: Told, data: bytes) -> bytes:
-        """That of an answer, which came in memory, in parts, or with what was told."""
-        if "at" in told:
+    def _hear_of_call(self, number: int, told: Told, data: bytes) -> None:
+        if "at" in told:  # the answer lies in memory
             data = bytes(self._memory[told["at"] : told["at"] + told["size"]])
             self.frames.tell({"free": told["at"]})
-        call = self._calls.get(told["answer"])
-        return data if call is None or not call.parts else b"".join((*call.parts, data))
+        call = self._calls.get(number)
+        if call is None:  # nobody waits for it any more
+            return
+        if "wanted" in told:
+            call.wanted.set()
+        elif "part" in told:
+            call.parts.append(data)
+        elif "ended" in told:
+            self._settle(number, None)
+        else:
+            body = b"".join((*call.parts, data))
+            self._settle(number, _Answer(told["status"], headers_of(told["headers"]), body))
 
     def _settle(self, number: int, answer: _Answer | None) -> None:
         """What the server made of a request, unless nobody waits for it any more."""
@@ -259,5 +259,5 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # they were held back until here
     told: dict[str, Any] = json.load(sys.stdin)
     with socket.socket(fileno=told["listening"]) as listening, socket.socket(fileno=told["channel"]) as channel:
-        relay = Relay(map_memory(told["memory"]), told["seconds"])
+        relay = Relay(map_memory(told["memory"]))
         _Server(uvicorn_config(relay, told["seconds"], told["ssl"]), relay, channel).run([listening])

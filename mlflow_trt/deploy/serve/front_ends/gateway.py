@@ -84,18 +84,18 @@ class Gateway:
         finally:
             del self._requests[request.number]
             if not request.is_answered:
-                self.frames.tell({"ended": request.number})
+                self.frames.tell({"call": request.number, "ended": True})
             request.forget()
             self._give_back()
 
     async def answer(self, number: int, start: Message, body: bytes) -> None:
         """Send an answer to the front end: what has no room in pieces, between which others are told."""
-        told: Told = {"answer": number, "status": start["status"], "headers": told_headers(start["headers"])}
+        told: Told = {"call": number, "status": start["status"], "headers": told_headers(start["headers"])}
         block = self._answers.take(len(body)) if len(body) > SMALL else None
         if block is None:
             left = memoryview(body)
             while len(left) > _PIECE:
-                self.frames.tell({"part": number}, left[:_PIECE])
+                self.frames.tell({"call": number, "part": True}, left[:_PIECE])
                 left = left[_PIECE:]
                 await self.frames.drain()
             self.frames.tell(told, left)
@@ -164,7 +164,7 @@ class _Request:
         """As ASGI has it."""
         if self._asks_for_body:
             self._asks_for_body = False
-            self._gateway.frames.tell({"wanted": self.number})
+            self._gateway.frames.tell({"call": self.number, "wanted": True})
         while not self._messages and not self._has_left:
             self._waiting = asyncio.get_running_loop().create_future()
             await self._waiting
