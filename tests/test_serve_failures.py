@@ -340,12 +340,13 @@ class TestWaiting:
 
 
 class TestEnding:
-    def test_ending_while_one_waits(self, tmp_path, front_ends, product_weights):
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])
+    def test_ending_while_one_waits(self, number, tmp_path, front_ends, product_weights):
         """The request that it has is answered before it ends, and no other is taken."""
         with gated(tmp_path, front_ends) as server, ThreadPoolExecutor(1) as pool, connection(server) as over:
             asking = pool.submit(infer, over, WAITS)
             wait_for(server.has_one_waiting)
-            os.kill(server.pid, signal.SIGTERM)
+            os.kill(server.pid, number)
             wait_for(lambda: not accepts(server))
             assert not server.has_ended
             server.open()

@@ -34,7 +34,7 @@ def feeds_from_frame(frame: pd.DataFrame, specs: tuple[TensorSpec, ...]) -> dict
     if [str(name) for name in frame.columns] == [str(number) for number in range(len(specs))]:
         frame = frame.set_axis([spec.name for spec in specs], axis="columns")
     if not frame.columns.is_unique:
-        raise InputError(f"the DataFrame has several columns of one name: {', '.join(map(str, frame.columns))}")
+        raise InputError(f"the DataFrame has several columns of one name: {_listed(list(frame.columns))}")
     if frame.columns.nlevels > 1:
         raise InputError(
             f"the columns of the DataFrame have {frame.columns.nlevels} levels of names; expected one: "
@@ -43,7 +43,7 @@ def feeds_from_frame(frame: pd.DataFrame, specs: tuple[TensorSpec, ...]) -> dict
     missing = [spec.name for spec in specs if spec.name not in frame.columns]
     if missing:
         raise InputError(
-            f"the DataFrame has no column {missing[0]!r}; it has {', '.join(map(str, frame.columns))}",
+            f"the DataFrame has no column {missing[0]!r}; it has {_listed(list(frame.columns))}",
             tensor=missing[0],
         )
     shapes = _recorded_shapes(frame)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -240,6 +242,20 @@ class _Server(uvicorn.Server):
         if self._front_ends is not None:
             await self._front_ends.stop(lambda: self.force_exit)
         await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGHUP, too: a terminal that is closed sends it. Ignored, as nohup leaves it, it stays so."""
+        with super().capture_signals():
+            before = signal.getsignal(signal.SIGHUP)
+            is_heard = threading.current_thread() is threading.main_thread() and before is not signal.SIG_IGN
+            if is_heard:
+                signal.signal(signal.SIGHUP, self.handle_exit)
+            try:
+                yield
+            finally:
+                if is_heard:
+                    signal.signal(signal.SIGHUP, before)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal lets it drain, unless nothing can be answered any more; the next one ends it."""
