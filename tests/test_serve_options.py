@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import json
 import os
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 
@@ -13,14 +17,18 @@ import numpy as np
 import pytest
 import requests
 import tritonclient.http as triton
-from helpers import keep_asking, save_networks, wait_for
+import uvloop
+from helpers import PATIENCE, keep_asking, save_networks, wait_for
 from installed import installed
 from repository import SUPPORT
 from servers import ServerProcess, TensorServer
+from uvicorn.server import ServerState
 
 import mlflow_trt
 from examples.serving import free_port, running
 from mlflow_trt.client import Client
+from mlflow_trt.deploy.serve import connection
+from mlflow_trt.deploy.serve.uvicorn_config import uvicorn_config
 from mlflow_trt.errors import ServerUnavailableError
 
 pytestmark = pytest.mark.server
@@ -107,6 +115,43 @@ class TestHttps:
         finally:
             server.stop()
 
+    def test_a_client_that_is_idle_does_not_hold_up_the_end(self, certificates, monkeypatch):
+        """It reads nothing, so it does not say that it closes, too, for which TLS would wait."""
+        monkeypatch.setattr(connection, "_FAREWELL", 0.01)
+        theirs = ssl.create_default_context(cafile=certificates / "ca.pem")
+        ours = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        ours.load_cert_chain(certificates / "server.pem", certificates / "server.key", PASSWORD)
+
+        async def app(_scope, _receive, send):
+            await send({"type": "http.response.start", "status": 204, "headers": []})
+            await send({"type": "http.response.body"})
+
+        def ask(port):
+            client = theirs.wrap_socket(socket.create_connection(("127.0.0.1", port)), server_hostname="127.0.0.1")
+            client.sendall(b"GET / HTTP/1.1\r\nHost: tests\r\n\r\n")
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 204")
+            return client
+
+        async def end():
+            loop, state = asyncio.get_running_loop(), ServerState()
+            config = uvicorn_config(app, PATIENCE, {})
+            config.load()
+            arguments = {"config": config, "server_state": state, "app_state": {}}
+            make = functools.partial(connection.Connection, head_seconds=PATIENCE, **arguments)
+            server = await loop.create_server(make, "127.0.0.1", 0, ssl=ours, ssl_shutdown_timeout=10 * PATIENCE)
+            client = await loop.run_in_executor(None, ask, server.sockets[0].getsockname()[1])
+            (idle,) = state.connections
+            idle.shutdown()
+            await loop.run_in_executor(None, wait_for, lambda: not state.connections)
+            client.close()
+            server.close()
+
+        loop = uvloop.new_event_loop()
+        try:
+            loop.run_until_complete(end())
+        finally:
+            loop.close()
+
 
 def test_two_processes_on_one_port(product_folder, product_weights):
     """As for two GPUs: the kernel shares out connections, and when one is killed, its clients find the other."""
@@ -156,7 +201,6 @@ def test_a_port_that_is_not_shared(product_folder):
 
 def socket_on_port():
     import contextlib
-    import socket
 
     @contextlib.contextmanager
     def taken():

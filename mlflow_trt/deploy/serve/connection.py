@@ -1,4 +1,4 @@
-"""Connections with an end, also where a client never comes to the end of the head of its request."""
+"""Connections with an end, also where a client never comes to the end of its request's head, or does not close."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _MOST_HEAD = 1 << 16
+_FAREWELL = 3.0  # seconds for a client that has its answer, when the server ends
 
 
 class Connection(HttpToolsProtocol):
-    """A connection that ends where the head of a request does not come in time, or has no end.
+    """A connection that ends where the head of a request does not come in time or has no end, and with the server.
 
     Args:
         head_seconds: for the head of a request, and for the first one to begin.
@@ -24,6 +25,7 @@ class Connection(HttpToolsProtocol):
         self._is_in_head = False
         self._head_bytes = 0
         self._until: asyncio.TimerHandle | None = None
+        self._server_ends = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -55,6 +57,24 @@ class Connection(HttpToolsProtocol):
         self._is_in_head = False
         self._stop_waiting()
         super().on_headers_complete()
+
+    def shutdown(self) -> None:
+        """The server ends, and this with it when the request that it has is answered."""
+        super().shutdown()
+        self._server_ends = True
+        self._part()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._server_ends:
+            self._part()
+
+    def _part(self) -> None:
+        """Over TLS, each end waits until the other says that it closes, too; a client that is idle says nothing, and
+        the server would wait for half a minute.
+        """
+        if self.scheme == "https" and self.transport.is_closing():
+            self.loop.call_later(_FAREWELL, self.transport.abort)
 
     def _await_head(self) -> None:
         self._until = self.loop.call_later(self._head_seconds, self._give_up)
