@@ -459,7 +459,12 @@ def test_options_that_make_no_sense(options, message):
 
 @pytest.mark.parametrize(
     ("limits", "message"),
-    [({"seconds": 0}, "seconds is 0; expected more than 0"), ({"pending_bytes": 1}, "one body may have 268435456")],
+    [
+        ({"seconds": 0}, "seconds is 0; expected a number above 0"),
+        ({"seconds": float("inf")}, "seconds is inf; expected a number above 0"),
+        ({"seconds": float("nan")}, "seconds is nan; expected a number above 0"),
+        ({"pending_bytes": 1}, "one body may have 268435456"),
+    ],
 )
 def test_limits_that_make_no_sense(limits, message):
     with pytest.raises(OptionError, match=message):
@@ -504,7 +509,16 @@ class TestStarting:
         self.fails(RuntimeUnavailableError, "start the server with --model-config", product_folder, settings={})
 
 
-def test_from_the_command_line(product_folder):
-    code, _, errors = run("serve", product_folder, "--device", "first")
-    assert code == 2
-    assert "--device: 'first': expected a number" in " ".join(errors.split())
+@pytest.mark.parametrize(
+    ("option", "value", "code", "words"),
+    [
+        ("--device", "first", 2, "--device: 'first': expected a number"),
+        ("--timeout", "inf", 2, "'--timeout': inf: expected a number of seconds above 0"),
+        ("--max-requests", "0", 2, "'--max-requests'"),
+        ("--max-pending-mib", "1", 1, "--max-pending-mib is 1048576, and one body may have 268435456"),
+    ],
+)
+def test_from_the_command_line(option, value, code, words, product_folder):
+    found, _, errors = run("serve", product_folder, option, value)
+    assert found == code
+    assert words in " ".join(errors.split())

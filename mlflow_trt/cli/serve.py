@@ -14,6 +14,12 @@ from mlflow_trt.core.printable import printable
 _MIB = 1 << 20
 
 
+def _seconds(value: float) -> float:
+    if not 0 < value < float("inf"):
+        raise typer.BadParameter(f"{value:g}: expected a number of seconds above 0")
+    return value
+
+
 def serve(
     models: Annotated[
         list[str], typer.Argument(help="MLflow model URIs such as models:/name/3 or models:/name@alias, or NAME=URI.")
@@ -29,13 +35,20 @@ def serve(
     device: Annotated[str, typer.Option(help="A CUDA device ordinal, several like 0,1, all, or own.")] = "",
     model_config: Annotated[str, typer.Option(help='Load settings as JSON, like \'{"runtime": "auto"}\'.')] = "",
     follow_aliases: Annotated[float, typer.Option(help="Seconds between two looks where aliases lead; 0: never.")] = 0,
-    max_requests: Annotated[int, typer.Option(help="Requests at once before the server answers 429.")] = 1024,
-    max_body_mib: Annotated[int, typer.Option(help="The largest body; a larger one is answered with 413.")] = 256,
+    max_requests: Annotated[int, typer.Option(min=1, help="Requests at once before the server answers 429.")] = 1024,
+    max_body_mib: Annotated[
+        int, typer.Option(min=1, help="The largest body; a larger one is answered with 413.")
+    ] = 256,
     max_unpacked_mib: Annotated[
-        int, typer.Option(help="The largest table that parquet may unpack to; a larger one is answered with 413.")
+        int,
+        typer.Option(min=1, help="The largest table that parquet may unpack to; a larger one is answered with 413."),
     ] = 512,
-    max_pending_mib: Annotated[int, typer.Option(help="All bodies at once, before the server answers 429.")] = 2048,
-    timeout: Annotated[float, typer.Option(help="Seconds for a request before the server answers 504.")] = 60,
+    max_pending_mib: Annotated[
+        int, typer.Option(min=1, help="All bodies at once, before the server answers 429.")
+    ] = 2048,
+    timeout: Annotated[
+        float, typer.Option(callback=_seconds, help="Seconds for a request before the server answers 504.")
+    ] = 60,
     drain_seconds: Annotated[
         float, typer.Option(help="When asked to end: seconds to go on while saying that it is not ready.")
     ] = 0,

@@ -33,6 +33,7 @@ OPTIONS = {
     "follow_aliases": "--follow-aliases",
     "front_ends": "--front-ends",
     "drain_seconds": "--drain-seconds",
+    "pending_bytes": "--max-pending-mib",
     "api_key_file": "--api-key-file",
     "shared_memory_prefix": "--shared-memory-prefix",
     "ssl_keyfile": "--ssl-keyfile",
@@ -50,7 +51,7 @@ _WEIGHTS: dict[str, str] = {"stripped": "--strip-weights", "refittable": "--refi
 _SETTINGS = "runtime|on_mismatch|kernel_specialization|cuda_graphs|warm_up"
 _SUBJECTS = (
     "port|batches|seconds|instances|queue_delay|follow_aliases|front_ends|drain_seconds|avg_timing_iterations|optimization_level|"
-    "workspace_bytes|memory_pools|name|backend|server|base|targets|wheels"
+    "workspace_bytes|pending_bytes|memory_pools|name|backend|server|base|targets|wheels"
 )
 _CHOOSERS = r"\bsave_model, log_model, convert_model_version and `mlflow-trt convert`, which choose"
 _PHRASES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (

@@ -38,8 +38,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         for option in ("requests", "body_bytes", "unpacked_bytes", "pending_bytes", "seconds"):
-            if not getattr(self, option) > 0:
-                raise OptionError(f"{option} is {getattr(self, option)}; expected more than 0", option=option)
+            if not 0 < getattr(self, option) < float("inf"):
+                raise OptionError(f"{option} is {getattr(self, option)}; expected a number above 0", option=option)
         if self.pending_bytes < self.body_bytes:
             raise OptionError(
                 f"pending_bytes is {self.pending_bytes}, and one body may have {self.body_bytes}; expected at least "
