@@ -396,7 +396,7 @@ def test_a_model_that_onnx_converts_into_another_one_is_refused(tmp_path):
     assert typed_model(model, tmp_path, "fp16").comparison.relative_error == 0
 
 
-def test_calibration_is_tried_on_rows_that_it_has_not_seen(tmp_path, caplog):
+def test_calibration_is_tried_on_rows_that_it_has_not_seen(tmp_path, messages):
     """The loudest row is right where its range was seen, and would be cut off to a tenth where it was not."""
     calm = np.clip(networks.rows(32), -2, 2)
     loud = np.concatenate([calm, 10 * calm[:1]])
@@ -413,7 +413,7 @@ def test_calibration_is_tried_on_rows_that_it_has_not_seen(tmp_path, caplog):
     weights = onnx.numpy_helper.to_array(networks.product().graph.initializer[0])
     expected = np.linalg.norm((loud[::2] - cut) @ weights) / np.linalg.norm(loud[::2] @ weights)
     assert unseen["loud"].relative_error == pytest.approx(expected, rel=0.05)
-    assert "33 rows of calibration data may be too few for int8" in caplog.text
+    assert "33 rows of calibration data may be too few for int8" in messages.text
 
 
 def test_samples_that_cannot_be_told_apart_are_halved_as_they_are(tmp_path):
