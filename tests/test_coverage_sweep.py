@@ -66,6 +66,7 @@ def test_an_engine_with_outputs_of_other_shapes_is_refused_before_it_is_run(case
 
 
 @pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore")  # onnx makes infinities and NaN on purpose
 def test_cases_are_named_by_themselves_or_in_files(tmp_path):
     (tmp_path / "names").write_text("test_relu\ntest_abs\n")
     names = coverage_sweep.names_in(["test_abs", str(tmp_path / "names")])

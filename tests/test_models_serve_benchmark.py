@@ -41,7 +41,7 @@ def test_a_short_run(tmp_path):
     onnx.save(networks.product(), tmp_path / "product.onnx")
     options = {
         "model": tmp_path / "product.onnx", "runtime": "onnxruntime", "answers": "base64", "images": "1,3",
-        "clients": "1,3", "rounds": "2", "seconds": "0.05", "targets": "floor,mlflow-trt",
+        "clients": "1,3", "rounds": "1", "seconds": "0.05", "targets": "floor,mlflow-trt",
         "output": tmp_path / "result.json",
     }  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.models_serve"]
