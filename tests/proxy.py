@@ -55,6 +55,8 @@ class Proxy:
         self.fault: Callable[[str, str], str | None] = lambda method, path: None
         self.before_answer: Callable[[], None] = lambda: None
         self._held: list[Held] = []
+        self._holding: list[Held] = []
+        self._has_stopped = False
         self._target = urlsplit(target).netloc
         proxy = self
 
@@ -82,7 +84,9 @@ class Proxy:
         return held
 
     def stop(self) -> None:
-        for held in self._held:
+        """Requests that are still held back are never passed on: others may use the server by now."""
+        self._has_stopped = True
+        for held in (*self._held, *self._holding):
             held.released.set()
         self._server.shutdown()
         self._server.server_close()
@@ -94,9 +98,12 @@ class Proxy:
         held = next((held for held in self._held if held.matches(method, path)), None)
         if held is not None:
             self._held.remove(held)
+            self._holding.append(held)
             if not held.answers:
                 held.arrived.set()
-                held.released.wait(SECONDS)
+                if not held.released.wait(SECONDS) or self._has_stopped:
+                    handler.close_connection = True
+                    return
         fault = self.fault(method, path)
         status, headers, content = (500, {}, b"{}") if fault == "refuse" else self._passed_on(handler, body)
         if fault == "lose":
