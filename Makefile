@@ -22,7 +22,7 @@ site: $(VENV)/.docs
 
 # How many blocks of code of README and docs are run by tests, and why the others are not.
 blocks: | $(VENV)/bin/python
-	$(RUN) tests/doc_blocks.py
+	$(RUN) tests/tools/doc_blocks.py
 
 # Two processes, since that is what most machines for tests have. Each gets one file after the other, the long ones
 # first (tests/conftest.py): servers and models that the tests of a file share are made once. PYTEST_OPTIONS adds to it:
@@ -44,8 +44,8 @@ test-fast: $(VENV)/.dev
 
 # What another Python would break first, one file at a time: make test-smoke PYTHON=python3.13 VENV=.venv-3.13
 test-smoke: $(VENV)/.dev
-	DO_NOT_TRACK=true $(RUN) -m pytest tests/test_public_api.py tests/test_recipe.py tests/test_distribution.py \
-	  tests/test_cli.py tests/test_flavor.py
+	DO_NOT_TRACK=true $(RUN) -m pytest tests/project/test_public_api.py tests/project/test_distribution.py \
+	  tests/convert/test_recipe.py tests/cli/test_cli.py tests/flavor/test_flavor.py
 
 # The lowest versions that pyproject.toml allows. What they deprecate or warn of is not ours to mend, nor that the server
 # of MLflow 3.10 does not start with starlette 1.
@@ -61,16 +61,15 @@ TORCH_INDEX ?=
 test-torch: $(VENV)/.dev
 	$(RUN) -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[test-torch]'
 	DO_NOT_TRACK=true HF_HUB_OFFLINE=1 $(RUN) -m pytest --durations=10 \
-	  tests/test_sources.py tests/test_torch_sources.py tests/test_whole_python_models.py tests/test_whole_texts.py \
-	  tests/test_whole_images.py tests/test_whole_architectures.py tests/test_whole_serving.py tests/test_whole_benchmark.py
-	DO_NOT_TRACK=true $(RUN) -m pytest tests/test_examples.py -k pytorch
+	  tests/registry/test_sources.py tests/registry/test_torch_sources.py tests/whole tests/measure/test_whole_benchmark.py
+	DO_NOT_TRACK=true $(RUN) -m pytest tests/project/test_examples.py -k pytorch
 
 # Everything that reads something from outside, for so many seconds each: make fuzz SECONDS=600 TARGETS="onnx record".
 SECONDS ?= 30
 TARGETS ?=
 fuzz: $(VENV)/.dev
 	$(RUN) -m pip install --quiet --editable '.[fuzz]'
-	DO_NOT_TRACK=true $(RUN) tests/fuzz.py --seconds $(SECONDS) $(TARGETS)
+	DO_NOT_TRACK=true $(RUN) tests/tools/fuzz.py --seconds $(SECONDS) $(TARGETS)
 
 # What users install, in an environment of its own: its known vulnerabilities, and a list of what it holds. Without
 # --strict, the audit would pass where the service that knows them cannot be asked.
@@ -100,12 +99,12 @@ dist: $(SHIPPED)/.done | $(VENV)/.dev
 # Needs Java.
 test-spark: $(VENV)/.dev
 	$(RUN) -m pip install --quiet --editable '.[spark]'
-	DO_NOT_TRACK=true $(RUN) -m pytest tests/test_spark.py
+	DO_NOT_TRACK=true $(RUN) -m pytest tests/deploy/test_spark.py
 
 # Conversions killed, interrupted, failed and doubled, each at every request: docs/reliability.md has what came of it.
 FAULTS_OPTIONS ?=
 faults: $(VENV)/.dev
-	PYTHONPATH=.:tests $(RUN) tests/faults.py $(FAULTS_OPTIONS)
+	PYTHONPATH=.:tests/support $(RUN) tests/tools/faults.py $(FAULTS_OPTIONS)
 
 # The extension's own tests in C, with a stand-in for the GPU, under ThreadSanitizer, AddressSanitizer and UBSan, as far
 # as the compiler has them and they run here.
@@ -129,7 +128,7 @@ lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m mypy --config-file tests/mypy.ini tests/*.py benchmarks
+	$(RUN) -m mypy --config-file tests/mypy.ini tests benchmarks
 	$(VENV)/bin/lint-imports
 
 GPU := $(shell $(PYTHON) -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null && echo yes)

@@ -1,6 +1,6 @@
 """What reads something from outside: each takes any input, and lets through errors that are none of its typed ones.
 
-tests/test_properties.py calls them with what hypothesis makes, tests/fuzz.py with what atheris makes.
+tests/project/test_properties.py calls them with what hypothesis makes, tests/tools/fuzz.py with what atheris makes.
 """
 
 from __future__ import annotations

@@ -5,4 +5,4 @@ from pathlib import Path
 SUPPORT = Path(__file__).resolve().parent
 """The folder of modules and programs that tests share."""
 
-ROOT = SUPPORT.parent
+ROOT = SUPPORT.parent.parent

@@ -1,4 +1,4 @@
-"""A sample of the sweep over operators; `python tests/coverage_sweep.py` runs all of it."""
+"""A sample of the sweep over operators; `python tests/tools/coverage_sweep.py` runs all of it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`mlflow-trt serve --tracing`, whose spans are written to a file, a line of JSON for each.
 
-python tests/traced_server.py MODEL PORT SPANS FRONT_ENDS
+python tests/support/traced_server.py MODEL PORT SPANS FRONT_ENDS
 """
 
 from __future__ import annotations

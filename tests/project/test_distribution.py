@@ -105,7 +105,7 @@ def test_the_sdist_holds_what_the_tests_need(built):
     with tarfile.open(built[1]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert {"Makefile", "LICENSE", "README.md", "CHANGELOG.md", "docs/quickstart.md", "examples/quickstart.py"} <= names
-    assert {"tests/conftest.py", "tests/gpu/test_session.py", "tests/mypy.ini", "tests/plugin"} <= names | {
+    assert {"tests/conftest.py", "tests/gpu/test_session.py", "tests/mypy.ini", "tests/support/plugin"} <= names | {
         str(Path(name).parent) for name in names
     }
     assert {"setup.py", "native/module.c", "native/module.h", "native/tests/test_copying.c"} <= names

@@ -1,7 +1,7 @@
-"""Asks `tests/zygote.py` for a process that runs a program, as if that had been started here; nothing but this file and
+"""Asks `zygote.py` for a process that runs a program, as if that had been started here; nothing but this file and
 Python's own library is needed, since it is started for each.
 
-    python -IS tests/forked_program.py SOCKET PROGRAM [ARGUMENT ...]
+    python -IS tests/support/forked_program.py SOCKET PROGRAM [ARGUMENT ...]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Fuzz one target, or all of them one after the other: `python tests/fuzz.py --seconds 60 [TARGET ...]`.
+"""Fuzz one target, or all of them one after the other: `python tests/tools/fuzz.py --seconds 60 [TARGET ...]`.
 
 Each runs in a process of its own, and stops at the first input for which something else than a typed error is raised.
-What is found becomes a test in tests/test_properties.py.
+What is found becomes a test in tests/project/test_properties.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`mlflow-trt serve` with a model on the CPU that waits, or loses its GPU, when it is told to.
 
-    python tests/gated_server.py FOLDER PORT SECONDS_OF_DRAINING FRONT_ENDS
+    python tests/support/gated_server.py FOLDER PORT SECONDS_OF_DRAINING FRONT_ENDS
 
 It takes three requests at once. A row that begins with -1 waits until there is a file `open` in the folder; one that
 begins with 1000 loses the GPU.

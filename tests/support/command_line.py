@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from forked_program import Forked
+from repository import ROOT
 
 _HERE = Path(__file__).resolve().parent
 _TIMEOUT_SECONDS = 600
@@ -23,7 +24,7 @@ _TIMEOUT_SECONDS = 600
 
 @functools.cache
 def zygote() -> str:
-    """Start `tests/zygote.py`, which ends when this process does, and return the path of its socket.
+    """Start `zygote.py`, which ends when this process does, and return the path of its socket.
 
     Whoever connects to it waits until it has imported all.
     """
@@ -31,7 +32,7 @@ def zygote() -> str:
     # What a test sets for itself is not for what is imported once for all.
     own = ("MLFLOW_", "CUDA_", "PYTHONUNBUFFERED")
     variables = {name: value for name, value in os.environ.items() if not name.startswith(own)}
-    path = os.pathsep.join([str(_HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(address)
         listener.listen(64)

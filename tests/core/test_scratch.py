@@ -12,6 +12,7 @@ from pathlib import Path
 
 import networks
 import pytest
+from repository import SUPPORT
 from tiers import exhaustive
 
 import mlflow_trt
@@ -65,7 +66,7 @@ def test_a_conversion_that_was_killed_leaves_nothing_to_the_next(folder):
     """Killed by the kernel, which asks nobody: while TensorRT builds."""
     script = f"""
 import os, signal, sys
-sys.path[:0] = {[str(Path(__file__).parent)]}
+sys.path[:0] = {[str(SUPPORT)]}
 import mlflow_trt, networks
 mlflow_trt.save_model(networks.product(), sys.argv[1], precision="fp16",
                       progress=lambda event: os.kill(os.getpid(), signal.SIGKILL))

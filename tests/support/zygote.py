@@ -1,6 +1,6 @@
-"""Has imported what takes seconds to import, and forks a process for each command that `tests/forked_program.py` sends.
+"""Has imported what takes seconds to import, and forks a process for each command that `forked_program.py` sends.
 
-    python tests/zygote.py DESCRIPTOR_OF_A_LISTENING_SOCKET
+    python tests/support/zygote.py DESCRIPTOR_OF_A_LISTENING_SOCKET
 
 It ends, and so does what it forked, when its standard input does.
 """

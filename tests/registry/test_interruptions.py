@@ -24,7 +24,7 @@ from helpers import wait_for
 from mlflow import MlflowClient
 from proxy import SECONDS, proxied
 from registries import register, registry_state
-from repository import ROOT
+from repository import ROOT, SUPPORT
 from tiers import exhaustive
 from tracking_server import tracking_server
 from typer.testing import CliRunner
@@ -502,7 +502,7 @@ class TestAServerThatIsGone:
 def test_the_sweep_of_make_faults_in_short(tmp_path):
     figures = tmp_path / "figures.json"
     options = ["--runs", "1", "--only", "SIGTERM before", "--seconds", "1", "--seed", "1", "--json", str(figures)]
-    environment = {**os.environ, "PYTHONPATH": f".{os.pathsep}tests"}
-    subprocess.run([sys.executable, "tests/faults.py", *options], cwd=ROOT, env=environment, check=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT)])}
+    subprocess.run([sys.executable, "tests/tools/faults.py", *options], cwd=ROOT, env=environment, check=True)
     (score,) = json.loads(figures.read_text()).values()
     assert (score["left"], score["broken"], score["next_ok"], score["clean"]) == (0, 0, score["runs"], score["runs"])

@@ -1,4 +1,4 @@
-"""The blocks of code of README and docs, run as they stand. `python tests/doc_blocks.py` counts them.
+"""The blocks of code of README and docs, run as they stand. `python tests/tools/doc_blocks.py` counts them.
 
 A page runs from top to bottom, in one empty folder with one MLflow store, its Python blocks with the same names. A
 comment right before a block says what is special about it:

@@ -1,6 +1,6 @@
 """Asks a server with KServe's own client, in an environment of its own: what comes out of it, as .npz.
 
-python tests/kserve_asks.py ADDRESS MODEL BINARY FEEDS.npz OUTPUTS.npz [FEEDS.npz OUTPUTS.npz ...]
+python tests/support/kserve_asks.py ADDRESS MODEL BINARY FEEDS.npz OUTPUTS.npz [FEEDS.npz OUTPUTS.npz ...]
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Which operators build, and compute rightly, in which precision.
 
-    python tests/coverage_sweep.py                    # every case; on a machine with a GPU, engines are run too
-    python tests/coverage_sweep.py --sample 20        # every 20th case
-    python tests/coverage_sweep.py --cases test_relu  # these alone: names, or files of names, one a line
-    python tests/coverage_sweep.py --findings DIR     # keep the findings there, as they come
-    python tests/coverage_sweep.py --seconds 400      # begin no case after that
-    python tests/coverage_sweep.py --patience 60      # give a worker up that is silent for so long
+    python tests/tools/coverage_sweep.py                    # every case; on a machine with a GPU, engines are run too
+    python tests/tools/coverage_sweep.py --sample 20        # every 20th case
+    python tests/tools/coverage_sweep.py --cases test_relu  # these alone: names, or files of names, one a line
+    python tests/tools/coverage_sweep.py --findings DIR     # keep the findings there, as they come
+    python tests/tools/coverage_sweep.py --seconds 400      # begin no case after that
+    python tests/tools/coverage_sweep.py --patience 60      # give a worker up that is silent for so long
 
 The cases are those of `onnx.backend.test` with float32 inputs, which come with expected outputs, and the real models of
 the tests. In 16 bits, each float input of a case passes through a product with 1 where TensorRT takes it, so that its
@@ -36,8 +36,8 @@ from pathlib import Path
 
 import numpy as np
 
-for folder in ("", "examples", "tests"):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / folder))
+for folder in ("", "examples", "tests/support"):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / folder))
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 REAL_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
