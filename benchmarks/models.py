@@ -95,7 +95,7 @@ def _magika() -> BenchmarkModel:
 def _real_models() -> Any:
     """The tests' own module: wheels are fetched when their models are asked for."""
     root = Path(__file__).resolve().parent.parent
-    sys.path[:0] = [str(root / "tests"), str(root / "examples")]
+    sys.path[:0] = [str(root / "tests" / "support"), str(root / "examples")]
     import real_models
 
     return real_models

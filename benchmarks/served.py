@@ -105,7 +105,7 @@ def our_server(folder: Path, settings: Mapping[str, Any], front_ends: int = 0) -
 
 def triton_server(folder: Path, settings: Mapping[str, Any], workdir: Path) -> ServerProcess | None:
     """A tritonserver with `--backend mlflow_trt`, where one can be had."""
-    sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "tests")]
+    sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "tests" / "support")]
     import pytest
     import triton_server as real
 

@@ -9,6 +9,8 @@ import runpy
 import shlex
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -151,6 +153,12 @@ def test_every_block_runs_or_has_a_reason():
             # What looks like a command or a program is not passed off as text.
             if block.language == "text" and "output" not in block.marks:
                 assert not PROGRAM.search(block.text), block.where
+
+
+def test_blocks_are_counted_where_nothing_is_installed():
+    command = [sys.executable, "-S", ROOT / "tests" / "tools" / "doc_blocks.py"]
+    counted = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert {name_of(page) for page in PAGES if any(doc_blocks.blocks_of(page))} <= set(re.findall(r"\S+\.md", counted))
 
 
 class TestTheRunner:

@@ -36,8 +36,8 @@ from pathlib import Path
 
 import numpy as np
 
-for folder in ("", "examples", "tests/support"):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / folder))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / folder) for folder in ("", "examples", "tests/support")]
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 REAL_PRECISIONS = ("fp32", "fp16", "bf16", "int8")

@@ -34,8 +34,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from repository import ROOT
-
+ROOT = Path(__file__).resolve().parents[2]
 # Those of the site: docs/site_hooks.py names what lies beside docs/.
 PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "examples" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
