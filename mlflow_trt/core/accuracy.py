@@ -155,10 +155,10 @@ class OutputComparison:
 
     def _judged_by(self, tolerance: Tolerance) -> Tolerance:
         """How far off a token is says nothing; that many numbers are off by 1 at most says that they were rounded."""
-        least = tolerance.top_class_agreement
-        if self.classes is not None or self.clear_agreement is None or least is None:
+        equal, least = self.clear_agreement, tolerance.top_class_agreement
+        if not self.is_exact or equal is None or least is None:
             return tolerance
-        if self.clear_agreement < least and self.max_abs_error <= 1 and tolerance.relative_error is not None:
+        if equal < least and self.max_abs_error <= 1 and tolerance.relative_error is not None:
             return replace(tolerance, top_class_agreement=None)
         return replace(tolerance, relative_error=None, median_row_error=None, worst_row_error=None)
 

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import onnx
-
 from mlflow_trt.backends.onnxruntime_process import IsolatedModel
 from mlflow_trt.convert.onnx.model import OnnxModel
-from mlflow_trt.convert.onnx.reference import brings_quantization, reference_outputs
+from mlflow_trt.convert.onnx.reference import reference_outputs
 from mlflow_trt.convert.samples import Samples
 from mlflow_trt.core.accuracy import Comparison, Tolerance
 from mlflow_trt.core.arrays import Feeds, Outputs
@@ -50,13 +48,9 @@ class Reference:
         *,
         batch_axis: BatchAxis | None = None,
         most: int | None = None,
-        optimize: bool = True,
+        optimize: bool = False,
     ) -> Comparison:
-        """How far the model at `path` is off, on `most` of the samples. Raises ExecutionError where it does not run.
-
-        Where it has Q/DQ, it runs node by node, as a source model does, whatever `optimize` says.
-        """
-        optimize = optimize and not brings_quantization(onnx.load(path, load_external_data=False))
+        """How far the model at `path` is off, on `most` of the samples. Raises ExecutionError where it does not run."""
         runner = IsolatedModel(path, optimize=optimize)
         pairs = itertools.islice(zip(self.samples.feeds, self.outputs, strict=False), most)
         return compare(

@@ -14,6 +14,7 @@ from onnx import ModelProto, TensorProto
 from mlflow_trt.convert.onnx.graph import FlatModel, flatten, label_of
 from mlflow_trt.convert.onnx.model import bodies_of, tensors_of
 from mlflow_trt.convert.onnx.opset import OpsetNotRaisedError, opset_of
+from mlflow_trt.convert.onnx.reference import brings_quantization
 from mlflow_trt.convert.precision.calibration import CALIBRATED, calibrate
 from mlflow_trt.convert.precision.calibration_cache import CalibrationCache
 from mlflow_trt.convert.precision.masks import clamp_masks
@@ -25,7 +26,7 @@ from mlflow_trt.convert.recipe import Recipe
 from mlflow_trt.convert.typed_model.model import TypedModel, TypedModelTask
 from mlflow_trt.convert.typed_model.reference import Reference
 from mlflow_trt.core.accuracy import Comparison, Tolerance
-from mlflow_trt.core.types import Precision
+from mlflow_trt.core.types import BatchAxis, Precision
 from mlflow_trt.errors import ExecutionError, InputError, OutOfMemoryError, RecipeError, UnsupportedModelError
 
 _QUICK_FEEDS = 2
@@ -50,9 +51,9 @@ class RetypedModelMaker:
         self._task = task
         self._pass = precision_pass
         self._precision = task.recipe.precision
-        self._samples = task.samples.narrowed()
         with self._explaining_ignorance():
             self._reference = Reference.of(task.source, task.samples)
+        self._samples = self._reference.samples
         self._flat, self._remarks = self._flattened()
         self._excluded = _excluded_nodes(self._flat, task.source.proto, task.recipe)
         with self._explaining_ignorance():
@@ -108,10 +109,8 @@ class RetypedModelMaker:
 
     def _check_raised(self, flat: FlatModel) -> None:
         """Raise OpsetNotRaisedError where onnx's converter made another model of it."""
-        path = self._task.workdir / "raised.onnx"
-        onnx.save_model(flat.proto, path)
         try:
-            comparison = self._reference.compare("the raised model", path, _SAME, most=_QUICK_FEEDS)
+            comparison = self._compare("the raised model", flat.proto, "raised.onnx", _SAME, most=_QUICK_FEEDS)
         except OutOfMemoryError:
             raise
         except ExecutionError as error:
@@ -127,9 +126,8 @@ class RetypedModelMaker:
         clamped, names = clamp_masks(self._flat, largest)
         if not names:
             return ()
-        path = self._task.workdir / "clamped.onnx"
-        onnx.save_model(clamped.proto, path)
-        if self._reference.compare("the model with clamped masks", path, _SAME_RESULTS).problems:
+        comparison = self._compare("the model with clamped masks", clamped.proto, "clamped.onnx", _SAME_RESULTS)
+        if comparison.problems:
             return (f"masks stay as large as they are ({', '.join(names)}), since smaller ones change the results",)
         self._flat = clamped
         return (f"the masks {', '.join(names)} are {largest:.4g} at most, and the results on {self._samples} the same",)
@@ -186,16 +184,35 @@ class RetypedModelMaker:
     def _judge_on(
         self, graph: TypedGraph, most: int | None, *, optimize: bool, on: Reference | None = None
     ) -> Comparison:
-        task = self._task
-        path = task.workdir / "emulation.onnx"
-        onnx.save_model(graph.emulation, path)
-        return (on or self._reference).compare(
+        return self._compare(
             f"the {self._precision} model, emulated on ONNX Runtime,",
-            path,
-            task.tolerance or Tolerance(),
-            batch_axis=task.batch_axis,
+            graph.emulation,
+            "emulation.onnx",
+            self._task.tolerance or Tolerance(),
+            batch_axis=self._task.batch_axis,
             most=most,
             optimize=optimize,
+            on=on,
+        )
+
+    def _compare(
+        self,
+        subject: str,
+        model: ModelProto,
+        file: str,
+        tolerance: Tolerance,
+        *,
+        batch_axis: BatchAxis | None = None,
+        most: int | None = None,
+        optimize: bool = True,
+        on: Reference | None = None,
+    ) -> Comparison:
+        """Where the model has Q/DQ, it runs node by node, as a source model does, whatever `optimize` says."""
+        path = self._task.workdir / file
+        onnx.save_model(model, path)
+        optimize = optimize and not brings_quantization(model)
+        return (on or self._reference).compare(
+            subject, path, tolerance, batch_axis=batch_axis, most=most, optimize=optimize
         )
 
     def _check_types(self, path: Path) -> None:

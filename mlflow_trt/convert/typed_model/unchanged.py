@@ -46,7 +46,7 @@ class UnchangedModelMaker:
         typed = replace(typed, reference=reference.outputs)
         subject = f"the {task.recipe.precision} model, on ONNX Runtime,"
         try:
-            comparison = reference.compare(subject, typed.path, tolerance, batch_axis=task.batch_axis, optimize=False)
+            comparison = reference.compare(subject, typed.path, tolerance, batch_axis=task.batch_axis)
         except OutOfMemoryError:
             raise
         except ExecutionError as error:
