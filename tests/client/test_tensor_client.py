@@ -15,10 +15,9 @@ import ml_dtypes
 import networks
 import numpy as np
 import pytest
-from helpers import save_networks, wait_for
+from helpers import opened_on_cpu, save_networks, wait_for
 from servers import TensorServer
 
-import mlflow_trt
 from examples.serving import running
 from mlflow_trt.client import AsyncClient, Client
 from mlflow_trt.core import tensor_wire, wire
@@ -58,10 +57,8 @@ def server(folders):
 
 @pytest.fixture(scope="module")
 def sessions(folders):
-    sessions = {name: mlflow_trt.load_model(str(folder), runtime="onnxruntime") for name, folder in folders.items()}
-    yield sessions
-    for session in sessions.values():
-        session.close()
+    with opened_on_cpu(folders) as sessions:
+        yield sessions
 
 
 def same(outputs, expected):

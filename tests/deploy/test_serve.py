@@ -13,7 +13,7 @@ import pytest
 import requests
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
-from helpers import PATIENCE, save_networks, wait_for
+from helpers import PATIENCE, opened_on_cpu, save_networks, wait_for
 from servers import TensorServer
 from triton_tensors import KNOWS_WHAT_NOTHING_IS, assert_same, inputs_of
 
@@ -45,10 +45,8 @@ def server(folders):
 
 @pytest.fixture(scope="module")
 def sessions(folders):
-    sessions = {name: mlflow_trt.load_model(str(folder), runtime="onnxruntime") for name, folder in folders.items()}
-    yield sessions
-    for session in sessions.values():
-        session.close()
+    with opened_on_cpu(folders) as sessions:
+        yield sessions
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 from engines import tensorrt_engine, with_engines
-from helpers import save_networks
+from helpers import opened_on_cpu, save_networks
 from triton_server import TritonServer
 from triton_tensors import assert_same
 from tritonclient.utils import np_to_triton_dtype
@@ -42,10 +42,8 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sessions(folders):
-    sessions = {name: mlflow_trt.load_model(str(folder), runtime="onnxruntime") for name, folder in folders.items()}
-    yield sessions
-    for session in sessions.values():
-        session.close()
+    with opened_on_cpu(folders) as sessions:
+        yield sessions
 
 
 @pytest.fixture(scope="module")

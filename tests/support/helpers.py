@@ -81,6 +81,16 @@ def save_networks(networks: Mapping[str, Callable[[], onnx.ModelProto]], folder:
     return {name: folder / name for name in networks}
 
 
+@contextlib.contextmanager
+def opened_on_cpu(folders: Mapping[str, Path]) -> Iterator[dict[str, mlflow_trt.Session]]:
+    """Sessions on ONNX Runtime of the models in these folders, for the length of a block."""
+    with contextlib.ExitStack() as stack:
+        yield {
+            name: stack.enter_context(mlflow_trt.load_model(str(folder), runtime="onnxruntime"))
+            for name, folder in folders.items()
+        }
+
+
 def gpu(target: str) -> Gpu:
     """A GPU of this compute capability, which no machine has."""
     return Gpu(
