@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import onnx
 import pytest
 from helpers import wait_for
 from onnx import helper, numpy_helper
+from processes import is_running
 
 import mlflow_trt
 from mlflow_trt import UnsupportedModelError
@@ -150,13 +150,4 @@ os.kill(os.getpid(), signal.SIGKILL)
     ended = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=False)
     assert ended.returncode == -signal.SIGKILL
     child = int(ended.stdout)
-    wait_for(lambda: not _is_running(child))
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-        state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except (ProcessLookupError, FileNotFoundError):
-        return False
-    return state != "Z"  # nobody waits for it where there is no init
+    wait_for(lambda: not is_running(child))

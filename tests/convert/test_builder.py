@@ -21,6 +21,7 @@ import pytest
 import tensorrt_rtx
 from helpers import PATIENCE, convert_in, needs_release, read, wait_for
 from onnx import TensorProto, helper
+from processes import children_of, is_running
 from real_models import MAGIKA
 
 from mlflow_trt import (
@@ -46,11 +47,6 @@ from mlflow_trt.core.types import Distribution, HardwareCompatibility, Interface
 
 def build(model, folder, progress=None, **recipe):
     return convert_in(folder, read(model, folder), Recipe(**recipe), progress=progress)
-
-
-def children() -> set[int]:
-    tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    return {int(pid) for task in tasks for pid in task.read_text().split()}
 
 
 def test_a_plan_is_raw_and_names_its_version(tmp_path):
@@ -598,17 +594,9 @@ class TestFailures:
             trt.load()
 
 
-def runs(process: Path) -> bool:
-    """Whether a process still runs. One that ended may stay listed until somebody asks how."""
-    try:
-        return process.joinpath("stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @contextlib.contextmanager
 def building(folder):
-    """A process in the middle of building rec, and the entry in /proc of the build process that it started."""
+    """A process in the middle of building rec, and the build process that it started."""
     program = textwrap.dedent(f"""
         import signal, sys
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which the tests' own background may ignore
@@ -627,9 +615,8 @@ def building(folder):
     )
     try:
         assert process.stdout.readline() == "building\n"
-        worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().strip()
-        assert worker
-        yield process, Path(f"/proc/{worker}")
+        (worker,) = children_of(process.pid, running="engine.worker")
+        yield process, worker
     finally:
         process.kill()
         process.communicate()
@@ -638,14 +625,14 @@ def building(folder):
 @pytest.mark.slow
 class TestInterruption:
     def test_a_callback_that_raises_ends_the_build(self, tmp_path):
-        before = children()
+        before = set(children_of(os.getpid()))
 
         def cancel(event):
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
             build(MAGIKA, tmp_path, progress=cancel, **MAGIKA.recipe)
-        assert children() == before
+        assert set(children_of(os.getpid())) == before
         assert not (tmp_path / "engine.plan").exists()
 
     @pytest.mark.exhaustive
@@ -655,7 +642,7 @@ class TestInterruption:
             _, errors = process.communicate(timeout=PATIENCE)
             assert process.returncode != 0
             assert "KeyboardInterrupt" in errors
-            assert not runs(worker)
+            assert not is_running(worker)
             assert not (tmp_path / "engine.plan").exists()
 
     @pytest.mark.exhaustive
@@ -663,7 +650,7 @@ class TestInterruption:
         with building(tmp_path) as (process, worker):
             process.kill()
             process.wait()
-            wait_for(lambda: not runs(worker))
+            wait_for(lambda: not is_running(worker))
             assert not (tmp_path / "engine.plan").exists()  # it ended before it was done
 
 

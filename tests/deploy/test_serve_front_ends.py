@@ -19,6 +19,7 @@ import requests
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
 from helpers import PATIENCE, keep_asking, save_networks, wait_for
+from processes import children_of, is_running
 from servers import TensorServer
 from tiers import exhaustive
 from triton_tensors import assert_same, inputs_of
@@ -63,15 +64,7 @@ def netloc(server):
 
 def front_ends_of(server):
     """The processes that the server started, the latest last."""
-    listed = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
-    return [int(pid) for pid in listed if b"front_ends" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
-def exists(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    return children_of(server.pid, running="front_ends")
 
 
 @pytest.mark.parametrize("binary", [True, False], ids=["binary", "json"])
@@ -152,7 +145,7 @@ def test_front_ends_end_with_their_server(number, folder):
         os.kill(started[0], signal.SIGTERM)  # as a supervisor sends it to all processes of a group: not their business
         assert requests.get(f"{server.address}/v2/health/ready", timeout=PATIENCE).ok
         os.kill(server.pid, number)
-        wait_for(lambda: server.has_ended and not any(map(exists, started)))
+        wait_for(lambda: server.has_ended and not any(map(is_running, started)))
 
 
 def test_a_port_that_another_server_has(folder, monkeypatch):

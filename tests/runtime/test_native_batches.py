@@ -474,8 +474,18 @@ class TestInterruptions:
         yield held_back.is_set
         signal.signal(signal.SIGINT, before)
 
+    @pytest.fixture
+    def untraced_threads(self):
+        """Threads that coverage does not see. In Python 3.11, one that is traced and calls a function goes nowhere from
+        when a signal has come until the main thread saw to it, which here waits for these threads.
+        """
+        before = threading.gettrace()
+        threading.settrace(None)
+        yield
+        threading.settrace(before)
+
     @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="Ctrl-C is the main thread's")
-    def test_ctrl_c_while_waiting_leaves_the_batch_to_the_others(self, warm, pool, ctrl_c):
+    def test_ctrl_c_while_waiting_leaves_the_batch_to_the_others(self, untraced_threads, warm, pool, ctrl_c):
         session, driver, _ = warm
         first = occupied(pool, session, driver)
         (other,) = lined_up(pool, session, [rows(2, seed=1)])

@@ -79,7 +79,7 @@ class Driver:
 
     def mem_alloc(self, nbytes):
         self.check_no_capture()
-        if sum(map(len, self.blocks.values())) + nbytes > self.room:
+        if sum(map(len, list(self.blocks.values()))) + nbytes > self.room:
             raise self.MemoryError("out of memory")
         address = self.freed.pop(0) if self.freed and self.gives_addresses_again else next(self._numbers) << 32
         self.blocks[address] = np.full(nbytes, GARBAGE, np.uint8)
@@ -104,7 +104,7 @@ class Driver:
 
     def at(self, address, nbytes):
         """The memory there. An error where it is nobody's, which a real GPU survives as little as the tests do."""
-        for start, block in self.blocks.items():
+        for start, block in list(self.blocks.items()):  # others allocate meanwhile
             if start <= address and address + nbytes <= start + len(block):
                 return block[address - start : address - start + nbytes]
         self.missed.append(f"{nbytes} bytes at {address:#x} are not allocated")
@@ -147,6 +147,9 @@ class Driver:
                     return OUT_OF_MEMORY
                 except self.Error as error:
                     self.refused.append(error)
+                    return LAUNCH_FAILED
+                except Exception as error:  # noqa: BLE001  # which ctypes would drop, and say that all went well
+                    self.missed.append(f"a function of the driver failed: {error!r}")
                     return LAUNCH_FAILED
 
             return ctypes.CFUNCTYPE(ctypes.c_int, *arguments)(call)
