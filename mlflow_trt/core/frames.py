@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from mlflow_trt.core.arrays import Array, numpy_dtype
-from mlflow_trt.core.inputs import Place, convert_array, is_missing
+from mlflow_trt.core.inputs import Place, check_bools, convert_array, is_missing
 from mlflow_trt.core.types import TensorSpec
 from mlflow_trt.core.wire import SHAPES_KEY
 from mlflow_trt.errors import InputDtypeError, InputError, InputShapeError
@@ -98,7 +98,13 @@ def _column(column: pd.Series[Any], spec: TensorSpec, shape: list[int] | None, *
     wanted = spec.fixed[1:]
     rows = _cells(column, spec)
     if shape is not None and rows.ndim <= 2 and len(rows) == shape[0] and rows.size == math.prod(shape):
-        return rows.reshape(shape)
+        try:
+            return rows.reshape(shape)
+        except (ValueError, OverflowError):  # of nothing, with sizes that numpy does not have
+            raise InputShapeError(
+                f"the sender of column {column.name!r} told a shape that is too large for any array; expected {spec}",
+                tensor=spec.name,
+            ) from None
     if rows.ndim == 1 and of_one and wanted == (None,):
         return rows.reshape(-1, 1)
     if _fits(rows.shape[1:], wanted):
@@ -240,7 +246,10 @@ def _from_bytes(cells: npt.NDArray[Any], column: Any, spec: TensorSpec) -> list[
                 f"column {column!r}, row {row} has {len(cell)} bytes, which are no whole number of {spec.dtype}",
                 tensor=spec.name,
             )
-    return [np.frombuffer(cell, dtype) for cell in cells]
+    return [
+        check_bools(np.frombuffer(cell, dtype), spec, lambda at, row=row: _place_in(column)((row, *at)))  # type: ignore[misc]
+        for row, cell in enumerate(cells)
+    ]
 
 
 def frame_from_outputs(outputs: Mapping[str, Array], index: pd.Index[Any]) -> pd.DataFrame:

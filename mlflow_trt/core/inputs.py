@@ -143,8 +143,8 @@ def convert_array(array: Array, spec: TensorSpec, place: Place | None = None) ->
     if source == "f" and target in "iu":
         _check(~np.isfinite(array), spec, place, "is missing or infinite, which no {} is")
         _check(array != np.trunc(array), spec, place, "is no whole number, which every {} is")
-        # A float beyond may be any of several integers.
-        _check(np.abs(array) > 2.0 ** (_mantissa(array.dtype) + 1), spec, place, _UNFIT)
+        # From here on a float may be any of several integers: beside a float, numpy makes 2**53 of 2**53 + 1.
+        _check(np.abs(array) >= 2.0 ** (_mantissa(array.dtype) + 1), spec, place, _UNFIT)
     with np.errstate(over="ignore", invalid="ignore"):
         converted = array.astype(wanted)
         changed = converted.astype(array.dtype) != array
@@ -160,6 +160,18 @@ def convert_array(array: Array, spec: TensorSpec, place: Place | None = None) ->
         changed |= np.less(converted if source == "u" else array, 0)
     _check(changed, spec, place, _UNFIT)
     return converted
+
+
+def check_bools(array: Array, spec: TensorSpec, place: Place | None = None) -> Array:
+    """`array`, a view of bytes from outside. Where they are bools, each has to be 0 or 1: a runtime may take any other
+    for true in one operator and for something else in the next.
+
+    Raises InputDtypeError.
+    """
+    if array.dtype == np.bool_:
+        place = place or _place_in_input(spec.name)
+        _check(array.view(np.uint8) > 1, spec, place, "is neither 0 nor 1, which every {} is")
+    return array
 
 
 _UNFIT = "cannot be represented in {}"

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from mlflow_trt.core.arrays import Array, numpy_dtype
+from mlflow_trt.core.inputs import check_bools
 from mlflow_trt.core.types import TensorSpec
 from mlflow_trt.errors import InputError, InputShapeError
 from mlflow_trt.runtime.session import Session
@@ -91,11 +92,17 @@ class SparkRows:
         wanted = spec.fixed[1:]
         try:
             if isinstance(cell, (bytes, bytearray)):
-                array: Array = np.frombuffer(cell, numpy_dtype(spec.dtype))
+                array = check_bools(
+                    np.frombuffer(cell, numpy_dtype(spec.dtype)),
+                    spec,
+                    lambda at: f"{self._place(row)}: column {spec.name!r}: the value at {list(at)} of the cell",
+                )
             else:
                 array = np.asarray(_plain(cell))
             if array.ndim != len(wanted) and None not in wanted:
                 array = array.reshape([size for size in wanted if size is not None])
+        except InputError:
+            raise
         except ValueError as error:
             raise self._misfit(spec, row, f": {error}") from None
         if array.dtype == object:

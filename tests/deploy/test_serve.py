@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import json
 import subprocess
 
@@ -14,6 +15,7 @@ import requests
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
 from helpers import PATIENCE, opened_on_cpu, save_networks, wait_for
+from prometheus_client.parser import text_string_to_metric_families
 from servers import TensorServer
 from triton_tensors import KNOWS_WHAT_NOTHING_IS, assert_same, inputs_of
 
@@ -146,8 +148,6 @@ def test_statistics_and_metrics(client, server):
     assert sizes[5] >= 3
     assert len(client.get_inference_statistics()["model_stats"]) == len(MODELS)
 
-    from prometheus_client.parser import text_string_to_metric_families
-
     text = requests.get(f"{server.address}/metrics", timeout=PATIENCE).text
     samples = {
         (sample.name, *sorted(sample.labels.items())): sample.value
@@ -161,6 +161,30 @@ def test_statistics_and_metrics(client, server):
     assert samples[of_ranks("mlflow_trt_queue_seconds_count")] == count
     assert samples[of_ranks("mlflow_trt_runs_total", rows="5")] == sizes[5]
     assert samples[("mlflow_trt_requests_in_flight",)] == 0
+
+
+def test_a_failure_is_counted_once(client, server):
+    """As the model's, or as that of a request which came to none."""
+
+    def failures():
+        found = requests.get(f"{server.address}/metrics", timeout=PATIENCE).text
+        families = {family.name: family for family in text_string_to_metric_families(found)}
+        counted = {
+            (sample.labels["model"], sample.labels["cause"]): sample.value
+            for sample in families["mlflow_trt_failures"].samples
+            if sample.name == "mlflow_trt_failures_total"
+        }
+        return collections.Counter(counted)
+
+    before = failures()
+    with pytest.raises(triton.InferenceServerException):
+        client.infer("ranks", inputs_of({"image": np.zeros((1, 2, 3), np.float32)}))
+    kind = {"Content-Type": "application/octet-stream"}
+    answer = requests.post(f"{server.address}/invocations", data=b"x", headers=kind, timeout=PATIENCE)
+    assert answer.status_code == 415
+    assert "only supports the following content types" in answer.json()["error"]
+    assert requests.get(f"{server.address}/v2/models/other", timeout=PATIENCE).status_code == 404
+    assert failures() - before == {("ranks", "bad_request"): 1, ("dtypes", "bad_request"): 1, ("", "not_found"): 1}
 
 
 def of_ranks(metric, **labels):

@@ -102,6 +102,16 @@ def test_rows_as_bytes():
     assert plain.described()["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 3]}]
 
 
+@pytest.mark.parametrize("byte", [2, 254, 255])
+def test_bytes_that_are_no_bools(byte):
+    """Of which ONNX Runtime computes that they are true, and not equal to true."""
+    of = signature(("x", "bool", (None, 2)))
+    body, length = request(("x", np.array([[True, False], [False, True]])))
+    assert parse(body, length, of).feeds["x"].tolist() == [[True, False], [False, True]]
+    with pytest.raises(InputDtypeError, match=r"input 'x', row 1: the value at \[1, 1\] is neither 0 nor 1"):
+        parse(body[:-1] + bytes([byte]), length, of)
+
+
 def test_a_type_that_the_protocol_does_not_have():
     with pytest.raises(UnsupportedModelError, match="'x' is of dtype float8_e4m3fn"):
         signature(("x", "float8_e4m3fn", (None,)))

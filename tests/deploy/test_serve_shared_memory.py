@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import networks
 import numpy as np
@@ -15,8 +17,8 @@ from servers import TensorServer
 
 import mlflow_trt
 from examples.serving import running
-from mlflow_trt.deploy.serve.shared_memory import SharedMemory
-from mlflow_trt.errors import OptionError
+from mlflow_trt.deploy.serve.shared_memory import Region, SharedMemory
+from mlflow_trt.errors import InputError, OptionError
 
 pytestmark = pytest.mark.server
 
@@ -114,6 +116,65 @@ def test_what_is_refused(client):
         os.truncate(f"/dev/shm{key}", 256)
         assert client.infer("product", [tensor_in("small", 1)]).as_numpy("y").shape == (1, 8)
     assert "system_shared_memory" in client.get_server_metadata()["extensions"]
+
+
+def test_more_than_there_is_room_for(client):
+    """What was made larger than it can become ends whoever writes there: a server that was given it for an output."""
+    left = os.statvfs("/dev/shm")
+    size = (left.f_blocks + 1) * left.f_frsize
+    if not left.f_blocks:
+        pytest.skip("/dev/shm has no limit")
+    with region(64) as (key, _):
+        os.truncate(f"/dev/shm{key}", size)
+        with pytest.raises(triton.InferenceServerException, match="would take .* bytes more, and /dev/shm has .* left"):
+            client.register_system_shared_memory("large", key, size)
+        client.register_system_shared_memory("large", key, 64)
+        assert client.infer("product", [tensor_in("large", 1)]).as_numpy("y").shape == (1, 8)
+
+
+def test_a_name_that_no_file_has():
+    with pytest.raises(InputError, match="cannot be opened: no file is called so"):
+        SharedMemory(PREFIX).register("other", {"key": f"/{PREFIX}\ud800", "byte_size": 8})
+
+
+def test_more_than_can_be_mapped(monkeypatch):
+    with region(64) as (key, _):
+        os.truncate(f"/dev/shm{key}", 1 << 48)
+        monkeypatch.setattr(os, "fstatvfs", lambda file: os.statvfs_result([4096, 4096, *[0] * 8]))  # without a limit
+        with pytest.raises(InputError, match=f"the shared memory '{key}' cannot be mapped: .*Cannot allocate memory"):
+            Region(key, 0, 1 << 48)
+
+
+def test_one_open_file_for_each_region():
+    with region(64) as (key, _):
+
+        def opened():
+            count = 0
+            for file in Path("/proc/self/fd").iterdir():
+                with suppress(FileNotFoundError):
+                    count += file.readlink() == Path(f"/dev/shm{key}")
+            return count
+
+        before = opened()
+        regions = [Region(key, 0, 64) for _ in range(3)]
+        assert opened() == before + 3
+        view = regions[0].view(16, 8)
+        del regions
+        assert opened() == before + 1
+        view[:] = b"12345678"  # memory that is used stays
+        assert Path(f"/dev/shm{key}").read_bytes()[16:24] == b"12345678"
+        del view
+        assert opened() == before
+
+
+def test_as_many_regions_as_files_allow(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (6, 6))
+    few = SharedMemory(PREFIX)
+    with region(64) as (key, _):
+        for number in range(3):
+            few.register(f"region {number}", {"key": key, "byte_size": 8})
+        with pytest.raises(InputError, match="3 regions are registered, and no more may be; unregister some"):
+            few.register("another", {"key": key, "byte_size": 8})
 
 
 @pytest.mark.parametrize("prefix", ["", "/", "a/b"])

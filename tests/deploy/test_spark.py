@@ -105,6 +105,14 @@ class TestRows:
         with pytest.raises(InputError, match=f"partition 3, {message}"):
             rows.run(columns, 32)
 
+    def test_bytes_that_are_no_bools(self, tmp_path):
+        mlflow_trt.save_model(networks.flags(), tmp_path / "model", batch=(1, 4, 8), verify=False)
+        with open_session(read_folder(tmp_path / "model"), LoadSettings.of(CPU)) as session:
+            rows = SparkRows(session, partition=3)
+            assert rows.run({"x": pd.Series([b"\1\0", b"\0\0"])}, 8)["y"].tolist() == [[False, True], [True, True]]
+            with pytest.raises(InputError, match=r"row 3: column 'x': the value at \[1\] .* neither 0 nor 1"):
+                rows.run({"x": pd.Series([b"\1\0", b"\0\2"])}, 8)
+
     def test_rows_are_counted_over_batches(self, rows, feeds):
         rows.run(series(feeds, 0, 10), 32)
         columns = series(feeds, 10, 20)

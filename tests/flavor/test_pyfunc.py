@@ -255,6 +255,21 @@ class TestFrames:
             with pytest.raises(InputDtypeError, match=message):
                 feeds_from_frame(frame, (IMAGE, SCORE, COUNT))
 
+    def test_cells_of_bytes_that_are_no_bools(self):
+        flags = TensorSpec(name="flags", dtype="bool", shape=("n", 2))
+        frame = pd.DataFrame({"flags": [b"\x01\x00", b"\x00\x01"]})
+        assert feeds_from_frame(frame, (flags,))["flags"].tolist() == [[True, False], [False, True]]
+        frame["flags"] = [b"\x01\x00", b"\x00\xff"]
+        with pytest.raises(InputDtypeError, match=r"'flags', row 1: the value at \[1\] of the cell is neither 0 nor 1"):
+            feeds_from_frame(frame, (flags,))
+
+    @pytest.mark.parametrize("shape", [[1, 0, 2**62], [1, 0, 10**400]])
+    def test_a_shape_that_no_array_has(self, shape):
+        frame = pd.DataFrame({"x": [[]]})
+        frame.attrs[SHAPES_KEY] = {"x": shape}
+        with pytest.raises(InputShapeError, match="the sender of column 'x' told a shape that is too large"):
+            feeds_from_frame(frame, (TensorSpec(name="x", dtype="float32", shape=("n", "height", "width")),))
+
     def test_cells_that_arrow_keeps(self):
         column = pd.Series([[1.0, 2.0], [3.0, 4.0]], dtype=pd.ArrowDtype(pa.list_(pa.float32())))
         pair = TensorSpec(name="pair", dtype="float32", shape=("n", 2))

@@ -30,6 +30,15 @@ def product(batch: int | str | None = "batch", width: int = 16, outputs: int = 8
     )
 
 
+def flags() -> onnx.ModelProto:
+    """Two bools of each row, negated."""
+    return model(
+        [helper.make_node("Not", ["x"], ["y"])],
+        [value("x", TensorProto.BOOL, ["batch", 2])],
+        [value("y", TensorProto.BOOL, ["batch", 2])],
+    )
+
+
 def sequences() -> onnx.ModelProto:
     """Five steps of any number of sequences, as recurrent networks take them: the batch is axis 1."""
     return model(

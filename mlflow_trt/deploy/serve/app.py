@@ -146,7 +146,8 @@ class App:
         unexpected = error.__cause__ or error
         if problem.status == 500 and unexpected is not problem:
             _log.error("A request failed", exc_info=unexpected)
-        self._refused[problem.cause] += 1
+        if not problem.is_counted:
+            self._refused[problem.cause] += 1
         if exchange.status:  # the client takes the answer too slowly
             return problem.cause.value
         try:

@@ -61,6 +61,7 @@ class Calls:
                 self._lost(reason)
             problem = _too_late(exchange) if isinstance(error, TimeoutError) else http_error_of(error)
             model.statistics.failed_with(problem.cause, time.monotonic() - began)
+            problem.is_counted = True
             try:
                 if problem is error:
                     raise
@@ -85,7 +86,7 @@ class Calls:
             self._threads, invoke, model, body, kind, self._most_bytes
         )
         deadline.end()
-        await exchange.answer(invoked.status, [invoked.body], invoked.kind)
+        await exchange.answer(200, [invoked.body], invoked.kind)
         model.statistics.invoked(time.monotonic() - began)
 
     def close(self) -> None:

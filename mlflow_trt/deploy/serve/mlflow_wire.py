@@ -20,7 +20,6 @@ from mlflow_trt.errors import InputError
 class Invoked(NamedTuple):
     """MLflow's answer."""
 
-    status: int
     body: bytes
     kind: bytes
 
@@ -28,8 +27,8 @@ class Invoked(NamedTuple):
 def invoke(model: ServedModel, body: memoryview, content_type: bytes, most_bytes: int) -> Invoked:
     """What MLflow's scoring server answers. Takes milliseconds, so it is for a thread of its own.
 
-    Raises HttpError for a table that unpacks to more than `most_bytes`, and what MLflow and the model raise:
-    MlflowException with the status that it stands for.
+    Raises HttpError for another content type and for a table that unpacks to more than `most_bytes`, and what MLflow
+    and the model raise: MlflowException with the status that it stands for.
     """
     try:
         kind = content_type.decode("ascii")
@@ -50,7 +49,9 @@ def invoke(model: ServedModel, body: memoryview, content_type: bytes, most_bytes
         if not _reached_model(error):
             raise HttpError(400, Cause.BAD_REQUEST, f"the body cannot be read: {type(error).__name__}") from error
         raise
-    return Invoked(answer.status, answer.response.encode(), answer.mimetype.encode())
+    if answer.status >= 400:  # a content type of others
+        raise HttpError(answer.status, Cause.BAD_REQUEST, answer.response)
+    return Invoked(answer.response.encode(), answer.mimetype.encode())
 
 
 def _reached_model(error: BaseException) -> bool:

@@ -24,7 +24,11 @@ class Cause(str, Enum):
 
 
 class HttpError(Exception):
-    """A request that cannot be answered. `headers` go with the answer; with `closes`, so does the connection."""
+    """A request that cannot be answered. `headers` go with the answer; with `closes`, so does the connection.
+
+    Attributes:
+        is_counted: it is among the failures of a model.
+    """
 
     def __init__(
         self,
@@ -41,6 +45,7 @@ class HttpError(Exception):
         self.message = message
         self.headers = headers
         self.closes = closes
+        self.is_counted = False
 
 
 class DisconnectedError(Exception):

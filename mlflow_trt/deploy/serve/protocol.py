@@ -11,7 +11,7 @@ import numpy as np
 
 from mlflow_trt.core import open_inference as oip
 from mlflow_trt.core.arrays import Array, Feeds, Outputs, numpy_dtype
-from mlflow_trt.core.inputs import array_of, convert_array
+from mlflow_trt.core.inputs import array_of, check_bools, convert_array
 from mlflow_trt.core.types import TensorSpec
 from mlflow_trt.deploy.serve import json_text
 from mlflow_trt.errors import InputDtypeError, InputError, InputShapeError, UnsupportedModelError
@@ -272,7 +272,7 @@ def _array(data: memoryview, spec: TensorSpec, shape: Sequence[int], *, is_cells
     try:
         if is_cells:
             return _rows(list(oip.unpacked_cells(data)), spec, shape)
-        return oip.array_of(data, numpy_dtype(spec.dtype), shape)
+        return check_bools(oip.array_of(data, numpy_dtype(spec.dtype), shape), spec)
     except InputError:
         raise
     except ValueError as error:

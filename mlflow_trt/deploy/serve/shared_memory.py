@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
 import stat
 from pathlib import Path
 from typing import Any
@@ -36,32 +37,49 @@ class Region:
         self.size = size
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         try:
-            self._file = os.open(_FOLDER / key.lstrip("/"), flags)
+            file = os.open(_FOLDER / key.lstrip("/"), flags)
         except OSError as error:
             raise InputError(f"the shared memory {quoted(key)} cannot be opened: {error.strerror}") from None
+        except UnicodeEncodeError:
+            raise InputError(f"the shared memory {quoted(key)} cannot be opened: no file is called so") from None
         try:
-            self._check_size(offset + size)
-            self._memory = mmap.mmap(self._file, offset + size)
-        except BaseException:
-            os.close(self._file)
-            raise
-
-    def __del__(self) -> None:
-        # The memory itself goes with the last array that lies in it.
-        if hasattr(self, "_memory"):
-            os.close(self._file)
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise InputError(f"the shared memory {quoted(key)} is none")
+            self._check_size(os.fstat(file).st_size)
+            self._check_room(file)
+            self._memory = self._mapped(file)
+        finally:
+            os.close(file)
 
     def view(self, offset: int, size: int) -> memoryview:
         if offset + size > self.size:
             raise InputError(f"{offset} and {size} bytes lead beyond the {self.size} bytes of the shared memory region")
-        self._check_size(self.offset + self.size)
+        self._check_size(self._memory.size())
         start = self.offset + offset
         return memoryview(self._memory)[start : start + size]
 
-    def _check_size(self, wanted: int) -> None:
-        found = os.fstat(self._file)
-        if not stat.S_ISREG(found.st_mode) or found.st_size < wanted:
-            raise InputError(f"the shared memory {quoted(self.key)} has {found.st_size} bytes, and not {wanted}")
+    def _mapped(self, file: int) -> mmap.mmap:
+        """It goes with the last array that lies in it, and with it its own descriptor of the file."""
+        try:
+            return mmap.mmap(file, self.offset + self.size)
+        except (OSError, ValueError) as error:  # the latter of a file that was just made smaller
+            raise InputError(f"the shared memory {quoted(self.key)} cannot be mapped: {error}") from None
+
+    def _check_size(self, found: int) -> None:
+        wanted = self.offset + self.size
+        if found < wanted:
+            raise InputError(f"the shared memory {quoted(self.key)} has {found} bytes, and not {wanted}")
+
+    def _check_room(self, file: int) -> None:
+        """Memory is taken when it is written to, and a server that writes where none is left ends by SIGBUS."""
+        wanted = self.offset + self.size - os.fstat(file).st_blocks * 512
+        system = os.fstatvfs(file)
+        left = system.f_bavail * system.f_frsize
+        if system.f_blocks and wanted > left:  # without blocks, it has no limit
+            raise InputError(
+                f"the shared memory {quoted(self.key)} would take {wanted} bytes more, and {_FOLDER} has {left} left; "
+                "make it larger, as --shm-size does for a container"
+            )
 
 
 class SharedMemory:
@@ -78,6 +96,9 @@ class SharedMemory:
                 option="shared_memory_prefix",
             )
         self._prefix = prefix.lstrip("/")
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # Each has an open file, and clients need some to connect.
+        self._most = _MOST_REGIONS if files == resource.RLIM_INFINITY else min(_MOST_REGIONS, files // 2)
         self._regions: dict[str, Region] = {}
 
     def view(self, name: str, offset: int, size: int) -> memoryview:
@@ -104,12 +125,13 @@ class SharedMemory:
             await exchange.answer(200, [])
         elif (method, action) == ("POST", "register") and name:
             with admission.enter() as ticket:
-                self._register(name, json_text.read(await exchange.read(ticket)))
+                self.register(name, json_text.read(await exchange.read(ticket)))
             await exchange.answer(200, [])
         else:
             raise HttpError(404, Cause.NOT_FOUND, "shared memory is registered, unregistered, or asked for its status")
 
-    def _register(self, name: str, asked: Any) -> None:
+    def register(self, name: str, asked: Any) -> None:
+        """Map what a client asks for. Raises InputError where that cannot be."""
         if not isinstance(asked, dict):
             raise InputError("the body is no JSON object")
         key, offset, size = asked.get("key"), asked.get("offset", 0), asked.get("byte_size")
@@ -120,8 +142,8 @@ class SharedMemory:
             raise InputError(f"the shared memory {quoted(key)} is not called as this server was told to allow")
         if name in self._regions:
             raise InputError(f"region {quoted(name)} is registered already; unregister it first")
-        if len(self._regions) >= _MOST_REGIONS:
-            raise InputError(f"{_MOST_REGIONS} regions are registered, and no more may be")
+        if len(self._regions) >= self._most:
+            raise InputError(f"{self._most} regions are registered, and no more may be; unregister some")
         self._regions[name] = Region(key, offset, size)
 
     def _status(self, name: str | None) -> list[dict[str, Any]]:
