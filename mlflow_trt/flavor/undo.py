@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +16,7 @@ from mlflow.entities.model_registry.model_version_search import ModelVersionSear
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
+from mlflow_trt.core.background import begun
 from mlflow_trt.core.log import get_logger
 
 ANSWER_SECONDS = 5.0
@@ -143,18 +142,7 @@ def _awaited(what: str, request: Callable[[], _T]) -> _T:
 
 
 def _begun(call: Callable[[], _T]) -> Future[_T]:
-    """Call it in a thread that does not keep the process from ending."""
-    future: Future[_T] = Future()
-    context = contextvars.copy_context()
-
-    def run() -> None:
-        try:
-            future.set_result(context.run(call))
-        except BaseException as error:  # noqa: BLE001  # raised again where the result is wanted
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="mlflow-trt-request", daemon=True).start()
-    return future
+    return begun(call, "mlflow-trt-request")
 
 
 def _has_ended(future: Future[Any], what: str, seconds: float) -> bool:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
+from mlflow_trt.core.background import begun
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.deploy.serve.model_source import ModelSource, alias_version, at_version
 from mlflow_trt.deploy.serve.repository import ModelRepository
 from mlflow_trt.deploy.serve.served_model import ServedModel
+from mlflow_trt.errors import OptionError
 
+_T = TypeVar("_T")
 _log = get_logger(__name__)
 
 
@@ -21,7 +26,7 @@ class AliasFollower:
 
     Args:
         repository: whose models are exchanged.
-        load: loads a version; in a thread of its own.
+        load: loads a version; in a thread of its own, for which nothing waits when the server ends.
         seconds: between two looks.
     """
 
@@ -43,12 +48,34 @@ class AliasFollower:
 
     async def _look(self, model: ServedModel) -> None:
         source = model.source
-        version = await asyncio.to_thread(alias_version, source.registered or "", source.alias or "")
+        version = await _answered(lambda: alias_version(source.registered or "", source.alias or ""))
         if version == model.version:
             return
         if version in self._repository.versions(model.name):
-            raise RuntimeError(f"alias {source.alias} leads to version {version}, which is served by itself already")
+            raise OptionError(
+                f"alias {source.alias} leads to version {version}, which is served by itself already; serve the alias "
+                f"under a name of its own: NAME=models:/{source.registered}@{source.alias}",
+                option="models",
+            )
         _log.info("%s: alias %s leads to version %s now; loading it", model.name, source.alias, version)
-        new = await asyncio.to_thread(self._load, at_version(source, version))
+        new = await _answered(lambda: self._load(at_version(source, version)), _close)
         self._repository.exchange(model, new)
         _log.info("Serving %s instead of version %s", new, model.version)
+
+
+async def _answered(call: Callable[[], _T], unwanted: Callable[[Future[_T]], object] | None = None) -> _T:
+    """What the call returns. The server ends without it: MLflow asks a registry that is away for minutes, and a version
+    may be built as long; `unwanted` is called with what comes then.
+    """
+    future = begun(call, "mlflow-trt-follow")
+    try:
+        return await asyncio.wrap_future(future)
+    except asyncio.CancelledError:
+        if unwanted is not None:
+            future.add_done_callback(unwanted)
+        raise
+
+
+def _close(loaded: Future[ServedModel]) -> None:
+    if loaded.exception() is None:
+        loaded.result().close()
