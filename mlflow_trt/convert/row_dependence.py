@@ -23,7 +23,7 @@ from mlflow_trt.convert.onnx.model import OnnxModel
 from mlflow_trt.convert.onnx.reference import reference_runner
 from mlflow_trt.convert.resolve_profiles import Profiles
 from mlflow_trt.convert.samples import Samples
-from mlflow_trt.core.arrays import Array, Feeds, Outputs
+from mlflow_trt.core.arrays import Array, Feeds, Outputs, take_rows
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.types import BatchAxis, RowDependence
 from mlflow_trt.errors import (
@@ -98,9 +98,8 @@ def _check_that_more_than_one_row_runs(
     rows = len(feeds[axis.inputs[0]])
     if rows < _ROWS:
         return
-    alone = {name: array[:1] if name in axis.inputs else array for name, array in feeds.items()}
     try:
-        reference_runner(source).run([spec.name for spec in source.outputs], alone)
+        reference_runner(source).run([spec.name for spec in source.outputs], take_rows(feeds, axis, slice(1)))
     except (RuntimeUnavailableError, ExecutionError, InputError):
         return
     raise UnsupportedModelError(

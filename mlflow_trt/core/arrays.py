@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from mlflow_trt.core.types import BatchAxis
 
 Array = npt.NDArray[np.generic]
 
@@ -12,6 +17,11 @@ Feeds = dict[str, Array]
 
 Outputs = dict[str, Array]
 """A model's outputs by name."""
+
+
+def take_rows(feeds: Feeds, axis: BatchAxis, rows: slice) -> Feeds:
+    """Some rows of a batch, and all of the inputs that have none: views, not copies."""
+    return {name: array[rows] if name in axis.inputs else array for name, array in feeds.items()}
 
 
 def numpy_dtype(name: str) -> np.dtype[np.generic]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlflow_trt.convert.conversion import Conversion
-from mlflow_trt.core.arrays import Feeds, Outputs
+from mlflow_trt.core.arrays import Feeds, Outputs, take_rows
 
 GOLDEN_FILE = "golden.npz"
 _LARGEST = 8 * 2**20
@@ -35,7 +35,7 @@ def golden_of(conversion: Conversion, reference: Outputs) -> Golden | None:
     if axis is not None and axis.splits:
         row = sum(np.atleast_1d(array)[:1].nbytes for array in (*feeds.values(), *reference.values()))
         rows = min(_MOST_ROWS, _LARGEST // max(row, 1))
-        feeds = {name: array[:rows] if name in axis.inputs else array for name, array in feeds.items()}
+        feeds = take_rows(feeds, axis, slice(rows))
         reference = {name: array[:rows] for name, array in reference.items()}
         if not rows:
             return None

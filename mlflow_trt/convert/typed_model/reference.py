@@ -12,7 +12,7 @@ from mlflow_trt.convert.onnx.model import OnnxModel
 from mlflow_trt.convert.onnx.reference import reference_outputs
 from mlflow_trt.convert.samples import Samples
 from mlflow_trt.core.accuracy import Comparison, Tolerance
-from mlflow_trt.core.arrays import Feeds, Outputs
+from mlflow_trt.core.arrays import Feeds, Outputs, take_rows
 from mlflow_trt.core.comparing import compare
 from mlflow_trt.core.types import BatchAxis
 
@@ -89,5 +89,5 @@ def _has_rows(feeds: Feeds, outputs: Outputs, axis: BatchAxis) -> bool:
 
 
 def _every_second_row(feeds: Feeds, outputs: Outputs, axis: BatchAxis, start: int) -> _Pair:
-    taken = {name: array[start::2] if name in axis.inputs else array for name, array in feeds.items()}
-    return taken, {name: array[start::2] for name, array in outputs.items()}
+    half = slice(start, None, 2)
+    return take_rows(feeds, axis, half), {name: array[half] for name, array in outputs.items()}

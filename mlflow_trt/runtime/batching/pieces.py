@@ -5,9 +5,10 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable
 
+from mlflow_trt.core.arrays import take_rows
 from mlflow_trt.core.types import BatchAxis
 from mlflow_trt.runtime.batching.shared_work import Work
-from mlflow_trt.runtime.batching.sizes import BatchRows, Piece, Sizes, take
+from mlflow_trt.runtime.batching.sizes import BatchRows, Piece, Sizes
 from mlflow_trt.runtime.batching.slots import AnySlot, Slots
 
 
@@ -47,7 +48,8 @@ def run_pieces(
                 slots.release(slot)
                 break
             running.append((slot, piece))
-            slot.launch(BatchRows([take(work.feeds, axis, piece.start, piece.stop)], axis, piece.size), work.profile)
+            rows = take_rows(work.feeds, axis, slice(piece.start, piece.stop))
+            slot.launch(BatchRows([rows], axis, piece.size), work.profile)
         while running:
             finish_oldest()
     except BaseException:

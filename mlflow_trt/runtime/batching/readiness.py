@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from mlflow_trt.core.arrays import Feeds
+from mlflow_trt.core.arrays import Feeds, take_rows
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.core.types import BatchAxis
 from mlflow_trt.errors import MlflowTrtError, SessionClosedError
@@ -37,7 +37,7 @@ class _Family:
         self.profile = profile
         self._axis = axis
         # As little of the caller's arrays as is needed, and nothing that refers to them.
-        self._row = {name: array[:1].copy() if name in axis.inputs else array.copy() for name, array in feeds.items()}
+        self._row = {name: array.copy() for name, array in take_rows(feeds, axis, slice(1)).items()}
         self.every = every
         self.ready = {first}
         self.asked_for = {first}  # ready, being made ready, or not to be had

@@ -126,11 +126,6 @@ def pieces(rows: int, sizes: Sizes) -> Iterator[Piece]:
         start = stop
 
 
-def take(feeds: Feeds, axis: BatchAxis, start: int, stop: int) -> Feeds:
-    """Some rows of a batch: views, not copies."""
-    return {name: array[start:stop] if name in axis.inputs else array for name, array in feeds.items()}
-
-
 class BatchRows(NamedTuple):
     """What is to be run at once: parts of one or several batches that are put one after another, then padding."""
 
