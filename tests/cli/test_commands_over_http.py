@@ -12,7 +12,7 @@ from command_line import run
 from mlflow import MlflowClient
 from tracking_server import tracking_server
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.exhaustive]
 
 
 @pytest.fixture

@@ -595,7 +595,7 @@ LEAST_CHANGED = {"fp16": 0.75, "bf16": 0.75, "int8": 0.3, "fp8": 0.2}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "fp8"])
+@pytest.mark.parametrize("precision", ["fp16", "int8", *exhaustive("bf16", "fp8")])
 @pytest.mark.parametrize(
     "model", [CLS, *exhaustive(MAGIKA, DET_DYNAMIC, REC, SILERO, TRANSFORMER)], ids=lambda model: model.name
 )

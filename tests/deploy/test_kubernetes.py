@@ -16,6 +16,7 @@ import pytest
 import requests
 import yaml
 from command_line import run
+from tiers import exhaustive
 from wheel_files import wheel_file
 
 import mlflow_trt
@@ -160,7 +161,7 @@ def test_types_of_kserve_refuse_what_is_wrong(folder):
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("source", ["image", "registry"])
+@pytest.mark.parametrize("source", ["registry", *exhaustive("image")])
 def test_what_a_pod_runs_serves_the_model(source, folder, store, request):
     if source == "registry":
         mlflow_trt.log_model(networks.product(), name="p", registered_model_name="p", batch=(1, 4, 8), verify=False)

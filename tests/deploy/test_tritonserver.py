@@ -14,6 +14,7 @@ import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 from engines import tensorrt_engine, with_engines
 from helpers import opened_on_cpu, save_networks
+from tiers import exhaustive
 from triton_server import TritonServer
 from triton_tensors import assert_same
 from tritonclient.utils import np_to_triton_dtype
@@ -87,7 +88,7 @@ def test_every_dtype_bit_for_bit(name, rows, client, api, sessions):
     assert_same(client.infer(name, tensors(shaped(feeds), api)), sessions[name].run(feeds))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["ranks", *exhaustive("dtypes")])
 def test_our_client(name, server, sessions):
     """Which asks Triton as it asks our own server; many at once, and each gets its own rows."""
     feeds = [shaped(MODELS[name][1](rows)) for rows in (*range(12), 65) for _ in range(3)]

@@ -37,6 +37,7 @@ def test_clients_that_nobody_answers():
     assert "ConnectionRefusedError" in load.problem
 
 
+@pytest.mark.exhaustive
 def test_a_short_run(tmp_path):
     onnx.save(networks.product(), tmp_path / "product.onnx")
     options = {

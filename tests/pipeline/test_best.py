@@ -107,7 +107,8 @@ def test_errors_are_those_of_the_real_typed_models(bench, tmp_path):
     assert errors["fp8"] is None
 
 
-@pytest.mark.parametrize("model", [TRANSFORMER, *exhaustive(CLS)], ids=lambda model: model.name)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("model", [TRANSFORMER, CLS], ids=lambda model: model.name)
 def test_real_models(model, bench, tmp_path):
     recipe = Recipe(**model.recipe, precision="best")
     record = save(tmp_path / "m", bench, model=model.path(), recipe=recipe, calibration_data=calibration_data(model))

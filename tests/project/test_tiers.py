@@ -9,6 +9,7 @@ from tiers import COLLECTED, COSTS
 
 SLOW = {*COSTS, "gpu"}
 LEFT_OUT = {
+    "test_commands_over_http.py",  # twelve commands in a row, each of which has tests of its own
     "test_endurance_benchmark.py",  # 13 s for the least run; that it sees wrong answers is tested without one
 }
 
