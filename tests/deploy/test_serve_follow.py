@@ -131,8 +131,8 @@ class TestTheEnd:
         begun, may_go_on, came = threading.Event(), threading.Event(), []
 
         def load(source):
-            begun.set()
             came.append(Loaded(source))
+            begun.set()
             assert may_go_on.wait(PATIENCE)
             return came[0]
 
