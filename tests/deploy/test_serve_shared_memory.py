@@ -139,9 +139,12 @@ def test_a_name_that_no_file_has():
 
 def test_more_than_can_be_mapped(monkeypatch):
     with region(64) as (key, _):
-        os.truncate(f"/dev/shm{key}", 1 << 48)
+        try:
+            os.truncate(f"/dev/shm{key}", 1 << 48)
+        except OSError:
+            pytest.skip("/dev/shm takes no file of more than there are addresses for")
         monkeypatch.setattr(os, "fstatvfs", lambda file: os.statvfs_result([4096, 4096, *[0] * 8]))  # without a limit
-        with pytest.raises(InputError, match=f"the shared memory '{key}' cannot be mapped: .*Cannot allocate memory"):
+        with pytest.raises(InputError, match=f"the shared memory '{key}' cannot be mapped"):
             Region(key, 0, 1 << 48)
 
 
