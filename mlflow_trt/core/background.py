@@ -11,7 +11,7 @@ from typing import TypeVar
 _T = TypeVar("_T")
 
 
-def begun(call: Callable[[], _T], name: str) -> Future[_T]:
+def begin_call(call: Callable[[], _T], name: str) -> Future[_T]:
     """Call it in such a thread, in the context of the caller. Whoever cancels the future does not cancel the call."""
     future: Future[_T] = Future()
     future.set_running_or_notify_cancel()

@@ -187,6 +187,10 @@ def _place_in(column: Any) -> Place:
     return place
 
 
+def _place_in_cell(column: Any, row: int) -> Place:
+    return lambda position: _place_in(column)((row, *position))
+
+
 def _plain(cell: Any) -> Any:
     """Lists, which numpy can make an array of: from parquet, arrays in arrays come as arrays of objects."""
     if isinstance(cell, np.ndarray) and cell.dtype == object and cell.ndim == 1:
@@ -247,8 +251,7 @@ def _from_bytes(cells: npt.NDArray[Any], column: Any, spec: TensorSpec) -> list[
                 tensor=spec.name,
             )
     return [
-        check_bools(np.frombuffer(cell, dtype), spec, lambda at, row=row: _place_in(column)((row, *at)))  # type: ignore[misc]
-        for row, cell in enumerate(cells)
+        check_bools(np.frombuffer(cell, dtype), spec, _place_in_cell(column, row)) for row, cell in enumerate(cells)
     ]
 
 

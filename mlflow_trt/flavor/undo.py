@@ -16,7 +16,7 @@ from mlflow.entities.model_registry.model_version_search import ModelVersionSear
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
-from mlflow_trt.core.background import begun
+from mlflow_trt.core.background import begin_call
 from mlflow_trt.core.log import get_logger
 
 ANSWER_SECONDS = 5.0
@@ -26,6 +26,7 @@ TOTAL_SECONDS = 15.0
 """How long taking back may last in all."""
 
 _SILENT_SECONDS = 0.5
+_THREAD = "mlflow-trt-request"
 _log = get_logger(__name__)
 _T = TypeVar("_T")
 
@@ -116,7 +117,7 @@ def undo_on_failure() -> Iterator[Undo]:
 def _taken_back(step: _Step, seconds: float) -> bool:
     error: object = f"the {TOTAL_SECONDS:.0f} s for all of it are over"
     if seconds > 0:
-        future = _begun(step.take_back)
+        future = begin_call(step.take_back, _THREAD)
         if _has_ended(future, f"to take back: {step.what}", seconds):
             error = future.exception()
         else:
@@ -132,17 +133,13 @@ def _taken_back(step: _Step, seconds: float) -> bool:
 
 def _awaited(what: str, request: Callable[[], _T]) -> _T:
     """The answer to a request. Interrupted, wait for it all the same, for a while, and then go on being interrupted."""
-    future = _begun(request)
+    future = begin_call(request, _THREAD)
     try:
         return future.result()
     except BaseException:
         if not future.done():
             _has_ended(future, f"to the request for: {what}", ANSWER_SECONDS)
         raise
-
-
-def _begun(call: Callable[[], _T]) -> Future[_T]:
-    return begun(call, "mlflow-trt-request")
 
 
 def _has_ended(future: Future[Any], what: str, seconds: float) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-from mlflow_trt.core.background import begun
+from mlflow_trt.core.background import begin_call
 from mlflow_trt.core.log import get_logger
 from mlflow_trt.deploy.serve.model_source import ModelSource, alias_version, at_version
 from mlflow_trt.deploy.serve.repository import ModelRepository
@@ -48,7 +48,7 @@ class AliasFollower:
 
     async def _look(self, model: ServedModel) -> None:
         source = model.source
-        version = await _answered(lambda: alias_version(source.registered or "", source.alias or ""))
+        version = await _await_call(lambda: alias_version(source.registered or "", source.alias or ""))
         if version == model.version:
             return
         if version in self._repository.versions(model.name):
@@ -58,16 +58,16 @@ class AliasFollower:
                 option="models",
             )
         _log.info("%s: alias %s leads to version %s now; loading it", model.name, source.alias, version)
-        new = await _answered(lambda: self._load(at_version(source, version)), _close)
+        new = await _await_call(lambda: self._load(at_version(source, version)), _close)
         self._repository.exchange(model, new)
         _log.info("Serving %s instead of version %s", new, model.version)
 
 
-async def _answered(call: Callable[[], _T], unwanted: Callable[[Future[_T]], object] | None = None) -> _T:
+async def _await_call(call: Callable[[], _T], unwanted: Callable[[Future[_T]], object] | None = None) -> _T:
     """What the call returns. The server ends without it: MLflow asks a registry that is away for minutes, and a version
     may be built as long; `unwanted` is called with what comes then.
     """
-    future = begun(call, "mlflow-trt-follow")
+    future = begin_call(call, "mlflow-trt-follow")
     try:
         return await asyncio.wrap_future(future)
     except asyncio.CancelledError:
